@@ -1,0 +1,119 @@
+"""From tiles to a slide: three ways to weigh tiles, one slide model.
+
+    tapfm         w = softmax(minmax(s) / T)           the paper: how much CLS looks at the patches
+    gated         w = softmax(g(z))                    learned attention (ABMIL)
+    tapfm_gated   w = softmax(minmax(s) / T + g(z))    the paper's, which can learn: g starts at 0
+
+then the bag embedding b = sum_t w_t z_t, LayerNorm, Linear. The slide model stands on a graph of
+its own whose leaves are `z_TD` and the raw `score_T`, so min-max and softmax keep their exact
+Jacobian and the encoder's chunks separate (see `tapfm.chunked`).
+
+Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184) for `tapfm`; Ilse et al. 2018 (arXiv
+    1802.04712), gated attention, for g.
+Differs: min-max ignores a spread below rounding (the paper divides by spread + 1e-8, which makes
+    equal tiles unequal); the score may be any increasing affine function of the paper's s, since
+    min-max removes it.
+
+Shapes: T tiles of a slide, D features, A attention units, K labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SPREAD_ULPS = 64  # scores closer than this many roundings of their size are equal
+GATE_UNITS = 128
+
+
+def minmax(score_T: Tensor) -> Tensor:
+    """Scores moved to [0, 1] over the bag; all 0 where they are equal up to rounding."""
+    low, high = score_T.min(), score_T.max()
+    rounding = SPREAD_ULPS * torch.finfo(score_T.dtype).eps * score_T.abs().max().detach()
+    spread = high - low
+    equal = spread.detach() <= rounding
+    # torch.where on both sides: a division by 0 in the untaken branch would still give nan gradients
+    safe = torch.where(equal, torch.ones_like(spread), spread)
+    return torch.where(equal, torch.zeros_like(score_T), (score_T - low) / safe)
+
+
+def effective_tiles(weights_T: Tensor) -> Tensor:
+    """1 / sum w^2: how many tiles the bag embedding really stands on. 1 to T."""
+    return 1 / weights_T.square().sum()
+
+
+class Gate(nn.Module):
+    """Gated attention, tanh x sigmoid, one logit a tile."""
+
+    def __init__(self, dim: int, units: int = GATE_UNITS, *, start_at_zero: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.tanh = nn.Linear(dim, units)
+        self.sigmoid = nn.Linear(dim, units)
+        self.last = nn.Linear(units, 1, bias=False)  # softmax over tiles ignores a bias
+        if start_at_zero:
+            nn.init.zeros_(self.last.weight)
+
+    def forward(self, z_TD: Tensor) -> Tensor:
+        """Logits (T,)."""
+        x_TD = self.norm(z_TD)
+        units_TA = torch.tanh(self.tanh(x_TD)) * torch.sigmoid(self.sigmoid(x_TD))
+        return self.last(units_TA).squeeze(-1)
+
+
+class Aggregator(nn.Module):
+    """Tile features and scores to slide logits.
+
+    Args:
+        dim: feature width D.
+        labels: number of labels K.
+        score_temperature: T of the CLS score; None leaves the score out.
+        gate: whether g(z) takes part.
+    """
+
+    def __init__(
+        self, dim: int, labels: int, *, score_temperature: float | None = 0.1, gate: bool = False
+    ):
+        super().__init__()
+        if score_temperature is None and not gate:
+            raise ValueError("an aggregator needs the CLS score, a gate, or both")
+        if score_temperature is not None and score_temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {score_temperature}")
+        self.score_temperature = score_temperature
+        # Beside the score g starts as nothing, so training starts as the paper's TAPFM.
+        self.gate = Gate(dim, start_at_zero=score_temperature is not None) if gate else None
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, labels)
+
+    def weights(self, z_TD: Tensor, score_T: Tensor) -> Tensor:
+        """Tile weights (T,), positive, summing to 1."""
+        logits_T = torch.zeros_like(score_T)
+        if self.score_temperature is not None:
+            logits_T = logits_T + minmax(score_T) / self.score_temperature
+        if self.gate is not None:
+            logits_T = logits_T + self.gate(z_TD)
+        return logits_T.softmax(0)
+
+    def forward(self, z_TD: Tensor, score_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Slide logits (K,) and tile weights (T,)."""
+        weights_T = self.weights(z_TD, score_T)
+        bag_D = weights_T @ z_TD
+        return self.head(self.norm(bag_D)), weights_T
+
+
+AGGREGATORS = {
+    "tapfm": {"gate": False},
+    "gated": {"gate": True, "score_temperature": None},
+    "tapfm_gated": {"gate": True},
+}
+
+
+def make_aggregator(name: str, dim: int, labels: int, temperature: float = 0.1) -> Aggregator:
+    """One of `AGGREGATORS` by name.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in AGGREGATORS:
+        raise ValueError(f"aggregator: {name!r} is none of {', '.join(AGGREGATORS)}")
+    return Aggregator(dim, labels, **{"score_temperature": temperature, **AGGREGATORS[name]})

@@ -1,0 +1,101 @@
+"""Tile weights are the formulas of METHOD; equal tiles weigh the same; the paper's is the start."""
+
+import numpy as np
+import pytest
+import torch
+
+from tapfm.aggregators import AGGREGATORS, effective_tiles, make_aggregator, minmax
+
+T, D, K = 13, 7, 3
+
+
+def bag(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    z_TD = torch.randn(T, D, generator=generator, dtype=dtype)
+    return z_TD, -torch.rand(T, generator=generator, dtype=dtype) / 1000
+
+
+def test_tapfm_weights_by_hand():
+    z_TD, score_T = bag()
+    s = score_T.numpy()
+    logits = (s - s.min()) / (s.max() - s.min()) / 0.1
+    expected = np.exp(logits) / np.exp(logits).sum()
+    weights_T = make_aggregator("tapfm", D, K).double()(z_TD, score_T)[1]
+    np.testing.assert_allclose(weights_T.detach().numpy(), expected, rtol=1e-12)
+
+
+def test_logits_by_hand():
+    aggregator = make_aggregator("tapfm", D, K).double()
+    z_TD, score_T = bag()
+    logits_K, weights_T = aggregator(z_TD, score_T)
+    b = (weights_T[:, None] * z_TD).sum(0)
+    b = (b - b.mean()) / (b.var(unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(logits_K, aggregator.head.weight @ b + aggregator.head.bias)
+
+
+def test_gated_start_is_the_papers():
+    z_TD, score_T = bag()
+    torch.manual_seed(0)
+    paper = make_aggregator("tapfm", D, K).double().weights(z_TD, score_T)
+    ours = make_aggregator("tapfm_gated", D, K).double()
+    torch.testing.assert_close(ours.weights(z_TD, score_T), paper, rtol=0, atol=0)
+    torch.nn.init.ones_(ours.gate.last.weight)  # and can leave it
+    assert not torch.allclose(ours.weights(z_TD, score_T), paper)
+
+
+def test_gated_ignores_the_score():
+    z_TD, score_T = bag()
+    aggregator = make_aggregator("gated", D, K).double()
+    weights = aggregator.weights(z_TD, score_T)
+    torch.testing.assert_close(aggregator.weights(z_TD, 5 * score_T.flip(0)), weights)
+    assert weights.std() > 0
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_scores_weigh_the_same_and_give_finite_gradients(name, dtype):
+    z_TD, _ = bag(dtype=dtype)
+    z_TD = z_TD[:1].repeat(T, 1).requires_grad_()
+    jitter = torch.finfo(dtype).eps * 0.3 * torch.arange(T, dtype=dtype) / T
+    score_T = (-0.3 + 0.3 * jitter).requires_grad_()  # a spread below rounding
+    logits_K, weights_T = make_aggregator(name, D, K).to(dtype)(z_TD, score_T)
+    torch.testing.assert_close(weights_T, torch.full((T,), 1 / T, dtype=dtype))
+    logits_K.sum().backward()
+    assert z_TD.grad.isfinite().all()
+    assert score_T.grad is None or score_T.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_one_tile(name):
+    z_TD, score_T = bag()
+    assert make_aggregator(name, D, K).double()(z_TD[:1], score_T[:1])[1].item() == 1
+
+
+def test_a_real_spread_is_not_rounded_away():
+    score_T = -0.3 + 1e-5 * torch.rand(T, generator=torch.Generator().manual_seed(0))
+    assert minmax(score_T).max() == 1
+    assert minmax(score_T).min() == 0
+
+
+def test_minmax_gradient_is_exact():
+    torch.autograd.gradcheck(minmax, torch.randn(T, dtype=torch.float64, requires_grad=True))
+
+
+def test_order_of_tiles_does_not_matter():
+    z_TD, score_T = bag()
+    aggregator = make_aggregator("tapfm_gated", D, K).double()
+    torch.testing.assert_close(
+        aggregator(z_TD.flip(0), score_T.flip(0))[0], aggregator(z_TD, score_T)[0]
+    )
+
+
+def test_effective_tiles():
+    assert effective_tiles(torch.full((T,), 1 / T)).item() == pytest.approx(T)
+    assert effective_tiles(torch.eye(T)[0]).item() == 1
+
+
+def test_unknown_name_and_bad_temperature_are_refused():
+    with pytest.raises(ValueError, match="'abmil' is none of tapfm, gated, tapfm_gated"):
+        make_aggregator("abmil", D, K)
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        make_aggregator("tapfm", D, K, temperature=0)

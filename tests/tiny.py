@@ -1,0 +1,44 @@
+"""Tiny random encoders of every make the engine must honour, for the tests that share them."""
+
+import timm
+import torch
+from timm.layers import SwiGLUPacked
+from torch import nn
+
+from tapfm.backbones import Backbone, Encoder
+
+TILE = 32  # 4 x 4 patches of 8 px
+
+MAKES = {
+    "1 prefix": {},
+    "5 prefix": {"reg_tokens": 4},
+    "9 prefix": {"reg_tokens": 8, "no_embed_class": True},
+    "layerscale": {"init_values": 0.1},
+    "swiglu": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4},
+    "qk norm": {"qk_norm": True, "reg_tokens": 4},
+    "rope": {"arch": "vit_small_patch16_dinov3", "global_pool": "token"},
+    "cls+mean": {"reg_tokens": 4, "feature": "cls+mean"},
+}
+
+
+def tiny_encoder(make="5 prefix", dtype=torch.float64, seed=0, recompute=False, **extra):
+    """A 3-block ViT of width 24 with 3 heads, its weights spread so that attention is not flat."""
+    kwargs = {**MAKES[make], **extra}
+    arch = kwargs.pop("arch", "vit_tiny_patch16_224")
+    feature = kwargs.pop("feature", "cls")
+    torch.manual_seed(seed)
+    vit = timm.create_model(
+        arch, num_classes=0, img_size=TILE, patch_size=8, embed_dim=24, depth=3, num_heads=3, **kwargs
+    )
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim > 1 and "qkv" in name:
+            nn.init.normal_(parameter, std=0.5)
+    row = Backbone(
+        "tiny", "package", arch, 24, vit.num_prefix_tokens, 0, "", tile_px=TILE, feature=feature
+    )
+    return Encoder(vit, row, recompute=recompute).to(dtype)
+
+
+def random_tiles(tiles, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (tiles, 3, TILE, TILE), dtype=torch.uint8, generator=generator)
