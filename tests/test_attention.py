@@ -68,7 +68,7 @@ def test_a_model_without_cls_is_refused_by_name():
     import timm
 
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, window_size=7)
-    with pytest.raises(NoClsAttentionError, match="SwinTransformer: .*no CLS attention row"):
+    with pytest.raises(NoClsAttentionError, match=r"SwinTransformer: .*no CLS attention row"):
         ClsTap(swin)
     with pytest.raises(NoClsAttentionError, match="Linear"):
         ClsTap(nn.Linear(2, 2))

@@ -39,14 +39,18 @@ def test_demo_weights_ship_and_are_small():
 
 
 def test_tile_must_be_a_multiple_of_the_patch():
-    with pytest.raises(BackboneError, match="225 px is not a multiple of .* 14 px patch. Use 224 or"):
+    with pytest.raises(
+        BackboneError, match=r"225 px is not a multiple of .* 14 px patch. Use 224 or"
+    ):
         load("dinov2_vits14", "random", tile_px=225)
 
 
 def test_missing_weights_say_where_to_get_them():
-    with pytest.raises(BackboneError, match=r"(?s)nothing is downloaded unasked.*MahmoodLab/UNI.*Accept"):
+    with pytest.raises(
+        BackboneError, match=r"(?s)nothing is downloaded unasked.*MahmoodLab/UNI.*Accept"
+    ):
         load("uni")
-    with pytest.raises(BackboneError, match="neither a .safetensors file nor a folder"):
+    with pytest.raises(BackboneError, match=r"neither a .safetensors file nor a folder"):
         load("demo_vit", "no/such/file.safetensors")
 
 
@@ -84,7 +88,9 @@ def test_real_weights_give_plain_timms_features(shared_data):
     image = next((shared_data / "tiles").rglob("*.png"), None) or next(
         (shared_data / "tiles").rglob("*.jpg")
     )
-    tile = torch.frombuffer(bytearray(Image.open(image).convert("RGB").tobytes()), dtype=torch.uint8)
+    tile = torch.frombuffer(
+        bytearray(Image.open(image).convert("RGB").tobytes()), dtype=torch.uint8
+    )
     tile = tile.view(1, 224, 224, 3).permute(0, 3, 1, 2)
 
     plain = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224).eval()

@@ -120,9 +120,7 @@ def saved_bytes(function):
 def bytes_of_pass_2(slide):
     z_TD, score_T = encode_bag(slide.encoder, slide.chunks, seed=0, device=CPU)
     grads = torch.ones_like(z_TD), torch.ones_like(score_T)
-    return saved_bytes(
-        lambda: adapt_bag(slide.encoder, slide.chunks, *grads, seed=0, device=CPU)
-    )
+    return saved_bytes(lambda: adapt_bag(slide.encoder, slide.chunks, *grads, seed=0, device=CPU))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

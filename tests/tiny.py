@@ -28,7 +28,14 @@ def tiny_encoder(make="5 prefix", dtype=torch.float64, seed=0, recompute=False, 
     feature = kwargs.pop("feature", "cls")
     torch.manual_seed(seed)
     vit = timm.create_model(
-        arch, num_classes=0, img_size=TILE, patch_size=8, embed_dim=24, depth=3, num_heads=3, **kwargs
+        arch,
+        num_classes=0,
+        img_size=TILE,
+        patch_size=8,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        **kwargs,
     )
     for name, parameter in vit.named_parameters():
         if parameter.ndim > 1 and "qkv" in name:

@@ -1,0 +1,57 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint format bench clean
+
+COHORT ?= demo
+SEED ?= 0
+RUN ?= runs/$(COHORT)
+# the paper's aggregator beside the default: drop one where a run takes days
+ARMS ?= tapfm tapfm_gated
+
+# the first Python that is new enough; torch 2.15 and zarr 3 want 3.11
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG := configs/cohorts/$(COHORT).yaml
+
+help:      ## list the targets
+	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(READY) ## a virtual environment with pinned versions (5.5 GB, 2 to 3 minutes)
+
+$(READY): setup.cfg constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+train: $(READY) ## the main job: make train [COHORT=demo] [SEED=0] [RUN=runs/demo]
+	@if [ $(COHORT) = demo ]; then $(BIN)/tapfm demo; fi
+	$(BIN)/tapfm index --config $(CONFIG)
+	@set -e; for arm in $(ARMS); do \
+		echo "== end to end: $$arm"; \
+		$(BIN)/tapfm fit --config $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
+			--model.aggregator $$arm; \
+	done
+	$(BIN)/tapfm test --run $(RUN)
+
+test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes at most)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-all: $(READY) ## every test this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## what `test` checks of the code's form; changes nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(READY) ## mend what can be mended
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(READY) ## rewrite the tables in benchmarks/README.md on this machine
+	$(BIN)/python -m benchmarks.peak_memory
+
+clean:     ## remove what the targets above made, but for data/ and runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models."""

@@ -1,0 +1,42 @@
+"""What can be wrong with a user's slides, their index or their cohort table.
+
+Every message says which slide or file, what was found, and what to do. Every class takes that one
+string: PyTorch rebuilds an exception from a worker process as `type(error)(message)`, and a class
+that needs more arguments comes back as a bare RuntimeError that `except SlideError` misses.
+"""
+
+
+class SlideError(ValueError):
+    """A fault in one slide's data, which the user can mend or skip."""
+
+
+class NotASlideError(SlideError):
+    """The file is missing, is no slide, or ends before its own table of contents does."""
+
+
+class MissingResolutionError(SlideError):
+    """The slide does not say how large its pixels are, or says something absurd."""
+
+
+class TooCoarseError(SlideError):
+    """The tiles asked for are finer than the scan."""
+
+
+class NoTissueError(SlideError):
+    """No tile of the slide passes the tissue thresholds."""
+
+
+class UnreadableRegionError(SlideError):
+    """The slide opens but some of its pixels cannot be decoded."""
+
+
+class IndexSettingsError(SlideError):
+    """An index on disk was made with other settings than those asked for."""
+
+
+class IndexFileError(SlideError):
+    """An index cannot be written (full disk), is missing, or is damaged."""
+
+
+class CohortError(ValueError):
+    """What is wrong with a cohort table: all its faults, each with its row and remedy."""

@@ -1,0 +1,228 @@
+"""The file of a slide's tiles: one h5 a slide, readable by TRIDENT, never half-written.
+
+It has TRIDENT's dataset `coords` and attributes, plus the true resolution, each tile's tissue
+fraction and the hash of all settings. A file made with other settings is refused, never silently
+reused. Its magnifications are 10 / mpp, not nominal, so that TRIDENT reads the pixels we read.
+
+The bytes are made in memory, written under a temporary name, synced and renamed: a full disk or a
+kill leaves the old file or none. A checksum over the tiles finds what storage did later.
+
+Source: TRIDENT 0.3 for the names of folders, datasets and attributes.
+Differs: tiles are sized by microns per pixel (443 level-0 px at 0.2527, where it reads 448).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slides.errors import IndexFileError, IndexSettingsError
+from slides.grid import Grid
+from slides.tissue import Tissue
+
+WRITER = "tapfm slides.index_file"
+WRITER_VERSION = 1  # part of the settings' hash: raise it when the same settings choose other tiles
+
+
+@dataclass(frozen=True, eq=False)
+class TileIndex:
+    """The tiles of one slide. T tiles, row by row."""
+
+    slide_id: str
+    coords0: np.ndarray
+    """(T, 2) int64: x0, y0 of the top-left corners."""
+    tissue_fraction: np.ndarray
+    """(T,) float32 in [0, 1]."""
+    grid: Grid
+    size0: int
+    """Side of a tile in level-0 pixels."""
+    width0: int
+    height0: int
+    slide_mpp: float
+    mpp_source: str
+    bounds0: tuple[int, int, int, int]
+    """x0, y0, width, height of the scanned part."""
+    level: int
+    """The level that tiles are read from."""
+    tissue_mm2: float
+    """Tissue on the whole slide, in square millimetres."""
+    mask_sha256: str
+    slide_bytes: int
+    """Size of the slide's file, by which a replaced slide is noticed."""
+
+    def __len__(self) -> int:
+        return len(self.coords0)
+
+
+def index_path(index_dir: str | Path, grid: Grid, slide_id: str) -> Path:
+    """Where a slide's index lies, as TRIDENT would put it."""
+    return Path(index_dir) / grid.tag / "patches" / f"{slide_id}_patches.h5"
+
+
+def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
+    """Write an index; either the whole file is there afterwards, or what was there before.
+
+    Raises:
+        IndexFileError: it cannot be written: full disk, no permission.
+    """
+    import h5py
+
+    path, grid = Path(path), index.grid
+    attrs = {
+        "patch_size": grid.size,
+        "patch_size_level0": index.size0,
+        "level0_magnification": _magnification0(grid, index.size0),
+        "target_magnification": grid.magnification,
+        "overlap": grid.overlap,
+        "name": index.slide_id,
+        "savetodir": str(path.parent.parent),
+        "level0_width": index.width0,
+        "level0_height": index.height0,
+        # from here on ours, which TRIDENT ignores
+        "mpp_level0": index.slide_mpp,
+        "mpp_source": index.mpp_source,
+        "target_mpp": grid.mpp,
+        "patch_size_level0_exact": grid.size * grid.mpp / index.slide_mpp,
+        "read_level": index.level,
+        "bounds_level0": np.array(index.bounds0, np.int64),
+        "tissue_mm2": index.tissue_mm2,
+        "slide_bytes": index.slide_bytes,
+        "writer": WRITER,
+        "writer_version": WRITER_VERSION,
+        "settings": _settings(grid, tissue),
+        "spec_sha256": _sha256(_settings(grid, tissue).encode()),
+        "mask_sha256": index.mask_sha256,
+        "tiles_sha256": _tiles_sha256(index.coords0, index.tissue_fraction),
+    }
+    buffer = io.BytesIO()  # HDF5 straight onto a full disk may fail only on closing, half written
+    with h5py.File(buffer, "w") as file:
+        rows = min(4096, max(1, len(index)))
+        coords = file.create_dataset(
+            "coords", data=index.coords0, dtype="i8", chunks=(rows, 2), maxshape=(None, 2)
+        )
+        file.create_dataset("tissue_fraction", data=index.tissue_fraction, dtype="f4")
+        coords.attrs.update(attrs)
+    write_whole(path, buffer.getvalue(), index.slide_id)
+
+
+def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
+    """Read an index that was made with these settings.
+
+    Raises:
+        IndexFileError: there is none, or the file is damaged.
+        IndexSettingsError: it was made with other settings; the message lists which.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise IndexFileError(f"{path.name}: no index at {path}. Make it with `tapfm index`.")
+    try:
+        with h5py.File(path, "r") as file:
+            attrs = dict(file["coords"].attrs)
+            coords0 = file["coords"][:].astype(np.int64)
+            fraction = file["tissue_fraction"][:]
+        _same_settings(path, attrs, grid, tissue)
+        whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction)
+        index = TileIndex(
+            slide_id=str(attrs["name"]),
+            coords0=coords0,
+            tissue_fraction=fraction,
+            grid=grid,
+            size0=int(attrs["patch_size_level0"]),
+            width0=int(attrs["level0_width"]),
+            height0=int(attrs["level0_height"]),
+            slide_mpp=float(attrs["mpp_level0"]),
+            mpp_source=str(attrs["mpp_source"]),
+            bounds0=tuple(int(value) for value in attrs["bounds_level0"]),
+            level=int(attrs["read_level"]),
+            tissue_mm2=float(attrs["tissue_mm2"]),
+            mask_sha256=str(attrs["mask_sha256"]),
+            slide_bytes=int(attrs["slide_bytes"]),
+        )
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise IndexFileError(_damaged(path, error)) from error
+    if not whole:
+        raise IndexFileError(_damaged(path, "the tiles do not match their checksum"))
+    return index
+
+
+def write_whole(path: Path, data: bytes, name: str) -> None:
+    """All of `data` under `path`, or what was there before and an IndexFileError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # some file systems tell of a full disk only here
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise IndexFileError(
+            f"{name}: {len(data)} bytes could not be written to {path}: "
+            f"{error.strerror or error}. Nothing half-written was left. Free some space or name "
+            f"another index folder, then run the same command again: what is indexed is kept."
+        ) from error
+
+
+def _settings(grid: Grid, tissue: Tissue) -> str:
+    """All that decides which tiles are chosen, as canonical JSON."""
+    return json.dumps(
+        {"grid": asdict(grid), "tissue": asdict(tissue), "writer_version": WRITER_VERSION},
+        sort_keys=True,
+    )
+
+
+def _same_settings(path: Path, attrs: dict, grid: Grid, tissue: Tissue) -> None:
+    asked = _settings(grid, tissue)
+    if attrs["spec_sha256"] == _sha256(asked.encode()):
+        return
+    had, wanted = _flat(json.loads(attrs["settings"])), _flat(json.loads(asked))
+    other = [
+        f"{key} was {had.get(key)!r}, asked for {wanted.get(key)!r}"
+        for key in sorted(had.keys() | wanted.keys())
+        if had.get(key) != wanted.get(key)
+    ]
+    raise IndexSettingsError(
+        f"{attrs['name']}: its index was made with other settings: {'; '.join(other)}. Run "
+        f"`tapfm index` with the new settings to rebuild it, or use another index folder. ({path})"
+    )
+
+
+def _flat(settings: dict) -> dict:
+    """{"grid": {"mpp": 0.5}} -> {"grid.mpp": 0.5}, the keys a user sets."""
+    flat = {}
+    for key, value in settings.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{k}".rstrip("."): v for k, v in inner.items()}
+    return flat
+
+
+def _magnification0(grid: Grid, size0: int) -> float:
+    """Level-0 magnification from which TRIDENT's `patch_size * level0 // target` gives size0."""
+    magnification0 = grid.magnification * size0 / grid.size
+    while grid.size * magnification0 // grid.magnification < size0:  # rounding down by one ulp
+        magnification0 = math.nextafter(magnification0, math.inf)
+    return magnification0
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tiles_sha256(coords0: np.ndarray, fraction: np.ndarray) -> str:
+    return _sha256(coords0.astype("<i8").tobytes() + fraction.astype("<f4").tobytes())
+
+
+def _damaged(path: Path, why) -> str:
+    return f"{path.name}: the index is damaged: {why}. Delete {path} and run `tapfm index` again."

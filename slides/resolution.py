@@ -1,0 +1,83 @@
+"""How large a slide's pixels are, in microns, and who says so. A pure function of its properties.
+
+Order of trust: the user's table, `openslide.mpp-x`, vendor keys, the TIFF resolution, and last
+10 / objective power, with a warning, because "20x" is 0.44 on one scanner and 0.55 on another.
+A value that no microscope makes counts as missing and is named: 352.8 is a 72 dpi default.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+
+from slides.errors import MissingResolutionError
+from slides.grid import MPP_RANGE
+
+
+def find_mpp(
+    properties: Mapping[str, str], name: str, table_mpp: float | None = None
+) -> tuple[float, float, str]:
+    """Microns per level-0 pixel along x and y, and where they were found.
+
+    Order: the table, `openslide.mpp-x`, vendor keys, TIFF resolution, 10 / objective power with a
+    warning. A value outside 0.05 to 20 counts as missing: 352.8 is a 72 dpi default.
+
+    Raises:
+        MissingResolutionError: none is there, or only unbelievable ones, which it names.
+    """
+    found = [("table", table_mpp, table_mpp)] if table_mpp is not None else _stated(properties)
+    absurd = []
+    for source, x, y in found:
+        if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+            return x, y, source
+        absurd.append(f"{source} = {x:g}" + ("" if x == y else f" x {y:g}"))
+    power = _number(properties.get("openslide.objective-power") or properties.get("aperio.AppMag"))
+    if table_mpp is None and power and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:
+        warnings.warn(
+            f"{name}: no pixel size in the file; taking 10 / objective power = {10 / power:g} "
+            f"microns per pixel, which can be 10 % off. Give mpp in the cohort table if known.",
+            stacklevel=2,
+        )
+        return 10 / power, 10 / power, "objective power"
+    listed = f" What it has is not believable: {', '.join(absurd)}." if absurd else ""
+    raise MissingResolutionError(
+        f"{name}: no pixel size between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g} microns per pixel "
+        f"was found.{listed} Give it in the cohort table's mpp column (0.25 for most 40x scans, "
+        f"0.5 for most 20x), or leave this slide out."
+    )
+
+
+def _stated(properties: Mapping[str, str]) -> list[tuple[str, float, float]]:
+    """Every resolution the file states, in order of trust: source, x, y in microns per pixel."""
+    get = properties.get
+    layer = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
+    pairs = [
+        ("openslide.mpp-x", get("openslide.mpp-x"), get("openslide.mpp-y")),
+        ("aperio.MPP", get("aperio.MPP"), get("aperio.MPP")),
+        ("ventana.ScanRes", get("ventana.ScanRes"), get("ventana.ScanRes")),
+        ("mirax", get(layer + "X"), get(layer + "Y")),
+    ]
+    text = get("tiff.ImageDescription") or get("openslide.comment") or ""
+    ome = [re.search(rf'PhysicalSize{axis}="([^"]+)"', text) for axis in "XY"]
+    unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
+    if ome[0] and (unit is None or unit[1] in ("µm", "um", "\u03bcm", "micron")):
+        pairs.append(("OME PhysicalSizeX", *(match and match[1] for match in ome)))
+    described = re.search(r"\bMPP\s*=\s*([\d.]+)", text)
+    if described:
+        pairs.append(("MPP in the description", described[1], described[1]))
+    microns = {"centimeter": 1e4, "inch": 25400.0}.get(get("tiff.ResolutionUnit", ""))
+    dots = [_number(get(f"tiff.{axis}Resolution")) for axis in "XY"]
+    if microns and dots[0]:
+        pairs.append(("TIFF resolution", microns / dots[0], microns / (dots[1] or dots[0])))
+    numbers = [(source, _number(x), _number(y)) for source, x, y in pairs]
+    return [(source, x, y or x) for source, x, y in numbers if x]
+
+
+def _number(text) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
