@@ -1,0 +1,36 @@
+"""The batch: one slide's tiles and labels. Where `tapfm.data` and `tapfm.module` meet.
+
+Shapes: T tiles of a slide, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Tiles(Protocol):
+    """A slide's tiles, cut into chunks: a uint8 tensor (T, 3, H, W), or a slide read on the way."""
+
+    def split(self, size: int) -> Iterable[Tensor]:
+        """Chunks (C, 3, H, W) of `size` tiles in order, the last one short; the same every time."""
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One slide as the trainer sees it."""
+
+    slide_id: str
+    case_id: str
+    tiles: Tiles
+    count: int
+    """T, the number of tiles."""
+    labels_K: Tensor
+    """float32: 0, 1, or nan where unknown."""
+    seed: int
+    """Seeds dropout and drop-path: a function of run seed, epoch and slide."""
+    turn: tuple[int, int, int] | None = None
+    """Its place in training: epoch, position, slide; None outside training."""

@@ -1,0 +1,167 @@
+"""What a run leaves on disk while it trains: metrics, memory, the best weights, a point to resume.
+
+A run killed at any moment and resumed ends with the same weights and the same metrics.csv as one
+never killed: the resume point remembers how many rows each file had, and later rows are dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+
+from tapfm import model as models
+
+RESUME = "last.ckpt"
+BEST = "best.safetensors"
+
+
+class CsvLog:
+    """A CSV that grows by whole rows and can be cut back to a number of them."""
+
+    def __init__(self, path: Path, columns: list[str]):
+        self.path, self.columns, self.rows = path, columns, 0
+
+    def start(self, keep: int = 0) -> None:
+        """Keep the header and the first `keep` rows of what is there."""
+        lines = self.path.read_text().splitlines(keepends=True)[1 : keep + 1] if keep else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(",".join(self.columns) + "\n" + "".join(lines))
+        os.replace(partial, self.path)
+        self.rows = len(lines)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row; missing columns stay blank."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.rows += 1
+
+
+class RunLog(Callback):
+    """Two files that grow while a run trains.
+
+    metrics.csv says what it learned, and is the same whenever the run is repeated; memory.csv what
+    it cost, a row a slide, and never is.
+    """
+
+    def __init__(self, folder: Path, labels: list[str]):
+        each = ["loss", "auroc", *(f"auroc_{label}" for label in labels)]
+        train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm"]
+        lr = ["lr/head", "lr/encoder"]
+        columns = [*(f"train/{name}" for name in train), *lr, *(f"val/{name}" for name in each)]
+        self.metrics = CsvLog(folder / "metrics.csv", ["step", "epoch", "slide_id", *columns])
+        phases = [f"{phase}_{unit}" for phase in ("encode", "aggregate", "adapt")
+                  for unit in ("s", "allocated_gib", "reserved_gib", "rss_gib")]  # fmt: skip
+        cost = ["step", "slide_id", "tiles", "tiles_per_s", *phases]
+        self.memory = CsvLog(folder / "memory.csv", cost)
+        self.keep = {"metrics": 0, "memory": 0}
+
+    def on_fit_start(self, trainer, module) -> None:
+        """Begin both files, or cut them back to the resume point."""
+        self.metrics.start(self.keep["metrics"])
+        self.memory.start(self.keep["memory"])
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        """The clock of tiles per second."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """A row in each file, the same figures to TensorBoard, tiles/s to the progress bar."""
+        figures = {name: float(value) for name, value in outputs.items()}
+        for name, optimizer in zip(("lr/head", "lr/encoder"), module.optimizers(), strict=True):
+            figures[name] = optimizer.param_groups[0]["lr"]
+        place = {"step": module.slides_seen, "slide_id": batch.slide_id}
+        self.metrics.write({**place, "epoch": trainer.current_epoch, **figures})
+        speed = batch.count / (time.perf_counter() - self.began)
+        cost = {
+            f"{phase}_{unit}": value
+            for phase, measured in module.meter.take().items()
+            for unit, value in measured.items()
+        }
+        self.memory.write({**place, "tiles": batch.count, "tiles_per_s": speed, **cost})
+        for logger in trainer.loggers:
+            logger.log_metrics({**figures, **cost}, step=module.slides_seen)
+        module.log("tiles/s", speed, prog_bar=True, logger=False, batch_size=1)
+        module.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=1)
+
+    def on_validation_end(self, trainer, module) -> None:
+        """The epoch's row."""
+        figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        place = {"step": module.slides_seen, "epoch": trainer.current_epoch}
+        self.metrics.write({**place, **figures})
+
+    def state_dict(self) -> dict[str, int]:
+        """How many rows stand when a resume point is saved."""
+        return {"metrics": self.metrics.rows, "memory": self.memory.rows}
+
+    def load_state_dict(self, state) -> None:
+        """See `state_dict`."""
+        self.keep = state
+
+
+class BestWeights(Callback):
+    """best.safetensors: the model of the best validation macro AUROC so far."""
+
+    def __init__(self, folder: Path):
+        self.path, self.best = folder / BEST, float("-inf")
+
+    def on_validation_end(self, trainer, module) -> None:
+        """Save when better; the earlier of two equals stays."""
+        score = float(trainer.callback_metrics.get("val/auroc", torch.nan))
+        if score > self.best or not self.path.exists():
+            self.best = max(self.best, score) if score == score else self.best
+            facts = {"val_auroc": score, "epoch": trainer.current_epoch, **module.provenance}
+            models.save(module.slide_model, self.path, **facts)
+
+    def state_dict(self) -> dict[str, float]:
+        """The score to beat."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state) -> None:
+        """See `state_dict`."""
+        self.best = state["best"]
+
+
+class ResumePoint(Checkpoint):
+    """last.ckpt, every few slides and at each epoch's end; whole, or the one before it.
+
+    It is saved between updates only, so that no half-summed gradient is lost.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        self.path, self.every = folder / RESUME, every
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """The last slide of an epoch is left to `on_train_epoch_end`, after validation."""
+        trainer.datamodule.trained(batch.turn)
+        due = self.every and module.slides_seen % self.every == 0
+        between_updates = module.slides_seen % module.steps.accumulate == 0
+        if due and between_updates and not trainer.is_last_batch:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        """Each epoch's end."""
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Through a partial file, renamed."""
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)
+        os.replace(partial, self.path)
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar without the version number."""
+
+    def get_metrics(self, trainer, module):
+        """Loss, tiles/s, validation AUROC."""
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return metrics

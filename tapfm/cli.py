@@ -1,0 +1,200 @@
+"""The command line. Each verb imports what it needs when it runs, so `--help` is instant.
+
+A fault that the user can mend is printed as one error, without a traceback, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["fit"]:  # its arguments are Lightning's
+            from tapfm.fit import run_fit
+
+            return run_fit(argv[1:])
+        arguments = parser().parse_args(argv)
+        return arguments.run(arguments)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("slides", "tapfm"):
+            raise  # not one of ours: a fault of the program, with its traceback
+        print(f"tapfm: {error}", file=sys.stderr)
+        explain_config(argv, error)
+        return 2
+
+
+def explain_config(argv: Sequence[str], error: Exception) -> None:
+    """A cohort that is not there yet: what its config says to put where."""
+    from slides.errors import CohortError
+    from tapfm.config import preamble
+
+    configs = [Path(value) for key, value in pairwise(argv) if key == "--config"]
+    if isinstance(error, CohortError) and configs:
+        print(f"\n{configs[0]} says:\n{preamble(configs[0])}", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs."""
+    top = argparse.ArgumentParser(prog="tapfm", description=__doc__.splitlines()[0])
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="write the demo cohort: slides, table, truth masks")
+    demo.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="another seed is another cohort")
+    demo.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    demo.set_defaults(run=run_demo)
+
+    index = verbs.add_parser("index", help="find the tissue tiles of a cohort or of slides")
+    index.add_argument("slides", nargs="*", type=Path, help="slides, where there is no --config")
+    index.add_argument("--config", type=Path, action="append", help="YAML with a data part")
+    index.add_argument("--out", type=Path, default=Path("data/index"), help="folder (%(default)s)")
+    tile_arguments(index)
+    index.add_argument("--workers", type=int, default=None, help="processes")
+    index.add_argument("--on-error", choices=("stop", "skip"), default=None, help="at a bad slide")
+    index.set_defaults(run=run_index)
+
+    plan = verbs.add_parser("plan", help="what fits on a GPU, before the run")
+    plan.add_argument("--model", default="h_optimus_0", help="foundation model (%(default)s)")
+    plan.add_argument("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
+    plan.add_argument("--tile-px", type=int, default=None, help="side of a tile; the model's own")
+    plan.set_defaults(run=run_plan)
+
+    fit = verbs.add_parser("fit", help="train; `tapfm fit --help` lists every key", add_help=False)
+    fit.set_defaults(run=None)
+
+    test = verbs.add_parser("test", help="runs against frozen baselines, with intervals")
+    test.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")
+    test.add_argument("--split", choices=("val", "test"), default="test", help="(%(default)s)")
+    test.add_argument("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
+    test.set_defaults(run=run_test)
+
+    for verb, text in (
+        ("predict", "probabilities and tile weights of any slides"),
+        ("heatmap", "predict, and draw: PNG overlay and GeoJSON for QuPath"),
+    ):
+        each = verbs.add_parser(verb, help=text)
+        each.add_argument("slides", nargs="+", type=Path, help="slides")
+        each.add_argument("--model", type=Path, required=True, help="best.safetensors of a run")
+        each.add_argument("--out", type=Path, default=Path("predictions"), help="(%(default)s)")
+        each.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
+        each.add_argument("--mpp", type=float, default=None, help="of the tiles; the model's own")
+        each.add_argument("--chunk", type=int, default=16, help="tiles at once (%(default)s)")
+        each.add_argument("--workers", type=int, default=2, help="reading processes (%(default)s)")
+        each.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
+        each.set_defaults(run=run_predict, draw=verb == "heatmap")
+
+    doctor = verbs.add_parser("doctor", help="what is installed, and whether a model loads right")
+    doctor.add_argument("--model", default=None, help="foundation model to check")
+    doctor.add_argument("--weights", default=None, help="its weights, as in model.weights")
+    doctor.set_defaults(run=run_doctor)
+    return top
+
+
+def tile_arguments(verb: argparse.ArgumentParser) -> None:
+    """Tile geometry for slides without a config."""
+    verb.add_argument("--tile-px", type=int, default=224, help="side of a tile (%(default)s)")
+    verb.add_argument("--mpp", type=float, default=0.5, help="microns per tile pixel (%(default)s)")
+    verb.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """`tapfm demo`."""
+    from slides.synthetic import write_demo
+
+    table = write_demo(arguments.out, arguments.seed, workers=arguments.workers)
+    print(f"{table}: the demo cohort")
+    return 0
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    """`tapfm index`."""
+    from slides.index import index_cohort
+    from tapfm.config import ConfigError, read_source
+
+    if bool(arguments.slides) == bool(arguments.config):
+        raise ConfigError("index: give either slides or --config, and not both")
+    if arguments.config:
+        source = read_source(arguments.config)
+    else:
+        source = loose_source(arguments)
+    workers = source.workers if arguments.workers is None else arguments.workers
+    on_error = arguments.on_error or source.on_error
+    rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
+    ledger = index_cohort(rows, source.index_dir, grid, tissue, workers, on_error)
+    failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
+    tiles = sum(row["tiles"] for row in ledger)
+    print(f"{len(ledger) - len(failed)} slides, {tiles} tiles; {len(failed)} slides left out")
+    for reason in failed.values():
+        print(f"  {reason}", file=sys.stderr)
+    if source.cache_dir is not None:
+        from slides.cache import cache_cohort
+
+        kept = [row for row in rows if row.slide_id not in failed]
+        cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, workers)
+    return 2 if failed and not arguments.config else 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`tapfm plan`."""
+    from tapfm.plan import run_plan
+
+    return run_plan(arguments.model, arguments.gpu, arguments.tile_px)
+
+
+def run_test(arguments: argparse.Namespace) -> int:
+    """`tapfm test`."""
+    from tapfm.evaluate import run_test
+
+    return run_test(arguments.run, arguments.split, arguments.overlays)
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """`tapfm predict` and `tapfm heatmap`."""
+    from tapfm.predict import predict_slides
+
+    return predict_slides(
+        arguments.model,
+        loose_rows(arguments.slides, arguments.slide_mpp),
+        arguments.out,
+        mpp=arguments.mpp,
+        chunk=arguments.chunk,
+        workers=arguments.workers,
+        device=arguments.device,
+        draw=arguments.draw,
+    )
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`tapfm doctor`."""
+    from tapfm.doctor import run_doctor
+
+    return run_doctor(arguments.model, arguments.weights)
+
+
+def loose_source(arguments: argparse.Namespace):
+    """What `read_source` gives, from the arguments alone; a bad slide never stops the others."""
+    from tapfm.config import Source, TileSettings
+
+    return Source(
+        loose_rows(arguments.slides, arguments.slide_mpp),
+        arguments.out,
+        None,
+        TileSettings(arguments.tile_px, arguments.mpp),
+        "skip",
+        2,
+    )
+
+
+def loose_rows(paths: Sequence[Path], mpp: float | None) -> list:
+    """Slides without a table, as rows of one: named by their files, nothing known of them."""
+    from slides.cohort import SlideRow
+    from slides.reader import slide_stem
+
+    return [SlideRow(slide_stem(p), slide_stem(p), p, "test", mpp, "", "", ()) for p in paths]

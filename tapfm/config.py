@@ -1,0 +1,115 @@
+"""What `tapfm index` needs of a config, read without torch or Lightning.
+
+`tapfm fit` reads the same YAML through Lightning's CLI, which knows every key; here the keys of
+`data` that say which slides and which tiles are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from slides.cohort import SlideRow, read_cohort
+from slides.grid import Grid
+from slides.tissue import Tissue
+
+
+class ConfigError(ValueError):
+    """A config file cannot be used."""
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """Which tiles."""
+
+    tile_px: int = 224
+    """Side of a tile, in tile pixels."""
+    mpp: float = 0.5
+    """Microns per tile pixel."""
+    overlap: int = 0
+    """Pixels shared by neighbours."""
+    tissue: Tissue = field(default_factory=Tissue)
+    """What counts as tissue."""
+
+    @property
+    def grid(self) -> Grid:
+        """The lattice of these tiles."""
+        return Grid(self.tile_px, self.mpp, self.overlap)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The part of `data` that indexing needs."""
+
+    rows: Sequence[SlideRow]
+    index_dir: Path
+    cache_dir: Path | None
+    tiles: TileSettings
+    on_error: str
+    workers: int
+
+
+def read_source(configs: Sequence[Path]) -> Source:
+    """The cohort and its tiles, from one or more YAML files; later ones win.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or a key of `data.tiles` is unknown.
+        CohortError: all the faults of the table.
+    """
+    data: dict[str, Any] = {}
+    for config in configs:
+        data = _merged(data, _read(config).get("data") or {})
+    if "table" not in data:
+        raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
+    tiles = dict(data.get("tiles") or {})
+    tissue = _checked(Tissue, tiles.pop("tissue", None) or {}, "data.tiles.tissue")
+    settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
+    folder, cache = data.get("slides_dir"), data.get("cache_dir")
+    return Source(
+        read_cohort(Path(data["table"]), data.get("labels"), folder and Path(folder)).rows,
+        Path(data.get("index_dir", "data/index")),
+        Path(cache) if cache else None,
+        settings,
+        data.get("on_error", "stop"),
+        int(data.get("workers", 2)),
+    )
+
+
+def preamble(config: Path) -> str:
+    """The comment a config opens with: what it is for, and what it expects where."""
+    lines = []
+    for line in config.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].removeprefix(" "))
+    return "\n".join(lines)
+
+
+def _read(config: Path) -> Mapping[str, Any]:
+    import yaml
+
+    if not config.is_file():
+        there = sorted(path.stem for path in config.parent.glob("*.yaml"))
+        listed = f" There are: {', '.join(there)}." if there else ""
+        raise ConfigError(f"{config}: there is no such config.{listed}")
+    try:
+        found = yaml.safe_load(config.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config}: not YAML: {error}") from error
+    return found or {}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)
+            else v for k, v in over.items()}  # fmt: skip
+    return {**base, **both}
+
+
+def _checked(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    known = [each.name for each in fields(cls)]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    return cls(**values)

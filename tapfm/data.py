@@ -1,0 +1,201 @@
+"""Slides to bags: the only file of tapfm that a training run and `slides` share.
+
+Training draws tiles anew each epoch and augments them; validation, test and prediction take every
+tile, as it is on the slide, streamed in chunks.
+
+Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from slides.cache import CachedSlide
+from slides.chunks import SlideSource, stream_chunks
+from slides.cohort import SlideRow, positive_weights, read_cohort
+from slides.errors import SlideError
+from slides.grid import Grid
+from slides.index import TileIndex, index_path, read_index
+from slides.order import SlideSampler, Turn, stable_seed
+from slides.reader import Slide
+from slides.stream import Augment, BagDataset, Skipped, SlideLoader
+from slides.tissue import Tissue
+from tapfm.bag import Bag
+from tapfm.config import TileSettings
+
+
+@dataclass(frozen=True)
+class Opener:
+    """A row of the cohort to an open slide and its tiles; picklable, for worker processes."""
+
+    index_dir: Path
+    cache_dir: Path | None
+    grid: Grid
+    tissue: Tissue
+
+    def index(self, row: SlideRow) -> TileIndex:
+        """The slide's tiles, from the index on disk.
+
+        Raises:
+            SlideError: there is none, or it was made with other settings.
+        """
+        path = index_path(self.index_dir, self.grid, row.slide_id)
+        return read_index(path, self.grid, self.tissue)
+
+    def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
+        """Pixels, from the cache where there is one, and tiles."""
+        index = self.index(row)
+        if self.cache_dir is not None:
+            return CachedSlide(self.cache_dir, index, row.path), index
+        return Slide(row.path, mpp=row.mpp, name=row.slide_id), index
+
+
+@dataclass(frozen=True)
+class StreamedTiles:
+    """All tiles of a slide, read chunk by chunk each time they are asked for."""
+
+    opener: Opener
+    row: SlideRow
+    workers: int
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Chunks of `size` tiles in index order."""
+        source, index = self.opener(self.row)
+        for _, tiles_CSS in stream_chunks(source, index, size, self.workers):
+            yield tiles_CSS
+
+
+class SlideData(L.LightningDataModule):
+    """A cohort as Lightning asks for it.
+
+    Args:
+        table: the cohort's CSV, TSV or Parquet file.
+        slides_dir: folder that slide paths are relative to; None is the table's.
+        labels: label columns to train on; None is all of them.
+        index_dir: where `tapfm index` wrote the tiles.
+        cache_dir: where decoded tiles are kept; None reads the slides each time.
+        tiles: size, resolution and tissue.
+        tiles_per_slide: tiles drawn from a slide each epoch, without replacement; None is all.
+        colour: strength of the slide-shared colour jitter of training tiles; 0 is none.
+        workers: reading processes.
+        on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it.
+        seed: of order, tiles and augmentation.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        slides_dir: str | None = None,
+        labels: list[str] | None = None,
+        index_dir: str = "data/index",
+        cache_dir: str | None = None,
+        tiles: TileSettings = TileSettings(),  # noqa: B008 (frozen)
+        tiles_per_slide: int | None = None,
+        colour: float = 0.0,
+        workers: int = 2,
+        on_error: Literal["stop", "skip"] = "stop",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.cohort = read_cohort(Path(table), labels, Path(slides_dir) if slides_dir else None)
+        self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
+        cache = Path(cache_dir) if cache_dir else None
+        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue)
+        self.workers, self.on_error, self.seed = workers, on_error, seed
+        self.augment = Augment(colour=colour)
+        self.skipped: dict[str, str] = {}
+        self.sampler: SlideSampler | None = None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels."""
+        return list(self.cohort.labels)
+
+    @property
+    def pos_weight(self) -> list[float]:
+        """Negatives over positives of each label, in the training split."""
+        return positive_weights(self.cohort.split("train"))
+
+    def rows(self, split: str) -> list[SlideRow]:
+        """The slides of a split that have tiles; those without are skipped or raise, as asked."""
+        rows = []
+        for row in self.cohort.split(split):
+            try:
+                self.opener.index(row)
+                rows.append(row)
+            except SlideError as fault:
+                if self.on_error != "skip":
+                    raise
+                self.skipped[row.slide_id] = str(fault)
+        return rows
+
+    def train_dataloader(self) -> SlideLoader:
+        """Slides in a new order each epoch, their tiles in memory."""
+        rows = self.rows("train")
+        if not rows:
+            raise ValueError("the train split has no slide that can be read; see the ledger")
+        self.sampler = SlideSampler(len(rows), self.seed)
+        bags = BagDataset(
+            rows,
+            self.opener,
+            budget=self.tiles_per_slide,
+            seed=self.seed,
+            augment=self.augment,
+            on_error=self.on_error,
+        )
+        pin = torch.cuda.is_available()
+        return SlideLoader(bags, self.sampler, self.workers, pin_memory=pin)
+
+    def val_dataloader(self) -> DataLoader:
+        """Slides of the val split, all tiles, streamed."""
+        return self.streamed("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Slides of the test split, all tiles, streamed."""
+        return self.streamed("test")
+
+    def streamed(self, split: str) -> DataLoader:
+        """Slides of a split in the table's order, all tiles, read as the model asks for them."""
+        bags = [self.bag(row) for row in self.rows(split)]
+        return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
+
+    def bag(self, row: SlideRow) -> Bag:
+        """One slide, all tiles, not yet read."""
+        labels_K = torch.tensor(row.labels, dtype=torch.float32)
+        tiles = StreamedTiles(self.opener, row, self.workers)
+        count = len(self.opener.index(row).coords0)
+        return Bag(row.slide_id, row.case_id, tiles, count, labels_K, seed=0)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:
+        """What the loaders give, as the trainer takes it; skipped slides are noted, and None."""
+        if isinstance(batch, Bag):
+            return batch
+        if isinstance(batch, Skipped):
+            self.skipped[batch.slide_id] = batch.reason
+            return None
+        seed = stable_seed("chunks", self.seed, batch.turn.epoch, batch.slide_id) % 2**63
+        return Bag(
+            batch.slide_id,
+            batch.case_id,
+            batch.tiles,
+            len(batch.tiles),
+            batch.labels,
+            seed,
+            batch.turn,
+        )
+
+    def trained(self, turn: Turn) -> None:
+        """A slide's step is done: resuming begins after it."""
+        self.sampler.trained(turn)
+
+
+def _as_it_is(item):
+    return item

@@ -1,0 +1,202 @@
+"""`tapfm test`: every run of a cohort beside the frozen baselines, on the same tiles and splits.
+
+A run that cannot say whether tuning beat frozen is not finished. So this fits a mean-pool MLP and
+gated-attention MIL on the unadapted encoder's features, and gated attention on six RGB numbers a
+tile as the floor, chooses them on the validation split, and prints one table with intervals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from slides.reader import Slide
+from slides.tissue import tile_fraction
+from tapfm import model as models
+from tapfm.bag import Bag
+from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
+from tapfm.callbacks import BEST
+from tapfm.data import SlideData
+from tapfm.fit import CONFIG, Cli, read_config
+from tapfm.heatmap import overlay_png
+from tapfm.metrics import auroc
+from tapfm.model import CheckpointError
+from tapfm.predict import (
+    Prediction,
+    frozen_features,
+    predict_all,
+    write_predictions,
+    write_weights,
+)
+from tapfm.report import Arm, write_results
+
+TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
+HOW_IT_IS_READ = {"workers", "cache_dir"}  # settings of the data that change no pixel
+FROZEN = (
+    ("RGB statistics, gated attention", "rgb", fit_gated_attention),
+    ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),
+    ("frozen, gated attention", "frozen", fit_gated_attention),
+)
+
+
+def run_test(run: Path, split: str, overlays: int) -> int:
+    """Evaluate every run below a folder; the report is in `<run>/report_<split>`. Returns 0.
+
+    Raises:
+        CheckpointError: there is no finished run, or runs of one folder have different data.
+    """
+    folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
+    if not folders:
+        raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
+    first = read_config(["--config", str(folders[0] / CONFIG)])
+    data = first.datamodule
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arms = frozen_arms(first, run / "frozen", split, device)
+    rows = {row.slide_id: row for row in data.cohort.rows}
+    truth = Path(first.config.data.table).parent / "truth"
+    found = {}
+    for folder in folders:
+        model = models.load(folder / BEST).to(device)
+        check_same_data(folder, folders[0])
+        predictions = predict_all(model, bags(data, split), first.model.chunk, folder.name)
+        write_predictions(folder / f"predictions_{split}.csv", model.recipe.labels, predictions)
+        for each in predictions:
+            index = data.opener.index(rows[each.slide_id])
+            write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
+        arms.append(arm(f"end to end, {folder.name}", folder, predictions, end_to_end=True))
+        if each_slide := tile_auroc(data, predictions, truth):
+            found[folder.name] = float(np.mean(list(each_slide.values())))
+        draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
+    skipped = sorted(data.skipped.items())
+    print(write_results(run / f"report_{split}", split, data.label_names, arms, skipped))
+    return 0
+
+
+def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
+    """The baselines, fitted on the train split and chosen on val."""
+    data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
+    fingerprint = state_fingerprint(model.encoder)
+    features = folder / f"features_{model.recipe.model}"
+    chunk = cli.model.chunk
+
+    def frozen(bag: Bag) -> FeatureBag:
+        z_TD = frozen_features(model, bag, features, chunk, fingerprint)
+        return FeatureBag(bag.slide_id, bag.case_id, z_TD, bag.labels_K)
+
+    def rgb(bag: Bag) -> FeatureBag:
+        return rgb_bag(bag.slide_id, bag.case_id, bag.tiles.split(chunk), bag.labels_K)
+
+    kinds: dict[str, Callable[[Bag], FeatureBag]] = {"frozen": frozen, "rgb": rgb}
+    arms, made = [], {}
+    for title, kind, fit in FROZEN:
+        if kind not in made:
+            made[kind] = {
+                part: [
+                    kinds[kind](bag)
+                    for bag in tqdm(bags(data, part), desc=f"{kind} {part}", unit=" slides")
+                ]
+                for part in dict.fromkeys(("train", "val", split))
+            }
+        parts = made[kind]
+        baseline = fit(parts["train"], parts["val"], data.label_names, seed=data.seed)
+        print(f"{title}: {baseline.describe()}")
+        predictions = []
+        for bag in parts[split]:
+            probs_K, weights_T = baseline.predict(bag)
+            weights = np.empty(0) if weights_T is None else np.asarray(weights_T)
+            predictions.append(
+                Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
+            )
+        name = title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
+        write_predictions(folder / name / f"predictions_{split}.csv", data.label_names, predictions)
+        arms.append(arm(title, folder / name, predictions, end_to_end=False))
+    return arms
+
+
+def bags(data: SlideData, split: str) -> Iterator[Bag]:
+    """A split's slides; what cannot be read on the way is skipped or raises, as asked."""
+    yield from data.streamed(split)
+
+
+def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:
+    """A row group of the report."""
+    metrics = folder / "metrics.csv"
+    return Arm(
+        title,
+        end_to_end=end_to_end,
+        slide_ids=[each.slide_id for each in predictions],
+        case_ids=[each.case_id for each in predictions],
+        y_NK=np.stack([each.labels_K for each in predictions]),
+        p_NK=np.stack([each.probs_K for each in predictions]),
+        metrics_csv=metrics if metrics.exists() else None,
+    )
+
+
+def check_same_data(folder: Path, first: Path) -> None:
+    """Runs of one folder are compared, so they must have read the same data.
+
+    Raises:
+        CheckpointError: they did not.
+    """
+    one, other = (yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder))
+    changed = sorted(key for key in one if one[key] != other.get(key) and key not in HOW_IT_IS_READ)
+    if changed:
+        raise CheckpointError(
+            f"{folder} and {first} were trained on other data ({', '.join(changed)} differ), so a "
+            "comparison would say nothing. Move one of them to another folder."
+        )
+
+
+def state_fingerprint(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's weights, in order."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) -> None:
+    """Tile weights on the thumbnails of a few slides."""
+    rows = {row.slide_id: row for row in data.cohort.rows}
+    for each in predictions:
+        row = rows[each.slide_id]
+        index = data.opener.index(row)
+        with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+            thumbnail, downsample = slide.thumbnail(max_side=1200)
+        path = folder / f"{each.slide_id}.png"
+        overlay_png(thumbnail, downsample, index.coords0, index.size0, each.weights_T, path)
+
+
+def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> dict[str, float]:
+    """Do tile weights find the tumour? AUROC of tumour tiles against tumour-free tissue, by slide.
+
+    Args:
+        data: the cohort.
+        predictions: tile weights.
+        truth: folder with `<slide_id>.png`, class numbers, and `<slide_id>.json`, which says
+            their downsample and which number is tumour. Slides without both are left out.
+    """
+    rows, found = {row.slide_id: row for row in data.cohort.rows}, {}
+    for each in predictions:
+        facts = truth / f"{each.slide_id}.json"
+        if not facts.exists():
+            continue
+        facts = json.loads(facts.read_text())
+        tumour = (
+            np.asarray(Image.open(truth / f"{each.slide_id}.png")) == facts["classes"]["tumour"]
+        )
+        index = data.opener.index(rows[each.slide_id])
+        share_T = tile_fraction(tumour, index.coords0, index.size0, facts["downsample"])
+        judged_T = (share_T >= TUMOUR_TILE) | (share_T == 0)
+        value = auroc((share_T[judged_T] > 0).astype(float), each.weights_T[judged_T])
+        if not np.isnan(value):
+            found[each.slide_id] = value
+    return found

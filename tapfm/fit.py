@@ -1,0 +1,158 @@
+"""`tapfm fit`: from a config to trained weights in a run directory.
+
+Lightning's CLI reads the config: the signatures of `SlideModule`, `SlideData` and Trainer are its
+schema, `--print_config` prints all of it. A run directory that holds an unfinished run of the same
+config is continued; one of another config is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from slides.index import index_cohort
+from tapfm import __version__
+from tapfm.backbones import find
+from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
+from tapfm.config import ConfigError
+from tapfm.data import SlideData
+from tapfm.module import SlideModule
+
+CONFIG = "config.yaml"
+DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
+
+
+class Cli(LightningCLI):
+    """Lightning's CLI with the keys of a run."""
+
+    def add_arguments_to_parser(self, parser):
+        """`run_dir`, `name`, `resume_every`; labels and tile geometry come from the data."""
+        parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
+        parser.add_argument("--name", default=None, help="folder of this run; None: the aggregator")
+        parser.add_argument(
+            "--resume_every", type=int, default=50, help="slides between resume points"
+        )
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.tiles.tile_px", "model.tile_px")
+        parser.link_arguments("data.tiles.mpp", "model.mpp")
+        parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
+        parser.link_arguments("data.pos_weight", "model.pos_weight", apply_on="instantiate")
+        parser.set_defaults(
+            {
+                "seed_everything": 0,
+                "trainer.max_epochs": 20,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.log_every_n_steps": 1,
+                "trainer.enable_checkpointing": False,
+                "trainer.enable_model_summary": False,
+                "trainer.logger": False,
+                "trainer.deterministic": "warn",
+            }
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return Path(self.config.run_dir) / (self.config.name or self.config.model.aggregator)
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is instantiated with an unknown model."""
+        find(self.config.model.model)
+
+
+def read_config(arguments: Sequence[str]) -> Cli:
+    """Model, data and trainer as the arguments say."""
+    return Cli(
+        SlideModule,
+        SlideData,
+        args=list(arguments),
+        run=False,
+        save_config_callback=None,
+        trainer_defaults={"callbacks": [Progress()]},
+        seed_everything_default=0,
+        parser_kwargs={"prog": "tapfm fit", "default_env": False},
+    )
+
+
+def run_fit(arguments: Sequence[str]) -> int:
+    """Index what is not indexed, then train. Returns 0."""
+    cli = read_config(arguments)
+    module, data, folder = cli.model, cli.datamodule, cli.folder
+    resume = prepare_folder(cli)
+
+    opener = data.opener
+    index_cohort(
+        data.cohort.rows, opener.index_dir, opener.grid, opener.tissue, data.workers, data.on_error
+    )
+    module.provenance = provenance(data)
+    recipe = module.slide_model.recipe
+    print(
+        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)}; "
+        f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
+        f"chunks of {module.chunk} tiles in {recipe.precision}"
+    )
+    trainer: L.Trainer = cli.trainer
+    trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    trainer.callbacks += [
+        RunLog(folder, list(recipe.labels)),
+        BestWeights(folder),
+        ResumePoint(folder, cli.config.resume_every),
+    ]
+    point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
+    trainer.fit(module, datamodule=data, **point)
+    (folder / "skipped.json").write_text(json.dumps(data.skipped, indent=1))
+    print(f"{folder / BEST}: the weights of the best validation macro AUROC")
+    return 0
+
+
+def prepare_folder(cli: Cli) -> bool:
+    """Make the run's folder and write its config; whether there is a run to continue.
+
+    Raises:
+        ConfigError: the folder holds a run with another config.
+    """
+    folder, text = cli.folder, cli.parser.dump(cli.config, skip_none=False)
+    now = yaml.safe_load(text)
+    if (folder / CONFIG).exists():
+        then = yaml.safe_load((folder / CONFIG).read_text())
+        changed = [key for part in DESCRIBES_RUN for key in _changed(then[part], now[part], part)]
+        if changed and (folder / RESUME).exists():
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}). "
+                "Give another --name or --run_dir, or delete that folder to start anew."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(text)
+    os.replace(partial, folder / CONFIG)
+    return (folder / RESUME).exists()
+
+
+def provenance(data: SlideData) -> dict[str, Any]:
+    """What a saved model says of its making."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cohort_sha256": data.cohort.sha256,
+        "commit": commit or "unknown",
+        "versions": {"tapfm": __version__, "torch": torch.__version__,
+                     "lightning": L.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+
+
+def _changed(then: Any, now: Any, key: str) -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [c for k in keys for c in _changed(then.get(k), now.get(k), f"{key}.{k}")]
+    return [] if then == now else [f"{key} was {then}, is {now}"]

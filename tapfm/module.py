@@ -1,0 +1,191 @@
+"""The training step, as the paper's algorithm box.
+
+`training_step` is the whole method; its three phases carry the names that the memory meter and the
+benchmark tables report under.
+
+Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): two graphs, alternating optimizer steps.
+Differs: any number of tiles at one chunk's memory; unknown labels are masked; warm-up and clipping.
+
+Shapes: T tiles of a slide, D features, K labels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from tapfm import backbones
+from tapfm.adapt import make_strategy
+from tapfm.aggregators import effective_tiles
+from tapfm.bag import Bag
+from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.losses import MaskedBCE
+from tapfm.memory import PhaseMeter
+from tapfm.model import Recipe, SlideModel
+from tapfm.optim import Steps, parameter_groups, warmup_cosine
+
+
+class SlideModule(L.LightningModule):
+    """One slide per step: update the slide model, then the encoder.
+
+    Args:
+        labels: names of the labels (the cohort's).
+        pos_weight: negatives over positives of each label (the training split's).
+        model: key of the foundation model.
+        weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
+        aggregator: tapfm, gated or tapfm_gated.
+        strategy: which parameters of the encoder learn.
+        tile_px: side of a tile, in tile pixels (the data's).
+        mpp: microns per tile pixel (the data's).
+        chunk: tiles in memory at once; it changes the memory and nothing else.
+        recompute: keep block boundaries only, and compute the rest again for backward.
+        precision: fp32, or bf16 (autocast in the encoder).
+        temperature: of the CLS score's softmax.
+        drop_path: stochastic depth of the encoder while training.
+        steps: learning rates and their kin.
+    """
+
+    def __init__(
+        self,
+        labels: list[str],
+        pos_weight: list[float],
+        model: str = "demo_vit",
+        weights: str | None = None,
+        aggregator: Literal["tapfm", "gated", "tapfm_gated"] = "tapfm_gated",
+        strategy: Literal["full"] = "full",
+        tile_px: int = 224,
+        mpp: float = 0.5,
+        chunk: int = 16,
+        recompute: bool = False,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        temperature: float = 0.1,
+        drop_path: float = 0.0,
+        steps: Steps = Steps(),  # noqa: B008 (frozen)
+    ):
+        super().__init__()
+        if chunk < 1:
+            raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
+        self.automatic_optimization = False  # two optimizers take turns, see training_step
+        recipe = Recipe(model, aggregator, tuple(labels), tile_px, mpp, temperature, precision)
+        encoder = backbones.load(
+            model, weights, tile_px=tile_px, recompute=recompute, drop_path=drop_path
+        )
+        self.strategy = make_strategy(strategy)
+        self.strategy.prepare(encoder.vit)
+        self.slide_model = SlideModel(recipe, encoder)
+        self.loss = MaskedBCE(pos_weight)
+        self.chunk, self.steps = chunk, steps
+        self.slides_seen = 0
+        self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def training_step(self, bag: Bag, index: int) -> dict[str, Tensor]:
+        """One slide: encode, update the slide model, adapt the encoder chunk by chunk."""
+        head_optimizer, encoder_optimizer = self.optimizers()
+        encode, same = self.slide_model.encode, {"seed": bag.seed, "device": self.device}
+
+        with self.meter.phase("encode"):
+            z_TD, score_T = encode_bag(encode, bag.tiles.split(self.chunk), **same)
+
+        with self.meter.phase("aggregate"):
+            logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T)
+            loss = self.loss(logits_K, bag.labels_K.to(self.device))
+            self.manual_backward(loss / self.steps.accumulate)
+            head_norm = self.update(head_optimizer)
+
+        with self.meter.phase("adapt"):
+            adapt_bag(encode, bag.tiles.split(self.chunk), z_TD.grad, score_T.grad, **same)
+            encoder_norm = self.update(encoder_optimizer)
+
+        self.slides_seen += 1
+        return {
+            "train/loss": loss.detach(),
+            "train/effective_tiles": effective_tiles(weights_T.detach()),
+            "train/head_grad_norm": head_norm,
+            "train/encoder_grad_norm": encoder_norm,
+        }
+
+    def update(self, optimizer) -> Tensor:
+        """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.completes_update:
+            if self.steps.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.steps.clip, norm)
+            done = (self.slides_seen + 1) / self.slides_in_run
+            factor = warmup_cosine(done, self.steps.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def completes_update(self) -> bool:
+        """Whether the slide under way is the last of `accumulate`, or of the epoch."""
+        full = (self.slides_seen + 1) % self.steps.accumulate == 0
+        return full or self.trainer.is_last_batch
+
+    @property
+    def slides_in_run(self) -> int:
+        """Slides in all epochs of this run."""
+        return max(1, self.trainer.num_training_batches * self.trainer.max_epochs)
+
+    def configure_optimizers(self):
+        """The slide model first: `training_step` unpacks them in this order."""
+        head = parameter_groups(
+            self.slide_model.aggregator.named_parameters(),
+            self.steps.head_lr,
+            self.steps.weight_decay,
+        )
+        encoder = self.strategy.parameters(
+            self.slide_model.encoder.vit, self.steps.encoder_lr, self.steps.weight_decay
+        )
+        for group in head + encoder:
+            group["peak_lr"] = group["lr"]
+        return [torch.optim.AdamW(groups, fused=True) for groups in (head, encoder)]
+
+    def on_fit_start(self) -> None:
+        """The meter needs the device, which is known by now."""
+        self.meter = PhaseMeter(self.device)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        """Tiles stay in host memory; `SlideModel.encode` moves a chunk at a time."""
+        return batch
+
+    def validation_step(self, bag: Bag, index: int) -> None:
+        """All tiles, the same forward path as training."""
+        logits_K, _ = self.slide_model(bag.tiles, self.chunk)
+        labels_K = bag.labels_K.to(self.device)
+        self.validated.append((labels_K, logits_K, self.loss(logits_K, labels_K)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean loss, AUROC of each label, and their mean: what the best weights are chosen by."""
+        if not self.validated:
+            raise ValueError("validation: no slide of the val split could be read; see the ledger")
+        labels_NK, logits_NK, loss_N = (
+            torch.stack(each) for each in zip(*self.validated, strict=True)
+        )
+        self.validated.clear()
+        figures = {"val/loss": loss_N.mean()}
+        for k, name in enumerate(self.slide_model.recipe.labels):
+            known_N = ~labels_NK[:, k].isnan()
+            y_N = labels_NK[known_N, k].int()
+            if 0 < y_N.sum() < len(y_N):
+                figures[f"val/auroc_{name}"] = binary_auroc(logits_NK[known_N, k].sigmoid(), y_N)
+        each = [value for name, value in figures.items() if name.startswith("val/auroc_")]
+        if each:
+            figures["val/auroc"] = torch.stack(each).mean()
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name == "val/auroc")
+
+    def on_save_checkpoint(self, checkpoint) -> None:
+        """What resuming needs beside weights, optimizers and loops."""
+        checkpoint["slides_seen"] = self.slides_seen
+
+    def on_load_checkpoint(self, checkpoint) -> None:
+        """See `on_save_checkpoint`."""
+        self.slides_seen = checkpoint["slides_seen"]

@@ -1,0 +1,73 @@
+"""Learning rates and parameter groups.
+
+Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
+    and 1e-5 (head), cosine.
+Differs: one cosine over the run, after a warm-up, instead of warm restarts; norms, biases, scales
+    and tokens do not decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How large the two alternating updates are."""
+
+    encoder_lr: float = 1e-6
+    """Peak learning rate of the foundation model."""
+    head_lr: float = 1e-5
+    """Peak learning rate of the aggregator and head."""
+    weight_decay: float = 1e-4
+    """AdamW's, on matrices only."""
+    warmup: float = 0.05
+    """Share of the run over which both rates rise from 0."""
+    clip: float = 1.0
+    """Largest gradient norm of either update; 0 is no limit."""
+    accumulate: int = 1
+    """Slides per update."""
+
+    def __post_init__(self):
+        faults = [
+            f"{name} must be {rule}, got {value}"
+            for name, value, rule, good in (
+                ("encoder_lr", self.encoder_lr, "0 or more", self.encoder_lr >= 0),
+                ("head_lr", self.head_lr, "above 0", self.head_lr > 0),
+                ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+                ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
+                ("clip", self.clip, "0 or more", self.clip >= 0),
+                ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
+            )
+            if not good
+        ]
+        if faults:
+            raise ValueError("model.steps: " + "; ".join(faults))
+
+
+def warmup_cosine(done: float, warmup: float) -> float:
+    """Share of the peak learning rate when a share `done` (0 to 1) of the run is over."""
+    if done < warmup:
+        return done / warmup
+    after = min((done - warmup) / (1 - warmup), 1.0)
+    return END + (1 - END) * (1 + math.cos(math.pi * after)) / 2
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Trainable parameters as two AdamW groups: matrices, which decay, and the rest."""
+    decay, keep = [], []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            token = name.rsplit(".", 1)[-1] in ("cls_token", "reg_token", "pos_embed")
+            (keep if token or parameter.ndim < 2 else decay).append(parameter)
+    groups = ((decay, weight_decay), (keep, 0.0))
+    return [{"params": p, "lr": lr, "weight_decay": w} for p, w in groups if p]

@@ -1,0 +1,221 @@
+"""What a model says of a slide: probabilities, and which tiles it looked at.
+
+All tiles, streamed: pixels in memory are those of a few chunks, on the GPU those of one. What grows
+with the slide is a feature vector and two numbers a tile, in host memory (6 kB a tile for a ViT-g,
+a 25th of its pixels).
+
+Shapes: T tiles of a slide, K labels, D features.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from slides.chunks import stream_chunks
+from slides.cohort import SlideRow
+from slides.errors import SlideError
+from slides.grid import Grid
+from slides.index import TileIndex, index_slide
+from slides.reader import Slide
+from slides.tissue import Tissue
+from tapfm import model as models
+from tapfm.bag import Bag
+from tapfm.chunked import encode_bag
+from tapfm.heatmap import overlay_png, write_geojson
+from tapfm.model import SlideModel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One slide's."""
+
+    slide_id: str
+    case_id: str
+    labels_K: np.ndarray
+    """0, 1, or nan where unknown."""
+    probs_K: np.ndarray
+    """One sigmoid a label."""
+    weights_T: np.ndarray
+    """Tile weights, summing to 1."""
+
+
+def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
+    """One slide, by the forward path that training and validation use. `model` is in eval mode."""
+    logits_K, weights_T = model(bag.tiles, chunk)
+    return Prediction(
+        bag.slide_id,
+        bag.case_id,
+        bag.labels_K.numpy(),
+        logits_K.sigmoid().cpu().numpy(),
+        weights_T.cpu().numpy(),
+    )
+
+
+def predict_all(
+    model: SlideModel, bags: Iterable[Bag], chunk: int, title: str = "predict"
+) -> list[Prediction]:
+    """Slide after slide, with a progress bar in tiles."""
+    predictions = []
+    with tqdm(unit=" tiles", desc=title) as bar:
+        for bag in bags:
+            predictions.append(predict_bag(model, bag, chunk))
+            bar.update(bag.count)
+    return predictions
+
+
+def write_predictions(path: Path, labels: Sequence[str], predictions: Sequence[Prediction]) -> None:
+    """A CSV row a slide: slide_id, case_id, then `<label>` (blank if unknown) and `p_<label>`."""
+    header = ["slide_id", "case_id", *(f"{p}{label}" for label in labels for p in ("", "p_"))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for each in predictions:
+            row = [each.slide_id, each.case_id]
+            for label, prob in zip(each.labels_K, each.probs_K, strict=True):
+                row += ["" if np.isnan(label) else int(label), f"{prob:.6f}"]
+            writer.writerow(row)
+    os.replace(partial, path)
+
+
+def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
+    """Tile weights beside their corners, h5: `weights` (T,), `coords` (T, 2) level-0 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with h5py.File(partial, "w") as file:
+        file["weights"] = prediction.weights_T
+        coords = file.create_dataset("coords", data=index.coords0)
+        coords.attrs["patch_size_level0"] = index.size0
+    os.replace(partial, path)
+
+
+def frozen_features(
+    model: SlideModel, bag: Bag, folder: Path, chunk: int, fingerprint: str
+) -> torch.Tensor:
+    """Features (T, D) of a slide by the model as it is, kept in `<folder>/<slide_id>.h5`.
+
+    A file made by other weights or from another number of tiles is made anew.
+    """
+    path = folder / f"{bag.slide_id}.h5"
+    if path.exists():
+        with h5py.File(path) as file:
+            same = file["features"].attrs.get("fingerprint") == fingerprint
+            if same and len(file["features"]) == bag.count:
+                return torch.from_numpy(file["features"][:])
+    z_TD, _ = encode_bag(model.encode, bag.tiles.split(chunk), seed=0, device=model.device)
+    z_TD = z_TD.detach().cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with h5py.File(partial, "w") as file:
+        features = file.create_dataset("features", data=z_TD.numpy())
+        features.attrs["fingerprint"] = fingerprint
+    os.replace(partial, path)
+    return z_TD
+
+
+@dataclass(frozen=True)
+class OpenTiles:
+    """All tiles of an open slide, read as they are asked for."""
+
+    slide: Slide
+    index: TileIndex
+    workers: int
+
+    def split(self, size: int) -> Iterator[torch.Tensor]:
+        """Chunks of `size` tiles in index order."""
+        for _, tiles_CSS in stream_chunks(self.slide, self.index, size, self.workers):
+            yield tiles_CSS
+
+
+def predict_slides(
+    path: Path,
+    rows: Sequence[SlideRow],
+    out: Path,
+    *,
+    mpp: float | None = None,
+    chunk: int = 16,
+    workers: int = 2,
+    device: str | None = None,
+    draw: bool = False,
+) -> int:
+    """Predict slides that are in no cohort; a bad one is reported and the others go on.
+
+    Args:
+        path: a saved model.
+        rows: the slides.
+        out: folder for `predictions.csv`, `<slide>_weights.h5` and, drawn, `<slide>.png` and
+            `<slide>.geojson`.
+        mpp: microns per tile pixel, where it is not to be the model's own.
+        chunk: tiles on the device at once.
+        workers: reading processes.
+        device: where to; None is CUDA where there is one.
+        draw: write pictures and GeoJSON as well.
+
+    Returns:
+        0, or 2 if any slide failed.
+    """
+    model = models.load(path)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = model.recipe
+    if mpp is not None and mpp != recipe.mpp:
+        print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
+    grid = Grid(recipe.tile_px, mpp or recipe.mpp)
+    predictions, failed = [], 0
+    for row in tqdm(rows, unit=" slides"):
+        try:
+            with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+                index = index_slide(slide, grid, Tissue())
+                bag = loose_bag(slide, index, len(recipe.labels), workers)
+                prediction = predict_bag(model, bag, chunk)
+                write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
+                if draw:
+                    draw_slide(out, slide, index, prediction, recipe.labels)
+        except SlideError as fault:
+            print(f"tapfm: {fault}", file=sys.stderr)
+            failed += 1
+            continue
+        predictions.append(prediction)
+        said = ", ".join(
+            f"{k} {p:.3f}" for k, p in zip(recipe.labels, prediction.probs_K, strict=True)
+        )
+        tqdm.write(f"{row.slide_id}: {bag.count} tiles; {said}")
+    write_predictions(out / "predictions.csv", recipe.labels, predictions)
+    return 2 if failed else 0
+
+
+def loose_bag(slide: Slide, index: TileIndex, labels: int, workers: int) -> Bag:
+    """A slide that belongs to no cohort."""
+    tiles = OpenTiles(slide, index, workers)
+    unknown_K = torch.full((labels,), torch.nan)
+    return Bag(index.slide_id, index.slide_id, tiles, len(index), unknown_K, seed=0)
+
+
+def draw_slide(
+    out: Path, slide: Slide, index: TileIndex, prediction: Prediction, labels: Sequence[str]
+) -> None:
+    """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath."""
+    thumbnail, downsample = slide.thumbnail(max_side=1600)
+    weights_T = prediction.weights_T
+    overlay_png(
+        thumbnail, downsample, index.coords0, index.size0, weights_T, out / f"{slide.name}.png"
+    )
+    rank_T = weights_T.argsort().argsort() / max(1, len(weights_T) - 1)
+    write_geojson(
+        out / f"{slide.name}.geojson",
+        index.coords0,
+        index.size0,
+        {"tile weight": weights_T, "tile weight, percentile": 100 * rank_T},
+        index.bounds0,
+        slide.name,
+    )

@@ -1,0 +1,44 @@
+"""A tiny cohort of real slide files and its config: the whole job in seconds, for several tests."""
+
+from pathlib import Path
+
+import yaml
+from conftest import stained_picture, write_pyramid
+
+LABELS = ("EGFR", "KRAS")
+SPLITS = ["train"] * 7 + ["val"] * 3 + ["test"] * 4
+
+
+def write_cohort(folder: Path, **changes) -> Path:
+    """Slides, table and config below `folder`; returns the config. `changes` are of `data`."""
+    (folder / "slides").mkdir(parents=True)
+    lines = ["case_id,slide_id,slide_path,split," + ",".join(LABELS)]
+    for number, split in enumerate(SPLITS):
+        name = f"s{number}.{'svs' if number % 2 else 'tif'}"
+        picture = stained_picture(311, 263, seed=number)
+        write_pyramid(folder / "slides" / name, picture, 0.5, levels=2)
+        second = "" if number == 2 else number // 2 % 2  # one unknown
+        lines.append(f"c{number},s{number},slides/{name},{split},{number % 2},{second}")
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    config = {
+        "run_dir": str(folder / "runs"),
+        "resume_every": 2,
+        "trainer": {"accelerator": "cpu", "max_epochs": 3},
+        "model": {
+            "model": "demo_vit",
+            "chunk": 5,
+            "drop_path": 0.1,
+            "steps": {"encoder_lr": 1e-4, "head_lr": 1e-3, "accumulate": 2},
+        },
+        "data": {
+            "table": str(folder / "cohort.csv"),
+            "index_dir": str(folder / "index"),
+            "tiles": {"tile_px": 32, "mpp": 0.5, "tissue": {"min_area_um2": 1000.0}},
+            "tiles_per_slide": 11,
+            "colour": 0.1,
+            "workers": 0,
+            **changes,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"

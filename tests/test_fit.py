@@ -1,0 +1,132 @@
+"""`tapfm fit` leaves a whole run behind, and a run that was killed ends as one never killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from cohorts import LABELS, write_cohort
+from safetensors.torch import load_file
+
+from tapfm import model as models
+from tapfm.cli import main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and its config."""
+    folder = tmp_path_factory.mktemp("cohort")
+    config = write_cohort(folder)
+    assert main(["fit", "--config", str(config), "--name", "whole"]) == 0
+    return folder / "runs" / "whole", config
+
+
+def test_run_directory(finished):
+    run, _ = finished
+    metrics = pd.read_csv(run / "metrics.csv")
+    train = metrics[metrics["train/loss"].notna()]
+    assert len(train) == 3 * 7
+    assert metrics["val/auroc"].notna().sum() == 3
+    assert {f"val/auroc_{label}" for label in LABELS} <= set(metrics)
+    assert (train["train/effective_tiles"] >= 1 - 1e-6).all()
+    assert (train["train/effective_tiles"] <= 11 + 1e-3).all()
+    # warm-up from 0, then down to a hundredth of the peak
+    assert train["lr/encoder"].max() == pytest.approx(1e-4, rel=0.05)
+    assert train["lr/encoder"].iloc[-1] == pytest.approx(1e-6, rel=0.2)
+    memory = pd.read_csv(run / "memory.csv")
+    assert memory["tiles"].tolist() == [11] * 21
+    assert (memory[["encode_s", "adapt_s"]].sum().sum()) > 0
+    assert list(run.glob("tensorboard/events*"))
+    recipe, facts = models.read_recipe(run / "best.safetensors")
+    assert recipe.labels == LABELS
+    assert facts["val_auroc"] == pytest.approx(metrics["val/auroc"].max())
+    assert len(facts["cohort_sha256"]) == 64
+
+
+def test_weights_moved_and_load_again(finished):
+    run, _ = finished
+    model = models.load(run / "best.safetensors")
+    start = load_file(Path(models.__file__).parent / "weights" / "demo_vit.safetensors")
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(model.state_dict()[f"encoder.vit.{name}"], start[name].float())
+
+
+def tapfm(*arguments, check=True):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
+    return subprocess.run(
+        [*command, *arguments], env=environment, check=check, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("killed_after", [5, 11], ids=["first epoch", "second epoch"])
+def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after):
+    """Bit for bit, in another process. 5 and 11 are mid-epoch, one slide after a resume point."""
+    config = str(write_cohort(tmp_path, workers=1))
+    tapfm("fit", "--config", config, "--name", "whole")
+    callback = [{"class_path": "kill.KillAfter", "init_args": {"slides": killed_after}}]
+    killed = tapfm(
+        "fit", "--config", config, "--name", "killed",
+        "--trainer.callbacks", yaml.safe_dump(callback, default_flow_style=True), check=False,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr
+    runs = tmp_path / "runs"
+    stopped = torch.load(runs / "killed" / "last.ckpt", weights_only=True)
+    assert 0 < stopped["slides_seen"] < killed_after
+    assert stopped["slides_seen"] % 7 != 0, "the point of this test is to stop mid-epoch"
+    rows = (runs / "killed" / "metrics.csv").read_text().count("\n")
+
+    tapfm("fit", "--config", config, "--name", "killed")
+    assert rows < (runs / "killed" / "metrics.csv").read_text().count("\n")
+    for name in ("metrics.csv", "best.safetensors"):
+        whole, resumed = ((runs / run / name).read_bytes() for run in ("whole", "killed"))
+        assert whole == resumed, name
+    whole, resumed = (
+        torch.load(runs / run / "last.ckpt", weights_only=True) for run in ("whole", "killed")
+    )
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
+
+
+def test_other_settings_are_refused_by_name(finished, capsys):
+    _, config = finished
+    code = main(["fit", "--config", str(config), "--name", "whole", "--model.steps.clip", "0.5"])
+    assert code == 2
+    assert "model.steps.clip was 1.0, is 0.5" in capsys.readouterr().err
+
+
+def test_unknown_key_is_named(finished, capsys):
+    _, config = finished
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", str(config), "--model.chunks", "4"])
+    assert caught.value.code == 2
+    assert "chunks" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model_is_refused(finished):
+    run, _ = finished
+    other = models.load(run / "best.safetensors")
+    other.aggregator.gate = None
+    with pytest.raises(
+        models.CheckpointError, match=r"not those of demo_vit.*first aggregator.gate"
+    ):
+        models.load_weights(other, run / "best.safetensors")
+    with pytest.raises(models.CheckpointError, match="not a model that tapfm saved"):
+        models.read_recipe(run / "last.ckpt")
+
+
+def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, capsys):
+    config = write_cohort(tmp_path, on_error="skip")
+    (tmp_path / "slides" / "s1.svs").write_bytes(b"no slide")
+    arguments = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    assert main([*arguments, "--name", "skip"]) == 0
+    assert "s1" in (tmp_path / "runs" / "skip" / "skipped.json").read_text()
+    assert len(pd.read_csv(tmp_path / "runs" / "skip" / "memory.csv")) == 6
+    assert main([*arguments, "--name", "stop", "--data.on_error", "stop"]) == 2
+    assert "s1" in capsys.readouterr().err
