@@ -32,7 +32,7 @@ def minmax(score_T: Tensor) -> Tensor:
     rounding = SPREAD_ULPS * torch.finfo(score_T.dtype).eps * score_T.abs().max().detach()
     spread = high - low
     equal = spread.detach() <= rounding
-    # torch.where on both sides: a division by 0 in the untaken branch would still give nan gradients
+    # where on both sides: a division by 0 in the untaken branch would still give nan gradients
     safe = torch.where(equal, torch.ones_like(spread), spread)
     return torch.where(equal, torch.zeros_like(score_T), (score_T - low) / safe)
 

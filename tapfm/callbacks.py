@@ -153,7 +153,7 @@ class ResumePoint(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Through a partial file, renamed."""
         partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)
         os.replace(partial, self.path)
 
 

@@ -120,10 +120,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.slides) == bool(arguments.config):
         raise ConfigError("index: give either slides or --config, and not both")
-    if arguments.config:
-        source = read_source(arguments.config)
-    else:
-        source = loose_source(arguments)
+    source = read_source(arguments.config) if arguments.config else loose_source(arguments)
     workers = source.workers if arguments.workers is None else arguments.workers
     on_error = arguments.on_error or source.on_error
     rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
@@ -137,7 +134,7 @@ def run_index(arguments: argparse.Namespace) -> int:
         from slides.cache import cache_cohort
 
         kept = [row for row in rows if row.slide_id not in failed]
-        cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, workers)
+        cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, workers, on_error)
     return 2 if failed and not arguments.config else 0
 
 

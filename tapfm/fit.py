@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,18 @@ class Cli(LightningCLI):
 
 def read_config(arguments: Sequence[str]) -> Cli:
     """Model, data and trainer as the arguments say."""
-    return Cli(
-        SlideModule,
-        SlideData,
-        args=list(arguments),
-        run=False,
-        save_config_callback=None,
-        trainer_defaults={"callbacks": [Progress()]},
-        seed_everything_default=0,
-        parser_kwargs={"prog": "tapfm fit", "default_env": False},
-    )
+    with warnings.catch_warnings():  # Lightning's CLI against newer jsonargparse: not the user's
+        warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
+        return Cli(
+            SlideModule,
+            SlideData,
+            args=list(arguments),
+            run=False,
+            save_config_callback=None,
+            trainer_defaults={"callbacks": [Progress()]},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "tapfm fit", "default_env": False},
+        )
 
 
 def run_fit(arguments: Sequence[str]) -> int:
@@ -122,7 +125,7 @@ def prepare_folder(cli: Cli) -> bool:
     Raises:
         ConfigError: the folder holds a run with another config.
     """
-    folder, text = cli.folder, cli.parser.dump(cli.config, skip_none=False)
+    folder, text = cli.folder, cli.parser.dump(cli.config, skip_unset=False)
     now = yaml.safe_load(text)
     if (folder / CONFIG).exists():
         then = yaml.safe_load((folder / CONFIG).read_text())

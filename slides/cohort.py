@@ -1,0 +1,368 @@
+"""The cohort table: which slides there are, whose they are, and what is known of them.
+
+    case_id, slide_id, slide_path, split    required; split is train, val or test
+    mpp, stain, site                        optional
+    every other column                      a label, unless the labels are named
+
+A label is 1, 0 or unknown. A blank cell or NA is *unknown*: it becomes nan, is masked in the loss
+and the metrics, and is never counted as 0. A table is read whole and every fault in it is reported
+in one `CohortError`, each with its row (as a spreadsheet numbers them: the header is row 1) and its
+remedy, so that one round of mending is enough.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slides.errors import CohortError
+from slides.grid import MPP_RANGE
+
+SPLITS = ("train", "val", "test")
+REQUIRED = ("case_id", "slide_id", "slide_path", "split")
+OPTIONAL = ("mpp", "stain", "site")
+UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
+KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+LISTED = 8  # rows or values spelled out in one line of the report before "and n more"
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One slide of the cohort."""
+
+    case_id: str
+    """The patient. Cases, not slides, are split and resampled."""
+    slide_id: str
+    """Unique, and the stem of every file made for the slide."""
+    path: Path
+    """The slide's file, absolute."""
+    split: str
+    """`train`, `val` or `test`."""
+    mpp: float | None
+    """Microns per level-0 pixel as the table has it; None leaves it to the slide."""
+    stain: str
+    """Free text, may be empty."""
+    site: str
+    """Free text, may be empty."""
+    labels: tuple[float, ...]
+    """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A table that was read and found sound."""
+
+    labels: tuple[str, ...]
+    """Names of the labels."""
+    rows: tuple[SlideRow, ...]
+    """The slides, in the table's order."""
+
+    def split(self, name: str) -> tuple[SlideRow, ...]:
+        """The slides of one split, in the table's order; may be empty."""
+        if name not in SPLITS:
+            raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
+        return tuple(row for row in self.rows if row.split == name)
+
+    def without(self, slide_ids: Collection[str]) -> Cohort:
+        """The cohort less the slides that could not be used."""
+        absent = sorted(set(slide_ids) - {row.slide_id for row in self.rows})
+        if absent:
+            raise ValueError(f"not in the cohort, so they cannot be left out: {', '.join(absent)}")
+        return replace(self, rows=tuple(r for r in self.rows if r.slide_id not in slide_ids))
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what is in the table, not of where the slides lie on this disk."""
+        rows = [
+            [r.case_id, r.slide_id, r.path.name, r.split, r.mpp, r.stain, r.site]
+            + [None if math.isnan(value) else value for value in r.labels]
+            for r in self.rows
+        ]
+        text = json.dumps([self.labels, rows], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_cohort(
+    table: Path,
+    labels: Sequence[str] | None = None,
+    slides_dir: Path | None = None,
+    both_classes: Collection[str] = SPLITS,
+) -> Cohort:
+    """Read a CSV, TSV or Parquet table and refuse it if anything in it is wrong.
+
+    Args:
+        table: the file; its suffix says the format (.csv, .tsv, .parquet).
+        labels: the label columns, in this order; None takes every column that is not one of the
+            seven named above.
+        slides_dir: where relative slide paths start; None is the table's own folder.
+        both_classes: splits in which each label must have a known 0 and a known 1, if the split
+            has any slide at all. Give () for a table that is only predicted on.
+
+    Raises:
+        CohortError: all the faults of the table.
+    """
+    table = Path(table)
+    header, records = _read_table(table)
+    faults = _header_faults(header, labels)
+    if labels is None:
+        labels = [name for name in header if name and name not in REQUIRED + OPTIONAL]
+    present = [name for name in labels if name in header]
+
+    base = Path(slides_dir) if slides_dir is not None else table.parent
+    if not records:
+        faults.append("there is no row below the header: add a row for each slide")
+    rows: dict[int, SlideRow] = {}
+    bad_labels: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for number, cells in records:
+        if len(cells) != len(header):
+            faults.append(
+                f"row {number}: it has {len(cells)} cells, the header {len(header)}: look for a "
+                "missing or extra separator, and put quotes round a value that contains one"
+            )
+            continue
+        record = dict(zip(header, cells, strict=True))
+        rows[number] = _row(number, record, base, present, faults, bad_labels)
+
+    faults += _label_faults(bad_labels, len(records))
+    faults += _duplicates(rows, header)
+    faults += _cases_in_two_splits(rows)
+    sound = [name for name in present if name not in bad_labels]
+    faults += _one_class(rows.values(), present, sound, both_classes)
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise CohortError(f"{table}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+    return Cohort(tuple(labels), tuple(rows.values()))
+
+
+def positive_weights(rows: Iterable[SlideRow]) -> list[float]:
+    """Negatives per positive of each label, on known labels. Give it the training split only.
+
+    Raises:
+        CohortError: a label has no known positive or no known negative among these slides.
+    """
+    weights = []
+    for index, values in enumerate(zip(*(row.labels for row in rows), strict=True), start=1):
+        positives, negatives = values.count(1.0), values.count(0.0)
+        if not positives or not negatives:
+            raise CohortError(
+                f"label {index} of the cohort has {positives} known positive and {negatives} known "
+                "negative training slides, and its loss cannot be weighted: training needs both. "
+                "Leave the label out, or add slides."
+            )
+        weights.append(negatives / positives)
+    return weights
+
+
+def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (row number, cells), all as stripped text; wholly blank rows are left out."""
+    if not table.is_file():
+        raise CohortError(f"{table}: there is no such file. Give the path of the cohort table.")
+    suffix = table.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            lines = _parquet_lines(table)
+        elif suffix in (".csv", ".tsv"):
+            with table.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a BOM
+                lines = list(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
+        else:
+            raise CohortError(
+                f"{table}: tables end in .csv, .tsv or .parquet, this one in {suffix or 'nothing'}."
+                " Save it as one of them."
+            )
+    except UnicodeDecodeError as error:
+        raise CohortError(f"{table}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except (csv.Error, OSError) as error:
+        raise CohortError(f"{table}: cannot be read ({error}). Export it anew.") from error
+    lines = [[cell.strip() for cell in line] for line in lines]
+    if not lines or not any(lines[0]):
+        raise CohortError(f"{table}: no header. The first row must name {', '.join(REQUIRED)}.")
+    if len(lines[0]) == 1 and ";" in lines[0][0]:
+        raise CohortError(
+            f"{table}: the columns are separated by semicolons. Export it with commas, or as .tsv."
+        )
+    return lines[0], [(n, line) for n, line in enumerate(lines[1:], start=2) if any(line)]
+
+
+def _parquet_lines(table: Path) -> list[list[str]]:
+    import pandas  # here, because most tables are text and this import costs half a second
+
+    try:
+        frame = pandas.read_parquet(table)
+    except (ValueError, OSError, ImportError) as error:
+        raise CohortError(f"{table}: not a readable Parquet file ({error}).") from error
+
+    def text(value) -> str:
+        if pandas.isna(value):
+            return ""
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))  # a whole-number column with gaps is stored as floats
+        return str(int(value)) if str(value) in ("True", "False") else str(value)
+
+    columns = [[text(value) for value in frame[name].tolist()] for name in frame.columns]
+    return [[str(name) for name in frame.columns], *map(list, zip(*columns, strict=True))]
+
+
+def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]:
+    faults = []
+    for name in REQUIRED:
+        if name not in header:
+            faults.append(f"column {name!r} is missing: add it (there are: {', '.join(header)})")
+    for name in sorted({name for name in header if header.count(name) > 1}):
+        faults.append(f"column {name!r} appears {header.count(name)} times: rename or remove one")
+    for name in labels or ():
+        if name not in header:
+            choice = [h for h in header if h not in REQUIRED + OPTIONAL]
+            found = ", ".join(choice) or "none"
+            faults.append(f"label {name!r} is no column: choose among the label columns ({found})")
+        elif name in REQUIRED + OPTIONAL:
+            faults.append(f"label {name!r} is a column with a meaning of its own: rename the label")
+    for name in sorted({name for name in labels or () if list(labels).count(name) > 1}):
+        faults.append(f"label {name!r} is asked for twice: name it once")
+    return faults
+
+
+def _row(number, record, base, labels, faults, bad_labels) -> SlideRow:
+    """One row; what is wrong with it is added to `faults` and `bad_labels`."""
+    for name in REQUIRED:
+        if record.get(name, "-") == "":
+            faults.append(f"row {number}: {name} is blank: fill it in, or remove the row")
+    slide_id, split = record.get("slide_id", ""), record.get("split", "")
+    if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
+        faults.append(
+            f"row {number}: slide_id {slide_id!r} is a path, and files are named after it: use the "
+            "file's name without its folder"
+        )
+    if split and split not in SPLITS:
+        faults.append(f"row {number}: split is {split!r}: write one of {', '.join(SPLITS)}")
+
+    path = Path()
+    if slide_path := record.get("slide_path"):
+        path = (base / Path(slide_path).expanduser()).absolute()
+        if not path.exists():
+            faults.append(
+                f"row {number}: {slide_id or 'the slide'} is not at {path}: correct slide_path "
+                "or the folder that it is relative to, or remove the row"
+            )
+
+    text, mpp = record.get("mpp", ""), None
+    if text.lower() not in UNKNOWN:
+        mpp = _number(text)
+        if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:  # also catches nan
+            faults.append(
+                f"row {number}: mpp is {text!r}: give microns per pixel between {MPP_RANGE[0]:g} "
+                f"and {MPP_RANGE[1]:g}, or leave it blank to take it from the slide"
+            )
+
+    values = []
+    for name in labels:
+        text = record[name]
+        unknown = text.lower() in UNKNOWN
+        if not unknown and text not in KNOWN:
+            bad_labels[name].append((number, text))
+        values.append(math.nan if unknown else KNOWN.get(text, math.nan))
+    return SlideRow(
+        record.get("case_id", ""),
+        slide_id,
+        path,
+        split,
+        mpp,
+        record.get("stain", ""),
+        record.get("site", ""),
+        tuple(values),
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _label_faults(bad_labels: dict[str, list[tuple[int, str]]], rows: int) -> list[str]:
+    """One line a cell, but one line a column where most cells are wrong: it is no label then."""
+    faults = []
+    for name, cells in bad_labels.items():
+        if len(cells) > LISTED and 2 * len(cells) > rows:
+            values = list(dict.fromkeys(repr(value) for _, value in cells))
+            faults.append(
+                f"column {name!r}: {len(cells)} of {rows} rows are neither 0, 1 nor unknown (they "
+                f"say {_some(values)}; {_rows([n for n, _ in cells])}): if it is no label, "
+                "name the labels you want; if it is one, write 1, 0 or leave the cell blank"
+            )
+            continue
+        for number, value in cells:
+            faults.append(
+                f"row {number}: label {name!r} is {value!r}: write 1, 0, or leave it blank if it "
+                "is unknown"
+            )
+    return faults
+
+
+def _duplicates(rows: dict[int, SlideRow], header: list[str]) -> list[str]:
+    faults = []
+    for name in ("slide_id", "slide_path"):
+        if name not in header:
+            continue
+        numbers = defaultdict(list)
+        for number, row in rows.items():
+            # One file under two names would leak between splits just as one name twice would.
+            same = row.slide_id if name == "slide_id" else row.path.resolve()
+            if same and same != Path().resolve():
+                numbers[str(same)].append(number)
+        for value, where in numbers.items():
+            if len(where) > 1:
+                faults.append(
+                    f"{_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
+                )
+    return faults
+
+
+def _cases_in_two_splits(rows: dict[int, SlideRow]) -> list[str]:
+    cases = defaultdict(lambda: defaultdict(list))
+    for number, row in rows.items():
+        if row.case_id and row.split in SPLITS:  # a misspelt split is reported as such
+            cases[row.case_id][row.split].append(number)
+    return [
+        f"case {case} is in "
+        + " and ".join(f"{split} ({_rows(where)})" for split, where in splits.items())
+        + ": put all slides of a case in one split"
+        for case, splits in cases.items()
+        if len(splits) > 1
+    ]
+
+
+def _one_class(rows, labels: list[str], sound: list[str], splits: Collection[str]) -> list[str]:
+    faults = []
+    rows = list(rows)
+    for split in splits:
+        members = [row for row in rows if row.split == split]
+        for index, name in enumerate(labels):
+            values = [row.labels[index] for row in members]
+            positives, negatives = values.count(1.0), values.count(0.0)
+            if members and name in sound and not (positives and negatives):
+                lacking = " or ".join(
+                    word for word, n in (("1", positives), ("0", negatives)) if not n
+                )
+                faults.append(
+                    f"label {name!r} in split {split}: {positives} slides are 1, {negatives} are 0,"
+                    f" {len(values) - positives - negatives} unknown: no {lacking}, and the split "
+                    "needs both: move cases between splits, or leave the label out"
+                )
+    return faults
+
+
+def _rows(numbers: list[int]) -> str:
+    return ("row " if len(numbers) == 1 else "rows ") + _some(numbers)
+
+
+def _some(values: list) -> str:
+    """The first few, and how many more: 2, 3, 5 and 40 more."""
+    head = ", ".join(str(value) for value in values[:LISTED])
+    return head + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")

@@ -1,0 +1,120 @@
+"""In which order slides are trained, and which tiles of each: pure functions of a seed.
+
+Order and choice of tiles depend on (seed, epoch, slide) and nothing else: no state to save but a
+place in the epoch, no dependence on the number of workers. Numbers come from the raw bits of a
+PCG64 that is seeded with a hash, because numpy promises those bits from version to version, and
+does not promise `permutation`.
+
+Worker processes read ahead, so only the training loop knows how many slides were trained: it says
+so with `SlideSampler.trained`, and resuming starts there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Turn(NamedTuple):
+    """One slide's turn in training."""
+
+    epoch: int
+    position: int
+    """Place in the epoch's order, from 0."""
+    slide: int
+    """Number of the slide in the cohort's split."""
+
+
+def stable_seed(*parts: int | str) -> int:
+    """128 bits from numbers and names, the same in every process (Python's `hash` is salted)."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n slides in one epoch: a permutation of 0 to n - 1."""
+    return _shuffled(n, stable_seed("order", int(seed), int(epoch)))
+
+
+def sample_tiles(
+    n_tiles: int, budget: int | None, seed: int, epoch: int, slide_id: str
+) -> np.ndarray:
+    """Which of a slide's tiles an epoch uses: drawn without replacement, in rising order.
+
+    A larger budget takes the same tiles and more. None, or a budget of at least `n_tiles`, takes
+    all of them.
+    """
+    if budget is not None and budget < 1:
+        raise ValueError(f"a slide's tile budget must be at least 1, or None for all; got {budget}")
+    if budget is None or budget >= n_tiles:
+        return np.arange(n_tiles)
+    seed = stable_seed("tiles", int(seed), int(epoch), slide_id)
+    return np.sort(_shuffled(n_tiles, seed)[:budget])
+
+
+class SlideSampler:
+    """The turns of an epoch from `start` on; its length is always that of the full epoch.
+
+    The place in training is (`epoch`, `start`). Iterating does not move it, since workers run
+    ahead; `trained` does. It is also what a checkpoint holds.
+
+    With Lightning: call `sampler.trained(bag.turn)` at the end of `training_step` (the hook
+    `on_train_batch_end` of a module comes after that of the checkpoint callback), and hand
+    `state_dict` and `load_state_dict` through from the LightningDataModule. Lightning calls
+    `set_epoch` itself.
+    """
+
+    def __init__(self, n: int, seed: int = 0):
+        self.n, self.seed = n, seed
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Turn]:
+        epoch, start = self.epoch, self.start
+        order = epoch_order(self.n, self.seed, epoch)
+        for position in range(start, self.n):
+            yield Turn(epoch, position, int(order[position]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; the epoch that is under way already is left where it is."""
+        if epoch != self.epoch:
+            self.seek(epoch, 0)
+
+    def seek(self, epoch: int, start: int) -> None:
+        """Go to a place in training. The end of an epoch is the start of the next."""
+        if not 0 <= start <= self.n or epoch < 0:
+            raise ValueError(f"no place ({epoch}, {start}) in epochs of {self.n} slides")
+        self.epoch, self.start = (epoch + 1, 0) if start == self.n else (epoch, start)
+
+    def trained(self, turn: Turn) -> None:
+        """This turn's slide has been trained (or skipped): resuming begins after it."""
+        self.seek(turn.epoch, turn.position + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain integers, safe to load without executing code."""
+        return {"epoch": self.epoch, "start": self.start, "seed": self.seed, "slides": self.n}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Return to the place that was saved.
+
+        Raises:
+            ValueError: the order of the slides would not be the one the checkpoint was in.
+        """
+        for key, mine in (("slides", self.n), ("seed", self.seed)):
+            if state[key] != mine:
+                raise ValueError(
+                    f"the checkpoint was training with {key} = {state[key]}, this run has {mine}: "
+                    "the slides would come in another order. Resume with the same cohort and seed, "
+                    "or start anew from its weights."
+                )
+        self.seek(state["epoch"], state["start"])
+
+
+def _shuffled(n: int, seed: int) -> np.ndarray:
+    bits = np.random.PCG64(seed).random_raw(n) if n else np.empty(0, np.uint64)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,267 @@
+"""Slides for training: bags of tiles, read ahead by worker processes.
+
+Training takes one slide a step. `SlideSampler` (in order.py) says which slide comes next,
+`BagDataset` reads and augments its tiles, `SlideLoader` does so ahead of time. Augmenting is a
+function of (seed, epoch, slide), as order and choice of tiles are, so the number of workers and a
+restart change nothing. A slide too large to be held whole is read by `stream_chunks` (chunks.py).
+All of it can be imported from here.
+
+Price: at most workers * prefetch + 1 bags in memory.
+
+Shapes: T tiles of a slide, S side of a tile, K labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from slides.augment import augment
+from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles, stream_chunks
+from slides.cohort import SlideRow
+from slides.errors import NoTissueError, SlideError
+from slides.order import SlideSampler, Turn, epoch_order, sample_tiles, stable_seed
+
+if TYPE_CHECKING:
+    from slides.index import TileIndex
+
+__all__ = [
+    "Augment",
+    "Bag",
+    "BagDataset",
+    "Skipped",
+    "SlideLoader",
+    "SlideSampler",
+    "SlideSource",
+    "Turn",
+    "WorkerDiedError",
+    "epoch_order",
+    "read_tiles",
+    "sample_tiles",
+    "slide_generator",
+    "stable_seed",
+    "stream_chunks",
+]
+
+
+@dataclass  # not frozen: Lightning's precision plugins rebuild a batch field by field
+class Bag:
+    """The tiles of one slide as training, validation and the baselines see them."""
+
+    slide_id: str
+    case_id: str
+    tiles: Tensor
+    """uint8 (T, 3, S, S), augmented if the dataset augments."""
+    coords0: np.ndarray
+    """int64 (T, 2), level-0 corners of these tiles."""
+    labels: Tensor
+    """float32 (K,), nan where unknown."""
+    turn: Turn
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bag:
+        """Only the labels move: tiles go to the device chunk by chunk, never the whole slide."""
+        return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Bag:
+        """Page-locked tiles, so that their copies to a GPU can overlap with work."""
+        return replace(self, tiles=self.tiles.pin_memory())
+
+
+@dataclass
+class Skipped:
+    """A slide that could not be read and was left out because `on_error` is skip."""
+
+    slide_id: str
+    reason: str
+    turn: Turn
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Skipped:
+        """Nothing to move."""
+        return self
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training tiles are changed; see `slides.augment`."""
+
+    flips: bool = True
+    """Mirror half of the tiles."""
+    rotations: bool = True
+    """Turn by a multiple of 90 degrees."""
+    colour: float = 0.0
+    """Slide-shared change of stain, contrast and brightness; 0.1 is up to a tenth."""
+
+
+class BagDataset(Dataset):
+    """Maps a turn to the slide's `Bag`. A plain number i is the i-th slide, in epoch 0.
+
+    Training gives a budget and an `Augment`; validation and test give neither, and so get all
+    tiles, in index order, as they are on the slide.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[SlideRow],
+        open_slide: Callable[[SlideRow], tuple[SlideSource, TileIndex]],
+        budget: int | None = None,
+        seed: int = 0,
+        augment: Augment | None = None,
+        on_error: str = "stop",
+    ):
+        """Nothing is opened yet.
+
+        Args:
+            rows: the slides of a split.
+            open_slide: gives a slide's pixels and tiles; called in the worker, each turn anew, and
+                what it gives is closed after use if it has a `close`. Must pickle for `spawn`.
+            budget: tiles per slide and epoch, drawn anew each epoch; None is all.
+            seed: of the tiles drawn and of augmentation.
+            augment: None leaves tiles as they are.
+            on_error: `stop` raises a slide's fault, `skip` gives a `Skipped` in its place. Only
+                faults of slides can be skipped; a fault of the program always stops.
+        """
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
+        sample_tiles(1, budget, seed, 0, "")  # a bad budget is refused now, not in a worker
+        self.rows, self.open_slide = tuple(rows), open_slide
+        self.budget, self.seed, self.augment, self.on_error = budget, seed, augment, on_error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, turn: Turn | int) -> Bag | Skipped:
+        if not isinstance(turn, Turn):
+            if not 0 <= turn < len(self.rows):
+                raise IndexError(turn)
+            turn = Turn(0, turn, turn)
+        row = self.rows[turn.slide]
+        try:
+            return self._read(row, turn)
+        except Exception as error:
+            fault = named_fault(error, row.slide_id)
+            if self.on_error == "skip" and isinstance(fault, SlideError):
+                return Skipped(row.slide_id, str(fault), turn)
+            raise fault from error
+
+    def _read(self, row: SlideRow, turn: Turn) -> Bag:
+        source, index = self.open_slide(row)
+        try:
+            if not len(index.coords0):
+                raise NoTissueError(
+                    f"{row.slide_id}: its index has no tile. Loosen the tissue thresholds and "
+                    "index it again, or leave it out."
+                )
+            chosen = sample_tiles(
+                len(index.coords0), self.budget, self.seed, turn.epoch, row.slide_id
+            )
+            tiles_TCSS = read_tiles(source, index, chosen)
+        finally:
+            if close := getattr(source, "close", None):
+                close()  # a cohort's worth of open files and decoder caches would add up
+        if self.augment is not None:
+            generator = slide_generator(self.seed, turn.epoch, row.slide_id)
+            tiles_TCSS = augment(tiles_TCSS, generator, **vars(self.augment))
+        labels_K = torch.tensor(row.labels, dtype=torch.float32)
+        return Bag(row.slide_id, row.case_id, tiles_TCSS, index.coords0[chosen], labels_K, turn)
+
+
+class _FaultsAsItems(Dataset):
+    """A slide's fault travels as an item: raised in a worker it would come back as a traceback."""
+
+    def __init__(self, bags: BagDataset):
+        self.bags, self.rows = bags, bags.rows
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __getitem__(self, turn: Turn | int) -> Bag | Skipped | SlideError:
+        try:
+            return self.bags[turn]
+        except SlideError as fault:
+            return fault
+
+
+class SlideLoader(DataLoader):
+    """A DataLoader of bags: no batch dimension, own random numbers, faults that can be read.
+
+    It counts as resumable for Lightning (`state_dict`), and starts its workers at the first bag
+    asked for, not at `iter`: Lightning calls `iter` before it says which epoch it is.
+    """
+
+    def __init__(
+        self,
+        dataset: BagDataset,
+        sampler: SlideSampler | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+        **kwargs,
+    ):
+        """Take `dataset` in the sampler's order, or slide by slide.
+
+        Args:
+            dataset: the bags.
+            sampler: None for validation, test and the baselines: all slides, in the table's order.
+            workers: reading processes; 0 reads in this one.
+            prefetch: bags each worker reads ahead.
+            kwargs: further arguments of `DataLoader`.
+        """
+        super().__init__(
+            _FaultsAsItems(dataset),
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            # DataLoader draws a number at each iter: not from the generator that training uses,
+            # or a resumed run would see other random numbers than an unbroken one.
+            generator=torch.Generator(),
+            **kwargs,
+        )
+
+    def __iter__(self) -> Iterator[Bag | Skipped]:
+        bags = None
+        try:
+            turns = list(self.sampler)  # as the iterator below will take them
+            for number in range(len(turns)):
+                bags = super().__iter__() if bags is None else bags
+                bag = self._next(bags, turns[number:])
+                if isinstance(bag, SlideError):
+                    raise bag
+                yield bag
+                del bag  # the caller may be done with it: do not hold it while awaiting the next
+        finally:
+            # Left to the garbage collector, an iterator that is held by a traceback loses its
+            # queues before it can tell the workers to stop, and waits 5 s for each of them.
+            if self.num_workers and bags is not None and not self.persistent_workers:
+                bags._shutdown_workers()
+
+    def _next(self, bags: Iterator, turns: list) -> Bag | Skipped | SlideError:
+        try:
+            return next(bags)
+        except RuntimeError as error:
+            if not re.search(r"DataLoader worker \(pid", str(error)):
+                raise
+            ahead = turns[: self.num_workers * (self.prefetch_factor or 1)]
+            rows = [self.dataset.rows[getattr(turn, "slide", turn)] for turn in ahead]
+            raise WorkerDiedError.of([row.slide_id for row in rows], str(error)) from error
+
+    def state_dict(self) -> dict[str, int]:
+        """The sampler's."""
+        return self.sampler.state_dict() if isinstance(self.sampler, SlideSampler) else {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The sampler's."""
+        if isinstance(self.sampler, SlideSampler) and state:
+            self.sampler.load_state_dict(state)
+
+
+def slide_generator(seed: int, epoch: int, slide_id: str) -> torch.Generator:
+    """The random numbers that augment one slide in one epoch."""
+    generator = torch.Generator()
+    return generator.manual_seed(stable_seed("augment", int(seed), int(epoch), slide_id) % 2**63)

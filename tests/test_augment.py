@@ -1,0 +1,153 @@
+"""`slides.augment` turns and mirrors tiles without touching a pixel, and colours a slide as one.
+
+The eight orientations are checked against numpy's; colour against optical density worked out in
+float64 with the full matrix, pixel by pixel.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slides.augment import HAEMATOXYLIN_EOSIN, augment, orient, recolour_
+
+SIDE = 7
+
+
+def random_tiles(count=23, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3, SIDE, SIDE)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def orientations(tile_CSS):
+    """All eight, by numpy."""
+    both = (tile_CSS.numpy(), tile_CSS.numpy()[..., ::-1])
+    return [np.rot90(tile, turns, (-2, -1)) for tile in both for turns in range(4)]
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_each_orientation_is_numpys(turns, mirror):
+    tiles = random_tiles(3).to(memory_format=torch.channels_last)  # strides must not be kept
+    got = orient(tiles, torch.full((3,), turns), torch.full((3,), mirror))
+    expected = np.stack([orientations(tile)[turns + 4 * mirror] for tile in tiles])
+    np.testing.assert_array_equal(got.numpy(), expected)
+    assert got.is_contiguous()
+
+
+@given(seed=st.integers(0, 2**40), flips=st.booleans(), rotations=st.booleans())
+def test_tiles_stay_what_they_are(seed, flips, rotations):
+    """Each comes out as one of the orientations allowed, and in its own place."""
+    tiles = random_tiles(5)
+    allowed = [f * 4 + r for f in range(1 + flips) for r in range(1 + 3 * rotations)]
+    for before, after in zip(tiles, augment(tiles, rng(seed), flips, rotations), strict=True):
+        choices = orientations(before)
+        assert any(np.array_equal(after.numpy(), choices[choice]) for choice in allowed)
+
+
+def test_all_eight_orientations_occur_about_equally():
+    tiles = random_tiles(1).expand(800, -1, -1, -1)
+    choices = orientations(tiles[0])
+    counts = np.zeros(8, int)
+    for tile in augment(tiles, rng()).numpy():
+        counts[[np.array_equal(tile, choice) for choice in choices]] += 1
+    assert counts.sum() == 800
+    assert counts.min() > 60  # 100 +- 9.4: four standard deviations
+
+
+def test_it_is_a_function_of_the_generator_alone():
+    tiles = random_tiles()
+    before = tiles.clone()
+    torch.manual_seed(1)
+    first = augment(tiles, rng(3), colour=0.2)
+    torch.manual_seed(2)
+    assert torch.equal(augment(tiles, rng(3), colour=0.2), first)
+    assert not torch.equal(augment(tiles, rng(4), colour=0.2), first)
+    assert torch.equal(tiles, before)
+
+
+def test_turning_one_kind_off_leaves_the_others():
+    tiles = random_tiles()
+    coloured = augment(tiles, rng(5), flips=False, rotations=False, colour=0.3)
+    turned = augment(tiles, rng(5))
+    both = augment(tiles, rng(5), colour=0.3)
+    # Orientation and colour commute, so each must be found in the other's company.
+    lone = torch.Generator().manual_seed(5)
+    draws = torch.rand(5, generator=lone, dtype=torch.float64) * 2 - 1
+    recolour_(turned, 0.3 * draws)
+    assert torch.equal(both, turned)
+    recolour_(tiles, 0.3 * draws)
+    assert torch.equal(coloured, tiles)
+
+
+def slow_recolour(tiles, amount):
+    """The definition, in float64 on (T, S, S, 3)."""
+    stains = np.array(HAEMATOXYLIN_EOSIN)
+    stains = np.vstack([stains, np.cross(*stains)])
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    density = -np.log(np.maximum(tiles.numpy().transpose(0, 2, 3, 1), 0.5) / 255)
+    amounts = density @ np.linalg.inv(stains) * (1 + amount[:3])
+    light = 255 * np.exp(-(amounts @ stains)) * (1 + amount[4])
+    light = (light - 127.5) * (1 + amount[3]) + 127.5
+    return np.clip(light, 0, 255).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("amount", [(0.2, 0, 0, 0, 0), (-0.1, 0.3, 0.2, -0.2, 0.1)])
+def test_colour_is_its_definition(amount):
+    tiles = random_tiles()
+    expected = slow_recolour(tiles, np.array(amount))
+    recolour_(tiles, torch.tensor(amount))
+    assert np.abs(tiles.numpy() - expected).max() <= 0.51  # rounding to bytes, float32 inside
+
+
+def test_the_colour_test_can_fail():
+    tiles = random_tiles()
+    expected = slow_recolour(tiles, np.array((0.2, 0, 0, 0, 0)))
+    recolour_(tiles, torch.tensor((0, 0.2, 0, 0, 0)))
+    assert np.abs(tiles.numpy() - expected).max() > 5
+
+
+def test_no_colour_change_changes_no_byte():
+    tiles = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    before = tiles.clone()
+    recolour_(tiles, torch.zeros(5))
+    assert torch.equal(tiles, before)
+
+
+def test_stain_leaves_glass_white_and_darkens_tissue():
+    tiles = torch.tensor([255, 180], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, SIDE, SIDE)
+    recolour_(tiles, torch.tensor([0.3, 0.3, 0.3, 0, 0]))
+    assert (tiles[0] == 255).all()
+    assert (tiles[1] < 180).all()
+
+
+def test_a_slide_is_coloured_as_one():
+    """Equal pixels stay equal wherever they are, also across the groups worked on at once."""
+    tiles = random_tiles(1).repeat(37, 1, 1, 1)
+    after = augment(tiles, rng(), flips=False, rotations=False, colour=0.3)
+    assert (after == after[:1]).all()
+    assert not torch.equal(after, tiles)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "options", "text"),
+    [
+        (torch.zeros(2, 3, 4, 4), {}, "must be uint8"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {}, r"\(T, 3, S, S\)"),
+        (torch.zeros(2, 3, 4, 5, dtype=torch.uint8), {}, "only square tiles"),
+        (random_tiles(), {"colour": 1.5}, r"colour must be in \[0, 1\)"),
+    ],
+)
+def test_what_cannot_be_augmented_is_refused(tiles, options, text):
+    with pytest.raises(ValueError, match=text):
+        augment(tiles, rng(), **options)
+
+
+def test_no_tiles_are_no_tiles():
+    assert augment(random_tiles(0), rng(), colour=0.1).shape == (0, 3, SIDE, SIDE)

@@ -1,0 +1,106 @@
+"""Every config is read as it stands, and the README's commands are the program's."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tapfm import cli
+from tapfm.config import ConfigError, preamble, read_source
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_short_says_what_it_is_for_and_has_known_keys(config, tmp_path, capsys):
+    text = config.read_text()
+    assert len(text.splitlines()) <= 50
+    said = preamble(config)
+    assert "Expect" in said
+    assert config.stem in said
+    # the keys, by Lightning's parser: it instantiates nothing and needs no slide
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--config", str(config), "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for part in ("model", "data"):
+        for key, value in yaml.safe_load(text)[part].items():
+            if not isinstance(value, dict):
+                assert printed[part][key] == value
+
+
+@pytest.mark.parametrize("verb", ["index", "fit"])
+def test_tcga_luad_says_what_to_put_where(verb, capsys, monkeypatch, tmp_path):
+    config = ROOT / "configs" / "cohorts" / "tcga_luad.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([verb, "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    for text in ("data/tcga_luad/cohort.csv", "data/tcga_luad/slides", "gdc-client", "case_id"):
+        assert text in said
+    assert said.count("tapfm: ") == 1
+
+
+def test_unknown_cohort_and_unknown_keys_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such config"):
+        read_source([tmp_path / "nowhere.yaml"])
+    with pytest.raises(ConfigError, match=r"no such config. There are: .*demo.*tcga_luad"):
+        read_source([ROOT / "configs" / "cohorts" / "nowhere.yaml"])
+    config = tmp_path / "a.yaml"
+    config.write_text("data: {table: t.csv, tiles: {tile_size: 224}}")
+    with pytest.raises(ConfigError, match=r"data.tiles: unknown tile_size; there are tile_px"):
+        read_source([config])
+    config.write_text("data: {table: t.csv, tiles: {tissue: {fraction: 1}}}")
+    with pytest.raises(ConfigError, match=r"data.tiles.tissue: unknown fraction"):
+        read_source([config])
+    config.write_text("data: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        read_source([config])
+
+
+def test_later_configs_win(tmp_path):
+    from cohorts import write_cohort
+
+    first = write_cohort(tmp_path / "cohort")
+    second = tmp_path / "second.yaml"
+    second.write_text("data: {tiles: {tile_px: 48}}")
+    source = read_source([first, second])
+    assert source.tiles.grid.size == 48
+    assert source.tiles.tissue.min_area_um2 == 1000
+    assert len(source.rows) == 14
+
+
+def commands():
+    """`make ...` and `tapfm ...` lines of the README's code blocks."""
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.split(" #")[0].strip()
+            if command.startswith(("make", "tapfm")):
+                yield command
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_readme_command_exists(command, capsys):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        done = subprocess.run(
+            ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    elif arguments[0] == "fit":
+        assert all(Path(ROOT / a).exists() for a in arguments if a.startswith("configs/"))
+    else:
+        cli.parser().parse_args(arguments)
+
+
+def test_readme_tree_is_the_tree():
+    block = re.search(r"```text\n(.*?)```", README, re.S).group(1)
+    said = set(re.findall(r"^ *(\w+\.py)\b", block, re.M)) | set(re.findall(r" (\w+\.py)\b", block))
+    there = {path.name for top in ("slides", "tapfm") for path in (ROOT / top).rglob("*.py")}
+    assert said >= there - {"__init__.py"}
+    benchmarks = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py"}
+    assert said == (there | benchmarks) - {"__init__.py"}

@@ -1,0 +1,130 @@
+"""`predict` and `heatmap` take any slide, hold few chunks, and name what they cannot read."""
+
+import gc
+import json
+import weakref
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cohorts import LABELS
+from conftest import stained_picture, write_pyramid
+
+from slides.grid import Grid
+from slides.index import index_slide
+from slides.reader import Slide
+from slides.tissue import Tissue
+from tapfm import backbones
+from tapfm import model as models
+from tapfm.bag import Bag
+from tapfm.cli import main
+from tapfm.predict import OpenTiles, loose_bag, predict_bag
+
+TILE = 32
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with random weights, saved as a run saves it."""
+    torch.manual_seed(0)
+    recipe = models.Recipe("demo_vit", "tapfm_gated", LABELS, TILE, 0.5)
+    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=TILE))
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    models.save(model, path)
+    return path
+
+
+@pytest.fixture
+def slide(tmp_path):
+    return write_pyramid(tmp_path / "one.svs", stained_picture(601, 463), 0.25)
+
+
+def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["heatmap", str(slide), "--model", str(saved), "--out", str(out)]) == 0
+    table = pd.read_csv(out / "predictions.csv")
+    assert table["slide_id"].tolist() == ["one"]
+    assert table[[f"p_{label}" for label in LABELS]].notna().all().all()
+    with h5py.File(out / "one_weights.h5") as file:
+        weights, coords = file["weights"][:], file["coords"][:]
+        assert file["coords"].attrs["patch_size_level0"] == 64  # 32 px at 0.5 on a 0.25 scan
+    assert weights.sum() == pytest.approx(1, abs=1e-5)
+    assert (out / "one.png").stat().st_size > 10_000
+    tiles = json.loads((out / "one.geojson").read_text())["features"]
+    assert len(tiles) == len(weights) == len(coords)
+    ring = np.array(tiles[0]["geometry"]["coordinates"][0])
+    np.testing.assert_array_equal(ring.min(0), coords[0])
+    np.testing.assert_array_equal(ring.max(0), coords[0] + 64)
+
+
+def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys):
+    (tmp_path / "text.svs").write_text("no slide")
+    write_pyramid(tmp_path / "nompp.tif", stained_picture(601, 463), None)
+    glass = write_pyramid(tmp_path / "glass.tif", stained_picture(601, 463, tissue=False), 0.5)
+    coarse = write_pyramid(tmp_path / "coarse.tif", stained_picture(601, 463), 2.0)
+    cut = tmp_path / "cut.svs"
+    cut.write_bytes(slide.read_bytes()[: slide.stat().st_size // 2])
+    bad = [tmp_path / "text.svs", tmp_path / "nompp.tif", glass, coarse, cut, tmp_path / "gone.svs"]
+    out = tmp_path / "out"
+    arguments = ["predict", *map(str, bad), str(slide), "--model", str(saved), "--out", str(out)]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    faults = [line for line in said.splitlines() if line.startswith("tapfm: ")]
+    assert len(faults) == len(bad)
+    for path, fault in zip(bad, faults, strict=True):
+        assert path.stem in fault
+    for fault, reason in zip(faults[1:4], ("--slide-mpp|mpp", "no tissue", "2 "), strict=True):
+        assert any(part in fault for part in reason.split("|")), fault
+    assert pd.read_csv(out / "predictions.csv")["slide_id"].tolist() == ["one"]
+
+
+def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
+    model = models.load(saved)
+    with Slide(slide) as opened:
+        index = index_slide(opened, Grid(TILE, 0.5), Tissue())
+        streamed = loose_bag(opened, index, len(LABELS), workers=0)
+        whole = torch.cat(list(OpenTiles(opened, index, 0).split(7)))
+    in_memory = Bag("one", "one", whole, len(whole), torch.full((2,), torch.nan), 0)
+    a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)
+    np.testing.assert_allclose(a.probs_K, b.probs_K, rtol=1e-4)
+    np.testing.assert_allclose(a.weights_T, b.weights_T, rtol=1e-3, atol=1e-7)
+
+
+class CountedTiles:
+    """A slide of any length whose chunks are counted while they live."""
+
+    def __init__(self, tiles):
+        self.tiles, self.alive, self.most = tiles, 0, 0
+
+    def split(self, size):
+        for start in range(0, self.tiles, size):
+            rows = min(size, self.tiles - start)
+            chunk = torch.zeros(rows, 3, TILE, TILE, dtype=torch.uint8)
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(chunk, self.gone)
+            yield chunk
+            del chunk
+            gc.collect()
+
+    def gone(self):
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("tiles", [21, 210])
+def test_pixels_in_memory_do_not_depend_on_the_slide(saved, tiles):
+    model, counted = models.load(saved), CountedTiles(tiles)
+    bag = Bag("long", "long", counted, tiles, torch.full((2,), torch.nan), 0)
+    assert len(predict_bag(model, bag, 7).weights_T) == tiles
+    assert counted.most <= 2
+
+
+def test_a_damaged_model_is_named(saved, slide, tmp_path, capsys):
+    damaged = tmp_path / "best.safetensors"
+    damaged.write_bytes(saved.read_bytes()[:1000])
+    assert main(["predict", str(slide), "--model", str(damaged)]) == 2
+    assert "not a model that tapfm saved" in capsys.readouterr().err
+    assert main(["predict", str(slide), "--model", str(tmp_path / "none")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
