@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_fit(argv[1:])
         arguments = parser().parse_args(argv)
-        return arguments.run(arguments)
+        return arguments.do(arguments)
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("slides", "tapfm"):
             raise  # not one of ours: a fault of the program, with its traceback
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="another seed is another cohort")
     demo.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(do=run_demo)
 
     index = verbs.add_parser("index", help="find the tissue tiles of a cohort or of slides")
     index.add_argument("slides", nargs="*", type=Path, help="slides, where there is no --config")
@@ -58,22 +58,22 @@ def parser() -> argparse.ArgumentParser:
     tile_arguments(index)
     index.add_argument("--workers", type=int, default=None, help="processes")
     index.add_argument("--on-error", choices=("stop", "skip"), default=None, help="at a bad slide")
-    index.set_defaults(run=run_index)
+    index.set_defaults(do=run_index)
 
     plan = verbs.add_parser("plan", help="what fits on a GPU, before the run")
     plan.add_argument("--model", default="h_optimus_0", help="foundation model (%(default)s)")
     plan.add_argument("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
     plan.add_argument("--tile-px", type=int, default=None, help="side of a tile; the model's own")
-    plan.set_defaults(run=run_plan)
+    plan.set_defaults(do=run_plan)
 
     fit = verbs.add_parser("fit", help="train; `tapfm fit --help` lists every key", add_help=False)
-    fit.set_defaults(run=None)
+    fit.set_defaults(do=None)
 
     test = verbs.add_parser("test", help="runs against frozen baselines, with intervals")
     test.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")
     test.add_argument("--split", choices=("val", "test"), default="test", help="(%(default)s)")
     test.add_argument("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
-    test.set_defaults(run=run_test)
+    test.set_defaults(do=run_test)
 
     for verb, text in (
         ("predict", "probabilities and tile weights of any slides"),
@@ -88,12 +88,12 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--chunk", type=int, default=16, help="tiles at once (%(default)s)")
         each.add_argument("--workers", type=int, default=2, help="reading processes (%(default)s)")
         each.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
-        each.set_defaults(run=run_predict, draw=verb == "heatmap")
+        each.set_defaults(do=run_predict, draw=verb == "heatmap")
 
     doctor = verbs.add_parser("doctor", help="what is installed, and whether a model loads right")
     doctor.add_argument("--model", default=None, help="foundation model to check")
     doctor.add_argument("--weights", default=None, help="its weights, as in model.weights")
-    doctor.set_defaults(run=run_doctor)
+    doctor.set_defaults(do=run_doctor)
     return top
 
 
@@ -115,26 +115,21 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_index(arguments: argparse.Namespace) -> int:
     """`tapfm index`."""
-    from slides.index import index_cohort
-    from tapfm.config import ConfigError, read_source
+    from dataclasses import replace
+
+    from tapfm.config import ConfigError, index_and_cache, read_source
 
     if bool(arguments.slides) == bool(arguments.config):
         raise ConfigError("index: give either slides or --config, and not both")
     source = read_source(arguments.config) if arguments.config else loose_source(arguments)
-    workers = source.workers if arguments.workers is None else arguments.workers
-    on_error = arguments.on_error or source.on_error
-    rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
-    ledger = index_cohort(rows, source.index_dir, grid, tissue, workers, on_error)
-    failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
-    tiles = sum(row["tiles"] for row in ledger)
-    print(f"{len(ledger) - len(failed)} slides, {tiles} tiles; {len(failed)} slides left out")
+    if arguments.workers is not None:
+        source = replace(source, workers=arguments.workers)
+    if arguments.on_error is not None:
+        source = replace(source, on_error=arguments.on_error)
+    tiles, failed = index_and_cache(source)
+    print(f"{len(source.rows) - len(failed)} slides, {tiles} tiles; {len(failed)} slides left out")
     for reason in failed.values():
-        print(f"  {reason}", file=sys.stderr)
-    if source.cache_dir is not None:
-        from slides.cache import cache_cohort
-
-        kept = [row for row in rows if row.slide_id not in failed]
-        cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, workers, on_error)
+        print(f"tapfm: {reason}", file=sys.stderr)
     return 2 if failed and not arguments.config else 0
 
 

@@ -77,6 +77,29 @@ def read_source(configs: Sequence[Path]) -> Source:
     )
 
 
+def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:
+    """Index every slide, and decode its tiles into the cache if there is to be one.
+
+    Returns:
+        The number of tiles, and the slides left out, each with its reason.
+
+    Raises:
+        SlideError: with `on_error: stop`, the first slide's fault.
+    """
+    from slides.index import index_cohort
+
+    rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
+    how = source.workers, source.on_error
+    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how)
+    failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
+    if source.cache_dir is not None:
+        from slides.cache import cache_cohort
+
+        kept = [row for row in rows if row.slide_id not in failed]
+        failed |= cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, *how)
+    return sum(row["tiles"] for row in ledger), failed
+
+
 def preamble(config: Path) -> str:
     """The comment a config opens with: what it is for, and what it expects where."""
     lines = []

@@ -29,7 +29,7 @@ from slides.reader import Slide
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag
-from tapfm.config import TileSettings
+from tapfm.config import Source, TileSettings
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,19 @@ class SlideData(L.LightningDataModule):
         self.augment = Augment(colour=colour)
         self.skipped: dict[str, str] = {}
         self.sampler: SlideSampler | None = None
+
+    @property
+    def source(self) -> Source:
+        """What `tapfm index` would be asked to prepare."""
+        opener = self.opener
+        return Source(
+            self.cohort.rows,
+            opener.index_dir,
+            opener.cache_dir,
+            self.tiles,
+            self.on_error,
+            self.workers,
+        )
 
     @property
     def label_names(self) -> list[str]:

@@ -76,7 +76,13 @@ def run_test(run: Path, split: str, overlays: int) -> int:
             found[folder.name] = float(np.mean(list(each_slide.values())))
         draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
-    print(write_results(run / f"report_{split}", split, data.label_names, arms, skipped))
+    report = run / f"report_{split}"
+    print(write_results(report, split, data.label_names, arms, skipped))
+    if found:
+        print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
+        print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
+        (report / f"tile_auroc_{split}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
     return 0
 
 

@@ -8,11 +8,13 @@ config is continued; one of another config is refused.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,10 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from slides.index import index_cohort
 from tapfm import __version__
 from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
-from tapfm.config import ConfigError
+from tapfm.config import ConfigError, index_and_cache
 from tapfm.data import SlideData
 from tapfm.module import SlideModule
 
@@ -74,6 +75,8 @@ class Cli(LightningCLI):
 
 def read_config(arguments: Sequence[str]) -> Cli:
     """Model, data and trainer as the arguments say."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and what we print ourselves
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():  # Lightning's CLI against newer jsonargparse: not the user's
         warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
         return Cli(
@@ -94,10 +97,8 @@ def run_fit(arguments: Sequence[str]) -> int:
     module, data, folder = cli.model, cli.datamodule, cli.folder
     resume = prepare_folder(cli)
 
-    opener = data.opener
-    index_cohort(
-        data.cohort.rows, opener.index_dir, opener.grid, opener.tissue, data.workers, data.on_error
-    )
+    _, failed = index_and_cache(data.source)
+    data.skipped.update(failed)
     module.provenance = provenance(data)
     recipe = module.slide_model.recipe
     print(
@@ -148,6 +149,7 @@ def provenance(data: SlideData) -> dict[str, Any]:
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cohort_sha256": data.cohort.sha256,
+        "tissue": asdict(data.tiles.tissue),
         "commit": commit or "unknown",
         "versions": {"tapfm": __version__, "torch": torch.__version__,
                      "lightning": L.__version__, "python": platform.python_version()},

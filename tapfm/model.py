@@ -43,8 +43,8 @@ class Recipe:
     """Side of a tile, in tile pixels."""
     mpp: float
     """Microns per tile pixel."""
-    temperature: float = 0.1
-    """Of the CLS score's softmax."""
+    temperature: float | None = None
+    """Of the CLS score's softmax; None is the aggregator's own."""
     precision: str = "fp32"
     """`fp32`, or `bf16`: autocast in the encoder; aggregator and loss are always fp32."""
 

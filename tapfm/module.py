@@ -44,7 +44,7 @@ class SlideModule(L.LightningModule):
         chunk: tiles in memory at once; it changes the memory and nothing else.
         recompute: keep block boundaries only, and compute the rest again for backward.
         precision: fp32, or bf16 (autocast in the encoder).
-        temperature: of the CLS score's softmax.
+        temperature: of the CLS score's softmax; None is the aggregator's own.
         drop_path: stochastic depth of the encoder while training.
         steps: learning rates and their kin.
     """
@@ -62,7 +62,7 @@ class SlideModule(L.LightningModule):
         chunk: int = 16,
         recompute: bool = False,
         precision: Literal["fp32", "bf16"] = "fp32",
-        temperature: float = 0.1,
+        temperature: float | None = None,
         drop_path: float = 0.0,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):

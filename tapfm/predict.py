@@ -10,7 +10,6 @@ Shapes: T tiles of a slide, K labels, D features.
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.bag import Bag
 from tapfm.chunked import encode_bag
-from tapfm.heatmap import overlay_png, write_geojson
+from tapfm.heatmap import overlay_png, rank_percentile, replacing, write_geojson
 from tapfm.model import SlideModel
 
 
@@ -76,9 +75,7 @@ def predict_all(
 def write_predictions(path: Path, labels: Sequence[str], predictions: Sequence[Prediction]) -> None:
     """A CSV row a slide: slide_id, case_id, then `<label>` (blank if unknown) and `p_<label>`."""
     header = ["slide_id", "case_id", *(f"{p}{label}" for label in labels for p in ("", "p_"))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for each in predictions:
@@ -86,18 +83,14 @@ def write_predictions(path: Path, labels: Sequence[str], predictions: Sequence[P
             for label, prob in zip(each.labels_K, each.probs_K, strict=True):
                 row += ["" if np.isnan(label) else int(label), f"{prob:.6f}"]
             writer.writerow(row)
-    os.replace(partial, path)
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
     """Tile weights beside their corners, h5: `weights` (T,), `coords` (T, 2) level-0 pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["weights"] = prediction.weights_T
         coords = file.create_dataset("coords", data=index.coords0)
         coords.attrs["patch_size_level0"] = index.size0
-    os.replace(partial, path)
 
 
 def frozen_features(
@@ -115,12 +108,9 @@ def frozen_features(
                 return torch.from_numpy(file["features"][:])
     z_TD, _ = encode_bag(model.encode, bag.tiles.split(chunk), seed=0, device=model.device)
     z_TD = z_TD.detach().cpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with h5py.File(partial, "w") as file:
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
         features = file.create_dataset("features", data=z_TD.numpy())
         features.attrs["fingerprint"] = fingerprint
-    os.replace(partial, path)
     return z_TD
 
 
@@ -171,18 +161,19 @@ def predict_slides(
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
+    tissue = Tissue(**models.read_recipe(path)[1].get("tissue", {}))  # as in training
     predictions, failed = [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-                index = index_slide(slide, grid, Tissue())
+                index = index_slide(slide, grid, tissue)
                 bag = loose_bag(slide, index, len(recipe.labels), workers)
                 prediction = predict_bag(model, bag, chunk)
                 write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
                 if draw:
                     draw_slide(out, slide, index, prediction, recipe.labels)
         except SlideError as fault:
-            print(f"tapfm: {fault}", file=sys.stderr)
+            tqdm.write(f"tapfm: {fault}", file=sys.stderr)
             failed += 1
             continue
         predictions.append(prediction)
@@ -210,12 +201,11 @@ def draw_slide(
     overlay_png(
         thumbnail, downsample, index.coords0, index.size0, weights_T, out / f"{slide.name}.png"
     )
-    rank_T = weights_T.argsort().argsort() / max(1, len(weights_T) - 1)
     write_geojson(
         out / f"{slide.name}.geojson",
         index.coords0,
         index.size0,
-        {"tile weight": weights_T, "tile weight, percentile": 100 * rank_T},
+        {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)},
         index.bounds0,
         slide.name,
     )

@@ -36,8 +36,8 @@ def test_logits_by_hand():
 def test_gated_start_is_the_papers():
     z_TD, score_T = bag()
     torch.manual_seed(0)
-    paper = make_aggregator("tapfm", D, K).double().weights(z_TD, score_T)
-    ours = make_aggregator("tapfm_gated", D, K).double()
+    paper = make_aggregator("tapfm", D, K, temperature=0.3).double().weights(z_TD, score_T)
+    ours = make_aggregator("tapfm_gated", D, K, temperature=0.3).double()
     torch.testing.assert_close(ours.weights(z_TD, score_T), paper, rtol=0, atol=0)
     torch.nn.init.ones_(ours.gate.last.weight)  # and can leave it
     assert not torch.allclose(ours.weights(z_TD, score_T), paper)

@@ -4,6 +4,7 @@ The encoder's weights are random here: what is proved is that pixels go in and r
 """
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -67,11 +68,11 @@ def test_each_broken_slide_has_its_own_error(shared_data, tmp_path, model, capsy
     slides = [str(shared_data / "slides" / slide) for slide in BROKEN]
     arguments = ["predict", *slides, "--model", str(model), "--out", str(tmp_path)]
     assert main([*arguments, "--slide-mpp", "0.5"]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tapfm: ")]
+    said = re.findall("tapfm: (.*)", capsys.readouterr().err)
     assert len(said) == len(BROKEN)
     for fault, name in zip(said, BROKEN.values(), strict=True):
         assert name in fault
-    reasons = [fault.split(":", 2)[2] for fault in said]
+    reasons = [fault.split(":", 1)[1] for fault in said]
     assert len(set(reasons)) == len(reasons)
 
 
@@ -82,4 +83,4 @@ def test_a_slide_without_resolution_says_so(shared_data, tmp_path, model, capsys
     said = capsys.readouterr().err
     for name in ("LNMET_CK", "tcga-cr-7395", "boxes"):
         assert name in said
-    assert "352.8" in said
+    assert "352.778" in said

@@ -1,0 +1,201 @@
+"""Cells of synthetic tissue as small stamps of haematoxylin and eosin.
+
+A cell is described in microns, drawn once in a small square, turned at random, and laid into the
+planes of a painted specimen (`tissue_painter`) wherever a cell of its kind stands.
+
+Three traits of a tumour cell carry the demo cohort's labels. Each is visible in both states, and
+leaves the mean stain of the cell as it was, so that no average colour gives it away:
+
+    trait      state 1                                 state 0
+    nucleolus  pale nucleus, one dark nucleolus        smooth chromatin
+    vacuole    a clear vacuole beside the nucleus      solid cytoplasm
+    cleft      notched (bean-shaped) nucleus           round nucleus
+
+Price: about 0.5 ms a stamp.
+
+Shapes: n side of a stamp in pixels; `_um` microns; amounts of stain have no unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+TRAITS = ("nucleolus", "vacuole", "cleft")
+PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
+NUCLEOLUS, CLEFT = 1.8, 0.62  # how strongly a cell in state 1 shows it
+
+Layer = tuple[np.ndarray, np.ndarray]
+"""Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell looks like."""
+
+    nucleus_um: float
+    """Radius."""
+    nucleus_h: float
+    """Haematoxylin of the nucleus."""
+    elongation: float = 1.0
+    """Length over width of the nucleus."""
+    chromatin: float = 0.15
+    """Unevenness of the haematoxylin, relative."""
+    nucleolus: float = 0.0
+    """Haematoxylin of the nucleolus above the rest."""
+    cleft: float = 0.0
+    """Depth of the notch, relative to the radius."""
+    cell_um: float = 0.0
+    """Radius of the cytoplasm; 0 draws a bare nucleus."""
+    cell_h: float = 0.1
+    """Haematoxylin of the cytoplasm."""
+    cell_e: float = 0.4
+    """Eosin of the cytoplasm."""
+    vacuoles: int = 0
+    """Clear holes in the cytoplasm."""
+    vacuole_um: float = 2.2
+    """Their radius."""
+
+
+def fibroblast(rng: np.random.Generator) -> Cell:
+    """Spindle nucleus of the stroma."""
+    nucleus_um, nucleus_h = rng.uniform(2.4, 3.3), rng.uniform(0.6, 0.95)
+    return Cell(nucleus_um, nucleus_h, elongation=rng.uniform(1.5, 2.8), chromatin=0.1)
+
+
+def lymphocyte(rng: np.random.Generator) -> Cell:
+    """Small, round and dark."""
+    return Cell(rng.uniform(2.7, 3.3), rng.uniform(0.95, 1.2), elongation=rng.uniform(1, 1.15))
+
+
+def gland_cell(rng: np.random.Generator, nucleoli: float) -> Cell:
+    """Normal epithelium; a share of it has nucleoli, as reactive epithelium does."""
+    return Cell(
+        rng.uniform(3.0, 3.6),
+        rng.uniform(0.6, 0.85),
+        elongation=rng.uniform(1.0, 1.35),
+        nucleolus=0.8 * float(rng.random() < nucleoli),
+    )
+
+
+def foamy_cell(rng: np.random.Generator) -> Cell:
+    """Macrophage with none to three vacuoles."""
+    return Cell(
+        rng.uniform(2.5, 3.1),
+        rng.uniform(0.6, 0.9),
+        elongation=rng.uniform(1, 1.3),
+        cell_um=rng.uniform(6, 7.4),
+        cell_h=0.05,
+        cell_e=0.24,
+        vacuoles=int(rng.integers(0, 4)),
+        vacuole_um=2.0,
+    )
+
+
+def tumour_cell(
+    rng: np.random.Generator, traits: tuple[int, ...], size_um: float, dark: float
+) -> Cell:
+    """A tumour cell of a patient whose nuclei have this radius and this haematoxylin."""
+    shown = [state if rng.random() < PENETRANCE else 1 - state for state in traits]
+    return Cell(
+        size_um * rng.uniform(0.88, 1.12),
+        dark * rng.uniform(0.85, 1.15),
+        elongation=rng.uniform(1.0, 1.2),
+        cell_um=rng.uniform(6.6, 7.6),
+        cell_h=0.12,
+        cell_e=rng.uniform(0.36, 0.46),
+        nucleolus=NUCLEOLUS * shown[0],
+        vacuoles=shown[1],
+        cleft=CLEFT * shown[2],
+    )
+
+
+def smooth_noise(shape: tuple[int, int], step: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of mean 0 and deviation 1 whose grain is `step` pixels wide, float32."""
+    coarse = [int(np.ceil(n / step)) + 2 for n in shape]
+    small = Image.fromarray(rng.standard_normal(coarse).astype(np.float32))
+    noise = np.asarray(small.resize(shape[::-1], Image.Resampling.BICUBIC))
+    return (noise - noise.mean()) / max(float(noise.std()), 1e-6)
+
+
+def stamp(cell: Cell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Layer]:
+    """One cell, turned at random, in a small square, as two layers.
+
+    The layers are pressed apart, all bodies before all nuclei, so that no cytoplasm hides a
+    neighbour's nucleus.
+
+    Returns:
+        body, nucleus: the nucleus layer also holds the vacuoles. A layer is its cover (n, n, 1)
+        in [0, 1], how far it hides what lies below, and its haematoxylin and eosin (n, n, 2).
+    """
+    reach_um = max(cell.cell_um * 1.15, cell.nucleus_um * np.sqrt(cell.elongation) * 1.3) + 1
+    n = 2 * int(np.ceil(reach_um / mpp)) + 1
+    soft = max(0.35, 0.6 * mpp)  # edges as wide as the optics leave them
+    y, x = (np.mgrid[:n, :n] - n // 2) * mpp
+    turn = rng.uniform(0, 2 * np.pi)
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    shift = rng.uniform(0.1, 0.2) * cell.cell_um if cell.cell_um else 0.0
+
+    nucleus = _nucleus_cover(cell, u + shift, v, soft, rng)
+    h = cell.nucleus_h * (1 + cell.chromatin * smooth_noise((n, n), max(1.0, 0.9 / mpp), rng))
+    if cell.nucleolus:
+        off_u, off_v = rng.uniform(-0.8, 0.8, 2)
+        dot = _disc(np.hypot(u + shift - off_u, v - off_v), 1.25, soft)
+        taken = (dot * nucleus).sum() / nucleus.sum()  # what the dot adds, the rest gives back
+        h = h + cell.nucleolus * (dot - taken)
+    e = np.full_like(h, 0.22)
+
+    outline = 1 + 0.08 * np.cos(2 * np.arctan2(v, u) + rng.uniform(0, 6))
+    body = _disc(np.hypot(u, v) / outline, cell.cell_um, soft) if cell.cell_um else 0 * nucleus
+    body_e = cell.cell_e * (1 + 0.12 * smooth_noise((n, n), max(1.0, 1.2 / mpp), rng))
+    body_h = np.full_like(h, cell.cell_h)
+    cover = nucleus
+    if cell.vacuoles:
+        hole = _vacuoles(cell, u, v, soft, rng) * (1 - nucleus)
+        outside = (body * (1 - nucleus)).sum()
+        kept = max(1 - (hole * body).sum() / outside, 0.5)  # the rest takes the stain up
+        body_e, body_h = body_e / kept, body_h / kept
+        cover = np.maximum(nucleus, hole)
+        inside = nucleus / np.maximum(cover, 1e-6)  # a vacuole is a cover without stain
+        h, e = h * inside, e * inside
+    return _layer(body, body_h, body_e), _layer(cover, h, e)
+
+
+def _layer(cover: np.ndarray, h: np.ndarray, e: np.ndarray) -> Layer:
+    inks = np.stack([h, e], axis=-1) * cover[..., None]
+    return cover[..., None].astype(np.float32), inks.astype(np.float32)
+
+
+def _vacuoles(cell: Cell, u: np.ndarray, v: np.ndarray, soft: float, rng) -> np.ndarray:
+    """Cover of the vacuoles: fanned out on the side of the cell that the nucleus leaves free."""
+    hole = np.zeros_like(u)
+    for k in range(cell.vacuoles):
+        bend = (k - (cell.vacuoles - 1) / 2) * 1.3 + rng.uniform(-0.3, 0.3)
+        far = np.hypot(
+            u - 0.58 * cell.cell_um * np.cos(bend), v - 0.58 * cell.cell_um * np.sin(bend)
+        )
+        radius_um = cell.vacuole_um * rng.uniform(0.85, 1.15)
+        hole = np.maximum(hole, 0.85 * _disc(far, radius_um, soft))
+    return hole
+
+
+def _disc(r_um: np.ndarray, radius_um: float, soft_um: float) -> np.ndarray:
+    return np.clip((radius_um - r_um) / soft_um + 0.5, 0, 1)
+
+
+def _nucleus_cover(cell: Cell, u, v, soft: float, rng) -> np.ndarray:
+    """Cover of the nucleus: an ellipse with an uneven edge and, where `cleft`, a notch.
+
+    The notched nucleus is enlarged until its area is that of the plain one.
+    """
+
+    def notch(angle):
+        return np.maximum(1 - 1.6 * cell.cleft * np.exp(-(((angle - 1.57) / 0.45) ** 2)), 0.2)
+
+    stretch = np.sqrt(cell.elongation)
+    r, angle = np.hypot(u / stretch, v * stretch), np.arctan2(v, u)
+    uneven = 1 + 0.04 * np.cos(3 * angle + rng.uniform(0, 6)) + 0.03 * np.cos(5 * angle)
+    grown = 1 / np.sqrt((notch(np.linspace(-np.pi, np.pi, 181)) ** 2).mean())
+    return _disc(r / (uneven * notch(angle) * grown), cell.nucleus_um, soft)

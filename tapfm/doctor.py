@@ -1,0 +1,171 @@
+"""Is this installation sound, and does a model load as its publisher meant it?
+
+    tapfm doctor                                      versions, machine, OpenSlide
+    tapfm doctor --model uni --weights uni.safetensors
+
+With a model: the weights must be that model's; the CLS row that scores a tile must be the row of
+the block's own attention matrix, caught where an unfused block drops out of it; and a fingerprint
+of known features says on any machine whether two people hold the same weights. It is taken in
+float64, where machines agree to some 1e-12 and no number comes near the edge of its rounding.
+
+Price: one tile through the model in float64: seconds, and 8 bytes a parameter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tapfm import __version__
+from tapfm.backbones import BackboneError, Encoder, load
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "lightning", "numpy", "zarr", "h5py", "tifffile", "imagecodecs",
+    "openslide-python", "openslide-bin",
+)  # fmt: skip
+CLS_TOLERANCE = 1e-5  # float32 softmax; another row or a missing norm is off by 1e-3 and more
+ROUNDING = 1e-4  # features are of order 1; float64 machines differ by far less
+GIB = 2**30
+
+Lines = list[tuple[str, str]]
+
+
+def run_doctor(model: str | None = None, weights: str | None = None) -> int:
+    """`tapfm doctor`: print what was found; 0 if all is well, 1 if not, 2 if nothing could load."""
+    _print("Software", software())
+    _print("Machine", machine())
+    slides, well = slide_reading()
+    _print("Slides", slides)
+    if model is not None:
+        try:
+            encoder = load(model, weights).eval()
+        except BackboneError as error:
+            print(f"tapfm: {error}", file=sys.stderr)
+            return 2
+        found, right = examine(encoder)
+        _print("Model", found)
+        well = well and right
+    print("All is well." if well else "Not well: see the lines marked FAILED.")
+    return 0 if well else 1
+
+
+def software() -> Lines:
+    """Versions of what results depend on."""
+    lines = [("tapfm", __version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            lines.append((name, version(name)))
+        except PackageNotFoundError:
+            lines.append((name, "not installed"))
+    return lines
+
+
+def machine() -> Lines:
+    """Processor, memory, GPUs."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    lines = [("system", f"{platform.system()} {platform.machine()}"), ("cores", str(cores))]
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        lines.append(("memory", f"{memory:.1f} GiB"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        lines.append(("memory", "unknown"))
+    for index in range(torch.cuda.device_count()):
+        each = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if each.major >= 8 else "no bf16"  # Ampere is the first with it
+        lines.append(
+            (f"gpu {index}", f"{each.name}, {each.total_memory / GIB:.1f} GiB, CUDA "
+             f"{torch.version.cuda}, capability {each.major}.{each.minor}, {bf16}")
+        )  # fmt: skip
+    return (
+        lines if torch.cuda.device_count() else [*lines, ("gpu", "none: training runs on the CPU")]
+    )
+
+
+def slide_reading() -> tuple[Lines, bool]:
+    """Whether OpenSlide loads, opens a pyramid just written, and reads the right pixels."""
+    try:
+        import openslide
+        import tifffile
+
+        lines = [("openslide library", openslide.__library_version__)]
+        pixels = known_tiles(1, 256)[0].permute(1, 2, 0).contiguous().numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "doctor.tif"
+            tifffile.imwrite(path, pixels, photometric="rgb", tile=(128, 128))
+            with openslide.OpenSlide(path) as slide:
+                read = np.asarray(slide.read_region((17, 5), 0, (101, 67)))[..., :3]
+        if not np.array_equal(read, pixels[5 : 5 + 67, 17 : 17 + 101]):
+            return [*lines, ("read a slide", "FAILED: other pixels than were written")], False
+        return [*lines, ("read a slide", "yes, the pixels written")], True
+    except Exception as error:  # of many kinds: no library, a wrong one, a broken build
+        said = f"FAILED: {type(error).__name__}: {error}. Try: pip install --upgrade openslide-bin"
+        return [("openslide library", said)], False
+
+
+def examine(encoder: Encoder) -> tuple[Lines, bool]:
+    """What a loaded model is, and whether it is read right. Leaves it in float64."""
+    row, vit = encoder.row, encoder.vit
+    count = sum(p.numel() for p in vit.parameters())
+    worst = cls_row_error(encoder)
+    right = worst <= CLS_TOLERANCE
+    verdict = f"largest difference {worst:.1e}, at most {CLS_TOLERANCE:.0e} is right"
+    return [
+        ("model", f"{row.key}, {row.source}"),
+        ("licence", row.licence),
+        ("parameters", f"{count:,}"),
+        ("feature", f"{row.feature}, {encoder.dim} numbers a tile"),
+        ("input", f"{row.tile_px} px at {row.mpp:g} microns per pixel"),
+        ("CLS row", verdict if right else f"FAILED: {verdict}. The tile score cannot be trusted."),
+        ("fingerprint", fingerprint(encoder)),
+    ], right
+
+
+@torch.no_grad()
+def cls_row_error(encoder: Encoder) -> float:
+    """Largest difference of the tap's CLS row from the last block's own attention matrix."""
+    tiles = known_tiles(2, encoder.row.tile_px)
+    encoder.vit.forward_features(encoder.normalise(tiles))  # as trained with: fused
+    row_CHN = encoder.tap.take_row().softmax(-1)
+    attn, caught = encoder.vit.blocks[-1].attn, []
+    fused, attn.fused_attn = attn.fused_attn, False
+    hook = attn.attn_drop.register_forward_hook(lambda _m, _a, matrix: caught.append(matrix))
+    try:
+        encoder(tiles)
+    finally:
+        hook.remove()
+        attn.fused_attn = fused
+    error = (row_CHN - caught[0][:, :, 0]).abs().max().item()
+    return error if error == error else float("inf")  # nan compares as right with nothing
+
+
+@torch.no_grad()
+def fingerprint(encoder: Encoder) -> str:
+    """The start of a sha256 of rounded features of a known tile. Turns the model to float64."""
+    z_CD, _ = encoder.double()(known_tiles(1, encoder.row.tile_px))
+    rounded = (z_CD / ROUNDING).round().to(torch.int64).numpy().astype("<i8")
+    return hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
+
+
+def known_tiles(tiles: int, side: int) -> Tensor:
+    """Tiles (C, 3, S, S) that are the same everywhere: integer arithmetic, no random numbers."""
+    c, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
+    wave = (x * x + 3 * y * y + x * y * (channel + 1)) // 61 + 37 * channel + 101 * c
+    checks = 64 * ((x // 16 + y // 16 + c) % 2)
+    return torch.from_numpy(((wave % 128) + 64 + checks).astype(np.uint8))
+
+
+def _print(title: str, lines: Lines) -> None:
+    print(title)
+    for name, value in lines:
+        print(f"  {name:<18} {value}")
+    print()

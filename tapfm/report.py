@@ -1,0 +1,320 @@
+"""The run's result: one table, the numbers behind it, and two pictures.
+
+    predictions_<split>.csv   a row a slide: slide_id, case_id, a column a label (blank: unknown),
+                              then `p_<label> (<row>)` for every label and row of the table
+    metrics_<split>.json      every figure of the table, with intervals, draws and counts
+    report.md                 the table, notes and pictures
+    roc.png                   ROC curves, a panel a label
+    curves.png                training curves, where a row has a metrics.csv
+
+Rows are compared on the slides that all of them predicted; any other slide is listed with its
+reason. Each end-to-end row is set against the better frozen one, on the same bootstrap draws.
+"Better" is the higher macro AUROC on the very split reported, among all rows that were not trained
+end to end: that choice favours the frozen side, so the difference is, if anything, too small.
+
+Shapes: N slides, K labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+
+from tapfm.figures import curves_figure, roc_figure
+from tapfm.heatmap import replacing, save_figure
+from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
+
+FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: a model's predictions of a split."""
+
+    title: str
+    end_to_end: bool
+    """Whether its encoder was trained. Those that were not are what it is measured against."""
+    slide_ids: Sequence[str]
+    case_ids: Sequence[str]
+    y_NK: np.ndarray
+    """0, 1, or nan where unknown."""
+    p_NK: np.ndarray
+    metrics_csv: Path | None = None
+    """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
+
+
+def read_arm(title: str, path: Path, *, end_to_end: bool) -> tuple[list[str], Arm]:
+    """An arm from its own predictions_<split>.csv, and the names of its labels.
+
+    Args:
+        title: of the row.
+        path: a CSV with slide_id, case_id, then `<label>` (blank if unknown) and `p_<label>`.
+        end_to_end: see `Arm`.
+
+    Raises:
+        ValueError: the file has no such columns.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, header = list(reader), reader.fieldnames or []
+    labels = [name[2:] for name in header if name.startswith("p_") and name[2:] in header]
+    if not labels or not {"slide_id", "case_id"} <= set(header):
+        raise ValueError(
+            f"{path}: columns are {', '.join(header) or 'missing'}, but slide_id, case_id and "
+            "pairs of <label> and p_<label> are needed. Is this a run's predictions file?"
+        )
+    y_NK = [[float(row[label] or "nan") for label in labels] for row in rows]
+    p_NK = [[float(row[f"p_{label}"]) for label in labels] for row in rows]
+    curves = path.parent / "metrics.csv"
+    arm = Arm(
+        title,
+        end_to_end,
+        [row["slide_id"] for row in rows],
+        [row["case_id"] for row in rows],
+        np.array(y_NK).reshape(-1, len(labels)),
+        np.array(p_NK).reshape(-1, len(labels)),
+        curves if curves.exists() else None,
+    )
+    return labels, arm
+
+
+def write_results(
+    folder: Path,
+    split: str,
+    labels: Sequence[str],
+    arms: Sequence[Arm],
+    skipped: Sequence[tuple[str, str]] = (),
+    draws: int = 2000,
+    seed: int = 0,
+) -> str:
+    """Evaluate, compare, write all files of the report.
+
+    Args:
+        folder: where to; made.
+        split: its name.
+        labels: K names.
+        arms: the table's rows, in its order.
+        skipped: (slide_id, reason) of slides that were left out before.
+        draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        The table and its notes as text.
+
+    Raises:
+        ValueError: no arms, titles or slides twice, arms that disagree on a slide's labels or case,
+            or no slide that all predicted.
+    """
+    labels = list(labels)
+    arms, missed = _aligned(arms)
+    skipped = [*skipped, *((s, r) for s, r in missed if s not in {slide for slide, _ in skipped})]
+    y_NK, cases = arms[0].y_NK, arms[0].case_ids
+    figures = {arm.title: evaluate(labels, y_NK, arm.p_NK, cases, draws, seed) for arm in arms}
+    reference = _reference(arms, figures)
+    gains = {
+        arm.title: paired_difference(labels, y_NK, arm.p_NK, reference.p_NK, cases, draws, seed)
+        for arm in arms
+        if arm.end_to_end and reference is not None
+    }
+    result = {
+        "split": split,
+        "slides": len(cases),
+        "cases": len(set(cases)),
+        "draws": draws,
+        "seed": seed,
+        "reference": reference.title if reference else None,
+        "arms": {
+            arm.title: {
+                "end_to_end": arm.end_to_end,
+                "figures": figures[arm.title],
+                "auroc_difference": gains.get(arm.title),
+            }
+            for arm in arms
+        },
+        "skipped": [{"slide_id": slide, "reason": reason} for slide, reason in skipped],
+    }
+    table = _table(labels, arms, figures, gains, reference, draws)
+    notes = _notes(result, arms, figures, reference)
+    drawn = [save_figure(roc_figure(labels, arms), folder / "roc.png")]
+    if any(arm.metrics_csv for arm in arms):
+        drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
+    _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
+    _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
+    _write(folder / "report.md", _markdown(split, table, notes, drawn))
+    wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
+    return "\n".join([*_aligned_text(table), "", *wrapped])
+
+
+def _aligned(arms: Sequence[Arm]) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """The arms on the slides they share, in one order; the other slides with their reason."""
+    titles = [arm.title for arm in arms]
+    if not arms or len(set(titles)) < len(titles):
+        raise ValueError(f"a report needs rows with different titles, got {titles}")
+    for arm in arms:
+        if len(set(arm.slide_ids)) < len(arm.slide_ids):
+            twice = sorted({s for s in arm.slide_ids if list(arm.slide_ids).count(s) > 1})
+            raise ValueError(f"{arm.title}: predicted twice: {', '.join(twice)}")
+    rows = [{slide: row for row, slide in enumerate(arm.slide_ids)} for arm in arms]
+    every = sorted(set().union(*rows))
+    missed = [
+        (slide, f"no prediction by {', '.join(without)}")
+        for slide in every
+        if (without := [t for t, row in zip(titles, rows, strict=True) if slide not in row])
+    ]
+    shared = [slide for slide in every if all(slide in row for row in rows)]
+    if not shared:
+        raise ValueError(f"no slide was predicted by all of {', '.join(titles)}")
+    found = []
+    for arm, row in zip(arms, rows, strict=True):
+        order = [row[slide] for slide in shared]
+        cases = [str(arm.case_ids[n]) for n in order]
+        y_NK, p_NK = np.asarray(arm.y_NK, float)[order], np.asarray(arm.p_NK, float)[order]
+        found.append(Arm(arm.title, arm.end_to_end, shared, cases, y_NK, p_NK, arm.metrics_csv))
+    for arm in found[1:]:
+        same_N = np.array([a == b for a, b in zip(arm.case_ids, found[0].case_ids, strict=True)])
+        same_N &= ((arm.y_NK == found[0].y_NK) | np.isnan(arm.y_NK) & np.isnan(found[0].y_NK)).all(
+            1
+        )
+        if not same_N.all():
+            slide = shared[int(np.argmin(same_N))]
+            raise ValueError(
+                f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
+                "they run on different cohort tables? Run the older one again."
+            )
+    return found, missed
+
+
+def _reference(arms: Sequence[Arm], figures: dict) -> Arm | None:
+    """The row not trained end to end with the highest macro AUROC; None without one."""
+    frozen = [arm for arm in arms if not arm.end_to_end]
+    value = {arm.title: figures[arm.title][MACRO]["auroc"].value for arm in frozen}
+    defined = [arm for arm in frozen if not math.isnan(value[arm.title])]
+    return max(defined, key=lambda arm: value[arm.title]) if defined else None
+
+
+def _table(labels, arms, figures, gains, reference, draws) -> list[list[str]]:
+    """Header and cells: for macro and each label, a row an arm."""
+    table = [["label", "positive", "model", "AUROC [95 %]", "AUPRC [95 %]", "AUROC minus *"]]
+    for label in [MACRO, *labels]:
+        for arm in arms:
+            found, first = figures[arm.title][label], arm is arms[0]
+            count = "" if label == MACRO else f"{found['positives']}/{found['known']}"
+            mark = " *" if reference is not None and arm.title == reference.title else ""
+            gain = gains.get(arm.title)
+            table.append(
+                [
+                    label if first else "",
+                    count if first else "",
+                    arm.title + mark,
+                    _cell(found["auroc"], draws),
+                    _cell(found["auprc"], draws),
+                    _cell(gain[label], draws, "+") if gain else "",
+                ]
+            )
+    return table
+
+
+def _cell(interval: Interval, draws: int, sign: str = "") -> str:
+    if math.isnan(interval.value):
+        return "one class only"
+    if not interval.draws:
+        return f"{interval.value:{sign}.3f} [no interval]"
+    few = " †" if interval.draws < FEW_DRAWS * draws else ""
+    numbers = (f"{x:{sign}.3f}" for x in (interval.value, interval.low, interval.high))
+    return "{} [{}, {}]".format(*numbers) + few
+
+
+def _notes(result: dict, arms, figures, reference) -> list[str]:
+    """What a reader must know to read the table."""
+    notes = [
+        f"{result['split']} split: {result['slides']} slides of {result['cases']} cases. "
+        f"Intervals: 95 %, percentiles of {result['draws']} bootstrap draws of whole cases."
+    ]
+    averaged = figures[arms[0].title][MACRO]["labels"]
+    notes.append(f"macro: mean over {', '.join(averaged) or 'no label: none has both classes'}.")
+    if reference is not None:
+        notes.append(
+            f"* {reference.title}: the highest macro AUROC on this split of the rows not trained "
+            "end to end. Chosen on the split it is reported on, which favours it; differences are "
+            "paired, on the same draws."
+        )
+    else:
+        notes.append("No row without end-to-end training to compare with: no differences.")
+    intervals = [
+        found[name]
+        for each in figures.values()
+        for found in each.values()
+        for name in ("auroc", "auprc")
+    ]
+    fewest = min((i.draws for i in intervals if not math.isnan(i.value)), default=0)
+    if fewest < FEW_DRAWS * result["draws"]:
+        notes.append(
+            f"† draws that lack a class are left out; as few as {fewest} of {result['draws']} "
+            "remained, because cases of one class are few. Take that interval as a rough one."
+        )
+    if any(i.value == i.low == i.high == 1 for i in intervals):
+        notes.append(
+            "[1.000, 1.000] is what resampling a perfect ranking gives: too few slides to see its "
+            "errors, not the absence of them."
+        )
+    if result["skipped"]:
+        notes.append(f"{len(result['skipped'])} slides left out:")
+        notes += [f"  {each['slide_id']}: {each['reason']}" for each in result["skipped"]]
+    return notes
+
+
+def _aligned_text(table: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    rule = "-" * max(len(line) for line in lines)
+    grouped = []
+    for row, line in zip(table, lines, strict=True):
+        grouped += [rule, line] if row[0] and row is not table[0] else [line]
+    return grouped
+
+
+def _markdown(split: str, table: list[list[str]], notes: list[str], drawn: list[Path]) -> str:
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    rows.insert(1, "|---" * len(table[0]) + "|")
+    listed = [f"- {note.strip()}" if note.startswith("  ") else f"{note}\n" for note in notes]
+    pictures = [f"![{path.stem}]({path.name})" for path in drawn]
+    text = "\n".join(["\n".join(rows).replace(" * |", " \\* |"), "", *listed, "", *pictures])
+    return f"# Results, {split} split\n\n" + text.replace("\n* ", "\n\\* ") + "\n"
+
+
+def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[Arm]) -> None:
+    columns = [(f"p_{label} ({arm.title})", arm.p_NK[:, k]) for arm in arms
+               for k, label in enumerate(labels)]  # fmt: skip
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["slide_id", "case_id", *labels, *(name for name, _ in columns)])
+        for n, slide in enumerate(arms[0].slide_ids):
+            known = ["" if math.isnan(y) else int(y) for y in arms[0].y_NK[n]]
+            probs = [f"{p_N[n]:.6f}" for _, p_N in columns]
+            writer.writerow([slide, arms[0].case_ids[n], *known, *probs])
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _plain(value):
+    """For JSON: intervals as objects, nan as null."""
+    if isinstance(value, Interval):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,229 @@
+"""The frozen baselines learn what frozen features tell, from the train split, chosen on val alone.
+
+Bags are planted: in a positive slide one tile in five is shifted along the label's own direction.
+Attention must find them; what is constant, unknown or unseen must not matter.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tapfm import baselines
+from tapfm.baselines import (
+    Candidate,
+    FeatureBag,
+    Schedule,
+    fit_gated_attention,
+    fit_mean_pool_mlp,
+    rgb_bag,
+)
+from tapfm.metrics import macro_auroc
+
+LABELS = ["A", "B"]
+FITS = [fit_mean_pool_mlp, fit_gated_attention]
+QUICK = {"grid": (Candidate(1e-3, 32),), "schedule": Schedule(epochs=3, patience=3)}
+
+
+def planted(slides, seed, tiles=31, dim=13, shift=5.0):
+    """Slides of two labels, some unknown, and which tiles of each are planted."""
+    generator = torch.Generator().manual_seed(seed)
+    bags, where = [], []
+    for n in range(slides):
+        y = torch.tensor([n % 2, (n // 2) % 2], dtype=torch.float32)
+        z = torch.randn(tiles + n % 5, dim, generator=generator)
+        mask = torch.rand(len(z), generator=generator) < 0.2
+        for k in range(2):
+            z[mask, k] += shift * y[k]
+        where.append(mask)
+        if n % 7 == 0:
+            y[n % 2] = torch.nan
+        bags.append(FeatureBag(f"s{n}", f"c{n // 2}", z, y))
+    return bags, where
+
+
+def score(baseline, bags):
+    probs = np.stack([baseline.predict(bag)[0].numpy() for bag in bags])
+    return macro_auroc(np.stack([bag.y_K.numpy() for bag in bags]), probs)
+
+
+def same(one, other, bags):
+    return all(torch.equal(one.predict(bag)[0], other.predict(bag)[0]) for bag in bags)
+
+
+@pytest.fixture(scope="module")
+def cohort():
+    return [planted(slides, seed)[0] for slides, seed in ((48, 1), (19, 2), (29, 3))]
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_learns_what_the_features_tell_and_describes_itself(fit, cohort):
+    train, val, test = cohort
+    baseline = fit(train, val, LABELS, schedule=Schedule(epochs=25, patience=25))
+    assert score(baseline, test) > 0.9
+    assert baseline.val_auroc == pytest.approx(score(baseline, val), abs=1e-6)  # the epoch kept
+    assert f"{baseline.val_auroc:.3f}" in baseline.describe()
+    probs, weights = baseline.predict(test[0])
+    assert probs.shape == (2,)
+    assert ((probs > 0) & (probs < 1)).all()
+    assert (weights is None) == (fit is fit_mean_pool_mlp)
+
+
+def test_attention_finds_the_planted_tiles(cohort):
+    train, val, _ = cohort
+    baseline = fit_gated_attention(train, val, LABELS, schedule=Schedule(epochs=25, patience=25))
+    bags, where = planted(12, seed=5)
+    for bag, mask in zip(bags, where, strict=True):
+        _, weights = baseline.predict(bag)
+        assert weights.shape == (len(bag.z_TD),)
+        assert weights.sum() == pytest.approx(1, abs=1e-5)
+        if bag.y_K.nansum() > 0 and mask.any():
+            assert weights[mask].mean() > 2 * weights[~mask].mean()
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_shuffled_labels_teach_nothing(fit, cohort):
+    """The learning test can fail: labels dealt out anew give chance on the test split."""
+    train, val, test = cohort
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
+    dealt = [replace(bag, y_K=train[n].y_K) for bag, n in zip(train, order, strict=True)]
+    assert score(fit(dealt, val[:4], LABELS, **QUICK), test) < 0.85
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_deterministic_by_seed_and_leaves_the_callers_random_numbers_alone(fit, cohort):
+    train, val, test = cohort
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    threads = torch.get_num_threads()
+    first = fit(train, val, LABELS, seed=3, **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+    assert same(first, fit(train, val, LABELS, seed=3, **QUICK), test)
+    assert not same(first, fit(train, val, LABELS, seed=4, **QUICK), test)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_scale_of_the_features_does_not_matter_and_comes_from_train_alone(fit, cohort):
+    train, val, test = cohort
+
+    def moved(bags, scale, shift):
+        return [replace(bag, z_TD=bag.z_TD * scale + shift) for bag in bags]
+
+    plain = fit(train, val, LABELS, **QUICK)
+    scaled = fit(moved(train, 1024, 4096), moved(val, 1024, 4096), LABELS, **QUICK)
+    for bag, other in zip(test, moved(test, 1024, 4096), strict=True):
+        torch.testing.assert_close(
+            plain.predict(bag)[0], scaled.predict(other)[0], rtol=0.01, atol=0.01
+        )
+    # with other validation features the standardisation is still the training split's
+    other_val = fit(train, moved(val, 3, 1), LABELS, **QUICK)
+    assert torch.equal(other_val.mean_D, plain.mean_D)
+    assert torch.equal(other_val.std_D, plain.std_D)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_constant_feature_is_harmless(fit, cohort):
+    def widened(bags, value):
+        return [
+            replace(bag, z_TD=torch.cat([bag.z_TD, torch.full((len(bag.z_TD), 1), value)], 1))
+            for bag in bags
+        ]
+
+    train, val, test = (widened(bags, 0.1) for bags in cohort)
+    probs, _ = fit(train, val, LABELS, **QUICK).predict(test[0])
+    assert probs.isfinite().all()
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_unknown_labels_are_masked(fit, cohort):
+    """A slide of which nothing is known changes the standardisation, and nothing else."""
+    train, val, test = cohort
+    unknown = torch.full((2,), torch.nan)
+    blank = [replace(bag, y_K=unknown) if n % 6 == 0 else bag for n, bag in enumerate(val)]
+    baseline = fit(train, blank, LABELS, **QUICK)
+    known = [bag for n, bag in enumerate(val) if n % 6]
+    assert baseline.val_auroc == pytest.approx(score(baseline, known))
+    train = [replace(bag, y_K=unknown) if n % 3 == 0 else bag for n, bag in enumerate(train)]
+    assert fit(train, val, LABELS, **QUICK).predict(test[0])[0].isfinite().all()
+
+
+def test_positive_weights_come_from_the_known_training_labels():
+    y = torch.tensor([[1, 0], [0, 0], [0, 1], [0, torch.nan]], dtype=torch.float32)
+    assert baselines._positive_weights(y, LABELS) == [3.0, 2.0]
+
+
+def test_validation_chooses_candidate_and_epoch(cohort):
+    """A candidate that cannot learn, first in the grid, is not the one kept."""
+    train, val, _ = cohort
+    grid = (Candidate(1e-9, 8), Candidate(3e-3, 32))
+    schedule = Schedule(epochs=8, patience=8)
+    baseline = fit_mean_pool_mlp(train, val, LABELS, grid=grid, schedule=schedule)
+    assert baseline.chosen == grid[1]
+    assert 0 <= baseline.epoch < 8
+
+
+def test_training_stops_when_validation_no_longer_improves(cohort, monkeypatch):
+    train, val, _ = cohort
+    seen = []
+    monkeypatch.setattr(
+        baselines, "_score", lambda *_: (seen.append(1), (0.5, (1.0 - (len(seen) > 2), 0)))[1]
+    )
+    schedule = Schedule(epochs=100, patience=5)
+    fit_mean_pool_mlp(train, val, LABELS, grid=(Candidate(1e-3, 8),), schedule=schedule)
+    assert len(seen) == 1 + 5  # the first is the best; five that are not
+
+
+def test_the_weights_kept_are_those_of_the_best_epoch_not_of_the_last(cohort, monkeypatch):
+    train, val, test = cohort
+    grid = (Candidate(1e-2, 8),)
+    first = fit_mean_pool_mlp(train, val, LABELS, grid=grid, schedule=Schedule(1, 9))
+    turns = iter(range(9))
+    monkeypatch.setattr(baselines, "_score", lambda *_: (0.5, (0.5, -next(turns))))
+    kept = fit_mean_pool_mlp(train, val, LABELS, grid=grid, schedule=Schedule(9, 9))
+    assert kept.epoch == 0
+    assert same(kept, first, test)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_validation_split_of_one_class_falls_back_on_its_loss(fit, cohort):
+    train, val, _ = cohort
+    positive = [replace(bag, y_K=torch.ones(2)) for bag in val]
+    baseline = fit(train, positive, LABELS, **QUICK)
+    assert np.isnan(baseline.val_auroc)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_bad_bags_are_named(fit, cohort):
+    train, val, _ = cohort
+    bag = train[0]
+
+    def refused(changed, message):
+        with pytest.raises(ValueError, match=message):
+            fit([changed, *train[1:]], val, LABELS, **QUICK)
+
+    refused(replace(bag, z_TD=bag.z_TD[:, :5]), r"s1: .* one tile or more of 5 features")
+    refused(replace(bag, z_TD=bag.z_TD[:0]), r"s0: features of shape \(0, 13\)")
+    refused(replace(bag, z_TD=bag.z_TD / 0), "s0: its features hold nan or infinity")
+    refused(replace(bag, y_K=torch.ones(3)), "s0: 3 labels, but 2 are named: A, B")
+    with pytest.raises(ValueError, match="got 48 and 0"):
+        fit(train, [], LABELS, **QUICK)
+    single = [replace(bag, y_K=torch.tensor([0.0, 1.0])) for bag in train]
+    with pytest.raises(ValueError, match="A: 0 known positive and 48 known negative"):
+        fit(single, val, LABELS, **QUICK)
+
+
+def test_rgb_bag_is_six_numbers_a_tile_whatever_the_chunks():
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randint(0, 256, (11, 3, 5, 7), dtype=torch.uint8, generator=generator)
+    y = torch.tensor([1.0, torch.nan])
+    bag = rgb_bag("s", "c", tiles.split(4), y)
+    pixels = tiles.numpy().reshape(11, 3, -1) / 255
+    expected = np.concatenate([pixels.mean(2), pixels.std(2)], axis=1)
+    np.testing.assert_allclose(bag.z_TD.numpy(), expected, atol=1e-6)
+    assert bag.z_TD.dtype == torch.float32
+    assert (bag.slide_id, bag.case_id) == ("s", "c")
+    whole = rgb_bag("s", "c", [tiles], y)
+    torch.testing.assert_close(bag.z_TD, whole.z_TD)

@@ -1,0 +1,91 @@
+"""`tapfm test` compares what is comparable, and knows where the tumour was."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from cohorts import LABELS, write_cohort
+from PIL import Image
+
+from tapfm.cli import main
+from tapfm.evaluate import tile_auroc
+from tapfm.fit import read_config
+from tapfm.predict import Prediction
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two short runs of a tiny cohort, tested."""
+    folder = tmp_path_factory.mktemp("cohort")
+    config = write_cohort(folder)
+    for arm in ("tapfm", "tapfm_gated"):
+        arguments = ["--trainer.max_epochs", "1", "--model.aggregator", arm]
+        assert main(["fit", "--config", str(config), *arguments]) == 0
+    assert main(["test", "--run", str(folder / "runs"), "--overlays", "1"]) == 0
+    return folder / "runs"
+
+
+def test_everything_is_there(run):
+    report = run / "report_test"
+    figures = json.loads((report / "metrics_test.json").read_text())
+    text = json.dumps(figures)
+    for row in ("frozen, mean-pool MLP", "frozen, gated attention", "end to end, tapfm_gated"):
+        assert row in text
+    for name in ("predictions_test.csv", "report.md", "roc.png", "curves.png"):
+        assert (report / name).stat().st_size > 100, name
+    for arm in ("tapfm", "tapfm_gated"):
+        table = pd.read_csv(run / arm / "predictions_test.csv")
+        assert table["slide_id"].tolist() == ["s10", "s11", "s12", "s13"]
+        assert [f"p_{label}" in table for label in LABELS] == [True, True]
+        assert len(list((run / arm / "weights_test").glob("*.h5"))) == 4
+        assert len(list((run / arm / "overlays_test").glob("*.png"))) == 1
+
+
+def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
+    feature = run / "frozen" / "features_demo_vit" / "s0.h5"
+    before = feature.stat().st_mtime_ns
+    assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
+    assert feature.stat().st_mtime_ns == before
+    config = run / "tapfm" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("weights: null", "weights: random"))
+    assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
+    config.write_text(text)
+    assert feature.stat().st_mtime_ns != before
+
+
+def test_runs_on_other_data_are_not_compared(run, capsys):
+    config = run / "tapfm_gated" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("tiles_per_slide: 11", "tiles_per_slide: 12"))
+    assert main(["test", "--run", str(run)]) == 2
+    config.write_text(text)
+    assert "tiles_per_slide" in capsys.readouterr().err
+
+
+def test_nothing_to_test_says_what_to_run(tmp_path, capsys):
+    assert main(["test", "--run", str(tmp_path)]) == 2
+    assert "Run `tapfm fit` first" in capsys.readouterr().err
+
+
+def test_tile_auroc_by_hand(run, tmp_path):
+    """Weights that rise with the tumour's share find it; reversed, they do not."""
+    data = read_config(["--config", str(run / "tapfm" / "config.yaml")]).datamodule
+    row = data.cohort.split("test")[0]
+    index = data.opener.index(row)
+    right = index.coords0[:, 0] >= np.median(index.coords0[:, 0])
+    mask = np.zeros((index.height0, index.width0), np.uint8)
+    for x0, y0 in index.coords0[right]:
+        mask[y0 : y0 + index.size0, x0 : x0 + index.size0] = 2
+    Image.fromarray(mask).save(tmp_path / f"{row.slide_id}.png")
+    facts = {"downsample": 1, "classes": {"tumour": 2}}
+    (tmp_path / f"{row.slide_id}.json").write_text(json.dumps(facts))
+
+    def found(weights_T):
+        prediction = Prediction(row.slide_id, row.case_id, np.zeros(2), np.zeros(2), weights_T)
+        return tile_auroc(data, [prediction], tmp_path)
+
+    assert found(right.astype(float)) == {row.slide_id: 1.0}
+    assert found(1 - right.astype(float)) == {row.slide_id: 0.0}
+    assert tile_auroc(data, [], tmp_path) == {}
