@@ -4,7 +4,7 @@ A cell is described in microns, drawn once in a small square, turned at random, 
 planes of a painted specimen (`tissue_painter`) wherever a cell of its kind stands.
 
 Three traits of a tumour cell carry the demo cohort's labels. Each is visible in both states, and
-leaves the mean stain of the cell as it was, so that no average colour gives it away:
+moves the mean colour of the tumour by less than half of what slides differ by:
 
     trait      state 1                                 state 0
     nucleolus  pale nucleus, one dark nucleolus        smooth chromatin

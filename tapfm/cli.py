@@ -106,9 +106,15 @@ def tile_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """`tapfm demo`."""
+    marker = arguments.out / "seed.txt"  # written last: a cohort that has it is whole
+    if marker.exists() and marker.read_text().strip() == str(arguments.seed):
+        print(f"{arguments.out}: the demo cohort is there already; delete the folder to repaint it")
+        return 0
     from slides.synthetic import write_demo
 
+    marker.unlink(missing_ok=True)
     table = write_demo(arguments.out, arguments.seed, workers=arguments.workers)
+    marker.write_text(f"{arguments.seed}\n")
     print(f"{table}: the demo cohort")
     return 0
 

@@ -183,7 +183,9 @@ class SlideData(L.LightningDataModule):
     def bag(self, row: SlideRow) -> Bag:
         """One slide, all tiles, not yet read."""
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        tiles = StreamedTiles(self.opener, row, self.workers)
+        # The cache is quicker to read than a process is to start.
+        workers = 0 if self.opener.cache_dir else self.workers
+        tiles = StreamedTiles(self.opener, row, workers)
         count = len(self.opener.index(row).coords0)
         return Bag(row.slide_id, row.case_id, tiles, count, labels_K, seed=0)
 

@@ -99,8 +99,15 @@ def test_readme_command_exists(command, capsys):
 
 def test_readme_tree_is_the_tree():
     block = re.search(r"```text\n(.*?)```", README, re.S).group(1)
-    said = set(re.findall(r"^ *(\w+\.py)\b", block, re.M)) | set(re.findall(r" (\w+\.py)\b", block))
+    said = set(re.findall(r"(\w+\.py)\b", block))
     there = {path.name for top in ("slides", "tapfm") for path in (ROOT / top).rglob("*.py")}
     assert said >= there - {"__init__.py"}
     benchmarks = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py"}
     assert said == (there | benchmarks) - {"__init__.py"}
+
+
+def test_readme_names_every_model_with_its_licence():
+    from tapfm.backbones import ROWS
+
+    for row in ROWS:
+        assert f"| `{row.key}` | {row.source} | {row.parameters:,} | {row.licence} |" in README
