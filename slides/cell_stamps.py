@@ -25,7 +25,8 @@ from PIL import Image
 
 TRAITS = ("nucleolus", "vacuole", "cleft")
 PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
-NUCLEOLUS, CLEFT = 1.8, 0.62  # how strongly a cell in state 1 shows it
+NUCLEOLUS_UM = 1.6  # radius
+NUCLEOLUS, CLEFT = 1.6, 0.62  # how strongly a cell in state 1 shows it
 
 Layer = tuple[np.ndarray, np.ndarray]
 """Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
@@ -108,6 +109,7 @@ def tumour_cell(
         cell_e=rng.uniform(0.36, 0.46),
         nucleolus=NUCLEOLUS * shown[0],
         vacuoles=shown[1],
+        vacuole_um=2.8,
         cleft=CLEFT * shown[2],
     )
 
@@ -142,7 +144,7 @@ def stamp(cell: Cell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Laye
     h = cell.nucleus_h * (1 + cell.chromatin * smooth_noise((n, n), max(1.0, 0.9 / mpp), rng))
     if cell.nucleolus:
         off_u, off_v = rng.uniform(-0.8, 0.8, 2)
-        dot = _disc(np.hypot(u + shift - off_u, v - off_v), 1.25, soft)
+        dot = _disc(np.hypot(u + shift - off_u, v - off_v), NUCLEOLUS_UM, soft)
         taken = (dot * nucleus).sum() / nucleus.sum()  # what the dot adds, the rest gives back
         h = h + cell.nucleolus * (dot - taken)
     e = np.full_like(h, 0.22)

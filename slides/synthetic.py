@@ -42,7 +42,7 @@ FEWEST = 12  # slides: with fewer, a split cannot hold both classes of every lab
 MIN_SIDE0 = 4096
 TRUTH_UM = 4.0  # side of a truth pixel, about: rounded to a whole number of level-0 pixels
 TILE = 256
-JPEG_QUALITY = 80
+JPEG_QUALITY = 88
 PEN_COLOURS = ((30, 60, 170), (20, 120, 70), (45, 45, 50))
 
 
