@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     for folder in folders:
         model = models.load(folder / BEST).to(device)
         check_same_data(folder, folders[0])
-        predictions = predict_all(model, bags(data, split), first.model.chunk, folder.name)
+        predictions = predict_all(model, data.streamed(split), first.model.chunk, folder.name)
         write_predictions(folder / f"predictions_{split}.csv", model.recipe.labels, predictions)
         for each in predictions:
             index = data.opener.index(rows[each.slide_id])
@@ -107,7 +107,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
             made[kind] = {
                 part: [
                     kinds[kind](bag)
-                    for bag in tqdm(bags(data, part), desc=f"{kind} {part}", unit=" slides")
+                    for bag in tqdm(data.streamed(part), desc=f"{kind} {part}", unit=" slides")
                 ]
                 for part in dict.fromkeys(("train", "val", split))
             }
@@ -125,11 +125,6 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
         write_predictions(folder / name / f"predictions_{split}.csv", data.label_names, predictions)
         arms.append(arm(title, folder / name, predictions, end_to_end=False))
     return arms
-
-
-def bags(data: SlideData, split: str) -> Iterator[Bag]:
-    """A split's slides; what cannot be read on the way is skipped or raises, as asked."""
-    yield from data.streamed(split)
 
 
 def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:
