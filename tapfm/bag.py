@@ -19,6 +19,14 @@ class Tiles(Protocol):
         """Chunks (C, 3, H, W) of `size` tiles in order, the last one short; the same every time."""
 
 
+class SkippedBag(Exception):
+    """A slide turned out unreadable while it was streamed, and is to be left out.
+
+    Raised by `Tiles.split` where the run was told to skip such slides; whoever gave the tiles has
+    noted the slide and its fault.
+    """
+
+
 @dataclass(frozen=True)
 class Bag:
     """One slide as the trainer sees it."""

@@ -7,7 +7,6 @@ never killed: the resume point remembers how many rows each file had, and later 
 from __future__ import annotations
 
 import csv
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from tapfm import model as models
+from tapfm.files import replacing
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"
@@ -31,9 +31,8 @@ class CsvLog:
     def start(self, keep: int = 0) -> None:
         """Keep the header and the first `keep` rows of what is there."""
         lines = self.path.read_text().splitlines(keepends=True)[1 : keep + 1] if keep else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(",".join(self.columns) + "\n" + "".join(lines))
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text(",".join(self.columns) + "\n" + "".join(lines))
         self.rows = len(lines)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -151,10 +150,9 @@ class ResumePoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Through a partial file, renamed."""
-        partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
-        os.replace(partial, self.path)
+        """Whole, or the one before it stays."""
+        with replacing(self.path) as partial:
+            trainer.save_checkpoint(partial, weights_only=False)
 
 
 class Progress(TQDMProgressBar):

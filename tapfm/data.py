@@ -28,7 +28,7 @@ from slides.order import SlideSampler, Turn, stable_seed
 from slides.reader import Slide
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
-from tapfm.bag import Bag
+from tapfm.bag import Bag, SkippedBag
 from tapfm.config import Source, TileSettings
 
 
@@ -59,18 +59,32 @@ class Opener:
 
 
 @dataclass(frozen=True)
-class StreamedTiles:
-    """All tiles of a slide, read chunk by chunk each time they are asked for."""
+class CohortTiles:
+    """All tiles of a slide of a cohort, read chunk by chunk each time they are asked for."""
 
-    opener: Opener
+    data: SlideData
     row: SlideRow
-    workers: int
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles in index order."""
-        source, index = self.opener(self.row)
-        for _, tiles_CSS in stream_chunks(source, index, size, self.workers):
-            yield tiles_CSS
+        """Chunks of `size` tiles in index order.
+
+        Raises:
+            SkippedBag: the slide cannot be read and `on_error` is `skip`; it has been listed.
+            SlideError: likewise, where `on_error` is `stop`.
+        """
+        opener = self.data.opener
+        # The cache is quicker to read than a process is to start.
+        workers = 0 if opener.cache_dir else self.data.workers
+        try:
+            source, index = opener(self.row)
+            with source:
+                for _, tiles_CSS in stream_chunks(source, index, size, workers):
+                    yield tiles_CSS
+        except SlideError as fault:
+            if self.data.on_error != "skip":
+                raise
+            self.data.skipped[self.row.slide_id] = str(fault)
+            raise SkippedBag(self.row.slide_id) from fault
 
 
 class SlideData(L.LightningDataModule):
@@ -183,11 +197,8 @@ class SlideData(L.LightningDataModule):
     def bag(self, row: SlideRow) -> Bag:
         """One slide, all tiles, not yet read."""
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        # The cache is quicker to read than a process is to start.
-        workers = 0 if self.opener.cache_dir else self.workers
-        tiles = StreamedTiles(self.opener, row, workers)
         count = len(self.opener.index(row).coords0)
-        return Bag(row.slide_id, row.case_id, tiles, count, labels_K, seed=0)
+        return Bag(row.slide_id, row.case_id, CohortTiles(self, row), count, labels_K, seed=0)
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:
         """What the loaders give, as the trainer takes it; skipped slides are noted, and None."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
-from tapfm.bag import Bag
+from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
@@ -105,10 +106,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     for title, kind, fit in FROZEN:
         if kind not in made:
             made[kind] = {
-                part: [
-                    kinds[kind](bag)
-                    for bag in tqdm(data.streamed(part), desc=f"{kind} {part}", unit=" slides")
-                ]
+                part: read_features(data, part, kind, kinds[kind])
                 for part in dict.fromkeys(("train", "val", split))
             }
         parts = made[kind]
@@ -125,6 +123,17 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
         write_predictions(folder / name / f"predictions_{split}.csv", data.label_names, predictions)
         arms.append(arm(title, folder / name, predictions, end_to_end=False))
     return arms
+
+
+def read_features(
+    data: SlideData, split: str, kind: str, features: Callable[[Bag], FeatureBag]
+) -> list[FeatureBag]:
+    """Of every slide of a split that can be read."""
+    bags = []
+    for bag in tqdm(data.streamed(split), desc=f"{kind} {split}", unit=" slides"):
+        with suppress(SkippedBag):
+            bags.append(features(bag))
+    return bags
 
 
 def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import subprocess
 import warnings
@@ -29,6 +28,7 @@ from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.config import ConfigError, index_and_cache
 from tapfm.data import SlideData
+from tapfm.files import replacing
 from tapfm.module import SlideModule
 
 CONFIG = "config.yaml"
@@ -136,10 +136,8 @@ def prepare_folder(cli: Cli) -> bool:
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "
                 "Give another --name or --run_dir, or delete that folder to start anew."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (CONFIG + ".partial")
-    partial.write_text(text)
-    os.replace(partial, folder / CONFIG)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(text)
     return (folder / RESUME).exists()
 
 

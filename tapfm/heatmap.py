@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from tapfm.files import replacing
 
 ZIP_FROM = 50_000  # tiles: some 20 MB of text, above which QuPath is given a .zip
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "tapfm/tile")
@@ -206,18 +206,6 @@ def write_geojson(
     ):
         file.writelines(line.encode() for line in lines)
     return target
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it if the block ends well, removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_figure(figure, path: Path) -> Path:

@@ -8,7 +8,6 @@ Shapes: T tiles of a slide, C tiles of a chunk, D features, K labels.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tapfm import __version__, backbones
 from tapfm.aggregators import make_aggregator
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
+from tapfm.files import replacing
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -89,9 +89,8 @@ def save(model: SlideModel, path: Path, **facts: object) -> None:
     """Write weights and recipe; `path` is whole or not there."""
     header = {"tapfm": __version__, **asdict(model.recipe), **facts}
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, {"tapfm": json.dumps(header)})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(state, partial, {"tapfm": json.dumps(header)})
 
 
 def read_recipe(path: Path) -> tuple[Recipe, dict]:

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import binary_auroc
 from tapfm import backbones
 from tapfm.adapt import make_strategy
 from tapfm.aggregators import effective_tiles
-from tapfm.bag import Bag
+from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.losses import MaskedBCE
 from tapfm.memory import PhaseMeter
@@ -158,7 +158,10 @@ class SlideModule(L.LightningModule):
 
     def validation_step(self, bag: Bag, index: int) -> None:
         """All tiles, the same forward path as training."""
-        logits_K, _ = self.slide_model(bag.tiles, self.chunk)
+        try:
+            logits_K, _ = self.slide_model(bag.tiles, self.chunk)
+        except SkippedBag:
+            return
         labels_K = bag.labels_K.to(self.device)
         self.validated.append((labels_K, logits_K, self.loss(logits_K, labels_K)))
 

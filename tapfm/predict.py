@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from slides.index import TileIndex, index_slide
 from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm import model as models
-from tapfm.bag import Bag
+from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import encode_bag
-from tapfm.heatmap import overlay_png, rank_percentile, replacing, write_geojson
+from tapfm.files import replacing
+from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
 
 
@@ -63,11 +65,12 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
 def predict_all(
     model: SlideModel, bags: Iterable[Bag], chunk: int, title: str = "predict"
 ) -> list[Prediction]:
-    """Slide after slide, with a progress bar in tiles."""
+    """Slide after slide, with a progress bar in tiles; skipped slides are not among them."""
     predictions = []
     with tqdm(unit=" tiles", desc=title) as bar:
         for bag in bags:
-            predictions.append(predict_bag(model, bag, chunk))
+            with suppress(SkippedBag):
+                predictions.append(predict_bag(model, bag, chunk))
             bar.update(bag.count)
     return predictions
 

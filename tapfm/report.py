@@ -28,7 +28,8 @@ from textwrap import wrap
 import numpy as np
 
 from tapfm.figures import curves_figure, roc_figure
-from tapfm.heatmap import replacing, save_figure
+from tapfm.files import replacing
+from tapfm.heatmap import save_figure
 from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
 
 FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked

@@ -69,6 +69,44 @@ def test_nothing_to_test_says_what_to_run(tmp_path, capsys):
     assert "Run `tapfm fit` first" in capsys.readouterr().err
 
 
+@pytest.fixture
+def broken_below_the_index(tmp_path):
+    """A cohort whose s10 (test) and s8 (val) were indexed, then lost half of their bytes."""
+
+    def make(on_error):
+        config = write_cohort(tmp_path, on_error=on_error)
+        assert main(["index", "--config", str(config)]) == 0
+        for name in ("s8.tif", "s10.tif"):
+            path = tmp_path / "slides" / name
+            data = bytearray(path.read_bytes())
+            data[300 : len(data) // 2] = bytes(len(data) // 2 - 300)  # its size stays
+            path.write_bytes(data)
+        return config
+
+    return make
+
+
+def test_a_slide_that_breaks_while_it_is_read_is_skipped_and_listed(
+    broken_below_the_index, tmp_path, capsys
+):
+    config = broken_below_the_index("skip")
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
+    run = tmp_path / "runs" / "tapfm_gated"
+    assert list(json.loads((run / "skipped.json").read_text())) == ["s8"]
+    assert main(["test", "--run", str(run.parent), "--overlays", "0"]) == 0
+    table = pd.read_csv(run / "predictions_test.csv")
+    assert table["slide_id"].tolist() == ["s11", "s12", "s13"]
+    report = (run.parent / "report_test" / "report.md").read_text()
+    assert "s10" in report
+    assert "s8" in report
+
+
+def test_a_slide_that_breaks_while_it_is_read_stops_the_run_by_name(broken_below_the_index, capsys):
+    config = broken_below_the_index("stop")
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 2
+    assert "s8" in capsys.readouterr().err
+
+
 def test_tile_auroc_by_hand(run, tmp_path):
     """Weights that rise with the tumour's share find it; reversed, they do not."""
     data = read_config(["--config", str(run / "tapfm" / "config.yaml")]).datamodule

@@ -18,7 +18,6 @@ from tapfm import heatmap
 from tapfm.heatmap import (
     overlay_png,
     rank_percentile,
-    replacing,
     tile_map,
     write_geojson,
 )
@@ -206,13 +205,3 @@ def test_bad_values_are_named_and_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match="4 tiles, but 'tile weight'"):
         overlay_png(np.zeros((9, 9, 3), np.uint8), 1.0, COORDS0, 1, [1.0], tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(path) as partial:
-        partial.write_text("ne")
-        raise OSError("disk full")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
