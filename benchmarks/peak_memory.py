@@ -104,7 +104,7 @@ class Step:
         head, encoder = self.optimizers
         with phase("encode"):
             if two_pass:
-                z_TD, score_T = encode_bag(encode, chunks, **same)
+                z_TD, score_T, _ = encode_bag(encode, chunks, **same)
             else:
                 z_TD, score_T = map(torch.cat, zip(*map(encode, chunks), strict=True))
         with phase("aggregate"):

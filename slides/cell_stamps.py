@@ -9,7 +9,7 @@ moves the mean colour of the tumour by less than half of what slides differ by:
     trait      state 1                                 state 0
     nucleolus  pale nucleus, one dark nucleolus        smooth chromatin
     vacuole    a clear vacuole beside the nucleus      solid cytoplasm
-    cleft      notched (bean-shaped) nucleus           round nucleus
+    spindle    nucleus twice as long as wide           round nucleus
 
 Price: about 0.5 ms a stamp.
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-TRAITS = ("nucleolus", "vacuole", "cleft")
+TRAITS = ("nucleolus", "vacuole", "spindle")
 PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
-NUCLEOLUS_UM = 1.6  # radius
-NUCLEOLUS, CLEFT = 1.6, 0.62  # how strongly a cell in state 1 shows it
+NUCLEOLUS_UM, VACUOLE_UM = 1.3, 2.1  # radii
+NUCLEOLUS, SPINDLE = 1.3, 2.0  # its haematoxylin, and length over width, in state 1
 
 Layer = tuple[np.ndarray, np.ndarray]
 """Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
@@ -46,8 +46,6 @@ class Cell:
     """Unevenness of the haematoxylin, relative."""
     nucleolus: float = 0.0
     """Haematoxylin of the nucleolus above the rest."""
-    cleft: float = 0.0
-    """Depth of the notch, relative to the radius."""
     cell_um: float = 0.0
     """Radius of the cytoplasm; 0 draws a bare nucleus."""
     cell_h: float = 0.1
@@ -103,14 +101,13 @@ def tumour_cell(
     return Cell(
         size_um * rng.uniform(0.88, 1.12),
         dark * rng.uniform(0.85, 1.15),
-        elongation=rng.uniform(1.0, 1.2),
+        elongation=rng.uniform(1.0, 1.2) * (SPINDLE if shown[2] else 1),
         cell_um=rng.uniform(6.6, 7.6),
         cell_h=0.12,
         cell_e=rng.uniform(0.36, 0.46),
         nucleolus=NUCLEOLUS * shown[0],
         vacuoles=shown[1],
-        vacuole_um=2.8,
-        cleft=CLEFT * shown[2],
+        vacuole_um=VACUOLE_UM,
     )
 
 
@@ -188,16 +185,8 @@ def _disc(r_um: np.ndarray, radius_um: float, soft_um: float) -> np.ndarray:
 
 
 def _nucleus_cover(cell: Cell, u, v, soft: float, rng) -> np.ndarray:
-    """Cover of the nucleus: an ellipse with an uneven edge and, where `cleft`, a notch.
-
-    The notched nucleus is enlarged until its area is that of the plain one.
-    """
-
-    def notch(angle):
-        return np.maximum(1 - 1.6 * cell.cleft * np.exp(-(((angle - 1.57) / 0.45) ** 2)), 0.2)
-
+    """Cover of the nucleus: an ellipse with an uneven edge."""
     stretch = np.sqrt(cell.elongation)
     r, angle = np.hypot(u / stretch, v * stretch), np.arctan2(v, u)
     uneven = 1 + 0.04 * np.cos(3 * angle + rng.uniform(0, 6)) + 0.03 * np.cos(5 * angle)
-    grown = 1 / np.sqrt((notch(np.linspace(-np.pi, np.pi, 181)) ** 2).mean())
-    return _disc(r / (uneven * notch(angle) * grown), cell.nucleus_um, soft)
+    return _disc(r / uneven, cell.nucleus_um, soft)

@@ -10,6 +10,10 @@ memory does not depend on the number of tiles; the price is one more forward (4 
 3). It is exact only if both passes see the same pixels and the same random numbers, so each chunk
 draws dropout and drop-path from a seed of its own: `chunk_rng`.
 
+The first chunks may keep their graphs from the first pass (`keep`), at the memory of as many
+chunks: these pay no second forward. One kept chunk adds next to nothing to the peak, and spares a
+slide that fits in one chunk all of the price.
+
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184), the two-graph step; Gao et al. 2021
     (GradCache, arXiv 2101.06983), section 3, the two passes.
 Differs: the paper keeps all tiles' graphs at once, and so is bounded by the card.
@@ -25,8 +29,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Tiles (C, 3, H, W) to features (C, D) and raw scores (C,)."""
+Encoded = tuple[Tensor, Tensor]
+"""Features (C, D) and raw scores (C,) of a chunk."""
+Encode = Callable[[Tensor], Encoded]
+"""Tiles (C, 3, H, W) to their features and scores."""
 
 
 @contextmanager
@@ -38,33 +44,40 @@ def chunk_rng(seed: int, index: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def encode_bag(
-    encode: Encode, chunks_CP: Iterable[Tensor], *, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Pass 1: features and raw scores of every tile, without a graph.
+    encode: Encode,
+    chunks_CP: Iterable[Tensor],
+    *,
+    seed: int,
+    device: torch.device,
+    keep: int = 0,
+) -> tuple[Tensor, Tensor, list[Encoded]]:
+    """Pass 1: features and raw scores of every tile, without a graph but for the first chunks.
 
     Args:
         encode: the encoder.
         chunks_CP: the slide's tiles in order; the last chunk may be short.
         seed: the same value must be given to `adapt_bag`.
         device: where `encode` draws its random numbers.
+        keep: chunks whose graphs are kept for `adapt_bag`.
 
     Returns:
-        z_TD and score_T, leaves that require grad, ready for the slide model.
+        z_TD and score_T, leaves that require grad, ready for the slide model; and what was kept.
 
     Raises:
         ValueError: the slide has no tile.
     """
-    z_CD, score_C = [], []
+    z_CD, score_C, kept = [], [], []
     for index, tiles_CP in enumerate(chunks_CP):
-        with chunk_rng(seed, index, device):
+        with chunk_rng(seed, index, device), torch.set_grad_enabled(index < keep):
             z, score = encode(tiles_CP)
-        z_CD.append(z)
-        score_C.append(score)
+        if index < keep:
+            kept.append((z, score))
+        z_CD.append(z.detach())
+        score_C.append(score.detach())
     if not z_CD:
         raise ValueError("a slide without tiles cannot be encoded: leave it out of the cohort")
-    return torch.cat(z_CD).requires_grad_(), torch.cat(score_C).requires_grad_()
+    return torch.cat(z_CD).requires_grad_(), torch.cat(score_C).requires_grad_(), kept
 
 
 def adapt_bag(
@@ -75,6 +88,7 @@ def adapt_bag(
     *,
     seed: int,
     device: torch.device,
+    kept: list[Encoded] | None = None,
     score_weight: float = 1.0,
 ) -> None:
     """Pass 2: add the slide loss's gradient to the encoder's `.grad`.
@@ -86,6 +100,7 @@ def adapt_bag(
         grad_score_T: dL/ds, or None where the aggregator does not use the score.
         seed: as in pass 1.
         device: as in pass 1.
+        kept: what pass 1 kept; emptied, so that each graph is freed once it has served.
         score_weight: lambda. 1 is the exact gradient; 0 trains through the features only.
 
     Raises:
@@ -97,8 +112,11 @@ def adapt_bag(
         done += len(tiles_CP)
         if done > len(grad_z_TD):
             break
-        with chunk_rng(seed, index, device):
-            z_CD, score_C = encode(tiles_CP)
+        if kept:
+            z_CD, score_C = kept.pop(0)
+        else:
+            with chunk_rng(seed, index, device):
+                z_CD, score_C = encode(tiles_CP)
         if grad_score_T is None:
             torch.autograd.backward(z_CD, grad_z_TD[rows])  # frees this chunk's graph
         else:

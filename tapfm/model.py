@@ -81,7 +81,7 @@ class SlideModel(nn.Module):
     @torch.no_grad()
     def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
         """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
-        z_TD, score_T = encode_bag(self.encode, tiles.split(chunk), seed=0, device=self.device)
+        z_TD, score_T, _ = encode_bag(self.encode, tiles.split(chunk), seed=0, device=self.device)
         return self.aggregator(z_TD, score_T)
 
 

@@ -88,7 +88,7 @@ class SlideModule(L.LightningModule):
         encode, same = self.slide_model.encode, {"seed": bag.seed, "device": self.device}
 
         with self.meter.phase("encode"):
-            z_TD, score_T = encode_bag(encode, bag.tiles.split(self.chunk), **same)
+            z_TD, score_T, kept = encode_bag(encode, bag.tiles.split(self.chunk), keep=1, **same)
 
         with self.meter.phase("aggregate"):
             logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T)
@@ -97,7 +97,8 @@ class SlideModule(L.LightningModule):
             head_norm = self.update(head_optimizer)
 
         with self.meter.phase("adapt"):
-            adapt_bag(encode, bag.tiles.split(self.chunk), z_TD.grad, score_T.grad, **same)
+            chunks_CP = bag.tiles.split(self.chunk)
+            adapt_bag(encode, chunks_CP, z_TD.grad, score_T.grad, kept=kept, **same)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1

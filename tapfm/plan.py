@@ -6,8 +6,9 @@ How: the real encoder runs forward on fake CUDA tensors, which have shapes but n
 autograd would hold is counted for two tiles and for three: the difference is a tile's activations,
 the rest are the bfloat16 copies of the weights that autocast makes. Peaks follow from these.
 
-    encode      weights and moments, the cast copies, one block's work on a chunk
-    aggregate   weights and moments, the features of a bag
+    encode      weights and moments, the graph of the first chunk, which is kept, and for the next
+                chunk the cast copies and one block's work
+    aggregate   weights and moments, the graph of the first chunk, the features of a bag
     adapt       weights, gradients, moments, what the chunk's forward holds, and the cast copies and
                 one block's work: together, or, where blocks are recomputed, the larger of them
     step        weights, gradients, moments
@@ -154,9 +155,10 @@ def peaks(row: Backbone, parameters: int, cost: Cost, chunk: int) -> dict[str, f
     learning = resting + GRADIENTS * parameters
     work, bag = chunk * cost.block, BAG_COPIES * BAG_TILES * row.dim * 4
     both = max if cost.recompute else int.__add__  # one after the other, or together
+    kept = chunk * cost.tile + (0 if cost.recompute else cost.casts)  # the first chunk's graph
     total = {
-        "encode": resting + cost.casts + work,
-        "aggregate": resting + bag,
+        "encode": resting + kept + cost.casts + work,
+        "aggregate": resting + kept + bag,
         "adapt": learning + chunk * cost.tile + both(cost.casts, work),
         "step": learning,
     }

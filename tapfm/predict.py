@@ -109,7 +109,7 @@ def frozen_features(
             same = file["features"].attrs.get("fingerprint") == fingerprint
             if same and len(file["features"]) == bag.count:
                 return torch.from_numpy(file["features"][:])
-    z_TD, _ = encode_bag(model.encode, bag.tiles.split(chunk), seed=0, device=model.device)
+    z_TD, *_ = encode_bag(model.encode, bag.tiles.split(chunk), seed=0, device=model.device)
     z_TD = z_TD.detach().cpu()
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         features = file.create_dataset("features", data=z_TD.numpy())

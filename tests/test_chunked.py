@@ -39,8 +39,10 @@ class Slide:
         z_CD, score_C = zip(*rows, strict=True)
         self.loss_of(torch.cat(z_CD), torch.cat(score_C)).backward()
 
-    def two_pass(self, seed=SEED, score_weight=1.0):
-        z_TD, score_T = encode_bag(self.encoder, self.chunks, seed=SEED, device=CPU)
+    def two_pass(self, seed=SEED, score_weight=1.0, keep=0):
+        z_TD, score_T, kept = encode_bag(
+            self.encoder, self.chunks, seed=SEED, device=CPU, keep=keep
+        )
         self.loss_of(z_TD, score_T).backward()
         adapt_bag(
             self.encoder,
@@ -49,6 +51,7 @@ class Slide:
             score_T.grad,
             seed=seed,
             device=CPU,
+            kept=kept,
             score_weight=score_weight,
         )
 
@@ -79,6 +82,13 @@ def test_gradient_equals_one_graph_for_every_make(make, aggregator):
     slide = Slide(make, aggregator)
     expected = slide.gradient("one_graph")
     assert difference(slide.gradient("two_pass"), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("keep", [1, 3, 99])
+def test_kept_graphs_change_nothing(keep):
+    slide = Slide(**NOISE)
+    expected = slide.gradient("two_pass")
+    assert torch.equal(slide.gradient("two_pass", keep=keep), expected)
 
 
 @pytest.mark.parametrize("make", ["5 prefix", "rope"])
@@ -118,7 +128,7 @@ def saved_bytes(function):
 
 
 def bytes_of_pass_2(slide):
-    z_TD, score_T = encode_bag(slide.encoder, slide.chunks, seed=0, device=CPU)
+    z_TD, score_T, _ = encode_bag(slide.encoder, slide.chunks, seed=0, device=CPU)
     grads = torch.ones_like(z_TD), torch.ones_like(score_T)
     return saved_bytes(lambda: adapt_bag(slide.encoder, slide.chunks, *grads, seed=0, device=CPU))
 
@@ -133,6 +143,23 @@ def test_memory_is_that_of_one_chunk_whatever_the_slide(recompute):
     assert held(8) == held(12) == held(52) > 0
     slide = Slide(chunk=4, tiles=52, recompute=recompute)
     assert saved_bytes(lambda: slide.gradient("one_graph")) > 10 * held(8)
+
+
+def test_a_kept_graph_takes_the_place_of_the_chunk_in_work():
+    """One kept chunk, all of both passes: no more than one chunk is held at any time."""
+    slide = Slide(chunk=4)
+
+    def step(keep):
+        def run():
+            same = {"seed": 0, "device": CPU}
+            z_TD, _, kept = encode_bag(slide.encoder, slide.chunks, keep=keep, **same)
+            ones = torch.ones_like(z_TD), torch.ones_like(z_TD[:, 0])
+            adapt_bag(slide.encoder, slide.chunks, *ones, kept=kept, **same)
+
+        return saved_bytes(run)
+
+    assert step(keep=1) == step(keep=0)
+    assert step(keep=3) == 3 * step(keep=0)
 
 
 def test_pass_1_and_the_tap_hold_nothing():
@@ -153,6 +180,14 @@ def test_price_is_one_more_forward():
     forward = flops(lambda: [slide.encoder(chunk) for chunk in slide.chunks])
     one_graph = flops(lambda: slide.gradient("one_graph"))
     assert flops(lambda: slide.gradient("two_pass")) == one_graph + forward
+
+
+def test_what_is_kept_is_not_paid_twice():
+    slide = Slide()
+    one_graph = flops(lambda: slide.gradient("one_graph"))
+    last_three = flops(lambda: [slide.encoder(chunk) for chunk in slide.chunks[3:]])
+    assert flops(lambda: slide.gradient("two_pass", keep=3)) == one_graph + last_three
+    assert flops(lambda: slide.gradient("two_pass", keep=99)) == one_graph
 
 
 @pytest.mark.parametrize("rows", [TILES - 1, TILES + 1])

@@ -212,10 +212,10 @@ class TestPainting:
         """State 1 against state 0, on 40 cells of one size and darkness each.
 
         The measure is what each trait is: the darkest spot of a nucleus; the clear part of the
-        cell; how much of its own round hull the nucleus leaves empty. The states of one trait lie
+        cell; length over width of the nucleus. The states of one trait lie
         apart by more than their spread, and the other two traits do not move it as far.
         """
-        measured = [darkest_spot, clear_part, notch_depth][trait]
+        measured = [darkest_spot, clear_part, length_over_width][trait]
 
         def sample(states):
             rng = np.random.default_rng(11)
@@ -275,9 +275,9 @@ def clear_part(stamp):
     return (inks.sum(-1)[seen] < 0.15).mean()
 
 
-def notch_depth(stamp):
-    """Share of the nucleus's bounding circle, about its centre of mass, left empty."""
+def length_over_width(stamp):
+    """Of the nucleus, from the spread of its pixels."""
     cover, inks = stamp[1]
-    y, x = np.nonzero((cover[..., 0] > 0.5) & (inks.sum(-1) > 0.3))
-    r = np.hypot(y - y.mean(), x - x.mean())
-    return 1 - len(r) / (np.pi * np.percentile(r, 99) ** 2)
+    at = np.argwhere((cover[..., 0] > 0.5) & (inks.sum(-1) > 0.3))
+    short, long = np.linalg.eigvalsh(np.cov(at.T))
+    return np.sqrt(long / short)
