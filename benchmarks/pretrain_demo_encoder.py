@@ -81,7 +81,7 @@ def painted_tiles(number: int) -> np.ndarray:
     specimen = Specimen(
         seed=SEED * 1000 + number,
         stain=site_stain(SEED, number % SITES),
-        traits=tuple(rng.integers(0, 2, 3).tolist()),
+        traits=(0, 0, 0),
         tumour_fraction=float(rng.uniform(0.1, 0.4)),
     )
     fine = number % 2 + 1

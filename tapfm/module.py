@@ -88,7 +88,8 @@ class SlideModule(L.LightningModule):
         encode, same = self.slide_model.encode, {"seed": bag.seed, "device": self.device}
 
         with self.meter.phase("encode"):
-            z_TD, score_T, kept = encode_bag(encode, bag.tiles.split(self.chunk), keep=1, **same)
+            chunks_CP = bag.tiles.split(self.chunk)
+            z_TD, score_T, kept = encode_bag(encode, chunks_CP, keep=int(self.adapting), **same)
 
         with self.meter.phase("aggregate"):
             logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T)
@@ -97,8 +98,9 @@ class SlideModule(L.LightningModule):
             head_norm = self.update(head_optimizer)
 
         with self.meter.phase("adapt"):
-            chunks_CP = bag.tiles.split(self.chunk)
-            adapt_bag(encode, chunks_CP, z_TD.grad, score_T.grad, kept=kept, **same)
+            if self.adapting:
+                chunks_CP = bag.tiles.split(self.chunk)
+                adapt_bag(encode, chunks_CP, z_TD.grad, score_T.grad, kept=kept, **same)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1
@@ -117,9 +119,9 @@ class SlideModule(L.LightningModule):
             if self.steps.clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.steps.clip, norm)
             done = (self.slides_seen + 1) / self.slides_in_run
-            factor = warmup_cosine(done, self.steps.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+                share = (done - group["begins"]) / (1 - group["begins"])
+                group["lr"] = group["peak_lr"] * warmup_cosine(max(share, 0), self.steps.warmup)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
@@ -129,6 +131,11 @@ class SlideModule(L.LightningModule):
         """Whether the slide under way is the last of `accumulate`, or of the epoch."""
         full = (self.slides_seen + 1) % self.steps.accumulate == 0
         return full or self.trainer.is_last_batch
+
+    @property
+    def adapting(self) -> bool:
+        """Whether the encoder learns from this slide: not while the head goes first."""
+        return self.slides_seen >= self.steps.head_first * self.slides_in_run
 
     @property
     def slides_in_run(self) -> int:
@@ -146,7 +153,9 @@ class SlideModule(L.LightningModule):
             self.slide_model.encoder.vit, self.steps.encoder_lr, self.steps.weight_decay
         )
         for group in head + encoder:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
+        for group in encoder:
+            group["begins"] = self.steps.head_first
         return [torch.optim.AdamW(groups, fused=True) for groups in (head, encoder)]
 
     def on_fit_start(self) -> None:

@@ -2,6 +2,8 @@
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
     and 1e-5 (head), cosine.
+    Kumar et al. 2022 (LP-FT, arXiv 2202.10054) for `head_first`: a head that starts at random
+    sends gradients that spoil the features before they can serve it.
 Differs: one cosine over the run, after a warm-up, instead of warm restarts; norms, biases, scales
     and tokens do not decay.
 """
@@ -34,11 +36,14 @@ class Steps:
     """Largest gradient norm of either update; 0 is no limit."""
     accumulate: int = 1
     """Slides per update."""
+    head_first: float = 0.0
+    """Share of the run in which the encoder stays as it came and only the slide model learns."""
 
     def __post_init__(self):
         faults = [
             f"{name} must be {rule}, got {value}"
             for name, value, rule, good in (
+                ("head_first", self.head_first, "in [0, 1)", 0 <= self.head_first < 1),
                 ("encoder_lr", self.encoder_lr, "0 or more", self.encoder_lr >= 0),
                 ("head_lr", self.head_lr, "above 0", self.head_lr > 0),
                 ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),

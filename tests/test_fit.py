@@ -57,6 +57,20 @@ def test_weights_moved_and_load_again(finished):
     assert not torch.equal(model.state_dict()[f"encoder.vit.{name}"], start[name].float())
 
 
+def test_the_head_goes_first(tmp_path):
+    """Two epochs of 7 slides, the encoder from the second on: exactly as it came until then."""
+    config = write_cohort(tmp_path)
+    steps = ["--model.steps.head_first", "0.5", "--trainer.max_epochs", "2"]
+    assert main(["fit", "--config", str(config), *steps]) == 0
+    train = pd.read_csv(tmp_path / "runs" / "tapfm_gated" / "metrics.csv")
+    train = train[train["train/loss"].notna()]
+    assert (train["train/encoder_grad_norm"][:7] == 0).all()
+    assert (train["train/encoder_grad_norm"][7:] > 0).all()
+    assert (train["train/head_grad_norm"] > 0).all()
+    assert (train["lr/encoder"][:6] == 0).all()
+    assert train["lr/encoder"].iloc[-1] == pytest.approx(1e-6, rel=0.5)
+
+
 def tapfm(*arguments, check=True):
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
