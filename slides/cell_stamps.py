@@ -9,7 +9,7 @@ moves the mean colour of the tumour by less than half of what slides differ by:
     trait      state 1                                 state 0
     nucleolus  pale nucleus, one dark nucleolus        smooth chromatin
     vacuole    a clear vacuole beside the nucleus      solid cytoplasm
-    spindle    nucleus twice as long as wide           round nucleus
+    inclusion  a pale hole in the nucleus              solid nucleus
 
 Price: about 0.5 ms a stamp.
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-TRAITS = ("nucleolus", "vacuole", "spindle")
+TRAITS = ("nucleolus", "vacuole", "inclusion")
 PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
-NUCLEOLUS_UM, VACUOLE_UM = 1.5, 2.4  # radii
-NUCLEOLUS, SPINDLE = 1.5, 2.0  # its haematoxylin, and length over width, in state 1
+NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.5, 2.4, 1.6  # radii
+NUCLEOLUS, INCLUSION = 1.5, 0.9  # haematoxylin added, and share of it taken, in state 1
 
 Layer = tuple[np.ndarray, np.ndarray]
 """Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
@@ -46,6 +46,8 @@ class Cell:
     """Unevenness of the haematoxylin, relative."""
     nucleolus: float = 0.0
     """Haematoxylin of the nucleolus above the rest."""
+    inclusion: float = 0.0
+    """Share of its haematoxylin that the inclusion lacks."""
     cell_um: float = 0.0
     """Radius of the cytoplasm; 0 draws a bare nucleus."""
     cell_h: float = 0.1
@@ -69,13 +71,14 @@ def lymphocyte(rng: np.random.Generator) -> Cell:
     return Cell(rng.uniform(2.7, 3.3), rng.uniform(0.95, 1.2), elongation=rng.uniform(1, 1.15))
 
 
-def gland_cell(rng: np.random.Generator, nucleoli: float) -> Cell:
-    """Normal epithelium; a share of it has nucleoli, as reactive epithelium does."""
+def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> Cell:
+    """Normal epithelium; shares of it have nucleoli or inclusions, as reactive epithelium does."""
     return Cell(
         rng.uniform(3.0, 3.6),
         rng.uniform(0.6, 0.85),
         elongation=rng.uniform(1.0, 1.35),
         nucleolus=0.8 * float(rng.random() < nucleoli),
+        inclusion=INCLUSION * float(rng.random() < inclusions),
     )
 
 
@@ -101,11 +104,12 @@ def tumour_cell(
     return Cell(
         size_um * rng.uniform(0.88, 1.12),
         dark * rng.uniform(0.85, 1.15),
-        elongation=rng.uniform(1.0, 1.2) * (SPINDLE if shown[2] else 1),
+        elongation=rng.uniform(1.0, 1.2),
         cell_um=rng.uniform(6.6, 7.6),
         cell_h=0.12,
         cell_e=rng.uniform(0.36, 0.46),
         nucleolus=NUCLEOLUS * shown[0],
+        inclusion=INCLUSION * shown[2],
         vacuoles=shown[1],
         vacuole_um=VACUOLE_UM,
     )
@@ -139,8 +143,12 @@ def stamp(cell: Cell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Laye
 
     nucleus = _nucleus_cover(cell, u + shift, v, soft, rng)
     h = cell.nucleus_h * (1 + cell.chromatin * smooth_noise((n, n), max(1.0, 0.9 / mpp), rng))
+    off_u, off_v = rng.uniform(-0.8, 0.8, 2)
+    if cell.inclusion:
+        hole = _disc(np.hypot(u + shift + 2 * off_u, v + 2 * off_v), INCLUSION_UM, soft)
+        left = 1 - cell.inclusion * hole
+        h = h * left * (nucleus.sum() / (left * nucleus).sum())  # the rest takes the stain up
     if cell.nucleolus:
-        off_u, off_v = rng.uniform(-0.8, 0.8, 2)
         dot = _disc(np.hypot(u + shift - off_u, v - off_v), NUCLEOLUS_UM, soft)
         taken = (dot * nucleus).sum() / nucleus.sum()  # what the dot adds, the rest gives back
         h = h + cell.nucleolus * (dot - taken)
