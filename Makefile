@@ -35,8 +35,10 @@ train: $(READY) ## the main job: make train [COHORT=demo] [SEED=0] [RUN=runs/dem
 	$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j $(JOBS) $(ARMS:%=fit-%)
 	$(BIN)/tapfm test --run $(RUN)
 
+fit-tapfm: AS_PUBLISHED = --model.steps.head_first 0
 fit-%: $(READY)
-	$(BIN)/tapfm fit --config $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) --model.aggregator $*
+	$(BIN)/tapfm fit --config $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
+		--model.aggregator $* $(AS_PUBLISHED)
 
 test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes at most)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
