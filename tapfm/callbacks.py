@@ -58,7 +58,7 @@ class RunLog(Callback):
         self.metrics = CsvLog(folder / "metrics.csv", ["step", "epoch", "slide_id", *columns])
         phases = [f"{phase}_{unit}" for phase in ("encode", "aggregate", "adapt")
                   for unit in ("s", "allocated_gib", "reserved_gib", "rss_gib")]  # fmt: skip
-        cost = ["step", "slide_id", "tiles", "tiles_per_s", *phases]
+        cost = ["step", "slide_id", "tiles", "chunk", "tiles_per_s", *phases]
         self.memory = CsvLog(folder / "memory.csv", cost)
         self.keep = {"metrics": 0, "memory": 0}
 
@@ -84,7 +84,8 @@ class RunLog(Callback):
             for phase, measured in module.meter.take().items()
             for unit, value in measured.items()
         }
-        self.memory.write({**place, "tiles": batch.count, "tiles_per_s": speed, **cost})
+        bag = {"tiles": batch.count, "chunk": module.chunk, "tiles_per_s": speed}
+        self.memory.write({**place, **bag, **cost})
         for logger in trainer.loggers:
             logger.log_metrics({**figures, **cost}, step=module.slides_seen)
         module.log("tiles/s", speed, prog_bar=True, logger=False, batch_size=1)

@@ -23,7 +23,7 @@ Shapes: T tiles of a slide, C tiles of a chunk, D features, P pixels (3, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +33,8 @@ Encoded = tuple[Tensor, Tensor]
 """Features (C, D) and raw scores (C,) of a chunk."""
 Encode = Callable[[Tensor], Encoded]
 """Tiles (C, 3, H, W) to their features and scores."""
+Backward = Callable[[Encode, Tensor, Sequence[Tensor], Encoded | None], None]
+"""How a chunk's gradient is added: `backward_chunk`, or one that can do more."""
 
 
 @contextmanager
@@ -80,6 +82,21 @@ def encode_bag(
     return torch.cat(z_CD).requires_grad_(), torch.cat(score_C).requires_grad_(), kept
 
 
+def backward_chunk(
+    encode: Encode, tiles_CP: Tensor, grads_C: Sequence[Tensor], kept: Encoded | None
+) -> None:
+    """Encode a chunk with a graph, or take the one that was kept; add its gradient; free it.
+
+    Args:
+        encode: the encoder.
+        tiles_CP: the chunk.
+        grads_C: dL/dz (C, D) and, unless the score is not used, dL/ds (C,).
+        kept: the chunk's features and scores with their graph, if pass 1 kept it.
+    """
+    outputs = kept or encode(tiles_CP)
+    torch.autograd.backward(outputs[: len(grads_C)], grads_C)
+
+
 def adapt_bag(
     encode: Encode,
     chunks_CP: Iterable[Tensor],
@@ -90,6 +107,7 @@ def adapt_bag(
     device: torch.device,
     kept: list[Encoded] | None = None,
     score_weight: float = 1.0,
+    backward: Backward = backward_chunk,
 ) -> None:
     """Pass 2: add the slide loss's gradient to the encoder's `.grad`.
 
@@ -102,26 +120,21 @@ def adapt_bag(
         device: as in pass 1.
         kept: what pass 1 kept; emptied, so that each graph is freed once it has served.
         score_weight: lambda. 1 is the exact gradient; 0 trains through the features only.
+        backward: adds one chunk's gradient; see `tapfm.rescue` for one that survives running out
+            of memory.
 
     Raises:
         ValueError: the chunks hold more or fewer tiles than `grad_z_TD` has rows.
     """
+    grads_T = [grad_z_TD] if grad_score_T is None else [grad_z_TD, score_weight * grad_score_T]
     done = 0
     for index, tiles_CP in enumerate(chunks_CP):
         rows = slice(done, done + len(tiles_CP))
         done += len(tiles_CP)
         if done > len(grad_z_TD):
             break
-        if kept:
-            z_CD, score_C = kept.pop(0)
-        else:
-            with chunk_rng(seed, index, device):
-                z_CD, score_C = encode(tiles_CP)
-        if grad_score_T is None:
-            torch.autograd.backward(z_CD, grad_z_TD[rows])  # frees this chunk's graph
-        else:
-            grads = (grad_z_TD[rows], score_weight * grad_score_T[rows])
-            torch.autograd.backward((z_CD, score_C), grads)  # frees this chunk's graph
+        with chunk_rng(seed, index, device):
+            backward(encode, tiles_CP, [g[rows] for g in grads_T], kept.pop(0) if kept else None)
     if done != len(grad_z_TD):
         raise ValueError(
             f"pass 2 read {done} tiles or more, pass 1 had {len(grad_z_TD)}: both passes must read "

@@ -15,18 +15,24 @@ from typing import Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
 from tapfm.adapt import make_strategy
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
-from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.losses import MaskedBCE
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
+from tapfm.rescue import Rescue
+
+
+class ChunkError(RuntimeError):
+    """Memory ran out, and fewer tiles at once are no way out."""
 
 
 class SlideModule(L.LightningModule):
@@ -85,11 +91,9 @@ class SlideModule(L.LightningModule):
     def training_step(self, bag: Bag, index: int) -> dict[str, Tensor]:
         """One slide: encode, update the slide model, adapt the encoder chunk by chunk."""
         head_optimizer, encoder_optimizer = self.optimizers()
-        encode, same = self.slide_model.encode, {"seed": bag.seed, "device": self.device}
 
         with self.meter.phase("encode"):
-            chunks_CP = bag.tiles.split(self.chunk)
-            z_TD, score_T, kept = encode_bag(encode, chunks_CP, keep=int(self.adapting), **same)
+            z_TD, score_T, kept = self.encode(bag)
 
         with self.meter.phase("aggregate"):
             logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T)
@@ -99,8 +103,7 @@ class SlideModule(L.LightningModule):
 
         with self.meter.phase("adapt"):
             if self.adapting:
-                chunks_CP = bag.tiles.split(self.chunk)
-                adapt_bag(encode, chunks_CP, z_TD.grad, score_T.grad, kept=kept, **same)
+                self.adapt(bag, z_TD.grad, score_T.grad, kept)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1
@@ -110,6 +113,67 @@ class SlideModule(L.LightningModule):
             "train/head_grad_norm": head_norm,
             "train/encoder_grad_norm": encoder_norm,
         }
+
+    def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
+        """Pass 1, `encode_bag`; once more with half the chunk where memory runs out."""
+        while True:
+            try:
+                return encode_bag(
+                    self.slide_model.encode,
+                    bag.tiles.split(self.chunk),
+                    seed=bag.seed,
+                    device=self.device,
+                    keep=int(self.adapting),
+                )
+            except torch.OutOfMemoryError as fault:
+                self.shrink_chunk(self.chunk // 2, fault)
+
+    def adapt(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]) -> None:
+        """Pass 2, `adapt_bag`; in half chunks where memory runs out, unless there is noise."""
+        with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
+            try:
+                adapt_bag(
+                    self.slide_model.encode,
+                    bag.tiles.split(self.chunk),
+                    grad_z_TD,
+                    grad_score_T,
+                    seed=bag.seed,
+                    device=self.device,
+                    kept=kept,
+                    backward=backward_chunk if self.noisy else rescue,
+                )
+            except torch.OutOfMemoryError as fault:
+                self.shrink_chunk(0, fault)
+        if rescue.fits:
+            self.shrink_chunk(rescue.fits)
+
+    def shrink_chunk(self, tiles: int, fault: Exception | None = None) -> None:
+        """Go on with fewer tiles at once.
+
+        Raises:
+            ChunkError: there is no going on.
+        """
+        if tiles < 1:
+            way_out = "Set model.recompute, model.precision: bf16, or a strategy that trains less"
+            if self.noisy and self.chunk > 1:
+                way_out = f"With drop-path, halves are not exact: set model.chunk {self.chunk // 2}"
+            raise ChunkError(
+                f"memory ran out with {self.chunk} tiles at once. {way_out}; `tapfm plan --model "
+                f"{self.slide_model.recipe.model} --gpu N` says what fits a card of N GiB."
+            ) from fault
+        print(f"memory ran out with {self.chunk} tiles at once: going on with {tiles}", flush=True)
+        self.chunk = tiles
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a chunk's features depend on random numbers."""
+        modules = self.slide_model.encoder.modules()
+        rates = (
+            module.p if isinstance(module, nn.Dropout) else module.drop_prob
+            for module in modules
+            if isinstance(module, nn.Dropout | DropPath)
+        )
+        return any(rate > 0 for rate in rates)
 
     def update(self, optimizer) -> Tensor:
         """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
@@ -197,8 +261,9 @@ class SlideModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """What resuming needs beside weights, optimizers and loops."""
-        checkpoint["slides_seen"] = self.slides_seen
+        checkpoint["slides_seen"], checkpoint["chunk"] = self.slides_seen, self.chunk
 
     def on_load_checkpoint(self, checkpoint) -> None:
         """See `on_save_checkpoint`."""
         self.slides_seen = checkpoint["slides_seen"]
+        self.chunk = min(self.chunk, checkpoint["chunk"])

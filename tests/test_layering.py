@@ -15,6 +15,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "aggregators": set(),
     "losses": set(),
     "chunked": set(),
+    "rescue": {"chunked"},
     "optim": set(),
     "metrics": set(),
     "memory": set(),
