@@ -163,8 +163,8 @@ def view(tiles_BP: Tensor) -> Tensor:
     density = -(seen / 255).log()
     density = density * (0.75 + 0.5 * torch.rand(n, 3, 1, 1)) * (0.8 + 0.4 * torch.rand(n, 1, 1, 1))
     seen = 255 * (-density).exp()
-    soft = F.avg_pool2d(F.pad(seen, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    return torch.lerp(seen, soft, torch.rand(n, 1, 1, 1))
+    soft = F.avg_pool2d(F.pad(seen, (4, 4, 4, 4), mode="replicate"), 9, 1)
+    return torch.lerp(seen, soft, 0.3 + 0.7 * torch.rand(n, 1, 1, 1))
 
 
 if __name__ == "__main__":

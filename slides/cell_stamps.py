@@ -143,9 +143,10 @@ def stamp(cell: Cell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Laye
 
     nucleus = _nucleus_cover(cell, u + shift, v, soft, rng)
     h = cell.nucleus_h * (1 + cell.chromatin * smooth_noise((n, n), max(1.0, 0.9 / mpp), rng))
-    off_u, off_v = rng.uniform(-0.8, 0.8, 2)
+    side, far_um = rng.uniform(0, 2 * np.pi), 0.35 * cell.nucleus_um  # on opposite sides
+    off_u, off_v = far_um * np.cos(side), far_um * np.sin(side)
     if cell.inclusion:
-        hole = _disc(np.hypot(u + shift + 2 * off_u, v + 2 * off_v), INCLUSION_UM, soft)
+        hole = _disc(np.hypot(u + shift + off_u, v + off_v), INCLUSION_UM, soft)
         left = 1 - cell.inclusion * hole
         h = h * left * (nucleus.sum() / (left * nucleus).sum())  # the rest takes the stain up
     if cell.nucleolus:
