@@ -11,7 +11,8 @@ Shapes: T tiles of a slide, D features, K labels.
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
-from tapfm.adapt import make_strategy
+from tapfm.adapt import make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import adapt_bag, encode_bag
@@ -27,6 +28,10 @@ from tapfm.losses import MaskedBCE
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
+
+StrategyName = Literal[
+    "full", "last_n", "bitfit", "norm_only", "lora", "dora", "vpt_deep", "adaptformer", "ssf"
+]
 
 
 class SlideModule(L.LightningModule):
@@ -38,7 +43,8 @@ class SlideModule(L.LightningModule):
         model: key of the foundation model.
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
         aggregator: tapfm, gated or tapfm_gated.
-        strategy: which parameters of the encoder learn.
+        strategy: what of the encoder learns, by name, or by name and options:
+            `{name: lora, rank: 16}`; the options are those of the README's table.
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
@@ -56,7 +62,7 @@ class SlideModule(L.LightningModule):
         model: str = "demo_vit",
         weights: str | None = None,
         aggregator: Literal["tapfm", "gated", "tapfm_gated"] = "tapfm_gated",
-        strategy: Literal["full"] = "full",
+        strategy: StrategyName | dict[str, Any] = "full",
         tile_px: int = 224,
         mpp: float = 0.5,
         chunk: int = 16,
@@ -70,13 +76,17 @@ class SlideModule(L.LightningModule):
         if chunk < 1:
             raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
         self.automatic_optimization = False  # two optimizers take turns, see training_step
-        recipe = Recipe(model, aggregator, tuple(labels), tile_px, mpp, temperature, precision)
+        if weights not in (None, "hub", "random"):
+            weights = str(Path(weights).resolve())  # to be found again from anywhere
+        recipe = Recipe(
+            model, aggregator, tuple(labels), tile_px, mpp, temperature, precision,
+            spell(make_strategy(strategy)), weights,
+        )  # fmt: skip
         encoder = backbones.load(
             model, weights, tile_px=tile_px, recompute=recompute, drop_path=drop_path
         )
-        self.strategy = make_strategy(strategy)
-        self.strategy.prepare(encoder.vit)
         self.slide_model = SlideModel(recipe, encoder)
+        self.strategy = self.slide_model.strategy
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps = chunk, steps
         self.slides_seen = 0
@@ -127,6 +137,12 @@ class SlideModule(L.LightningModule):
         return norm
 
     @property
+    def encoder_lr(self) -> float:
+        """Peak learning rate of the encoder: the user's, or the strategy's own."""
+        given = self.steps.encoder_lr
+        return self.strategy.lr if given is None else given
+
+    @property
     def completes_update(self) -> bool:
         """Whether the slide under way is the last of `accumulate`, or of the epoch."""
         full = (self.slides_seen + 1) % self.steps.accumulate == 0
@@ -150,7 +166,7 @@ class SlideModule(L.LightningModule):
             self.steps.weight_decay,
         )
         encoder = self.strategy.parameters(
-            self.slide_model.encoder.vit, self.steps.encoder_lr, self.steps.weight_decay
+            self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
         )
         for group in head + encoder:
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
@@ -196,9 +212,13 @@ class SlideModule(L.LightningModule):
             self.log(name, value, prog_bar=name == "val/auroc")
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        """What resuming needs beside weights, optimizers and loops."""
+        """What resuming needs beside optimizers and loops; frozen weights are at their source."""
         checkpoint["slides_seen"] = self.slides_seen
+        trained = {f"slide_model.{key}" for key in self.slide_model.trained_state()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if key in trained}
 
     def on_load_checkpoint(self, checkpoint) -> None:
         """See `on_save_checkpoint`."""
         self.slides_seen = checkpoint["slides_seen"]
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
