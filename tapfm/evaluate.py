@@ -57,7 +57,8 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
     if not folders:
         raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
-    first = read_config(["--config", str(folders[0] / CONFIG)])
+    # the baselines' encoder is as it came, whatever the run's strategy puts into it
+    first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device)

@@ -19,6 +19,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "optim": set(),
     "metrics": set(),
     "memory": set(),
+    "surgery": set(),
+    "lowrank": {"surgery"},
     "bag": set(),
 }
 
