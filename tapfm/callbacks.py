@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from tapfm import model as models
 from tapfm.files import replacing
+from tapfm.fingerprint import state_fingerprint
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"
@@ -117,7 +118,14 @@ class BestWeights(Callback):
         score = float(trainer.callback_metrics.get("val/auroc", torch.nan))
         if score > self.best or not self.path.exists():
             self.best = max(self.best, score) if score == score else self.best
-            facts = {"val_auroc": score, "epoch": trainer.current_epoch, **module.provenance}
+            encoder = module.slide_model.encoder
+            plain = module.strategy.export(encoder.vit)
+            facts = {
+                "val_auroc": score,
+                "epoch": trainer.current_epoch,
+                "fingerprint": state_fingerprint(encoder.row, plain, encoder.tile_px),
+                **module.provenance,
+            }
             models.save(module.slide_model, self.path, **facts)
 
     def state_dict(self) -> dict[str, float]:

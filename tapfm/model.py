@@ -81,6 +81,8 @@ class SlideModel(nn.Module):
         self.aggregator = make_aggregator(
             recipe.aggregator, encoder.dim, len(recipe.labels), recipe.temperature
         )
+        if self.aggregator.score_temperature is not None:
+            encoder.require_score(f"aggregator {recipe.aggregator}")
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 TORCH_IN_SLIDES = {"stream.py", "chunks.py", "augment.py"}
 LEAVES = {  # tapfm's files that know no other part of tapfm, but for those named
     "attention": set(),
-    "backbones": {"attention"},
+    "registry": set(),
+    "transformers_layout": set(),
+    "backbones": {"attention", "registry", "transformers_layout"},
     "aggregators": set(),
     "losses": set(),
     "chunked": set(),
