@@ -177,7 +177,7 @@ class TestOutside:
             def read_region(self, *_):
                 return rgba
 
-        slide = Slide(coordinate_slide.path)
+        slide = Slide(coordinate_slide.path, direct=False)
         monkeypatch.setattr(slide, "_open", Handle)
         assert slide._pixels(0, 0, 0, 3, 1)[0, :, 0].tolist() == [255, 127, 0]
 
