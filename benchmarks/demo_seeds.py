@@ -103,7 +103,7 @@ def table(results: dict) -> str:
     for seed, result in results.items():
         for number, (name, arm) in enumerate(result["arms"].items()):
             auroc = {label: arm["figures"][label]["auroc"] for label in ("macro", *labels)}
-            gain = arm.get("auroc_difference", {}).get("macro")
+            gain = (arm["auroc_difference"] or {}).get("macro")
             tile = result["tile_auroc"].get(name.removeprefix("end to end, "))
             cells = [
                 "" if number else seed,

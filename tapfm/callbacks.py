@@ -7,17 +7,17 @@ never killed: the resume point remembers how many rows each file had, and later 
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from tapfm import model as models
 from tapfm.files import replacing
-from tapfm.fingerprint import state_fingerprint
+from tapfm.fingerprint import adapted_fingerprint
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"
@@ -108,33 +108,37 @@ class RunLog(Callback):
 
 
 class BestWeights(Callback):
-    """best.safetensors: the model of the best validation macro AUROC so far."""
+    """best.safetensors: the model of the best validation macro AUROC so far.
+
+    A small split is soon ranked perfectly, by weights that are not yet sure of it: of two models
+    with the same AUROC the one of lower loss is better.
+    """
 
     def __init__(self, folder: Path):
-        self.path, self.best = folder / BEST, float("-inf")
+        self.path, self.best = folder / BEST, (-math.inf, -math.inf)
 
     def on_validation_end(self, trainer, module) -> None:
-        """Save when better; the earlier of two equals stays."""
-        score = float(trainer.callback_metrics.get("val/auroc", torch.nan))
+        """Save when better."""
+        found = trainer.callback_metrics
+        auroc, loss = (float(found.get(f"val/{name}", math.nan)) for name in ("auroc", "loss"))
+        score = tuple(-math.inf if math.isnan(value) else value for value in (auroc, -loss))
         if score > self.best or not self.path.exists():
-            self.best = max(self.best, score) if score == score else self.best
-            encoder = module.slide_model.encoder
-            plain = module.strategy.export(encoder.vit)
+            self.best = max(self.best, score)
             facts = {
-                "val_auroc": score,
+                "val_auroc": auroc,
                 "epoch": trainer.current_epoch,
-                "fingerprint": state_fingerprint(encoder.row, plain, encoder.tile_px),
+                "fingerprint": adapted_fingerprint(module.slide_model),
                 **module.provenance,
             }
             models.save(module.slide_model, self.path, **facts)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, list[float]]:
         """The score to beat."""
-        return {"best": self.best}
+        return {"best": list(self.best)}
 
     def load_state_dict(self, state) -> None:
         """See `state_dict`."""
-        self.best = state["best"]
+        self.best = tuple(state["best"])
 
 
 class ResumePoint(Checkpoint):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from torch import Tensor
 
 from tapfm.backbones import Encoder, build, load_state
 from tapfm.registry import Backbone
+from tapfm.surgery import StrategyError
+
+if TYPE_CHECKING:
+    from tapfm.model import SlideModel
 
 ROUNDING = 1e-4  # features are of order 1; float64 machines differ by far less
 
@@ -34,6 +39,16 @@ def state_fingerprint(row: Backbone, state: Mapping[str, Tensor], tile_px: int) 
         vit = build(row, tile_px)
     load_state(vit, row, {name: value.detach().cpu() for name, value in state.items()})
     return fingerprint(Encoder(vit, row).eval())
+
+
+def adapted_fingerprint(model: SlideModel) -> str | None:
+    """Of an adapted encoder as plain timm weights; None where its strategy has no such form."""
+    encoder = model.encoder
+    try:
+        plain = model.strategy.export(encoder.vit)
+    except StrategyError:
+        return None
+    return state_fingerprint(encoder.row, plain, encoder.tile_px)
 
 
 @torch.no_grad()

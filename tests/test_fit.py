@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
 from tapfm import model as models
+from tapfm.callbacks import BestWeights
 from tapfm.cli import main
 
 HERE = Path(__file__).parent
@@ -55,6 +57,24 @@ def test_weights_moved_and_load_again(finished):
     start = load_file(Path(models.__file__).parent / "weights" / "demo_vit.safetensors")
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(model.state_dict()[f"encoder.vit.{name}"], start[name].float())
+
+
+def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(models, "save", lambda model, path, **facts: saved.append(facts["epoch"]))
+    module = SimpleNamespace(slide_model=None, provenance={})
+    best = BestWeights(tmp_path)
+    for epoch, (auroc, loss) in enumerate(
+        [(0.8, 0.5), (1.0, 0.9), (1.0, 0.4), (1.0, 0.6), (0.9, 0.1), (float("nan"), 0.1)]
+    ):
+        found = {"val/auroc": torch.tensor(auroc), "val/loss": torch.tensor(loss)}
+        trainer = SimpleNamespace(callback_metrics=found, current_epoch=epoch)
+        best.on_validation_end(trainer, module)
+        best.path.touch()
+        resumed = BestWeights(tmp_path)  # at every epoch: what is to be beaten is remembered
+        resumed.load_state_dict(best.state_dict())
+        best = resumed
+    assert saved == [0, 1, 2]
 
 
 def test_the_head_goes_first(tmp_path):
