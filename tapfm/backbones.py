@@ -2,9 +2,8 @@
 
 Nothing is fetched unasked: weights come from a local file or folder, from the package (the demo
 encoder), or, with `weights="hub"`, from the model's publisher. Its licence and gate are printed
-whenever weights are loaded. A file is safetensors, or a torch checkpoint that is read without
-running code from it; timm's own layout, DINOv2's and that of Hugging Face's `transformers` are
-understood, and anything that does not fit the row exactly is refused.
+whenever weights are loaded (`tapfm.checkpoints` reads them), and what does not fit the row exactly
+is refused.
 
 Shapes: C tiles of a chunk, S pixels a side, D features, N tokens.
 """
@@ -15,7 +14,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,18 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tapfm.attention import ClsTap, NoClsAttentionError
+from tapfm.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.registry import LEFT_OUT, ROWS, Backbone
-from tapfm.transformers_layout import is_transformers, to_timm
-
-PACKAGED = Path(__file__).parent / "weights"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-UNUSED = ("mask_token", "head.", "pooler.")  # of pretraining and classification
-WRAPPERS = ("teacher", "state_dict", "model", "module")  # outer keys, the best network first
-PREFIXES = ("encoder.vit.", "module.", "backbone.", "visual.trunk.")
-
-
-class BackboneError(ValueError):
-    """A model cannot be built or loaded as asked."""
 
 
 def _plain(name: str) -> str:
@@ -125,6 +113,18 @@ class Encoder(nn.Module):
     def normalise(self, tiles_CP: Tensor) -> Tensor:
         """Tiles of 0 to 255, uint8 or float, as the model's publisher feeds it."""
         return (tiles_CP.to(self.mean.dtype) - self.mean) / self.std
+
+    def encode(self, tiles_CP: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere.
+
+        Each call opens an autocast of its own: its cache of cast weights neither outlives an
+        optimizer step, which would make them stale, nor spans a pass without and one with a graph,
+        which would leave parameters without gradient.
+        """
+        device = self.mean.device
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+            return self(tiles_CP.to(device, non_blocking=True))
 
     def forward(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Features z (C, D) and raw scores (C,), in float32 or better whatever the autocast.
@@ -217,7 +217,7 @@ def load(
     if weights != "random":
         if row.source != "package" and weights is not None:
             print(f"{row.key}: {row.terms}", file=sys.stderr)
-        state = _state(row, weights)
+        state = read_weights(row, weights)
     vit = build(row, tile_px, drop_path_rate=drop_path)  # said even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
@@ -235,10 +235,10 @@ def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> No
     ].checkpoint_filter_fn  # each family of timm has its own
     patch = "patch_embed.proj.weight"
     try:
-        bare = {k: v.float() for k, v in _bare(state).items()}
-        if patch in bare and bare[patch].shape[-2:] != vit.patch_embed.proj.weight.shape[-2:]:
-            raise KeyError(f"its patches are of {bare[patch].shape[-1]} px")  # timm would resize
-        state = timms(bare, vit)
+        plain = {k: v.float() for k, v in bare(state).items()}
+        if patch in plain and plain[patch].shape[-2:] != vit.patch_embed.proj.weight.shape[-2:]:
+            raise KeyError(f"its patches are of {plain[patch].shape[-1]} px")  # timm would resize
+        state = timms(plain, vit)
     except (RuntimeError, KeyError, AttributeError) as error:  # another width, half a layout
         raise BackboneError(
             f"{row.key}: the weights are of another model: {error.args[0]}. "
@@ -260,121 +260,3 @@ def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> No
             f"Give weights of {row.source}."
         )
     vit.load_state_dict(state)
-
-
-def _bare(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """A state dict without what trainers wrap around one: outer keys, prefixes, other networks."""
-    for outer in WRAPPERS:
-        if isinstance(state.get(outer), Mapping):
-            return _bare(state[outer])
-    for prefix in PREFIXES:
-        if any(key.startswith(prefix) for key in state):
-            inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            return _bare(inner)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return to_timm(tensors) if is_transformers(tensors) else tensors
-
-
-def _state(row: Backbone, weights: str | None) -> Mapping[str, Any]:
-    """What the weights' file holds, as it is."""
-    if weights == "hub":
-        return _fetch(row, row.source)
-    if weights is not None and re.match(r"hf[-_]hub:", weights):
-        return _fetch(row, weights)
-    if weights is None and row.source == "package":
-        return _read(row, PACKAGED / row.file)
-    if weights is None:
-        gate = f" Accept its licence at {row.page} first." if row.gated else ""
-        raise BackboneError(
-            f"{row.key}: no weights given, and nothing is downloaded unasked. Set model.weights to "
-            f"a .safetensors file or folder, or to `hub` to fetch {row.source} "
-            f"({row.licence}).{gate}"
-        )
-    path = Path(weights)
-    return _read(row, _checkpoint_in(row, path) if path.is_dir() else path)
-
-
-def _checkpoint_in(row: Backbone, folder: Path) -> Path:
-    """The one checkpoint of a folder."""
-    for name in _hub_files(row):
-        if (folder / name).is_file():
-            return folder / name
-    for suffixes in ((".safetensors",), PICKLED):
-        files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise BackboneError(
-                f"{row.key}: {folder} has {len(files)} checkpoints: "
-                f"{', '.join(path.name for path in files[:5])}. Give the one that is meant."
-            )
-    raise BackboneError(
-        f"{row.key}: {folder} has no checkpoint: no file ending in .safetensors or "
-        f"{', '.join(PICKLED)}. Give the folder or file that holds the weights."
-    )
-
-
-def _read(row: Backbone, file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise BackboneError(
-            f"{row.key}: {file} is neither a checkpoint (.safetensors, {', '.join(PICKLED)}) "
-            "nor a folder with one: there is no such file."
-        )
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from it
-    except Exception as error:  # of many undocumented kinds
-        why = str(error).partition("\n")[0]
-        way_out = "Fetch it again, or give another file."
-        if file.suffix != ".safetensors":
-            way_out = (
-                "Checkpoints that hold more than tensors are not opened, since they can run "
-                "code: convert it to .safetensors first."
-            )
-        raise BackboneError(f"{row.key}: {file} cannot be read: {why}. {way_out}") from error
-    if not isinstance(state, Mapping):
-        raise BackboneError(f"{row.key}: {file} holds a {type(state).__name__}, not a state dict.")
-    return state
-
-
-def _hub_files(row: Backbone) -> tuple[str, ...]:
-    """Names a checkpoint may have at the publisher's, the likeliest first."""
-    return (*([row.file] if row.file else []), "model.safetensors", "pytorch_model.bin")
-
-
-def _fetch(row: Backbone, source: str) -> Mapping[str, Any]:
-    """The publisher's checkpoint, from the hub or the cache it was put in."""
-    from huggingface_hub import errors, get_token, hf_hub_download
-
-    if source == "package":
-        raise BackboneError(f"{row.key}: its weights are in the package; leave model.weights out.")
-    repo = source.partition(":")[2]
-    page = f"https://huggingface.co/{repo}"
-    way_out = (
-        f"Accept its licence ({row.licence}) at {page}, run `hf auth login` (or set HF_TOKEN), or "
-        "give a local file as model.weights."
-    )
-    if row.gated and source == row.source and not get_token():
-        raise BackboneError(f"{row.key}: {source} is gated and there is no token. {way_out}")
-    print(f"{row.key}: fetching {source}", file=sys.stderr)
-    for name in _hub_files(row):
-        try:
-            return _read(row, Path(hf_hub_download(repo, name)))
-        except errors.LocalEntryNotFoundError as error:  # offline, and not in the cache
-            raise BackboneError(f"{row.key}: {source} cannot be reached. {way_out}") from error
-        except errors.EntryNotFoundError:
-            continue
-        except BackboneError:
-            raise
-        except Exception as error:  # many kinds: no network, no access, no such repository
-            raise BackboneError(
-                f"{row.key}: {source} cannot be fetched ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0]}). {way_out}"
-            ) from error
-    raise BackboneError(
-        f"{row.key}: {source} has none of {', '.join(_hub_files(row))}. Fetch the weights from "
-        f"{page} and give the file as model.weights."
-    )

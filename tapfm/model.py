@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tapfm.aggregators import make_aggregator
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.files import replacing
+from tapfm.fingerprint import state_fingerprint
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -90,16 +92,8 @@ class SlideModel(nn.Module):
         return self.aggregator.head.weight.device
 
     def encode(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere.
-
-        Each call opens an autocast of its own: its cache of cast weights neither outlives an
-        optimizer step, which would make them stale, nor spans a pass without and one with a graph,
-        which would leave parameters without gradient.
-        """
-        tiles_CP = tiles_CP.to(self.device, non_blocking=True)
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.encoder(tiles_CP)
+        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
+        return self.encoder.encode(tiles_CP, self.recipe.precision)
 
     @torch.no_grad()
     def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
@@ -185,6 +179,46 @@ def load(path: Path) -> SlideModel:
         )
     load_weights(model, path)
     return model.eval()
+
+
+def load_encoder(
+    model: str, weights: str | None = None, tile_px: int | None = None
+) -> tuple[backbones.Encoder, dict, str]:
+    """An encoder alone, as plain timm weights whatever it was trained by.
+
+    Args:
+        model: key of a foundation model, or the file of a saved model.
+        weights: of a foundation model, as in `backbones.load`.
+        tile_px: side of the tiles; None is the model's own.
+
+    Returns:
+        The encoder in eval mode on the CPU; the saved model's header, recipe and all (empty for a
+        foundation model as published); its fingerprint.
+
+    Raises:
+        CheckpointError: as `load`, or asked for with other weights or another tile size.
+        StrategyError: its strategy cannot be merged into plain timm weights.
+        BackboneError: as `backbones.load`.
+    """
+    if not model.endswith(".safetensors"):
+        encoder = backbones.load(model, weights, tile_px=tile_px).eval()
+        return encoder, {}, state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
+    recipe, facts = read_recipe(Path(model))
+    if weights is not None:
+        raise CheckpointError(f"{model}: has its own weights; leave --weights out")
+    if tile_px not in (None, recipe.tile_px):
+        raise CheckpointError(
+            f"{model}: was trained on tiles of {recipe.tile_px} px, not {tile_px}. "
+            f"Use --tile-px {recipe.tile_px}."
+        )
+    adapted = load(Path(model))
+    row, px = adapted.encoder.row, recipe.tile_px
+    plain = adapted.strategy.export(adapted.encoder.vit)
+    vit = backbones.build(row, px)
+    backbones.load_state(vit, row, plain)
+    print(f"{model}: adapted from {row.terms}", file=sys.stderr)
+    encoder = backbones.Encoder(vit, row).eval()
+    return encoder, {**asdict(recipe), **facts}, state_fingerprint(row, plain, px)
 
 
 def load_weights(model: SlideModel, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from tapfm import backbones
+from tapfm import backbones, checkpoints
 from tapfm.attention import NoClsAttentionError
 from tapfm.backbones import BACKBONES, BackboneError, Encoder, build, find, load
 from tapfm.chunked import adapt_bag, encode_bag
@@ -197,7 +197,7 @@ def test_an_architecture_timm_lacks_is_said():
 
 
 def test_demo_weights_ship_and_are_small():
-    from tapfm.backbones import PACKAGED
+    from tapfm.checkpoints import PACKAGED
 
     file = PACKAGED / "demo_vit.safetensors"
     assert file.stat().st_size <= 6_000_000
@@ -352,7 +352,7 @@ def test_a_gated_model_without_a_token_stops_before_asking_anyone(tiny_row, monk
 
 
 def test_hub_weights_are_fetched_when_asked_and_read_as_local_ones(tiny_row, monkeypatch, tmp_path):
-    state = load_file(backbones.PACKAGED / "demo_vit.safetensors")
+    state = load_file(checkpoints.PACKAGED / "demo_vit.safetensors")
     torch.save(state, tmp_path / "pytorch_model.bin")
     hub = Hub(monkeypatch, token="t", pytorch_model_bin=tmp_path / "pytorch_model.bin")
     encoder = load("tiny", "hub")

@@ -43,7 +43,9 @@ def test_everything_is_there(run):
 
 
 def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
-    feature = run / "frozen" / "features_demo_vit" / "s0.h5"
+    """In the layout of `tapfm features`, under the fingerprint of their weights."""
+    kept = run / "frozen" / "20x_32px_0px_overlap"
+    (feature,) = kept.glob("features_demo_vit_*/s0.h5")
     before = feature.stat().st_mtime_ns
     assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
     assert feature.stat().st_mtime_ns == before
@@ -52,7 +54,8 @@ def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
     config.write_text(text.replace("weights: null", "weights: random"))
     assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
     config.write_text(text)
-    assert feature.stat().st_mtime_ns != before
+    assert len(list(kept.glob("features_demo_vit_*/s0.h5"))) == 2
+    assert feature.stat().st_mtime_ns == before
 
 
 def test_runs_on_other_data_are_not_compared(run, capsys):

@@ -13,7 +13,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "attention": set(),
     "registry": set(),
     "transformers_layout": set(),
-    "backbones": {"attention", "registry", "transformers_layout"},
+    "checkpoints": {"registry", "transformers_layout"},
+    "backbones": {"attention", "checkpoints", "registry"},
     "aggregators": set(),
     "losses": set(),
     "chunked": set(),
@@ -88,7 +89,8 @@ def test_nothing_imports_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "demo", "index", "plan", "test", "predict", "heatmap", "doctor"]
+    "verb",
+    ["", "demo", "index", "plan", "test", "predict", "heatmap", "features", "export", "doctor"],
 )
 def test_help_needs_no_torch(verb):
     """So it is instant. (`fit --help` lists Lightning's arguments, and so must load it.)"""
