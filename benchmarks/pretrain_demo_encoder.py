@@ -37,7 +37,7 @@ SEED = 20_250_101
 SITES = 16
 SPECIMENS = 96
 TILE, MPP = 112, 0.5
-STEPS, BATCH, LR, TEMPERATURE = 160, 160, 1e-3, 0.2
+STEPS, BATCH, LR, TEMPERATURE = 240, 160, 1e-3, 0.2
 TARGET = Path(__file__).parents[1] / "tapfm" / "weights" / "demo_vit.safetensors"
 
 
@@ -164,7 +164,7 @@ def view(tiles_BP: Tensor) -> Tensor:
     density = density * (0.75 + 0.5 * torch.rand(n, 3, 1, 1)) * (0.8 + 0.4 * torch.rand(n, 1, 1, 1))
     seen = 255 * (-density).exp()
     soft = F.avg_pool2d(F.pad(seen, (4, 4, 4, 4), mode="replicate"), 9, 1)
-    return torch.lerp(seen, soft, 0.7 + 0.3 * torch.rand(n, 1, 1, 1))
+    return torch.lerp(seen, soft, 0.3 + 0.7 * torch.rand(n, 1, 1, 1))
 
 
 if __name__ == "__main__":

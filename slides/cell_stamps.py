@@ -25,8 +25,8 @@ from PIL import Image
 
 TRAITS = ("nucleolus", "vacuole", "inclusion")
 PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
-NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.3, 2.2, 1.4  # radii
-NUCLEOLUS, INCLUSION = 1.3, 0.85  # haematoxylin added, and share of it taken, in state 1
+NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.4, 2.3, 1.5  # radii
+NUCLEOLUS, INCLUSION = 1.4, 0.9  # haematoxylin added, and share of it taken, in state 1
 
 Layer = tuple[np.ndarray, np.ndarray]
 """Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
