@@ -307,6 +307,41 @@ def test_frozen_blocks_are_out_of_the_graph(recompute):
     assert saved_bytes(lambda: front(tokens)) == (tokens.nbytes if recompute else 0)
 
 
+# what they compute, against the papers' formulas
+
+
+def test_dora_is_the_papers_with_a_constant_norm():
+    encoder, strategy = adapted("dora")
+    linear = encoder.eval().vit.blocks[1].attn.qkv
+    a, b, m = linear.lora_A.weight, linear.lora_B.weight, linear.lora_magnitude_vector
+    x = torch.randn(5, 24, dtype=torch.float64)
+
+    def gradients(out):
+        return torch.autograd.grad(out.square().sum(), (a, b, m), retain_graph=True)
+
+    changed = linear.weight + strategy.alpha / strategy.rank * b @ a
+    constant = changed.detach().norm(dim=1)
+    expected = x @ (changed * (m / constant)[:, None]).T + linear.bias
+    torch.testing.assert_close(linear(x), expected, rtol=1e-12, atol=1e-12)
+    for ours, papers in zip(gradients(linear(x)), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, papers, rtol=1e-10, atol=1e-10)
+    learned = x @ (changed * (m / changed.norm(dim=1))[:, None]).T + linear.bias
+    assert difference(gradients(learned)[1], gradients(expected)[1]) > 1e-3  # not the same thing
+
+
+@pytest.mark.parametrize("make", ["plain", "registers, SwiGLU", "Eva, RoPE"])
+def test_adaptformer_reads_the_residual_stream_as_it_is(make):
+    plain = tiny_encoder(**MAKES[make]).eval().vit.blocks[0]
+    block = adapted("adaptformer", make)[0].eval().vit.blocks[0]
+    branch, x = block.adaptformer, torch.randn(2, 17, 24, dtype=torch.float64)
+    middle = []
+    plain.norm2.register_forward_pre_hook(lambda _m, args: middle.append(args[0]))
+    expected = plain(x)
+    down = (middle[0] @ branch.down.weight.T + branch.down.bias).clamp(min=0)
+    expected = expected + 0.1 * (down @ branch.up.weight.T + branch.up.bias)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
 # prompts
 
 

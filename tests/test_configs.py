@@ -131,10 +131,18 @@ def test_readme_has_a_row_for_every_strategy():
         assert (export == "no") == (name in NO_EXPORT)
 
 
-def test_strategy_options_may_be_keys_of_the_command_line(capsys):
-    config = ROOT / "configs" / "cohorts" / "demo.yaml"
-    options = ["--model.strategy.name", "lora", "--model.strategy.rank", "16"]
-    with pytest.raises(SystemExit):
-        cli.main(["fit", "--config", str(config), *options, "--print_config"])
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["strategy"] == {"name": "lora", "rank": 16}
+def test_a_strategy_is_configured_in_yaml_or_by_keys_of_the_command_line(tmp_path, capsys):
+    second = tmp_path / "lora.yaml"
+    second.write_text("model: {strategy: {name: lora, rank: 16}}")
+    keys = ["--model.strategy.name", "lora", "--model.strategy.rank", "16"]
+    spec = {"name": "lora", "rank": 16}
+    for options, expected in (
+        (["--config", str(second)], spec),
+        (keys, spec),
+        (["--config", str(second), "--model.strategy", "full"], "full"),
+        (["--model.strategy", "ssf"], "ssf"),
+    ):
+        config = ROOT / "configs" / "cohorts" / "demo.yaml"
+        with pytest.raises(SystemExit):
+            cli.main(["fit", "--config", str(config), *options, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["strategy"] == expected

@@ -2,26 +2,28 @@
 
 import json
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from cohorts import LABELS, write_cohort
 from PIL import Image
 
+from tapfm import backbones
 from tapfm.cli import main
-from tapfm.evaluate import tile_auroc
+from tapfm.evaluate import state_fingerprint, tile_auroc
 from tapfm.fit import read_config
 from tapfm.predict import Prediction
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two short runs of a tiny cohort, tested."""
+    """Two short runs of a tiny cohort, tested; the first has prompts in its encoder."""
     folder = tmp_path_factory.mktemp("cohort")
     config = write_cohort(folder)
-    for arm in ("tapfm", "tapfm_gated"):
-        arguments = ["--trainer.max_epochs", "1", "--model.aggregator", arm]
-        assert main(["fit", "--config", str(config), *arguments]) == 0
+    for arm, strategy in (("tapfm", "vpt_deep"), ("tapfm_gated", "full")):
+        arguments = ["--trainer.max_epochs", "1", "--model.aggregator", arm, "--name", arm]
+        assert main(["fit", "--config", str(config), "--model.strategy", strategy, *arguments]) == 0
     assert main(["test", "--run", str(folder / "runs"), "--overlays", "1"]) == 0
     return folder / "runs"
 
@@ -40,6 +42,12 @@ def test_everything_is_there(run):
         assert [f"p_{label}" in table for label in LABELS] == [True, True]
         assert len(list((run / arm / "weights_test").glob("*.h5"))) == 4
         assert len(list((run / arm / "overlays_test").glob("*.png"))) == 1
+
+
+def test_frozen_features_are_the_base_encoders_whatever_the_strategy(run):
+    with h5py.File(run / "frozen" / "features_demo_vit" / "s0.h5") as file:
+        made_by = file["features"].attrs["fingerprint"]
+    assert made_by == state_fingerprint(backbones.load("demo_vit", tile_px=32))
 
 
 def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
