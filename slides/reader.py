@@ -60,7 +60,9 @@ class Facts:
 
 
 class Slide:
-    """A whole-slide image, or a plain picture of tissue (`slides.plain`), opened lazily; safe to pickle and to use after a fork.
+    """A whole-slide image, or a plain picture of tissue (`slides.plain`).
+
+    Opened lazily; safe to pickle and to use after a fork.
 
     Args:
         path: The slide's file.

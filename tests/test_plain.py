@@ -102,7 +102,7 @@ def test_what_it_does_not_read(tmp_path, monkeypatch):
         with pytest.raises(NotASlideError, match=f"{kind}; 8-bit RGB"):
             _ = Slide(tmp_path / name).width0
     monkeypatch.setattr(plain, "MAX_PIXELS", 1000)
-    with pytest.raises(NotASlideError, match="601 x 433 pixels, too many.*vips tiffsave"):
+    with pytest.raises(NotASlideError, match=r"601 x 433 pixels, too many.*vips tiffsave"):
         _ = Slide(save(tmp_path, "png")).width0
 
 
