@@ -42,9 +42,9 @@ from slides.reader import Slide
 BEGIN, END = "<!-- tile_throughput:begin -->", "<!-- tile_throughput:end -->"
 SECTION = """## Reading tiles
 
-Tiles per second and core; the file in memory, tile caches empty, all readers in turn in one process.
-`python -m benchmarks.tile_throughput` writes this and says how. The ratio is against OpenSlide's own
-loop in the same rounds; "worst" is the largest difference from OpenSlide's pixels.
+Tiles per second and core; the file in memory, tile caches empty, readers in turn in one process.
+`python -m benchmarks.tile_throughput` writes this and says how. The ratio is against OpenSlide's
+own loop in the same rounds; "worst" is the largest difference from OpenSlide's pixels.
 """
 DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
 TASKS = ("aligned", "random", "lattice", "reduce")
