@@ -1,7 +1,7 @@
 """What is wrong with a file that OpenSlide refuses or that breaks off. Reads tags, never pixels.
 
-OpenSlide says "Unsupported or missing image file" of a lost file, a plain photograph, an untiled
-TIFF and a download that stopped half-way; and it opens a pyramid whose last levels are missing.
+OpenSlide says "Unsupported or missing image file" of a lost file, an unknown codec and a download
+that stopped half-way; and it opens a pyramid whose last levels are missing.
 The way out differs, so the file's own table of contents is walked: how far it should reach, whether
 it is tiled.
 """
@@ -64,24 +64,11 @@ def why_refused(name: str, path: Path, error: Exception) -> str:
         return f"{name}: {path} is empty. {again}, {ways}."
     if contents is not None and contents.reach > size:
         return f"{name}: {truncated(path, contents.reach, size)} {again}, {ways}."
-    if contents is not None and not contents.tiled:
-        return (
-            f"{name}: {path} is a plain TIFF whose picture is not stored in tiles (OpenSlide: "
-            f"{error}). Convert it with `vips tiffsave {path.name} {path.stem}_pyramid.tif --tile "
-            f"--pyramid`, and give its mpp, {ways}."
-        )
     if contents is not None:
         return (
             f"{name}: {path} is a tiled TIFF that OpenSlide refuses: {error} (compression "
             f"{contents.compression}). Export it again with JPEG tiles from a program that reads "
             f"it, {ways}."
-        )
-    kinds = {b"\x89PNG": "PNG", b"\xff\xd8\xff\xe0": "JPEG", b"\xff\xd8\xff\xe1": "JPEG"}
-    if head[:4] in kinds:
-        return (
-            f"{name}: {path} is a plain {kinds[head[:4]]} image, no slide. Convert it with "
-            f"`vips tiffsave {path.name} {path.stem}_pyramid.tif --tile --pyramid --compression "
-            f"jpeg`, and give its mpp, {ways}."
         )
     return (
         f"{name}: {path} is in no format that OpenSlide knows (it begins with {head[:8]!r}; "

@@ -1,14 +1,14 @@
 """A tiled JPEG TIFF's own tiles, decoded without OpenSlide: the same pixels, several times faster.
 
-OpenSlide spends most of its time compositing tiles with cairo, not decoding them. Where a level is a
-plain grid of JPEG tiles and the region asked for lies on its pixels, the tiles' bytes are read, each
-decoded by libjpeg-turbo and cut to fit. That is the same arithmetic in the same library, so it is
-the same picture to the bit; `tests/test_direct.py` holds it to that, and the first region of every
-level is read both ways before any is believed (`reader.Slide`).
+OpenSlide spends most of its time compositing tiles with cairo, not decoding them. Where a level is
+a plain grid of JPEG tiles and the region asked for lies on its pixels, the tiles' bytes are read,
+each decoded by libjpeg-turbo and cut to fit. That is the same arithmetic in the same library, so it
+is the same picture to the bit; `tests/test_direct.py` holds it to that, and the first region of
+every level is read both ways before any is believed (`reader.Slide`).
 
 Everything else is left to OpenSlide: other formats and codecs silently, as `Direct.why_not` says;
-what is odd in a JPEG TIFF (tiles missing, strange colour) with one warning. A tile that does not decode
-cleanly is OpenSlide's to judge: nothing here invents pixels.
+what is odd in a JPEG TIFF (tiles missing, strange colour) with one warning. A tile that does not
+decode cleanly is OpenSlide's to judge: nothing here invents pixels.
 
 Price: 0.15 to 0.3 ms a tile of 256 px, and `CACHE_BYTES` of memory a process. A tile that was used
 whole is not kept, since a lattice asks for no pixel twice.

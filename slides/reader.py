@@ -34,6 +34,7 @@ from slides.diagnose import tiff_contents, truncated, why_refused
 from slides.direct import Direct, NotDirectError
 from slides.errors import NotASlideError, UnreadableRegionError
 from slides.grid import Grid
+from slides.plain import PlainImage, is_plain
 from slides.resolution import find_mpp
 
 CACHE_BYTES = 64 << 20  # all handles of a process together; by default each would hold 32 MiB
@@ -59,7 +60,9 @@ class Facts:
 
 
 class Slide:
-    """A whole-slide image, opened lazily; safe to pickle and to use after a fork.
+    """A whole-slide image, or a plain picture of tissue (`slides.plain`).
+
+    Opened lazily; safe to pickle and to use after a fork.
 
     Args:
         path: The slide's file.
@@ -261,11 +264,23 @@ class Slide:
             self.close()
             try:
                 self._handle = openslide.OpenSlide(self.path)
+                self._handle.set_cache(_process_cache(os.getpid()))
             except (openslide.OpenSlideError, OSError) as error:
-                raise NotASlideError(why_refused(self.name, self.path, error)) from error
-            self._handle.set_cache(_process_cache(os.getpid()))
+                self._handle = None
+                if not self._is_plain():
+                    raise NotASlideError(why_refused(self.name, self.path, error)) from error
+                self._handle = PlainImage(self.path, self.name)
             self._pid = os.getpid()
         return self._handle
+
+    def _is_plain(self) -> bool:
+        """A picture that only lacks OpenSlide's tiles: whole, and no slide that was damaged."""
+        if not self.path.is_file():
+            return False
+        contents = tiff_contents(self.path)
+        if contents is None:
+            return is_plain(self.path)
+        return not contents.tiled and contents.reach <= self.path.stat().st_size
 
     def _resolution(self) -> tuple[float, float, str]:
         if self._mpp is None:
