@@ -202,7 +202,8 @@ def load_encoder(
     """
     if not model.endswith(".safetensors"):
         encoder = backbones.load(model, weights, tile_px=tile_px).eval()
-        return encoder, {}, state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
+        plain = encoder.vit.state_dict()
+        return encoder, {}, state_fingerprint(encoder.row, plain, encoder.tile_px)
     recipe, facts = read_recipe(Path(model))
     if weights is not None:
         raise CheckpointError(f"{model}: has its own weights; leave --weights out")

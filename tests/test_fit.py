@@ -13,7 +13,7 @@ import yaml
 from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
-from tapfm import backbones
+from tapfm import backbones, callbacks
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
@@ -63,6 +63,7 @@ def test_weights_moved_and_load_again(finished):
 def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(models, "save", lambda model, path, **facts: saved.append(facts["epoch"]))
+    monkeypatch.setattr(callbacks, "adapted_fingerprint", lambda model: "0123")
     module = SimpleNamespace(slide_model=None, provenance={})
     best = BestWeights(tmp_path)
     for epoch, (auroc, loss) in enumerate(
