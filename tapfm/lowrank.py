@@ -7,7 +7,7 @@ in peft, and B has the rows of those chosen.
 Price: two thin products a layer; DoRA forms W + BA once a chunk for its norm, without a graph.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1; Liu et al. 2024 (DoRA, arXiv
-    2402.09353), equations 5 and 11 (the norm is a constant of the backward pass).
+    2402.09353), sections 4.1 and 4.3 (the norm is a constant of the backward pass).
 
 Shapes: I and O in and out features, R rank.
 """

@@ -3,8 +3,8 @@
 Nothing in front of the first trained block needs a gradient, so autograd keeps nothing of it and
 pass 2 goes no further back: the cheapest strategy in memory.
 
-Source: He et al. 2022 (MAE, arXiv
-    2111.06377), section 4.4. Layer decay: Clark et al. 2020 (ELECTRA, arXiv 2003.10555).
+Source: He et al. 2022 (MAE, arXiv 2111.06377), partial fine-tuning. Layer decay: Clark et al. 2020
+    (ELECTRA, arXiv 2003.10555).
 """
 
 from __future__ import annotations
