@@ -74,15 +74,35 @@ def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
     """
     import h5py
 
-    path, grid = Path(path), index.grid
-    attrs = {
+    path = Path(path)
+    buffer = io.BytesIO()  # HDF5 straight onto a full disk may fail only on closing, half written
+    with h5py.File(buffer, "w") as file:
+        rows = min(4096, max(1, len(index)))
+        coords = file.create_dataset(
+            "coords", data=index.coords0, dtype="i8", chunks=(rows, 2), maxshape=(None, 2)
+        )
+        file.create_dataset("tissue_fraction", data=index.tissue_fraction, dtype="f4")
+        coords.attrs.update(index_attributes(index, tissue, path.parent.parent))
+    write_whole(path, buffer.getvalue(), index.slide_id)
+
+
+def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
+    """What `coords` says of itself, wherever it stands: TRIDENT's attributes, then ours.
+
+    Args:
+        index: the tiles.
+        tissue: what they were chosen by.
+        folder: that of all files of these tiles, `20x_224px_0px_overlap`.
+    """
+    grid = index.grid
+    return {
         "patch_size": grid.size,
         "patch_size_level0": index.size0,
         "level0_magnification": _magnification0(grid, index.size0),
         "target_magnification": grid.magnification,
         "overlap": grid.overlap,
         "name": index.slide_id,
-        "savetodir": str(path.parent.parent),
+        "savetodir": str(folder),
         "level0_width": index.width0,
         "level0_height": index.height0,
         # from here on ours, which TRIDENT ignores
@@ -101,15 +121,6 @@ def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
         "mask_sha256": index.mask_sha256,
         "tiles_sha256": _tiles_sha256(index.coords0, index.tissue_fraction),
     }
-    buffer = io.BytesIO()  # HDF5 straight onto a full disk may fail only on closing, half written
-    with h5py.File(buffer, "w") as file:
-        rows = min(4096, max(1, len(index)))
-        coords = file.create_dataset(
-            "coords", data=index.coords0, dtype="i8", chunks=(rows, 2), maxshape=(None, 2)
-        )
-        file.create_dataset("tissue_fraction", data=index.tissue_fraction, dtype="f4")
-        coords.attrs.update(attrs)
-    write_whole(path, buffer.getvalue(), index.slide_id)
 
 
 def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:

@@ -67,7 +67,7 @@ class ClsTap:
                 "(no CLS token, or an attention without q_norm and k_norm). "
                 "Use a ViT with a CLS token."
             )
-        self.prefix: int = vit.num_prefix_tokens
+        self.attn, self.prefix = attn, int(vit.num_prefix_tokens)
         self.scale: float = attn.scale
         self.rotate_half: bool = getattr(attn, "rotate_half", False)
         self.rope: Tensor | None = None
@@ -80,15 +80,27 @@ class ClsTap:
     def _see_rope(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.rope = kwargs.get("rope")
 
+    @property
+    def first_patch(self) -> int:
+        """Column of the first patch token, behind the prefix and any prompts (see vpt_deep)."""
+        return getattr(self.attn, "num_prefix_tokens", self.prefix)
+
     def take_row(self) -> Tensor:
         """Logits of the CLS row (C, H, N) of the forward pass just made; lets its tensors go."""
         q_CHNE, k_CHNE, rope = self.q, self.k, self.rope
         self.q = self.k = self.rope = None  # or a chunk's q and k would outlive their graph
         if rope is not None:
-            patches = apply_rot_embed_cat(k_CHNE[:, :, self.prefix :], rope, half=self.rotate_half)
-            k_CHNE = torch.cat([k_CHNE[:, :, : self.prefix], patches.to(k_CHNE.dtype)], dim=2)
+            first = self.first_patch
+            patches = apply_rot_embed_cat(k_CHNE[:, :, first:], rope, half=self.rotate_half)
+            k_CHNE = torch.cat([k_CHNE[:, :, :first], patches.to(k_CHNE.dtype)], dim=2)
         return cls_row(q_CHNE, k_CHNE, self.scale)
 
     def take_score(self) -> Tensor:
-        """Score (C,) of the forward pass just made: minus the mass on prefix tokens, float32."""
-        return -prefix_mass(self.take_row(), self.prefix)
+        """Score (C,) of the forward pass just made: minus the mass on prefix tokens, float32.
+
+        Prompts that a strategy put between prefix and patches are no part of the row.
+        """
+        row_CHN, first = self.take_row(), self.first_patch
+        if first > self.prefix:
+            row_CHN = torch.cat([row_CHN[..., : self.prefix], row_CHN[..., first:]], dim=-1)
+        return -prefix_mass(row_CHN, self.prefix)

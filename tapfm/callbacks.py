@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from tapfm import model as models
 from tapfm.files import replacing
+from tapfm.fingerprint import adapted_fingerprint
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"
@@ -123,7 +124,12 @@ class BestWeights(Callback):
         score = tuple(-math.inf if math.isnan(value) else value for value in (auroc, -loss))
         if score > self.best or not self.path.exists():
             self.best = max(self.best, score)
-            facts = {"val_auroc": auroc, "epoch": trainer.current_epoch, **module.provenance}
+            facts = {
+                "val_auroc": auroc,
+                "epoch": trainer.current_epoch,
+                "fingerprint": adapted_fingerprint(module.slide_model),
+                **module.provenance,
+            }
             models.save(module.slide_model, self.path, **facts)
 
     def state_dict(self) -> dict[str, list[float]]:

@@ -90,11 +90,39 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
         each.set_defaults(do=run_predict, draw=verb == "heatmap")
 
+    features = verbs.add_parser("features", help="features of every tile, for other tools to read")
+    features.add_argument("slides", nargs="*", type=Path, help="slides, where there is no --config")
+    features.add_argument("--config", type=Path, action="append", help="YAML with a data part")
+    model_arguments(features)
+    features.add_argument("--out", type=Path, default=None, help="job folder; the index's")
+    features.add_argument("--name", default=None, help="of the encoder, in features_<name>")
+    features.add_argument("--tile-px", type=int, default=None, help="side of a tile; the model's")
+    features.add_argument("--mpp", type=float, default=None, help="of the tiles; the model's own")
+    features.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
+    features.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the files")
+    features.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default=None,
+                          help="of the encoder; the publisher's on a GPU, else fp32")  # fmt: skip
+    features.add_argument("--chunk", type=int, default=16, help="tiles at once (%(default)s)")
+    features.add_argument("--workers", type=int, default=None, help="reading processes")
+    features.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
+    features.set_defaults(do=run_features)
+
+    export = verbs.add_parser("export", help="an encoder as a plain timm model, for other tools")
+    model_arguments(export)
+    export.add_argument("--out", type=Path, required=True, help="folder")
+    export.set_defaults(do=run_export)
+
     doctor = verbs.add_parser("doctor", help="what is installed, and whether a model loads right")
     doctor.add_argument("--model", default=None, help="foundation model to check")
     doctor.add_argument("--weights", default=None, help="its weights, as in model.weights")
     doctor.set_defaults(do=run_doctor)
     return top
+
+
+def model_arguments(verb: argparse.ArgumentParser) -> None:
+    """An encoder, as published or adapted."""
+    verb.add_argument("--model", required=True, help="a model's key, or best.safetensors of a run")
+    verb.add_argument("--weights", default=None, help="of a key, as in model.weights")
 
 
 def tile_arguments(verb: argparse.ArgumentParser) -> None:
@@ -123,11 +151,15 @@ def run_index(arguments: argparse.Namespace) -> int:
     """`tapfm index`."""
     from dataclasses import replace
 
-    from tapfm.config import ConfigError, index_and_cache, read_source
+    from tapfm.config import ConfigError, TileSettings, index_and_cache, read_source
 
     if bool(arguments.slides) == bool(arguments.config):
         raise ConfigError("index: give either slides or --config, and not both")
-    source = read_source(arguments.config) if arguments.config else loose_source(arguments)
+    if arguments.config:
+        source = read_source(arguments.config)
+    else:
+        tiles = TileSettings(arguments.tile_px, arguments.mpp)
+        source = loose_source(arguments, arguments.out, tiles)
     if arguments.workers is not None:
         source = replace(source, workers=arguments.workers)
     if arguments.on_error is not None:
@@ -169,6 +201,45 @@ def run_predict(arguments: argparse.Namespace) -> int:
     )
 
 
+def run_features(arguments: argparse.Namespace) -> int:
+    """`tapfm features`."""
+    from dataclasses import replace
+
+    from tapfm.config import ConfigError, read_source
+    from tapfm.features import run_features, tiles_of
+
+    if bool(arguments.slides) == bool(arguments.config):
+        raise ConfigError("features: give either slides or --config, and not both")
+    asked = {"tile_px": arguments.tile_px, "mpp": arguments.mpp}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if arguments.config:
+        source = read_source(arguments.config)
+        source = replace(source, tiles=replace(source.tiles, **asked))
+    else:
+        tiles = replace(tiles_of(arguments.model), **asked)
+        source = loose_source(arguments, arguments.out or Path("data/index"), tiles)
+    if arguments.workers is not None:
+        source = replace(source, workers=arguments.workers)
+    return run_features(
+        source,
+        arguments.model,
+        arguments.weights,
+        out=arguments.out,
+        name=arguments.name,
+        dtype=arguments.dtype,
+        precision=arguments.precision,
+        chunk=arguments.chunk,
+        device=arguments.device,
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`tapfm export`."""
+    from tapfm.export import run_export
+
+    return run_export(arguments.model, arguments.weights, arguments.out)
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """`tapfm doctor`."""
     from tapfm.doctor import run_doctor
@@ -176,18 +247,12 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     return run_doctor(arguments.model, arguments.weights)
 
 
-def loose_source(arguments: argparse.Namespace):
+def loose_source(arguments: argparse.Namespace, out: Path, tiles):
     """What `read_source` gives, from the arguments alone; a bad slide never stops the others."""
-    from tapfm.config import Source, TileSettings
+    from tapfm.config import Source
 
-    return Source(
-        loose_rows(arguments.slides, arguments.slide_mpp),
-        arguments.out,
-        None,
-        TileSettings(arguments.tile_px, arguments.mpp),
-        "skip",
-        2,
-    )
+    rows = loose_rows(arguments.slides, arguments.slide_mpp)
+    return Source(rows, out, None, tiles, "skip", 2)
 
 
 def loose_rows(paths: Sequence[Path], mpp: float | None) -> list:

@@ -7,7 +7,6 @@ tile as the floor, chooses them on the validation split, and prints one table wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,13 +25,14 @@ from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
+from tapfm.features import Extraction, read_features
+from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
 from tapfm.predict import (
     Prediction,
-    frozen_features,
     predict_all,
     write_predictions,
     write_weights,
@@ -57,7 +57,8 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
     if not folders:
         raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
-    first = read_config(["--config", str(folders[0] / CONFIG)])
+    # the baselines' encoder is as it came, whatever the run's strategy puts into it
+    first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device)
@@ -90,13 +91,18 @@ def run_test(run: Path, split: str, overlays: int) -> int:
 def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
-    fingerprint = state_fingerprint(model.encoder)
-    features = folder / f"features_{model.recipe.model}"
-    chunk = cli.model.chunk
+    encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
+    fingerprint = state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
+    name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
+    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk)
+    features = folder / opener.grid.tag / f"features_{name}"
+    rows = {row.slide_id: row for row in data.cohort.rows}
 
     def frozen(bag: Bag) -> FeatureBag:
-        z_TD = frozen_features(model, bag, features, chunk, fingerprint)
-        return FeatureBag(bag.slide_id, bag.case_id, z_TD, bag.labels_K)
+        path, index = features / f"{bag.slide_id}.h5", opener.index(rows[bag.slide_id])
+        if extraction.fault(path, index):
+            extraction.write(path, bag.tiles, index, opener.tissue)
+        return FeatureBag(bag.slide_id, bag.case_id, read_features(path), bag.labels_K)
 
     def rgb(bag: Bag) -> FeatureBag:
         return rgb_bag(bag.slide_id, bag.case_id, bag.tiles.split(chunk), bag.labels_K)
@@ -106,7 +112,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     for title, kind, fit in FROZEN:
         if kind not in made:
             made[kind] = {
-                part: read_features(data, part, kind, kinds[kind])
+                part: feature_bags(data, part, kind, kinds[kind])
                 for part in dict.fromkeys(("train", "val", split))
             }
         parts = made[kind]
@@ -125,7 +131,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     return arms
 
 
-def read_features(
+def feature_bags(
     data: SlideData, split: str, kind: str, features: Callable[[Bag], FeatureBag]
 ) -> list[FeatureBag]:
     """Of every slide of a split that can be read."""
@@ -163,14 +169,6 @@ def check_same_data(folder: Path, first: Path) -> None:
             f"{folder} and {first} were trained on other data ({', '.join(changed)} differ), so a "
             "comparison would say nothing. Move one of them to another folder."
         )
-
-
-def state_fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 of a module's weights, in order."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) -> None:

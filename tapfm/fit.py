@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from tapfm import __version__
+from tapfm.adapt import make_strategy, spell
 from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.config import ConfigError, index_and_cache
@@ -41,7 +42,9 @@ class Cli(LightningCLI):
     def add_arguments_to_parser(self, parser):
         """`run_dir`, `name`, `resume_every`; labels and tile geometry come from the data."""
         parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
-        parser.add_argument("--name", default=None, help="folder of this run; None: the aggregator")
+        parser.add_argument(
+            "--name", default=None, help="folder of this run; None: aggregator, strategy"
+        )
         parser.add_argument(
             "--resume_every", type=int, default=50, help="slides between resume points"
         )
@@ -66,11 +69,14 @@ class Cli(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run's own."""
-        return Path(self.config.run_dir) / (self.config.name or self.config.model.aggregator)
+        strategy = spell(make_strategy(self.config.model.strategy))["name"]
+        name = self.config.model.aggregator + (f"_{strategy}" if strategy != "full" else "")
+        return Path(self.config.run_dir) / (self.config.name or name)
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated with an unknown model."""
+        """Nothing is instantiated with an unknown model or strategy."""
         find(self.config.model.model)
+        make_strategy(self.config.model.strategy)
 
 
 def read_config(arguments: Sequence[str]) -> Cli:
@@ -102,7 +108,8 @@ def run_fit(arguments: Sequence[str]) -> int:
     module.provenance = provenance(data)
     recipe = module.slide_model.recipe
     print(
-        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)}; "
+        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
+        f"at {module.encoder_lr:g}; "
         f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
         f"chunks of {module.chunk} tiles in {recipe.precision}"
     )

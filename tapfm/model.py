@@ -1,15 +1,21 @@
 """The adapted model: encoder, aggregator and what is needed to build both again.
 
-Saved as one safetensors file whose header holds the recipe: loading runs no code from the file.
+Saved as one safetensors file whose header holds the recipe: loading runs no code from the file. It
+holds what was trained and no more: all of a fully fine-tuned encoder, a few MB of a LoRA, whose
+base encoder is then built from where it came from and checked to be the same.
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features, K labels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tapfm import __version__, backbones
+from tapfm.adapt import make_strategy, spell
 from tapfm.aggregators import make_aggregator
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.files import replacing
+from tapfm.fingerprint import state_fingerprint
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -47,19 +55,36 @@ class Recipe:
     """Of the CLS score's softmax; None is the aggregator's own."""
     precision: str = "fp32"
     """`fp32`, or `bf16`: autocast in the encoder; aggregator and loss are always fp32."""
+    strategy: Mapping[str, Any] = field(default_factory=lambda: {"name": "full"})
+    """Name and options of the strategy."""
+    weights: str | None = None
+    """Where the base encoder came from: a path, `hub`, `random`, or None, the package."""
 
 
 class SlideModel(nn.Module):
-    """A slide in, logits and tile weights out. Training, validation and prediction all use it."""
+    """A slide in, logits and tile weights out. Training, validation and prediction all use it.
+
+    Args:
+        recipe: what it is.
+        encoder: the base encoder; the recipe's strategy prepares it here.
+
+    Raises:
+        StrategyError: the strategy cannot be used with this encoder.
+        ValueError: no such precision or aggregator.
+    """
 
     def __init__(self, recipe: Recipe, encoder: backbones.Encoder):
         super().__init__()
         if recipe.precision not in PRECISIONS:
             raise ValueError(f"precision: {recipe.precision!r} is none of {', '.join(PRECISIONS)}")
         self.recipe, self.encoder = recipe, encoder
+        self.strategy = make_strategy(recipe.strategy)
+        self.strategy.prepare(encoder.vit)
         self.aggregator = make_aggregator(
             recipe.aggregator, encoder.dim, len(recipe.labels), recipe.temperature
         )
+        if self.aggregator.score_temperature is not None:
+            encoder.require_score(f"aggregator {recipe.aggregator}")
 
     @property
     def device(self) -> torch.device:
@@ -67,16 +92,8 @@ class SlideModel(nn.Module):
         return self.aggregator.head.weight.device
 
     def encode(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere.
-
-        Each call opens an autocast of its own: its cache of cast weights neither outlives an
-        optimizer step, which would make them stale, nor spans a pass without and one with a graph,
-        which would leave parameters without gradient.
-        """
-        tiles_CP = tiles_CP.to(self.device, non_blocking=True)
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.encoder(tiles_CP)
+        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
+        return self.encoder.encode(tiles_CP, self.recipe.precision)
 
     @torch.no_grad()
     def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
@@ -84,11 +101,34 @@ class SlideModel(nn.Module):
         z_TD, score_T, _ = encode_bag(self.encode, tiles.split(chunk), seed=0, device=self.device)
         return self.aggregator(z_TD, score_T)
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all but frozen weights that can be had again at their source."""
+        frozen = {n for n, p in self.named_parameters() if not p.requires_grad}
+        if self.recipe.weights == "random":
+            frozen = set()
+        return {key: value for key, value in self.state_dict().items() if key not in frozen}
+
+    def base_digest(self) -> str:
+        """SHA-256 of the first numbers of each frozen tensor: tells one base from another at once.
+
+        Position embeddings are left out, since resampling them rounds differently elsewhere.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.encoder.vit.named_parameters():
+            if not parameter.requires_grad and "pos_embed" not in name:
+                head = parameter.detach().flatten()[:64].float().cpu()
+                digest.update(name.encode() + head.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def save(model: SlideModel, path: Path, **facts: object) -> None:
-    """Write weights and recipe; `path` is whole or not there."""
-    header = {"tapfm": __version__, **asdict(model.recipe), **facts}
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    """Write what was trained, and the recipe; `path` is whole or not there."""
+    trained = model.trained_state()
+    whole = len(trained) == len(model.state_dict())
+    recipe = {**asdict(model.recipe), "strategy": spell(model.strategy)}
+    base = None if whole else model.base_digest()
+    header = {"tapfm": __version__, **recipe, "base_digest": base, **facts}
+    state = {k: v.detach().cpu().contiguous() for k, v in trained.items()}
     with replacing(path) as partial:
         save_file(state, partial, {"tapfm": json.dumps(header)})
 
@@ -117,25 +157,80 @@ def read_recipe(path: Path) -> tuple[Recipe, dict]:
 def load(path: Path) -> SlideModel:
     """A saved model, in eval mode on the CPU.
 
+    Where the file holds only what was trained, the base encoder comes from where it came from in
+    training; a local file that was moved is also looked for beside `path`.
+
     Raises:
-        CheckpointError: missing, damaged, or weights that do not fit the recipe.
+        CheckpointError: missing, damaged, weights that do not fit the recipe, or a base encoder
+            that is missing or another one.
     """
-    recipe, _ = read_recipe(path)
-    encoder = backbones.load(recipe.model, "random", tile_px=recipe.tile_px)
+    recipe, facts = read_recipe(path)
+    digest = facts.get("base_digest")
+    source = _base(recipe, path) if digest else "random"
+    try:
+        encoder = backbones.load(recipe.model, source, tile_px=recipe.tile_px)
+    except backbones.BackboneError as error:
+        raise CheckpointError(f"{_needs_base(recipe, path)}: {error}") from error
     model = SlideModel(recipe, encoder)
+    if digest and model.base_digest() != digest:
+        raise CheckpointError(
+            f"{_needs_base(recipe, path)}, and {source or 'the package'} holds another one. "
+            "Give the weights that it was trained from."
+        )
     load_weights(model, path)
     return model.eval()
 
 
+def load_encoder(
+    model: str, weights: str | None = None, tile_px: int | None = None
+) -> tuple[backbones.Encoder, dict, str]:
+    """An encoder alone, as plain timm weights whatever it was trained by.
+
+    Args:
+        model: key of a foundation model, or the file of a saved model.
+        weights: of a foundation model, as in `backbones.load`.
+        tile_px: side of the tiles; None is the model's own.
+
+    Returns:
+        The encoder in eval mode on the CPU; the saved model's header, recipe and all (empty for a
+        foundation model as published); its fingerprint.
+
+    Raises:
+        CheckpointError: as `load`, or asked for with other weights or another tile size.
+        StrategyError: its strategy cannot be merged into plain timm weights.
+        BackboneError: as `backbones.load`.
+    """
+    if not model.endswith(".safetensors"):
+        encoder = backbones.load(model, weights, tile_px=tile_px).eval()
+        plain = encoder.vit.state_dict()
+        return encoder, {}, state_fingerprint(encoder.row, plain, encoder.tile_px)
+    recipe, facts = read_recipe(Path(model))
+    if weights is not None:
+        raise CheckpointError(f"{model}: has its own weights; leave --weights out")
+    if tile_px not in (None, recipe.tile_px):
+        raise CheckpointError(
+            f"{model}: was trained on tiles of {recipe.tile_px} px, not {tile_px}. "
+            f"Use --tile-px {recipe.tile_px}."
+        )
+    adapted = load(Path(model))
+    row, px = adapted.encoder.row, recipe.tile_px
+    plain = adapted.strategy.export(adapted.encoder.vit)
+    vit = backbones.build(row, px)
+    backbones.load_state(vit, row, plain)
+    print(f"{model}: adapted from {row.terms}", file=sys.stderr)
+    encoder = backbones.Encoder(vit, row).eval()
+    return encoder, {**asdict(recipe), **facts}, state_fingerprint(row, plain, px)
+
+
 def load_weights(model: SlideModel, path: Path) -> None:
-    """Put a file's weights into a model.
+    """Put a file's weights into a model that holds the base encoder already.
 
     Raises:
         CheckpointError: they are another model's.
     """
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    wanted = {k: v.shape for k, v in model.state_dict().items()}
+    wanted = {k: v.shape for k, v in model.trained_state().items()}
     wrong = sorted(
         k for k in wanted.keys() | state.keys() if k not in state or wanted.get(k) != state[k].shape
     )
@@ -145,4 +240,25 @@ def load_weights(model: SlideModel, path: Path) -> None:
             f"{model.recipe.aggregator}: {len(wrong)} tensors differ, first {wrong[0]}. "
             "Give the run's own checkpoint, or start a new run directory."
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # strict for what is trained: checked above
+
+
+def _base(recipe: Recipe, path: Path) -> str | None:
+    """Where the base encoder is now."""
+    if recipe.weights in (None, "hub"):
+        return recipe.weights
+    there = Path(recipe.weights)
+    for each in (there, path.parent / there.name):
+        if each.exists():
+            return str(each)
+    raise CheckpointError(
+        f"{_needs_base(recipe, path)}, and {there} is not there. "
+        f"Put it back, or put {there.name} beside {path.name}."
+    )
+
+
+def _needs_base(recipe: Recipe, path: Path) -> str:
+    return (
+        f"{path}: holds only what {recipe.strategy['name']} trained and needs the base encoder "
+        f"{recipe.model}"
+    )

@@ -11,7 +11,8 @@ Shapes: T tiles of a slide, D features, K labels.
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
-from tapfm.adapt import make_strategy
+from tapfm.adapt import make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
@@ -35,6 +36,11 @@ class ChunkError(RuntimeError):
     """Memory ran out, and fewer tiles at once are no way out."""
 
 
+StrategyName = Literal[
+    "full", "last_n", "bitfit", "norm_only", "lora", "dora", "vpt_deep", "adaptformer", "ssf"
+]
+
+
 class SlideModule(L.LightningModule):
     """One slide per step: update the slide model, then the encoder.
 
@@ -44,7 +50,8 @@ class SlideModule(L.LightningModule):
         model: key of the foundation model.
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
         aggregator: tapfm, gated or tapfm_gated.
-        strategy: which parameters of the encoder learn.
+        strategy: what of the encoder learns, by name, or by name and options:
+            `{name: lora, rank: 16}`; the options are those of the README's table.
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
@@ -62,7 +69,7 @@ class SlideModule(L.LightningModule):
         model: str = "demo_vit",
         weights: str | None = None,
         aggregator: Literal["tapfm", "gated", "tapfm_gated"] = "tapfm_gated",
-        strategy: Literal["full"] = "full",
+        strategy: StrategyName | dict[str, Any] = "full",
         tile_px: int = 224,
         mpp: float = 0.5,
         chunk: int = 16,
@@ -76,13 +83,17 @@ class SlideModule(L.LightningModule):
         if chunk < 1:
             raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
         self.automatic_optimization = False  # two optimizers take turns, see training_step
-        recipe = Recipe(model, aggregator, tuple(labels), tile_px, mpp, temperature, precision)
+        if weights not in (None, "hub", "random"):
+            weights = str(Path(weights).resolve())  # to be found again from anywhere
+        recipe = Recipe(
+            model, aggregator, tuple(labels), tile_px, mpp, temperature, precision,
+            spell(make_strategy(strategy)), weights,
+        )  # fmt: skip
         encoder = backbones.load(
             model, weights, tile_px=tile_px, recompute=recompute, drop_path=drop_path
         )
-        self.strategy = make_strategy(strategy)
-        self.strategy.prepare(encoder.vit)
         self.slide_model = SlideModel(recipe, encoder)
+        self.strategy = self.slide_model.strategy
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps = chunk, steps
         self.slides_seen = 0
@@ -156,7 +167,7 @@ class SlideModule(L.LightningModule):
         if tiles < 1:
             way_out = "Set model.recompute, model.precision: bf16, or a strategy that trains less"
             if self.noisy and self.chunk > 1:
-                way_out = f"With drop-path, halves are not exact: set model.chunk {self.chunk // 2}"
+                way_out = f"With dropout, halves are not exact: set model.chunk {self.chunk // 2}"
             raise ChunkError(
                 f"memory ran out with {self.chunk} tiles at once. {way_out}; `tapfm plan --model "
                 f"{self.slide_model.recipe.model} --gpu N` says what fits a card of N GiB."
@@ -191,6 +202,12 @@ class SlideModule(L.LightningModule):
         return norm
 
     @property
+    def encoder_lr(self) -> float:
+        """Peak learning rate of the encoder: the user's, or the strategy's own."""
+        given = self.steps.encoder_lr
+        return self.strategy.lr if given is None else given
+
+    @property
     def completes_update(self) -> bool:
         """Whether the slide under way is the last of `accumulate`, or of the epoch."""
         full = (self.slides_seen + 1) % self.steps.accumulate == 0
@@ -214,7 +231,7 @@ class SlideModule(L.LightningModule):
             self.steps.weight_decay,
         )
         encoder = self.strategy.parameters(
-            self.slide_model.encoder.vit, self.steps.encoder_lr, self.steps.weight_decay
+            self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
         )
         for group in head + encoder:
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
@@ -260,10 +277,14 @@ class SlideModule(L.LightningModule):
             self.log(name, value, prog_bar=name == "val/auroc")
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        """What resuming needs beside weights, optimizers and loops."""
+        """What resuming needs beside optimizers and loops; frozen weights are at their source."""
         checkpoint["slides_seen"], checkpoint["chunk"] = self.slides_seen, self.chunk
+        trained = {f"slide_model.{key}" for key in self.slide_model.trained_state()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if key in trained}
 
     def on_load_checkpoint(self, checkpoint) -> None:
         """See `on_save_checkpoint`."""
         self.slides_seen = checkpoint["slides_seen"]
         self.chunk = min(self.chunk, checkpoint["chunk"])
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

@@ -11,12 +11,13 @@ Differs: one cosine over the run, after a warm-up, instead of warm restarts; nor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+TOKENS = ("cls_token", "reg_token", "pos_embed", "prompts")
 END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
 
 
@@ -24,8 +25,8 @@ END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e
 class Steps:
     """How large the two alternating updates are."""
 
-    encoder_lr: float = 1e-6
-    """Peak learning rate of the foundation model."""
+    encoder_lr: float | None = None
+    """Peak learning rate of the foundation model; None is the strategy's own (full: 1e-6)."""
     head_lr: float = 1e-5
     """Peak learning rate of the aggregator and head."""
     weight_decay: float = 1e-4
@@ -44,7 +45,7 @@ class Steps:
             f"{name} must be {rule}, got {value}"
             for name, value, rule, good in (
                 ("head_first", self.head_first, "in [0, 1)", 0 <= self.head_first < 1),
-                ("encoder_lr", self.encoder_lr, "0 or more", self.encoder_lr >= 0),
+                ("encoder_lr", self.encoder_lr, "0 or more", (self.encoder_lr or 0) >= 0),
                 ("head_lr", self.head_lr, "above 0", self.head_lr > 0),
                 ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
                 ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
@@ -65,14 +66,46 @@ def warmup_cosine(done: float, warmup: float) -> float:
     return END + (1 - END) * (1 + math.cos(math.pi * after)) / 2
 
 
+def layerwise(blocks: int, decay: float) -> Callable[[str], float]:
+    """Share of the learning rate that a timm parameter gets by its name: `decay` a block down.
+
+    What is behind the blocks gets 1, the last block `decay`, and patch embedding and tokens, below
+    the first block, the least.
+    """
+
+    def share(name: str) -> float:
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            return decay ** (blocks - int(parts[1]))
+        below = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
+        return decay ** (blocks + 1) if parts[0] in below else 1.0
+
+    return share
+
+
 def parameter_groups(
-    named: Iterable[tuple[str, Tensor]], lr: float, weight_decay: float
+    named: Iterable[tuple[str, Tensor]],
+    lr: float,
+    weight_decay: float,
+    share: Callable[[str], float] = lambda _name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as two AdamW groups: matrices, which decay, and the rest."""
-    decay, keep = [], []
+    """Trainable parameters as AdamW groups: matrices, which decay, and the rest.
+
+    Args:
+        named: parameters by name.
+        lr: peak learning rate.
+        weight_decay: of the matrices; tokens, prompts, biases, norms and scales do not decay.
+        share: of the learning rate that a parameter gets, by its name.
+
+    Returns:
+        Two groups for each share there is, the largest first.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            token = name.rsplit(".", 1)[-1] in ("cls_token", "reg_token", "pos_embed")
-            (keep if token or parameter.ndim < 2 else decay).append(parameter)
-    groups = ((decay, weight_decay), (keep, 0.0))
-    return [{"params": p, "lr": lr, "weight_decay": w} for p, w in groups if p]
+            decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in TOKENS
+            groups.setdefault((share(name), decays), []).append(parameter)
+    return [
+        {"params": each, "lr": lr * part, "weight_decay": weight_decay if decays else 0.0}
+        for (part, decays), each in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]

@@ -117,7 +117,7 @@ def make_plan(
         chunk: tiles at once; None is the most that fit, up to `CHUNK_CAP`.
 
     Raises:
-        PlanError: a card or chunk of no size.
+        PlanError: a card or chunk of no size, or a model whose blocks differ.
         BackboneError: the tile is not a multiple of the model's patch.
     """
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
@@ -125,6 +125,8 @@ def make_plan(
     if chunk is not None and chunk < 1:
         raise PlanError(f"plan: a chunk is 1 tile or more, got {chunk}")
     usable = max(0.0, gpu_gib - KEPT_BACK_GIB - KEPT_BACK * gpu_gib)
+    if not row.prefix_tokens:
+        raise PlanError(f"plan: {row.key}: only ViTs are planned, whose blocks are all alike")
     with torch.device("meta"):
         vit = build(row, tile_px)
     parameters, depth = sum(p.numel() for p in vit.parameters()), len(vit.blocks)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.chunks import stream_chunks
+from slides.chunks import SlideSource, stream_chunks
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.grid import Grid
@@ -30,7 +30,6 @@ from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.bag import Bag, SkippedBag
-from tapfm.chunked import encode_bag
 from tapfm.files import replacing
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
@@ -96,32 +95,11 @@ def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
         coords.attrs["patch_size_level0"] = index.size0
 
 
-def frozen_features(
-    model: SlideModel, bag: Bag, folder: Path, chunk: int, fingerprint: str
-) -> torch.Tensor:
-    """Features (T, D) of a slide by the model as it is, kept in `<folder>/<slide_id>.h5`.
-
-    A file made by other weights or from another number of tiles is made anew.
-    """
-    path = folder / f"{bag.slide_id}.h5"
-    if path.exists():
-        with h5py.File(path) as file:
-            same = file["features"].attrs.get("fingerprint") == fingerprint
-            if same and len(file["features"]) == bag.count:
-                return torch.from_numpy(file["features"][:])
-    z_TD, *_ = encode_bag(model.encode, bag.tiles.split(chunk), seed=0, device=model.device)
-    z_TD = z_TD.detach().cpu()
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
-        features = file.create_dataset("features", data=z_TD.numpy())
-        features.attrs["fingerprint"] = fingerprint
-    return z_TD
-
-
 @dataclass(frozen=True)
 class OpenTiles:
     """All tiles of an open slide, read as they are asked for."""
 
-    slide: Slide
+    slide: SlideSource
     index: TileIndex
     workers: int
 

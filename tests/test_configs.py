@@ -111,3 +111,38 @@ def test_readme_names_every_model_with_its_licence():
 
     for row in ROWS:
         assert f"| `{row.key}` | {row.source} | {row.parameters:,} | {row.licence} |" in README
+
+
+def test_readme_has_a_row_for_every_strategy():
+    """Its options with their defaults, as YAML; what it trains; its learning rate; its export."""
+    from test_adapt import NO_EXPORT, UNI
+
+    from tapfm.adapt import STRATEGIES, make_strategy, spell
+
+    rows = re.findall(r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|", README)
+    said = {yaml.safe_load(spec)["name"]: (yaml.safe_load(spec), *rest) for spec, *rest in rows}
+    assert said.keys() == STRATEGIES.keys()
+    for name, (spec, count, lr, export) in said.items():
+        strategy = make_strategy(spec)
+        assert strategy == make_strategy(name), "the README's options are the defaults"
+        assert list(spec) == list(spell(strategy)), "and all of them"
+        assert count == f"{UNI[name]:,}"
+        assert float(lr) == strategy.lr
+        assert (export == "no") == (name in NO_EXPORT)
+
+
+def test_a_strategy_is_configured_in_yaml_or_by_keys_of_the_command_line(tmp_path, capsys):
+    second = tmp_path / "lora.yaml"
+    second.write_text("model: {strategy: {name: lora, rank: 16}}")
+    keys = ["--model.strategy.name", "lora", "--model.strategy.rank", "16"]
+    spec = {"name": "lora", "rank": 16}
+    for options, expected in (
+        (["--config", str(second)], spec),
+        (keys, spec),
+        (["--config", str(second), "--model.strategy", "full"], "full"),
+        (["--model.strategy", "ssf"], "ssf"),
+    ):
+        config = ROOT / "configs" / "cohorts" / "demo.yaml"
+        with pytest.raises(SystemExit):
+            cli.main(["fit", "--config", str(config), *options, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["strategy"] == expected

@@ -8,20 +8,22 @@ import pytest
 from cohorts import LABELS, write_cohort
 from PIL import Image
 
+from tapfm import backbones
 from tapfm.cli import main
 from tapfm.evaluate import tile_auroc
+from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import read_config
 from tapfm.predict import Prediction
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two short runs of a tiny cohort, tested."""
+    """Two short runs of a tiny cohort, tested; the first has prompts in its encoder."""
     folder = tmp_path_factory.mktemp("cohort")
     config = write_cohort(folder)
-    for arm in ("tapfm", "tapfm_gated"):
-        arguments = ["--trainer.max_epochs", "1", "--model.aggregator", arm]
-        assert main(["fit", "--config", str(config), *arguments]) == 0
+    for arm, strategy in (("tapfm", "vpt_deep"), ("tapfm_gated", "full")):
+        arguments = ["--trainer.max_epochs", "1", "--model.aggregator", arm, "--name", arm]
+        assert main(["fit", "--config", str(config), "--model.strategy", strategy, *arguments]) == 0
     assert main(["test", "--run", str(folder / "runs"), "--overlays", "1"]) == 0
     return folder / "runs"
 
@@ -42,8 +44,17 @@ def test_everything_is_there(run):
         assert len(list((run / arm / "overlays_test").glob("*.png"))) == 1
 
 
+def test_frozen_features_are_the_base_encoders_whatever_the_strategy(run):
+    (feature,) = (run / "frozen").rglob("s0.h5")
+    base = backbones.load("demo_vit", tile_px=32)
+    made_by = state_fingerprint(base.row, base.vit.state_dict(), 32)
+    assert feature.parent.name == f"features_demo_vit_{made_by[:8]}"
+
+
 def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
-    feature = run / "frozen" / "features_demo_vit" / "s0.h5"
+    """In the layout of `tapfm features`, under the fingerprint of their weights."""
+    kept = run / "frozen" / "20x_32px_0px_overlap"
+    (feature,) = kept.glob("features_demo_vit_*/s0.h5")
     before = feature.stat().st_mtime_ns
     assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
     assert feature.stat().st_mtime_ns == before
@@ -52,7 +63,8 @@ def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
     config.write_text(text.replace("weights: null", "weights: random"))
     assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
     config.write_text(text)
-    assert feature.stat().st_mtime_ns != before
+    assert len(list(kept.glob("features_demo_vit_*/s0.h5"))) == 2
+    assert feature.stat().st_mtime_ns == before
 
 
 def test_runs_on_other_data_are_not_compared(run, capsys):

@@ -13,6 +13,7 @@ import yaml
 from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
+from tapfm import backbones, callbacks
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
@@ -62,6 +63,7 @@ def test_weights_moved_and_load_again(finished):
 def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(models, "save", lambda model, path, **facts: saved.append(facts["epoch"]))
+    monkeypatch.setattr(callbacks, "adapted_fingerprint", lambda model: "0123")
     module = SimpleNamespace(slide_model=None, provenance={})
     best = BestWeights(tmp_path)
     for epoch, (auroc, loss) in enumerate(
@@ -99,14 +101,51 @@ def tapfm(*arguments, check=True):
     )
 
 
-@pytest.mark.parametrize("killed_after", [5, 11], ids=["first epoch", "second epoch"])
-def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after):
+def test_a_lora_run_keeps_what_it_trained_and_predicts(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    slide = tmp_path / "slides" / "s1.svs"
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    assert main([*fit, "--model.strategy.name", "lora", "--model.strategy.rank", "2"]) == 0
+    assert "LoRA of rank 2 in 6 layers (q, k, v): 6,144 of" in capsys.readouterr().out
+    run = tmp_path / "runs" / "tapfm_gated_lora"
+    best, point = run / "best.safetensors", run / "last.ckpt"
+    for file in (best, point):  # the encoder's 1.3 M numbers are 5 MB
+        assert file.stat().st_size < 1e6
+    state = torch.load(point, weights_only=True)["state_dict"]
+    assert all("lora_" in key or ".aggregator." in key for key in state)
+
+    model, base = models.load(best), backbones.load("demo_vit", tile_px=32)
+    for name, value in base.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], value), name
+    vit = model.encoder.vit
+    assert all(block.attn.qkv.lora_B.weight.abs().max() > 0 for block in vit.blocks)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["predict", str(slide), "--model", str(best), *out]) == 0
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 1
+
+
+def test_an_unknown_strategy_or_option_is_named(finished, capsys):
+    _, config = finished
+    fit = ["fit", "--config", str(config), "--model.strategy"]
+    assert main([*fit, "{name: lora, ranks: 2}"]) == 2
+    assert "lora has no option ranks; there are rank (8)" in capsys.readouterr().err
+    assert main([*fit, "{name: lorra}"]) == 2
+    assert "name 'lorra' is none of full, last_n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("killed_after", "strategy"),
+    [(5, "full"), (11, "{name: lora, dropout: 0.1}")],
+    ids=["first epoch", "second epoch"],
+)
+def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after, strategy):
     """Bit for bit, in another process. 5 and 11 are mid-epoch, one slide after a resume point."""
     config = str(write_cohort(tmp_path, workers=1))
-    tapfm("fit", "--config", config, "--name", "whole")
+    fit = ("fit", "--config", config, "--model.strategy", strategy)
+    tapfm(*fit, "--name", "whole")
     callback = [{"class_path": "kill.KillAfter", "init_args": {"slides": killed_after}}]
     killed = tapfm(
-        "fit", "--config", config, "--name", "killed",
+        *fit, "--name", "killed",
         "--trainer.callbacks", yaml.safe_dump(callback, default_flow_style=True), check=False,
     )  # fmt: skip
     assert killed.returncode == -9, killed.stderr
@@ -116,7 +155,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after):
     assert stopped["slides_seen"] % 7 != 0, "the point of this test is to stop mid-epoch"
     rows = (runs / "killed" / "metrics.csv").read_text().count("\n")
 
-    tapfm("fit", "--config", config, "--name", "killed")
+    tapfm(*fit, "--name", "killed")
     assert rows < (runs / "killed" / "metrics.csv").read_text().count("\n")
     for name in ("metrics.csv", "best.safetensors"):
         whole, resumed = ((runs / run / name).read_bytes() for run in ("whole", "killed"))

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 TORCH_IN_SLIDES = {"stream.py", "chunks.py", "augment.py"}
 LEAVES = {  # tapfm's files that know no other part of tapfm, but for those named
     "attention": set(),
-    "backbones": {"attention"},
+    "registry": set(),
+    "transformers_layout": set(),
+    "checkpoints": {"registry", "transformers_layout"},
+    "backbones": {"attention", "checkpoints", "registry"},
     "aggregators": set(),
     "losses": set(),
     "chunked": set(),
@@ -19,6 +22,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "optim": set(),
     "metrics": set(),
     "memory": set(),
+    "surgery": set(),
+    "lowrank": {"surgery"},
     "bag": set(),
 }
 
@@ -84,7 +89,8 @@ def test_nothing_imports_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "demo", "index", "plan", "test", "predict", "heatmap", "doctor"]
+    "verb",
+    ["", "demo", "index", "plan", "test", "predict", "heatmap", "features", "export", "doctor"],
 )
 def test_help_needs_no_torch(verb):
     """So it is instant. (`fit --help` lists Lightning's arguments, and so must load it.)"""

@@ -29,7 +29,6 @@ BROKEN = {
     "fixtures/unopenable.tiff": "unopenable",
     "fixtures/broken.svs": "broken",
     "fixtures/smalltif.tif": "smalltif",
-    "fixtures/kidney-48-5.tif": "kidney-48-5",
 }
 
 

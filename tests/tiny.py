@@ -32,10 +32,8 @@ def tiny_encoder(make="5 prefix", dtype=torch.float64, seed=0, recompute=False, 
         num_classes=0,
         img_size=TILE,
         patch_size=8,
-        embed_dim=24,
-        depth=3,
         num_heads=3,
-        **kwargs,
+        **{"depth": 3, "embed_dim": 24, **kwargs},
     )
     for name, parameter in vit.named_parameters():
         if parameter.ndim > 1 and "qkv" in name:

@@ -1,43 +1,99 @@
 """Which of the encoder's parameters learn: one file a strategy, one small contract.
 
-Adding a strategy is a file with a class that has the four methods of `Strategy`, and its name
-here. A strategy never imports another.
+Adding a strategy is a file with a frozen dataclass that has the four methods of `Strategy`, and its
+name here. Its fields are its options. A strategy never imports another.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from tapfm.adapt.adaptformer import AdaptFormer
+from tapfm.adapt.bitfit import BitFit
+from tapfm.adapt.dora import Dora
 from tapfm.adapt.full import Full
+from tapfm.adapt.last_n import LastN
+from tapfm.adapt.lora import Lora
+from tapfm.adapt.norm_only import NormOnly
+from tapfm.adapt.ssf import Ssf
+from tapfm.adapt.vpt_deep import VptDeep
+from tapfm.surgery import StrategyError
+
+__all__ = ["STRATEGIES", "Strategy", "StrategyError", "make_strategy", "spell"]
 
 
 class Strategy(Protocol):
     """What the trainer asks of a strategy. `vit` is the bare timm model throughout."""
 
+    lr: ClassVar[float]
+    """Peak learning rate where the user gives none."""
+
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze what stays, insert what is new; the output must not change yet."""
+        """Freeze what stays, insert what is new; the output must not change, or the file says so.
+
+        What requires a gradient afterwards is what is trained and what a checkpoint holds. The
+        model's own parameters keep their names.
+        """
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """AdamW parameter groups of what learns."""
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The adapted model as a plain timm state dict."""
+        """The adapted model as a plain timm state dict; StrategyError where there is none."""
 
     def describe(self, vit: nn.Module) -> str:
         """One line: what learns, and how much of the model that is."""
 
 
-STRATEGIES = {"full": Full}
+STRATEGIES: dict[str, type] = {
+    "full": Full,
+    "last_n": LastN,
+    "bitfit": BitFit,
+    "norm_only": NormOnly,
+    "lora": Lora,
+    "dora": Dora,
+    "vpt_deep": VptDeep,
+    "adaptformer": AdaptFormer,
+    "ssf": Ssf,
+}
+_KINDS = {int: "a whole number", float: "a number", tuple: "a list"}
 
 
-def make_strategy(name: str) -> Strategy:
-    """A strategy by name.
+def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
+    """A strategy by name, or by name and options: `lora`, or `{name: lora, rank: 16}`.
 
     Raises:
-        ValueError: no such name.
+        StrategyError: no such strategy, an option it does not have, or one of another type.
     """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
     if name not in STRATEGIES:
-        raise ValueError(f"strategy: {name!r} is none of {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]()
+        raise StrategyError(f"model.strategy: name {name!r} is none of {', '.join(STRATEGIES)}")
+    defaults = {each.name: each.default for each in fields(STRATEGIES[name])}
+    unknown = sorted(options.keys() - defaults.keys())
+    if unknown:
+        said = ", ".join(f"{key} ({value})" for key, value in defaults.items())
+        raise StrategyError(
+            f"model.strategy: {name} has no option {', '.join(unknown)}; "
+            f"there {'are ' + said if said else 'is none'}"
+        )
+    for key, value in options.items():
+        kind = type(defaults[key])
+        fits = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
+        if not isinstance(value, fits) or isinstance(value, bool):
+            raise StrategyError(
+                f"model.strategy: {name}: {key} must be {_KINDS[kind]}, got {value!r}"
+            )
+        options[key] = kind(value)
+    return STRATEGIES[name](**options)
+
+
+def spell(strategy: Strategy) -> dict[str, Any]:
+    """The name and every option: what `make_strategy` makes the same strategy of."""
+    name = next(name for name, kind in STRATEGIES.items() if kind is type(strategy))
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(strategy).items()}
+    return {"name": name, **options}

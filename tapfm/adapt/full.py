@@ -1,19 +1,33 @@
 """Full fine-tuning: every parameter of the encoder learns.
 
-Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184).
+Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184). Layer decay: Clark et al. 2020 (ELECTRA, arXiv
+    2003.10555).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.optim import parameter_groups
+from tapfm.optim import layerwise, parameter_groups
+from tapfm.surgery import StrategyError
 
 
+@dataclass(frozen=True)
 class Full:
     """Every parameter learns."""
+
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block above it; 1 is one rate for all."""
+    lr: ClassVar[float] = 1e-6
+
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise StrategyError(
+                f"model.strategy: full: layer_decay must be in (0, 1], got {self.layer_decay}"
+            )
 
     def prepare(self, vit: nn.Module) -> None:
         """All parameters require a gradient."""
@@ -21,7 +35,8 @@ class Full:
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """All of them, norms, biases and tokens without weight decay."""
-        return parameter_groups(vit.named_parameters(), lr, weight_decay)
+        shares = layerwise(len(vit.blocks), self.layer_decay)
+        return parameter_groups(vit.named_parameters(), lr, weight_decay, shares)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
         """The model's own state dict."""

@@ -1,0 +1,106 @@
+"""A plain picture as a slide: PNG, JPEG, or a TIFF that is not tiled. One level, kept in memory.
+
+It has no resolution of its own (what such files say is a printer's), so the table must give mpp.
+`PlainImage` answers as far as `reader.Slide` asks an OpenSlide handle.
+
+Price: the whole picture decoded at the first read, 3 bytes a pixel in each process that reads it;
+more than `MAX_PIXELS` is refused, because a pyramid is the right file for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from slides.errors import NotASlideError
+
+MAX_PIXELS = 1 << 28  # 16,384 x 16,384: 0.8 GB
+VENDOR = "plain image"
+FORMATS = ("PNG", "JPEG", "TIFF")
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # 8 bits or fewer: others would have to be rescaled
+
+
+class PlainImage:
+    """One picture, opened by its header; decoded when first read.
+
+    Raises:
+        NotASlideError: too large, more than 8 bits a channel, or CMYK; names the way out.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = Path(path), name
+        self._pixels = None
+        with self._open() as image:
+            self.dimensions, mode, kind = image.size, image.mode, image.format
+        vips = f"`vips tiffsave {self.path.name} {self.path.stem}_pyramid.tif --tile --pyramid`"
+        if self.dimensions[0] * self.dimensions[1] > MAX_PIXELS:
+            raise NotASlideError(
+                f"{name}: {path} is a plain {kind} of {self.dimensions[0]} x {self.dimensions[1]} "
+                f"pixels, too many to hold in memory. Make it a pyramid: {vips}, or leave this "
+                f"slide out."
+            )
+        if mode not in MODES:
+            raise NotASlideError(
+                f"{name}: {path} is a plain {kind} of kind {mode}; 8-bit RGB or grey is read. "
+                f"Convert it to 8-bit RGB, or leave this slide out."
+            )
+        self.level_dimensions, self.level_downsamples = (self.dimensions,), (1.0,)
+        self.properties = {"openslide.vendor": VENDOR}
+
+    def read_region(self, corner0: tuple[int, int], level: int, size: tuple[int, int]):
+        """As OpenSlide's: (height, width, 4) uint8, transparent outside the picture."""
+        if self._pixels is None:
+            self._pixels = self._decode()
+        (x0, y0), (width, height) = corner0, size
+        out = np.zeros((height, width, 4), np.uint8)
+        left, top = max(x0, 0), max(y0, 0)
+        part = self._pixels[top : max(y0 + height, 0), left : max(x0 + width, 0)]
+        inside = (
+            slice(top - y0, top - y0 + part.shape[0]),
+            slice(left - x0, left - x0 + part.shape[1]),
+        )
+        out[(*inside, slice(part.shape[2]))] = part
+        if part.shape[2] == 3:
+            out[(*inside, 3)] = 255
+        return out
+
+    def close(self) -> None:
+        """Let the pixels go."""
+        self._pixels = None
+
+    def _open(self) -> Image.Image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return Image.open(self.path, formats=FORMATS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise NotASlideError(
+                f"{self.name}: {self.path} is a plain image that cannot be opened: {error}. Copy "
+                f"it again from its source, or leave this slide out."
+            ) from error
+
+    def _decode(self) -> np.ndarray:
+        """(height, width, 3 or 4) uint8.
+
+        Raises:
+            openslide.OpenSlideError: as OpenSlide does, for the reader to name the place.
+        """
+        try:
+            with self._open() as image:
+                if image.format == "JPEG" and image.mode == "RGB":
+                    import simplejpeg  # strict: Pillow fills what is damaged with grey
+
+                    return simplejpeg.decode_jpeg(self.path.read_bytes())
+                return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        except (OSError, ValueError, SyntaxError, ImportError) as error:
+            raise openslide.OpenSlideError(str(error)) from error
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the file begins as a PNG or a JPEG does; TIFFs are told by `slides.diagnose`."""
+    with open(path, "rb") as file:
+        return file.read(4)[:3] in (b"\x89PN", b"\xff\xd8\xff")

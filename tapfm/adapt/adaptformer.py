@@ -1,0 +1,101 @@
+"""AdaptFormer: a small bottleneck beside the MLP of every block.
+
+x + MLP(norm(x)) + scale Up(ReLU(Down(x))), on the residual stream as it is, without norm, and
+outside LayerScale and drop-path. Identity at the start (Up is 0). No plain timm model computes the
+same: there is no `export`, the small checkpoint is what there is.
+
+Source: Chen et al. 2022 (AdaptFormer, arXiv 2205.13535), section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tapfm.optim import parameter_groups
+from tapfm.surgery import StrategyError, share
+
+
+class Bottleneck(nn.Module):
+    """scale Up(dropout(ReLU(Down(x)))); `x` is what the block's second norm was given."""
+
+    def __init__(self, block: nn.Module, width: int, scale: float, dropout: float):
+        super().__init__()
+        like = block.norm2.weight
+        dim, kwargs = like.numel(), {"device": like.device, "dtype": like.dtype}
+        self.down, self.up = nn.Linear(dim, width, **kwargs), nn.Linear(width, dim, **kwargs)
+        self.dropout, self.scale = nn.Dropout(dropout), scale
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        self.x: Tensor | None = None
+        block.norm2.register_forward_pre_hook(self._see)
+        block.drop_path2.register_forward_hook(self._add)
+
+    def forward(self, x_CND: Tensor) -> Tensor:
+        """Tokens (C, N, D) to what is added to them."""
+        return self.up(self.dropout(self.down(x_CND).relu())) * self.scale
+
+    def _see(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x = args[0]
+
+    def _add(self, _drop_path: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x_CND, self.x = self.x, None  # or it would outlive its graph
+        return out + self(x_CND)
+
+
+@dataclass(frozen=True)
+class AdaptFormer:
+    """A bottleneck beside each MLP learns."""
+
+    width: int = 64
+    """Of the bottleneck."""
+    scale: float = 0.1
+    """Of what it adds."""
+    dropout: float = 0.1
+    """Within it, while training."""
+    lr: ClassVar[float] = 5e-4
+
+    def __post_init__(self):
+        if self.width < 1 or not 0 <= self.dropout < 1 or self.scale <= 0:
+            raise StrategyError(
+                "model.strategy: adaptformer: width must be 1 or more, scale above 0 and dropout "
+                f"in [0, 1), got {self.width}, {self.scale} and {self.dropout}"
+            )
+
+    def prepare(self, vit: nn.Module) -> None:
+        """Freeze the model; put a bottleneck into each block.
+
+        Raises:
+            StrategyError: blocks of another make, which do not add norm, MLP and residual so.
+        """
+        vit.requires_grad_(False)
+        for block in vit.blocks:
+            if type(block).__name__ not in ("Block", "EvaBlock"):
+                raise StrategyError(
+                    f"model.strategy: adaptformer knows Block and EvaBlock, and this model has "
+                    f"{type(block).__name__}. Use lora."
+                )
+            block.adaptformer = Bottleneck(block, self.width, self.scale, self.dropout)
+
+    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The bottlenecks', biases without weight decay."""
+        return parameter_groups(vit.named_parameters(), lr, weight_decay)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """There is none.
+
+        Raises:
+            StrategyError: always.
+        """
+        raise StrategyError(
+            "model.strategy: adaptformer cannot be merged: a plain timm model has no place for its "
+            "bottlenecks. Use the run's best.safetensors with tapfm, or train lora, which can."
+        )
+
+    def describe(self, vit: nn.Module) -> str:
+        """How wide, and how much that is."""
+        return f"AdaptFormer of width {self.width} in {len(vit.blocks)} blocks: {share(vit)}"

@@ -1,0 +1,90 @@
+"""VPT-deep: prompt tokens of its own for every block; the model stays as it is.
+
+n tokens stand between the prefix tokens (CLS, registers) and the patches. What a block makes of
+them is thrown away and the next block gets its own; behind the last block they are taken out, so
+that whatever pools the tokens never sees one. They have no position embedding, and RoPE leaves them
+alone.
+
+The tile's score leaves their columns out too: it is taken of the CLS row over prefix and patch
+columns alone, renormalised, since prompts absorb attention that says nothing of the tile.
+
+Not the identity at the start (random prompts are looked at), and no plain timm model computes the
+same: there is no `export`, the small checkpoint is what there is.
+
+Source: Jia et al. 2022 (VPT, arXiv 2203.12119), section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tapfm.optim import parameter_groups
+from tapfm.surgery import StrategyError, share
+
+
+@dataclass(frozen=True)
+class VptDeep:
+    """Prompt tokens learn, n of them before every block."""
+
+    n: int = 10
+    """Prompts a block."""
+    lr: ClassVar[float] = 1e-3
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise StrategyError(f"model.strategy: vpt_deep: n must be 1 or more, got {self.n}")
+
+    def prepare(self, vit: nn.Module) -> None:
+        """Freeze the model; put in prompts, uniform within sqrt(6 / (3 p^2 + D))."""
+        vit.requires_grad_(False)
+        like, prefix = vit.blocks[0].norm1.weight, vit.num_prefix_tokens
+        prompts_LND = torch.empty(
+            len(vit.blocks), self.n, vit.embed_dim, device=like.device, dtype=like.dtype
+        )
+        patch = math.prod(vit.patch_embed.patch_size)
+        bound = math.sqrt(6 / (3 * patch + vit.embed_dim))
+        vit.prompts = nn.Parameter(nn.init.uniform_(prompts_LND, -bound, bound))
+        for depth, block in enumerate(vit.blocks):
+            block.attn.num_prefix_tokens = prefix + self.n  # where RoPE and the tap find patches
+            first_patch = prefix + (self.n if depth else 0)
+            give = partial(_give_prompts, vit, depth, prefix, first_patch)
+            block.register_forward_pre_hook(give)
+        vit.norm.register_forward_pre_hook(partial(_take_prompts, prefix, prefix + self.n))
+
+    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The prompts, without weight decay."""
+        return parameter_groups(vit.named_parameters(), lr, weight_decay)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """There is none.
+
+        Raises:
+            StrategyError: always.
+        """
+        raise StrategyError(
+            "model.strategy: vpt_deep cannot be merged: a plain timm model has no place for "
+            "prompts. Use the run's best.safetensors with tapfm, or train lora, whose changes can."
+        )
+
+    def describe(self, vit: nn.Module) -> str:
+        """How many prompts, and how much that is."""
+        return f"VPT-deep, {self.n} prompts before each of {len(vit.blocks)} blocks: {share(vit)}"
+
+
+def _give_prompts(
+    vit: nn.Module, depth: int, prefix: int, first_patch: int, _block: nn.Module, args: tuple
+) -> tuple:
+    x_CND, *rest = args
+    prompts_CND = vit.prompts[depth].to(x_CND.dtype).expand(len(x_CND), -1, -1)
+    return torch.cat([x_CND[:, :prefix], prompts_CND, x_CND[:, first_patch:]], dim=1), *rest
+
+
+def _take_prompts(prefix: int, first_patch: int, _norm: nn.Module, args: tuple) -> tuple:
+    x_CND, *rest = args
+    return torch.cat([x_CND[:, :prefix], x_CND[:, first_patch:]], dim=1), *rest

@@ -1,0 +1,83 @@
+"""What strategies do to a timm ViT: freeze it, find its parts, say what is left to learn.
+
+Nothing is replaced. What a strategy adds are parameters below the module they adapt and a hook that
+uses them, so timm's names stay timm's, blocks can still be recomputed, and the tap still reads the
+q and k that the last block goes on to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class StrategyError(ValueError):
+    """A strategy cannot be configured, or cannot be used with this model, as asked."""
+
+
+def train_only(vit: nn.Module, learns: Callable[[str], bool]) -> None:
+    """Freeze every parameter but those whose name is chosen."""
+    for name, parameter in vit.named_parameters():
+        parameter.requires_grad_(learns(name))
+
+
+def share(vit: nn.Module) -> str:
+    """`786,432 of 304,137,216 parameters (0.26 %)`: those that learn, of all."""
+    every = sum(p.numel() for p in vit.parameters())
+    learn = sum(p.numel() for p in vit.parameters() if p.requires_grad)
+    return f"{learn:,} of {every:,} parameters ({100 * learn / every:.2g} %)"
+
+
+def timm_state(vit: nn.Module, added: str) -> dict[str, Tensor]:
+    """The state dict without what a strategy added: keys with a part that starts with `added`."""
+    return {
+        key: value
+        for key, value in vit.state_dict().items()
+        if not any(part.startswith(added) for part in key.split("."))
+    }
+
+
+def last_blocks(vit: nn.Module, n: int, strategy: str) -> list[nn.Module]:
+    """The last n blocks; 0 is all of them.
+
+    Raises:
+        StrategyError: there are not as many.
+    """
+    if n > len(vit.blocks):
+        raise StrategyError(
+            f"model.strategy: {strategy} was asked for the last {n} blocks and the model has "
+            f"{len(vit.blocks)}. Give {len(vit.blocks)} or fewer."
+        )
+    return list(vit.blocks)[-n:]
+
+
+def mlp_linears(block: nn.Module) -> list[nn.Linear]:
+    """fc1 and fc2, or those of a SwiGLU: all linear layers of a block's MLP."""
+    return [m for m in block.mlp.children() if isinstance(m, nn.Linear)]
+
+
+def qkv_linears(block: nn.Module, strategy: str) -> list[nn.Linear]:
+    """The fused qkv projection, or q, k and v where they are apart; callable, so hooks see them.
+
+    An Eva attention with a bias hands the weight of its qkv to a function and never calls the
+    module; it is told to add the bias apart, which is the same sum.
+
+    Raises:
+        StrategyError: an attention of another make.
+    """
+    attn = block.attn
+    if getattr(attn, "q_bias", None) is not None:
+        if not hasattr(attn, "qkv_bias_separate"):
+            raise StrategyError(
+                f"model.strategy: {strategy} cannot reach the qkv of {type(attn).__name__} in this "
+                "version of timm. Use timm 1.0.20 or newer, or last_n."
+            )
+        attn.qkv_bias_separate = True
+    fused = getattr(attn, "qkv", None)
+    found = [fused] if fused is not None else [getattr(attn, f"{p}_proj", None) for p in "qkv"]
+    if not all(isinstance(each, nn.Linear) for each in found):
+        raise StrategyError(
+            f"model.strategy: {strategy} finds no qkv in {type(attn).__name__}. Use last_n or full."
+        )
+    return found
