@@ -92,7 +92,8 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
-    fingerprint = state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
+    plain = cli.model.strategy.export(encoder.vit)  # untrained, so the model as published
+    fingerprint = state_fingerprint(encoder.row, plain, encoder.tile_px)
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk)
     features = folder / opener.grid.tag / f"features_{name}"
