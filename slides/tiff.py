@@ -1,7 +1,7 @@
 """The directories of a TIFF: their tags as numbers, never their pixels.
 
 A sound slide of 100,000 tiles costs a few milliseconds; a damaged one ends the walk and never hangs
-it. Only integers are read, and the JPEG tables: all that says where tiles lie and how they are packed.
+it. Only integers are read, and the JPEG tables: where tiles lie and how they are packed.
 
 Source: TIFF 6.0, section 2; BigTIFF as libtiff documents it.
 """

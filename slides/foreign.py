@@ -1,0 +1,205 @@
+"""Tiles that another program chose: TRIDENT, CLAM, AtlasPatch and hs2p, as they lie on disk.
+
+    path = find_coordinates("trident_job/20x_256px_0px_overlap", "TCGA-05-4244-01Z-00-DX1.d4ff")
+    index = read_coordinates(path, slide)
+
+The result streams like an index of our own (`chunks.stream_chunks`), with their tiles, in their
+order, so row n is row n of the features they made. Their tiles keep their size in level-0 pixels,
+whatever magnification they call it; the resolution is what that size really is on this slide. What
+the slide cannot give in just that size, or a file of another slide, is refused.
+
+    TRIDENT      h5, `coords` (T, 2) with its attributes on the dataset
+    CLAM         the same, with `patch_level`; size in pixels of that level
+    AtlasPatch   h5, `coords` (T, 5): x, y, width, height, level; attributes on the file
+    hs2p         <id>.coordinates.npz (x, y, tissue_fractions) and .coordinates.meta.json
+
+Source: the files those programs write (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p 6); no code of
+theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slides.errors import IndexFileError, IndexSettingsError
+from slides.grid import Grid
+from slides.index_file import TileIndex
+from slides.reader import Slide
+
+NAMES = ("{}_patches.h5", "{}.h5", "{}.coordinates.npz")  # TRIDENT; CLAM and AtlasPatch; hs2p
+FOLDERS = ("", "patches", "tiles", "*/patches")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file says. T tiles."""
+
+    writer: str
+    coords0: np.ndarray
+    size: int
+    """Side of a tile as a model sees it."""
+    size0: int
+    overlap: int
+    slide_size0: tuple[int, int] | None
+    """Width and height of the slide it was made for, where it says."""
+    fraction: np.ndarray | None = None
+
+
+def find_coordinates(folder: str | Path, slide_id: str) -> Path:
+    """The coordinate file of a slide in a job directory, or in one of its folders.
+
+    Raises:
+        IndexFileError: there is none, or there are several (tiles of several sizes): all named.
+    """
+    folder = Path(folder)
+    folders = [
+        each
+        for where in FOLDERS
+        for each in (sorted(folder.glob(where)) if "*" in where else [folder / where])
+    ]
+    every = [each / name.format(slide_id) for each in folders for name in NAMES]
+    found = [path for path in every if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise IndexFileError(
+            f"{slide_id}: no coordinates in {folder}. Looked for "
+            f"{', '.join(name.format(slide_id) for name in NAMES)} there and in "
+            f"{', '.join(where for where in FOLDERS if where)}. Name the folder of the job."
+        )
+    raise IndexFileError(
+        f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
+        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Name one of the folders."
+    )
+
+
+def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
+    """The tiles in a coordinate file of another program, for this slide.
+
+    Tissue fractions are 1 where the program keeps none. `mask_sha256` is of the file itself.
+
+    Raises:
+        IndexFileError: the file is missing, damaged, or of no kind that is known.
+        IndexSettingsError: it is of another slide, or its tiles cannot be read in their size.
+        TooCoarseError: its tiles are finer than the scan.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise IndexFileError(f"{slide.name}: there are no coordinates at {path}.")
+    try:
+        found = (_hs2p if path.suffix == ".npz" else _h5)(path, slide)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise IndexFileError(
+            f"{slide.name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch "
+            f"or hs2p: {type(error).__name__}: {error}. Make it again, or use `tapfm index`."
+        ) from error
+    grid = _grid(found, slide, path)
+    _of_this_slide(found, slide, path)
+    fraction = np.ones(len(found.coords0)) if found.fraction is None else found.fraction
+    return TileIndex(
+        slide_id=slide.name,
+        coords0=found.coords0,
+        tissue_fraction=fraction.astype(np.float32),
+        grid=grid,
+        size0=found.size0,
+        width0=slide.width0,
+        height0=slide.height0,
+        slide_mpp=slide.mpp,
+        mpp_source=slide.mpp_source,
+        bounds0=slide.bounds0,
+        level=slide.level_for(found.size0, found.size),
+        tissue_mm2=float("nan"),
+        mask_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        slide_bytes=slide.path.stat().st_size,
+    )
+
+
+def _h5(path: Path, slide: Slide) -> _Found:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        on_file, attrs, coords = dict(file.attrs), dict(file["coords"].attrs), file["coords"][:]
+    coords0 = coords[:, :2].astype(np.int64) if len(coords) else np.empty((0, 2), np.int64)
+    if "patch_level" in attrs:
+        return _clam(attrs, coords0, slide)
+    atlas = "patch_size" not in attrs
+    return _trident(on_file if atlas else attrs, coords0, "AtlasPatch" if atlas else "TRIDENT")
+
+
+def _trident(attrs: dict, coords0: np.ndarray, writer: str) -> _Found:
+    """TRIDENT's attributes, which AtlasPatch shares: some versions write floats for integers."""
+    size = int(attrs["patch_size"])
+    size0 = attrs.get("patch_size_level0")
+    if size0 is None:
+        size0 = size * attrs["level0_magnification"] // attrs["target_magnification"]
+    sides = [attrs.get(f"level0_{side}") for side in ("width", "height")]
+    return _Found(
+        writer, coords0, size, int(size0), int(attrs.get("overlap", 0)),
+        None if None in sides else (int(sides[0]), int(sides[1])),
+    )  # fmt: skip
+
+
+def _clam(attrs: dict, coords0: np.ndarray, slide: Slide) -> _Found:
+    """`patch_size` is in pixels of `patch_level`; the downsample is of x and y."""
+    size, level = int(attrs["patch_size"]), int(attrs["patch_level"])
+    stated = attrs.get("downsample")
+    scale = np.mean(stated) if stated is not None else slide.level_downsamples[level]
+    scale = float(scale) * float(attrs.get("custom_downsample", 1))
+    whole = attrs.get("level_dim") if level == 0 else None
+    return _Found(
+        "CLAM", coords0, size, round(size * scale), 0,
+        None if whole is None else (int(whole[0]), int(whole[1])),
+    )  # fmt: skip
+
+
+def _hs2p(path: Path, slide: Slide) -> _Found:
+    tiling = json.loads(path.with_suffix(".meta.json").read_text())["tiling"]
+    with np.load(path, allow_pickle=False) as arrays:
+        coords0 = np.stack([arrays["x"], arrays["y"]], -1).astype(np.int64)
+        fraction = arrays.get("tissue_fractions")
+    size, size0 = int(tiling["read_tile_size_px"]), int(tiling["tile_size_lv0"])
+    if not tiling.get("is_within_tolerance", False):  # it reads finer, and reduces afterwards
+        size = round(size * tiling["read_spacing_um"] / tiling["requested_spacing_um"])
+    step0 = int(tiling.get("step_px_lv0", size0))
+    return _Found(
+        "hs2p", coords0, size, size0, max(0, round((size0 - step0) * size / size0)), None, fraction
+    )
+
+
+def _grid(found: _Found, slide: Slide, path: Path) -> Grid:
+    """The grid on which the reader gives just these tiles."""
+    if found.size < 1 or found.size0 < 1:
+        raise IndexFileError(f"{slide.name}: {path} has tiles of {found.size0} pixels.")
+    grid = Grid(
+        found.size, found.size0 * slide.mpp / found.size, min(found.overlap, found.size - 1)
+    )
+    if grid.size0(slide.mpp, slide.name) != found.size0:
+        raise IndexSettingsError(
+            f"{slide.name}: {found.writer}'s tiles are {found.size0} level-0 pixels made into "
+            f"{found.size}, within 5 % of the scan's own resolution, where tiles are read unscaled "
+            f"here. Choose tiles of {found.size} level-0 pixels there, or use `tapfm index`. "
+            f"({path})"
+        )
+    return grid
+
+
+def _of_this_slide(found: _Found, slide: Slide, path: Path) -> None:
+    here = slide.width0, slide.height0
+    if found.slide_size0 not in (None, here):
+        raise IndexSettingsError(
+            f"{slide.name}: {path} was made by {found.writer} for a slide of "
+            f"{found.slide_size0[0]} x {found.slide_size0[1]} pixels, this one has {here[0]} x "
+            f"{here[1]}. Name the coordinates of this slide."
+        )
+    outside = ((found.coords0 < 0) | (found.coords0 >= here)).any(-1).sum()
+    if outside:
+        raise IndexSettingsError(
+            f"{slide.name}: {outside} of the {len(found.coords0)} tiles in {path} lie outside the "
+            f"slide's {here[0]} x {here[1]} pixels: they are of another slide, or of another level."
+        )
