@@ -136,11 +136,7 @@ class TestSamePixels:
         np.testing.assert_array_equal(*both(shared_tiff, 0, x, y, width, height))
 
     def test_the_real_slides(self, shared_data):
-        names = [
-            "atlas/PDACtc3_20x.tif",
-            "atlas/BS25_SYN_10x.tif",
-            "fixtures/CMU-1-Small-Region.svs",
-        ]
+        names = ("PDACtc3_20x.tif", "BS25_SYN_10x.tif", "../fixtures/CMU-1-Small-Region.svs")
         for name in names:
             rng = np.random.default_rng(0)
             path = shared_data / "slides" / "atlas" / name
