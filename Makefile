@@ -53,6 +53,7 @@ format: $(READY) ## mend what can be mended
 
 bench: $(READY) ## rewrite the tables in benchmarks/README.md on this machine
 	$(BIN)/python -m benchmarks.peak_memory
+	$(BIN)/python -m benchmarks.tile_throughput
 
 clean:     ## remove what the targets above made, but for data/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,262 @@
+"""Tiles per second and core, ours beside OpenSlide's own loop, others, and the bare JPEG decode.
+
+    python -m benchmarks.tile_throughput --slide a.svs
+    python -m benchmarks.tile_throughput              the real slides in TAPFM_DATA
+
+Every reader reads the same tiles of the same file in this one process, and the readers take turns
+in short rounds, so that whatever else the machine does hits all alike. The file is in the system's
+memory, but each round opens the readers anew, so their own caches of decoded tiles start empty: a
+round that only repeats the one before it would time copying. Time is CPU time of the process, all
+its threads together: tiles a second *and core*. The figure is the median round. `ratio` is against
+OpenSlide's loop in the same rounds. Each reader's tiles are compared with OpenSlide's: `worst` is
+the largest difference in any channel of any pixel; 0: the same bits.
+
+Tasks: `aligned`, one of the file's own tiles; `random`, 224 px anywhere, unscaled; `lattice`, 224
+px in the order of an index; `reduce`, 443 px reduced to 224, as from a 0.2527 mpp scan at 0.5. All
+reduce alike (Pillow's HAMMING), so there the readers differ by their decoding only.
+
+Writes results/tile_throughput.csv (a row a slide, task and reader) and the table between the
+markers in README.md. Readers that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from benchmarks.peak_memory import README, RESULTS, facts
+from slides import direct
+from slides.direct import Direct, _stream
+from slides.reader import Slide
+
+BEGIN, END = "<!-- tile_throughput:begin -->", "<!-- tile_throughput:end -->"
+SECTION = """## Reading tiles
+
+Tiles per second and core; the file in memory, tile caches empty, readers in turn in one process.
+`python -m benchmarks.tile_throughput` writes this and says how. The ratio is against OpenSlide's
+own loop in the same rounds; "worst" is the largest difference from OpenSlide's pixels.
+"""
+DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
+TASKS = ("aligned", "random", "lattice", "reduce")
+COLUMNS = (
+    "slide", "task", "reader", "tiles", "tiles_per_s", "ms_per_tile", "ratio", "worst", "version",
+    "machine", "date", "commit",
+)  # fmt: skip
+SEED = 0
+
+
+def spots(slide: Slide, task: str, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
+    """x0, y0, width, height and the side of the tile wanted."""
+    rng = np.random.default_rng(SEED)
+    if task == "aligned":
+        columns, rows = slide.width0 // tile[0], slide.height0 // tile[1]
+        every = [(c * tile[0], r * tile[1]) for r in range(rows) for c in range(columns)]
+        chosen = rng.choice(len(every), min(count, len(every)), replace=False)
+        return [(*every[n], *tile, tile[0]) for n in sorted(chosen)]
+    size0 = 443 if task == "reduce" else 224
+    if task == "lattice":
+        columns = slide.width0 // size0
+        first = columns * (slide.height0 // size0 // 3)
+        total = columns * (slide.height0 // size0) - first
+        numbers = range(first, first + min(count, total))
+        return [(n % columns * 224, n // columns * 224, 224, 224, 224) for n in numbers]
+    corners = rng.integers(0, (slide.width0 - size0, slide.height0 - size0), (count, 2)).tolist()
+    return [(x0, y0, size0, size0, 224) for x0, y0 in corners]
+
+
+def reduced(rgb: np.ndarray, size: int) -> np.ndarray:
+    """As `Slide.region` reduces: for readers that only decode."""
+    if rgb.shape[1] == size:
+        return rgb
+    image = Image.fromarray(rgb)
+    return np.asarray(image.resize((size, size), Image.Resampling.HAMMING, box=(0, 0, *image.size)))
+
+
+def readers(path: Path) -> dict[str, tuple[str, Callable]]:
+    """Name: package whose version counts, and tile(x0, y0, width, height, size)."""
+    direct._cache.clear()
+    ours, plain = Slide(path, mpp=0.5), openslide.OpenSlide(path)
+    plain.set_cache(openslide.OpenSlideCache(64 << 20))  # as much as ours has
+
+    def tapfm(x0, y0, width, height, size):
+        if width != height:
+            return ours._pixels(x0, y0, 0, width, height)
+        return ours.region(x0, y0, width, size)
+
+    def openslide_loop(x0, y0, width, height, size):
+        image = plain.read_region((x0, y0), 0, (width, height)).convert("RGB")
+        return reduced(np.asarray(image), size)
+
+    found = {
+        "OpenSlide": ("openslide-bin", openslide_loop),
+        "tapfm": ("tapfm", tapfm),
+    }
+    try:
+        from tiffslide import TiffSlide
+
+        tiff = TiffSlide(path)
+        found["tiffslide"] = (
+            "tiffslide",
+            lambda x0, y0, w, h, s: reduced(
+                tiff.read_region((x0, y0), 0, (w, h), as_array=True), s
+            ),
+        )
+    except ImportError:
+        pass
+    try:
+        from fastslide import FastSlide
+
+        fast = FastSlide.from_file_path(str(path))
+        found["fastslide"] = (
+            "fastslide",
+            lambda x0, y0, w, h, s: reduced(fast.read_region((x0, y0), 0, (w, h)).numpy(), s),
+        )
+    except ImportError:
+        pass
+    return found
+
+
+def bare_decode(path: Path, slide: Slide) -> Callable | None:
+    """A file's own tile from its bytes in memory, by libjpeg-turbo: the least anyone can take."""
+    import simplejpeg
+
+    file = Direct(path, slide.vendor, slide.facts.level_sizes)
+    grid = file.levels[0]
+    if grid is None:
+        return None
+    streams = {}
+
+    def tile(x0, y0, width, height, size):
+        number = y0 // height * grid.columns + x0 // width
+        if number not in streams:
+            data = os.pread(file._descriptor, int(grid.counts[number]), int(grid.offsets[number]))
+            streams[number] = _stream(grid.head, data, width, height)
+        return simplejpeg.decode_jpeg(streams[number])
+
+    return tile
+
+
+def measure(path: Path, task: str, count: int, rounds: int) -> list[dict]:
+    """Rows of one task on one slide, a reader each."""
+    slide = Slide(path, mpp=0.5)
+    grid = Direct(path, slide.vendor, slide.facts.level_sizes).levels[0]
+    tile = (grid.tile_width, grid.tile_height) if grid else (256, 256)
+    wanted = spots(slide, task, count, tile)
+    every = readers(path)
+    if task == "aligned" and (bare := bare_decode(path, slide)):
+        every["bare JPEG decode"] = ("simplejpeg", bare)
+    truth = [every["OpenSlide"][1](*spot) for spot in wanted]
+    worst, seconds = {}, {name: [] for name in every}
+    for name, (_, read) in every.items():
+        pairs = (
+            (np.asarray(read(*spot))[..., :3], t) for spot, t in zip(wanted, truth, strict=True)
+        )
+        worst[name] = max(int(np.abs(a.astype(int) - t).max()) for a, t in pairs)
+    for _ in range(rounds):
+        for name in every:
+            opened = readers(path)  # fresh handles: no tile is decoded yet but by `bare`
+            read = opened[name][1] if name in opened else every[name][1]
+            read(0, 0, *wanted[0][2:])  # opening and our check against OpenSlide, untimed
+            began = time.process_time()
+            for spot in wanted:
+                read(*spot)
+            seconds[name].append((time.process_time() - began) / len(wanted))
+    rows = []
+    for name, (package, _) in every.items():
+        each = statistics.median(seconds[name])
+        against = zip(seconds["OpenSlide"], seconds[name], strict=True)
+        rows.append({
+            "slide": path.name, "task": task, "reader": name, "tiles": len(wanted),
+            "tiles_per_s": 1 / each, "ms_per_tile": each * 1e3,
+            "ratio": statistics.median(theirs / ours for theirs, ours in against),
+            "worst": worst[name], "version": installed(package),
+        })  # fmt: skip
+    return rows
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        from tapfm import __version__
+
+        return __version__
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A table a slide, as Markdown."""
+    parts = []
+    for slide in dict.fromkeys(row["slide"] for row in rows):
+        mine = [row for row in rows if row["slide"] == slide]
+        versions = dict.fromkeys(f"{r['reader']} {r['version']}" for r in mine)
+        parts.append(
+            f"**{slide}**. {mine[0]['machine']}; {mine[0]['date']}, commit {mine[0]['commit']}; "
+            f"{', '.join(versions)}.\n\n| reader | "
+            + " | ".join(f"{task}: tiles/s, ratio, worst" for task in TASKS)
+            + " |"
+        )
+        parts[-1] += "\n" + "|---" * (1 + len(TASKS)) + "|"
+        for reader in dict.fromkeys(row["reader"] for row in mine):
+            cells = []
+            for task in TASKS:
+                row = next((r for r in mine if (r["task"], r["reader"]) == (task, reader)), None)
+                cells.append(
+                    f"{float(row['tiles_per_s']):.0f}, {float(row['ratio']):.2f}x, {row['worst']}"
+                    if row
+                    else ""
+                )
+            parts[-1] += f"\n| {reader} | " + " | ".join(cells) + " |"
+    return "\n\n".join(parts)
+
+
+def rewrite_readme(rows: list[dict[str, str]]) -> None:
+    text = README.read_text()
+    if BEGIN not in text:
+        before, after = text.split("## The demo cohort", 1)
+        text = f"{before}{SECTION}\n{BEGIN}\n{END}\n\n## The demo cohort{after}"
+    before, rest = text.split(BEGIN, 1)
+    README.write_text(before + BEGIN + "\n" + table(rows) + "\n" + END + rest.split(END, 1)[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.tile_throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--slide", type=Path, nargs="+", help="slides; those in TAPFM_DATA otherwise")
+    top.add_argument("--tiles", type=int, default=120, help="a round (%(default)s)")
+    top.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    given = top.parse_args(argv)
+    data = Path(os.environ.get("TAPFM_DATA", README.parents[2] / "shared" / "data")) / "slides"
+    about, rows = facts("cpu"), []
+    for path in given.slide or [data / name for name in DEFAULT]:
+        for task in TASKS:
+            for row in measure(path, task, given.tiles, given.rounds):
+                rows.append({k: ({**row, **about}).get(k, "") for k in COLUMNS})
+                print(f"{row['slide']:<28} {task:<8} {row['reader']:<17} "
+                      f"{row['tiles_per_s']:8.0f} tiles/s  {row['ratio']:6.2f}x  "
+                      f"worst {row['worst']}", flush=True)  # fmt: skip
+    path = RESULTS / "tile_throughput.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    with path.open(newline="") as file:
+        rewrite_readme(list(csv.DictReader(file)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
