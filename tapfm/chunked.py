@@ -83,7 +83,11 @@ def encode_bag(
 
 
 def backward_chunk(
-    encode: Encode, tiles_CP: Tensor, grads_C: Sequence[Tensor], kept: Encoded | None
+    encode: Encode,
+    tiles_CP: Tensor,
+    grads_C: Sequence[Tensor],
+    kept: Encoded | None,
+    inputs: Sequence[Tensor] | None = None,
 ) -> None:
     """Encode a chunk with a graph, or take the one that was kept; add its gradient; free it.
 
@@ -92,9 +96,10 @@ def backward_chunk(
         tiles_CP: the chunk.
         grads_C: dL/dz (C, D) and, unless the score is not used, dL/ds (C,).
         kept: the chunk's features and scores with their graph, if pass 1 kept it.
+        inputs: the parameters to give it to; None is all that learn.
     """
     outputs = kept or encode(tiles_CP)
-    torch.autograd.backward(outputs[: len(grads_C)], grads_C)
+    torch.autograd.backward(outputs[: len(grads_C)], grads_C, inputs=inputs)
 
 
 def adapt_bag(

@@ -26,7 +26,7 @@ from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, 
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
 from tapfm.features import Extraction, read_features
-from tapfm.fingerprint import state_fingerprint
+from tapfm.fingerprint import adapted_fingerprint
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.metrics import auroc
@@ -92,8 +92,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
-    plain = cli.model.strategy.export(encoder.vit)  # untrained, so the model as published
-    fingerprint = state_fingerprint(encoder.row, plain, encoder.tile_px)
+    fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk)
     features = folder / opener.grid.tag / f"features_{name}"

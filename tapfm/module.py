@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
-from tapfm.adapt import make_strategy, spell
+from tapfm.adapt import STRATEGIES, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
@@ -36,9 +36,7 @@ class ChunkError(RuntimeError):
     """Memory ran out, and fewer tiles at once are no way out."""
 
 
-StrategyName = Literal[
-    "full", "last_n", "bitfit", "norm_only", "lora", "dora", "vpt_deep", "adaptformer", "ssf"
-]
+StrategyName = Literal[tuple(STRATEGIES)]
 
 
 class SlideModule(L.LightningModule):

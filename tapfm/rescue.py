@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tapfm.chunked import Encode, Encoded
+from tapfm.chunked import Encode, Encoded, backward_chunk
 
 
 class Rescue:
@@ -89,8 +89,7 @@ class Rescue:
 def _attempt(encode, tiles_CP, grads_C, kept, left) -> torch.OutOfMemoryError | None:
     """The fault, if memory ran out, without its traceback, which holds all that filled it."""
     try:
-        outputs = kept or encode(tiles_CP)
-        torch.autograd.backward(outputs[: len(grads_C)], grads_C, inputs=left)
+        backward_chunk(encode, tiles_CP, grads_C, kept, left)
     except torch.OutOfMemoryError as fault:
         return fault.with_traceback(None)
     return None
