@@ -16,14 +16,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.surgery import StrategyError, last_blocks, mlp_linears, qkv_linears
+from tapfm.surgery import (
+    StrategyError,
+    last_blocks,
+    mlp_linears,
+    qkv_linears,
+    share,
+    timm_state,
+)
 
 PARTS = ("q", "k", "v", "proj", "mlp")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What both strategies do but for their parameter groups; `magnitude` tells them apart."""
+
+    rank: int = 8
+    """Rows of A, columns of B."""
+    alpha: float = 16.0
+    """The change is alpha / rank times B A."""
+    dropout: float = 0.0
+    """Of the input of A, while training."""
+    targets: tuple[str, ...] = ("q", "k", "v")
+    """Which layers of a block: some of q, k, v, proj, mlp."""
+    last: int = 0
+    """In how many blocks, counted from the last; 0 is all."""
+    lr: ClassVar[float] = 2e-4
+    name: ClassVar[str]
+    magnitude: ClassVar[bool]
+    """Whether the length of the rows learns as well."""
+
+    def __post_init__(self):
+        check(self.name.lower(), self.rank, self.alpha, self.dropout, self.targets, self.last)
+
+    def prepare(self, vit: nn.Module) -> None:
+        """Freeze the model; give the chosen layers an A and a B, and a magnitude where asked for.
+
+        Raises:
+            StrategyError: the model has no such layers.
+        """
+        options = self.rank, self.alpha, self.dropout, self.targets, self.last
+        insert(vit, self.name.lower(), *options, magnitude=self.magnitude)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """The model's own state dict, the changes added in."""
+        return merged_state(vit, timm_state(vit, "lora_"))
+
+    def describe(self, vit: nn.Module) -> str:
+        """Rank, where, and how much that is."""
+        where = f"{len(list(adapted(vit)))} layers ({', '.join(self.targets)})"
+        return f"{self.name} of rank {self.rank} in {where}: {share(vit)}"
 
 
 def check(name: str, rank: int, alpha: float, dropout: float, targets: tuple, last: int) -> None:
