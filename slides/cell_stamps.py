@@ -25,7 +25,7 @@ from PIL import Image
 
 TRAITS = ("nucleolus", "vacuole", "inclusion")
 PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
-NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.4, 2.3, 1.5  # radii
+NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.35, 2.25, 1.45  # radii
 NUCLEOLUS, INCLUSION = 1.4, 0.9  # haematoxylin added, and share of it taken, in state 1
 
 Layer = tuple[np.ndarray, np.ndarray]
