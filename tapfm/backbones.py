@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         """
         device = self.mean.device
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+        with torch.autocast(device.type, dtype, enabled=precision in ("fp16", "bf16")):
             return self(tiles_CP.to(device, non_blocking=True))
 
     def forward(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,8 @@ class Encoder(nn.Module):
 
         Scores are 0, without a graph, where the model has none.
         """
-        tokens = self.vit.forward_features(self.normalise(tiles_CP))
+        pixels_CP = self.normalise(tiles_CP).to(self.vit.patch_embed.proj.weight.dtype)
+        tokens = self.vit.forward_features(pixels_CP)
         if self.row.feature == "mean":
             z_CD = self.vit.forward_head(tokens, pre_logits=True)
         else:

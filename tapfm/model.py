@@ -30,7 +30,7 @@ from tapfm.chunked import encode_bag
 from tapfm.files import replacing
 from tapfm.fingerprint import state_fingerprint
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "bf16-true")
 
 
 class CheckpointError(ValueError):
@@ -54,7 +54,8 @@ class Recipe:
     temperature: float | None = None
     """Of the CLS score's softmax; None is the aggregator's own."""
     precision: str = "fp32"
-    """`fp32`, or `bf16`: autocast in the encoder; aggregator and loss are always fp32."""
+    """Of the encoder: `fp32`, `bf16` (autocast), or `bf16-true` (the weights are bfloat16 too).
+    Aggregator, score and loss are always fp32."""
     strategy: Mapping[str, Any] = field(default_factory=lambda: {"name": "full"})
     """Name and options of the strategy."""
     weights: str | None = None
@@ -94,6 +95,15 @@ class SlideModel(nn.Module):
     def encode(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
         return self.encoder.encode(tiles_CP, self.recipe.precision)
+
+    def round_weights(self) -> None:
+        """Turn the encoder's weights to bfloat16 where the recipe's precision says so.
+
+        Done once they are loaded, and once the optimizer has taken their exact values.
+        """
+        if self.recipe.precision == "bf16-true":
+            for parameter in self.encoder.parameters():  # not buffers: RoPE's angles need fp32
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +182,7 @@ def load(path: Path) -> SlideModel:
     except backbones.BackboneError as error:
         raise CheckpointError(f"{_needs_base(recipe, path)}: {error}") from error
     model = SlideModel(recipe, encoder)
+    model.round_weights()
     if digest and model.base_digest() != digest:
         raise CheckpointError(
             f"{_needs_base(recipe, path)}, and {source or 'the package'} holds another one. "

@@ -26,6 +26,7 @@ from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.losses import MaskedBCE
+from tapfm.masters import make_adamw
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
@@ -54,7 +55,9 @@ class SlideModule(L.LightningModule):
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
         recompute: keep block boundaries only, and compute the rest again for backward.
-        precision: fp32, or bf16 (autocast in the encoder).
+        precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
+        optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
+            exact values are kept: master, residual or offload (`tapfm.masters`).
         temperature: of the CLS score's softmax; None is the aggregator's own.
         drop_path: stochastic depth of the encoder while training.
         steps: learning rates and their kin.
@@ -72,7 +75,8 @@ class SlideModule(L.LightningModule):
         mpp: float = 0.5,
         chunk: int = 16,
         recompute: bool = False,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Literal["fp32", "bf16", "bf16-true"] = "fp32",
+        optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
         temperature: float | None = None,
         drop_path: float = 0.0,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
@@ -80,6 +84,12 @@ class SlideModule(L.LightningModule):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
+        if (precision == "bf16-true") != (optimizer != "adamw"):
+            raise ValueError(
+                f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
+                "bfloat16 weights do not move at a fine-tuning learning rate unless their exact "
+                "values are kept: bf16-true takes master, residual or offload, and these take it."
+            )
         self.automatic_optimization = False  # two optimizers take turns, see training_step
         if weights not in (None, "hub", "random"):
             weights = str(Path(weights).resolve())  # to be found again from anywhere
@@ -93,7 +103,7 @@ class SlideModule(L.LightningModule):
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
         self.loss = MaskedBCE(pos_weight)
-        self.chunk, self.steps = chunk, steps
+        self.chunk, self.steps, self.optimizer = chunk, steps, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -235,7 +245,9 @@ class SlideModule(L.LightningModule):
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
         for group in encoder:
             group["begins"] = self.steps.head_first
-        return [torch.optim.AdamW(groups, fused=True) for groups in (head, encoder)]
+        optimizers = [torch.optim.AdamW(head, fused=True), make_adamw(encoder, self.optimizer)]
+        self.slide_model.round_weights()
+        return optimizers
 
     def on_fit_start(self) -> None:
         """The meter needs the device, which is known by now."""

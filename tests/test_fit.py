@@ -124,6 +124,31 @@ def test_a_lora_run_keeps_what_it_trained_and_predicts(tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 1
 
 
+@pytest.mark.parametrize("scheme", ["master", "residual", "offload"])
+def test_bfloat16_weights_learn_and_predict_as_they_were_trained(tmp_path, scheme):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    bf16 = ["--model.precision", "bf16-true", "--model.optimizer", scheme]
+    assert main([*fit, *bf16, "--model.strategy", "{name: last_n, n: 2}"]) == 0
+    run = tmp_path / "runs" / "tapfm_gated_last_n"
+    state = load_file(run / "best.safetensors")
+    assert {v.dtype for k, v in state.items() if k.startswith("encoder")} == {torch.bfloat16}
+    model, base = models.load(run / "best.safetensors"), backbones.load("demo_vit", tile_px=32)
+    moved = 0
+    for name, parameter in model.encoder.vit.named_parameters():
+        assert parameter.dtype == torch.bfloat16, name
+        moved += not torch.equal(parameter, base.vit.get_parameter(name).bfloat16())
+    assert moved > 20
+    slide, out = tmp_path / "slides" / "s1.svs", ["--out", str(tmp_path / "out")]
+    assert main(["predict", str(slide), "--model", str(run / "best.safetensors"), *out]) == 0
+
+
+def test_bfloat16_weights_without_their_exact_values_are_refused(tmp_path, capsys):
+    fit = ["fit", "--config", str(write_cohort(tmp_path)), "--model.precision", "bf16-true"]
+    with pytest.raises(ValueError, match="bf16-true takes master, residual or offload"):
+        main(fit)
+
+
 def test_an_unknown_strategy_or_option_is_named(finished, capsys):
     _, config = finished
     fit = ["fit", "--config", str(config), "--model.strategy"]
@@ -134,14 +159,18 @@ def test_an_unknown_strategy_or_option_is_named(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    ("killed_after", "strategy"),
-    [(5, "full"), (11, "{name: lora, dropout: 0.1}")],
-    ids=["first epoch", "second epoch"],
+    ("killed_after", "options"),
+    [
+        (5, []),
+        (11, ["--model.strategy", "{name: lora, dropout: 0.1}"]),
+        (5, ["--model.precision", "bf16-true", "--model.optimizer", "residual"]),
+    ],
+    ids=["first epoch", "second epoch", "16-bit residual"],
 )
-def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after, strategy):
+def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after, options):
     """Bit for bit, in another process. 5 and 11 are mid-epoch, one slide after a resume point."""
     config = str(write_cohort(tmp_path, workers=1))
-    fit = ("fit", "--config", config, "--model.strategy", strategy)
+    fit = ("fit", "--config", config, *options)
     tapfm(*fit, "--name", "whole")
     callback = [{"class_path": "kill.KillAfter", "init_args": {"slides": killed_after}}]
     killed = tapfm(

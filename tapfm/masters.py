@@ -1,0 +1,303 @@
+"""AdamW for weights in bfloat16, whose exact fp32 values ("masters") are kept elsewhere.
+
+A foundation model is tuned at a learning rate of 1e-6, and bfloat16 has 8 bits: an update is
+smaller than half the gap to the next number, so weights that are rounded after each step do not
+move at all. Here the update is made in fp32 and the weight is only the rounded view of it. Where
+the fp32 values and AdamW's moments live is the scheme:
+
+    scheme     beside the weight                             bytes a parameter, gradient included
+    master     fp32 master and moments, same device          18
+    residual   the 16 bits that rounding cut off, and        10.1
+               moments in 8 bits; fp32 for an instant
+    offload    fp32 master and moments in host memory         6, and 12 on the host
+
+Pass 2 adds a gradient per chunk, so gradients are summed in fp32 as well: a hook moves each
+chunk's bfloat16 gradient into the sum and frees it. The sums are the `.grad` of stand-ins, fp32
+parameters of the weights' shapes without memory of their own, and those stand in `param_groups`:
+clipping, averaging over processes and learning rates work on them as on any parameter.
+
+Source: Micikevicius et al. 2018 (arXiv 1710.03740), fp32 master weights. Loshchilov and Hutter 2019
+    (arXiv 1711.05101), AdamW. Dettmers et al. 2022 (arXiv 2110.02861), moments in 8 bits by blocks.
+    Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840), the update on the host.
+Differs: the residual loses nothing: weights are rounded half up in magnitude, which can be undone.
+    The second moment is never rounded to 0, where the update would divide by almost nothing.
+
+Price: one pass over the parameters per update; `offload` copies the gradient to the host and the
+weight back, once an update whatever the number of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+BLOCK = 256  # numbers of a moment that share a scale
+CODES, OCTAVES = {torch.int8: 127, torch.uint8: 255}, 18  # of magnitudes 2 ** -18 to 1
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
+
+Truth = tuple[Tensor, Tensor, Tensor]
+"""Master, first and second moment, fp32."""
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW on the fp32 values behind weights of low precision.
+
+    The masters start at the values the weights come with; the weights are then rounded in place.
+
+    Args:
+        groups: AdamW parameter groups (`params`, `lr`, `weight_decay`).
+        scheme: one of `KEEPERS`.
+
+    Raises:
+        ValueError: no such scheme.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], scheme: str):
+        if scheme not in KEEPERS:
+            raise ValueError(f"model.optimizer: {scheme!r} is none of adamw, {', '.join(KEEPERS)}")
+        keeper = KEEPERS[scheme]
+        pairs = [[(_stand_in(weight), weight) for weight in group["params"]] for group in groups]
+        super().__init__(
+            [
+                {**group, "params": [p for p, _ in each]}
+                for group, each in zip(groups, pairs, strict=True)
+            ],
+            {"lr": 1e-3, "weight_decay": 0.0},
+        )
+        self.kept = {p: keeper(weight) for each in pairs for p, weight in each}
+        for each in pairs:
+            for stand_in, weight in each:
+                weight.register_post_accumulate_grad_hook(_summing_into(stand_in))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every weight that has a gradient."""
+        with torch.enable_grad():
+            found = closure() if closure else None
+        due = [
+            (self.kept[p], p.grad, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        for kept, grad, group in _received(due):
+            truth = master, first, second = kept.read()
+            steps = torch.full((), float(kept.updates), device=master.device)
+            adamw(
+                [master], [grad], [first], [second], [], [steps], fused=True, amsgrad=False,
+                maximize=False, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, lr=group["lr"],
+                weight_decay=group["weight_decay"],
+            )  # fmt: skip
+            kept.updates += 1
+            kept.write(truth)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups, and what is kept of each weight, in the groups' order."""
+        return {**super().state_dict(), "kept": [kept.state() for kept in self.kept.values()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`. The weights are not in it: load the model's first."""
+        groups = {key: value for key, value in state_dict.items() if key != "kept"}
+        super().load_state_dict(groups)
+        for kept, saved in zip(self.kept.values(), state_dict["kept"], strict=True):
+            kept.load(saved)
+
+
+def make_adamw(groups: list[dict[str, Any]], scheme: str) -> torch.optim.Optimizer:
+    """AdamW by scheme: `adamw`, torch's on the weights as they are, or one of `KEEPERS`."""
+    if scheme == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return MasterAdamW(groups, scheme)
+
+
+def _stand_in(weight: Tensor) -> nn.Parameter:
+    """An fp32 parameter of the weight's shape and place, one number large."""
+    return nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape))
+
+
+def _summing_into(stand_in: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that moves a weight's gradient into the stand-in's."""
+
+    def collect(weight: Tensor) -> None:
+        grad, weight.grad = weight.grad, None  # if memory runs out now, it was not received
+        if stand_in.grad is None:
+            stand_in.grad = grad.to(torch.float32)
+        else:
+            stand_in.grad.add_(grad)
+
+    return collect
+
+
+def _received(due: list[tuple[Plain, Tensor, dict]]) -> Iterator[tuple[Plain, Tensor, dict]]:
+    """Each gradient where its update is made; the next one is on its way meanwhile."""
+    under_way = None
+    for kept, grad, group in due:
+        following = kept, kept.send(grad), group
+        if under_way:
+            kept, receive, group = under_way
+            yield kept, receive(), group
+        under_way = following
+    if under_way:
+        kept, receive, group = under_way
+        yield kept, receive(), group
+
+
+class Plain:
+    """Master and moments of a weight as they are, beside it."""
+
+    names = ("master", "first", "second")
+
+    def __init__(self, weight: nn.Parameter):
+        self.weight, self.updates = weight, 0
+        self.master = self.home(weight.detach().to(torch.float32, copy=True))
+        self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        weight.data = weight.data.to(torch.bfloat16)
+
+    def home(self, tensor: Tensor) -> Tensor:
+        """A tensor where the fp32 values are kept."""
+        return tensor
+
+    def send(self, grad: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring a gradient there; the call gives it."""
+        return lambda: grad
+
+    def read(self) -> Truth:
+        """Master and moments, to be changed in place."""
+        return self.master, self.first, self.second
+
+    def write(self, truth: Truth) -> None:
+        """Keep what was changed, and round the weight."""
+        self.weight.copy_(truth[0])
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs beside the weight."""
+        return {"updates": self.updates, **{name: getattr(self, name) for name in self.names}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """See `state`."""
+        self.updates = saved["updates"]
+        for name in self.names:
+            getattr(self, name).copy_(saved[name])
+
+
+class OnHost(Plain):
+    """Master and moments in host memory; copies go through pinned memory and do not wait."""
+
+    def home(self, tensor: Tensor) -> Tensor:
+        """Host memory."""
+        return tensor.cpu()
+
+    def send(self, grad: Tensor) -> Callable[[], Tensor]:
+        """A copy on its way while the update before it is computed."""
+        if not grad.is_cuda:
+            return lambda: grad
+        there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
+        there.copy_(grad, non_blocking=True)
+        arrived = torch.cuda.current_stream(grad.device).record_event()
+
+        def receive() -> Tensor:
+            arrived.synchronize()
+            return there
+
+        return receive
+
+    def write(self, truth: Truth) -> None:
+        """Round here, and copy half the bytes."""
+        weight = self.weight
+        if not weight.is_cuda:
+            return super().write(truth)
+        rounded = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(truth[0])
+        weight.copy_(rounded, non_blocking=True)
+
+
+class Packed(Plain):
+    """The bits of the master that the weight lacks, and moments of 8 bits; fp32 while in use."""
+
+    names = ("low", "first", "first_scale", "root", "root_scale")
+
+    def __init__(self, weight: nn.Parameter):
+        self.weight, self.updates = weight, 0
+        rounded, self.low = split(weight.detach().to(torch.float32))
+        nothing = torch.zeros(weight.shape, device=weight.device)
+        self.first, self.first_scale = pack(nothing, torch.int8, seed=0)
+        self.root, self.root_scale = pack(nothing, torch.uint8, seed=0)
+        weight.data = rounded
+
+    def read(self) -> Truth:
+        """Unpacked: new tensors."""
+        shape = self.weight.shape
+        return (
+            join(self.weight, self.low),
+            unpack(self.first, self.first_scale, shape),
+            unpack(self.root, self.root_scale, shape).square_(),
+        )
+
+    def write(self, truth: Truth) -> None:
+        """Packed again."""
+        master, first, second = truth
+        rounded, self.low = split(master)
+        self.weight.copy_(rounded)
+        self.first, self.first_scale = pack(first, torch.int8, seed=self.updates)
+        self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=self.updates)
+
+
+KEEPERS = {"master": Plain, "residual": Packed, "offload": OnHost}
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as the nearest bfloat16 and the 16 bits behind it (int16).
+
+    Halves are rounded away from 0, not to even: so the bits tell which way the rounding went.
+    """
+    bits = master.view(torch.int32)
+    rounded = (bits + 0x8000) >> 16
+    return rounded.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join(weight: Tensor, low: Tensor) -> Tensor:
+    """The fp32 tensor that `split` took apart, to the bit."""
+    behind = low.to(torch.int32) & 0xFFFF
+    front = weight.view(torch.int16).to(torch.int32) - (behind >= 0x8000).to(torch.int32)
+    return ((front << 16) | behind).view(torch.float32)
+
+
+def pack(values: Tensor, kind: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """fp32 of any shape as a byte each (blocks, BLOCK), on a logarithmic scale, and block maxima.
+
+    AdamW divides one moment by the root of the other, so it is their relative error that counts:
+    two codes are as far apart wherever they are. Nothing but 0 becomes 0. A moment may change by a
+    thousandth a step, so it is rounded up or down by chance: right on average. The draw is of
+    `seed` alone, and so the same when a run is resumed.
+
+    Args:
+        values: what to pack.
+        kind: int8, where a negative number has a negative code, or uint8, with twice the codes.
+        seed: of the rounding.
+    """
+    flat = values.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    part, codes = blocks.abs().div_(largest), CODES[kind]
+    below = part.log2().mul_(codes / OCTAVES).add_(codes).floor_().clamp_(1, codes - 1)
+    low, high = _magnitude(below, codes), _magnitude(below + 1, codes)
+    draw = torch.Generator(values.device).manual_seed(seed)
+    chance = torch.rand(blocks.shape, device=values.device, generator=draw)
+    code = below + (part - low > chance * (high - low))
+    return (code * blocks.sign()).to(kind), largest
+
+
+def unpack(code: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
+    """What was packed, to a code's distance."""
+    magnitude = _magnitude(code.to(torch.float32).abs_(), CODES[code.dtype])
+    return magnitude.mul_(code.sign()).mul_(largest).flatten()[: shape.numel()].view(shape)
+
+
+def _magnitude(code: Tensor, codes: int) -> Tensor:
+    """0 for code 0, else a power of 2 up to 1."""
+    return torch.where(code > 0, ((code - codes) * (OCTAVES / codes)).exp2_(), 0.0)
