@@ -30,7 +30,9 @@ from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, Ru
 from tapfm.config import ConfigError, index_and_cache
 from tapfm.data import SlideData
 from tapfm.files import replacing
+from tapfm.footprint import CONTEXT_GIB, Setup
 from tapfm.module import SlideModule
+from tapfm.plan import compare, forecast
 
 CONFIG = "config.yaml"
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
@@ -120,11 +122,26 @@ def run_fit(arguments: Sequence[str]) -> int:
         BestWeights(folder),
         ResumePoint(folder, cli.config.resume_every),
     ]
+    expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
     (folder / "skipped.json").write_text(json.dumps(data.skipped, indent=1))
+    if expected:
+        print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation macro AUROC")
     return 0
+
+
+def foretell(module: SlideModule) -> dict[str, float] | None:
+    """What the run will take of the GPU, said before it begins; None for models of other blocks."""
+    recipe, row = module.slide_model.recipe, module.slide_model.encoder.row
+    if not row.prefix_tokens:
+        return None
+    setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
+    expected = forecast(row, recipe.tile_px, setup, module.chunk)
+    peak = max(expected.values()) + CONTEXT_GIB
+    print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
+    return expected
 
 
 def prepare_folder(cli: Cli) -> bool:

@@ -103,7 +103,8 @@ class SlideModule(L.LightningModule):
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
         self.loss = MaskedBCE(pos_weight)
-        self.chunk, self.steps, self.optimizer = chunk, steps, optimizer
+        self.chunk, self.steps = chunk, steps
+        self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -20,6 +20,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "chunked": set(),
     "rescue": {"chunked"},
     "optim": set(),
+    "masters": set(),
     "metrics": set(),
     "memory": set(),
     "surgery": set(),
