@@ -58,6 +58,10 @@ def sample_tiles(
 class SlideSampler:
     """The turns of an epoch from `start` on; its length is always that of the full epoch.
 
+    Several processes share an epoch: each takes every `world`-th turn from its `rank` on. Where
+    that does not come out even, the first slides of the order have a second turn, so that all
+    processes take as many.
+
     The place in training is (`epoch`, `start`). Iterating does not move it, since workers run
     ahead; `trained` does. It is also what a checkpoint holds.
 
@@ -67,18 +71,23 @@ class SlideSampler:
     `set_epoch` itself.
     """
 
-    def __init__(self, n: int, seed: int = 0):
-        self.n, self.seed = n, seed
+    def __init__(self, n: int, seed: int = 0, rank: int = 0, world: int = 1):
+        self.n, self.seed, self.rank, self.world = n, seed, rank, world
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return self.n
+        return -(-self.n // self.world)
+
+    @property
+    def turns(self) -> int:
+        """Of all processes, in an epoch."""
+        return len(self) * self.world
 
     def __iter__(self) -> Iterator[Turn]:
         epoch, start = self.epoch, self.start
         order = epoch_order(self.n, self.seed, epoch)
-        for position in range(start, self.n):
-            yield Turn(epoch, position, int(order[position]))
+        for position in range(start + self.rank, self.turns, self.world):
+            yield Turn(epoch, position, int(order[position % self.n]))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the epoch that is under way already is left where it is."""
@@ -87,17 +96,18 @@ class SlideSampler:
 
     def seek(self, epoch: int, start: int) -> None:
         """Go to a place in training. The end of an epoch is the start of the next."""
-        if not 0 <= start <= self.n or epoch < 0:
-            raise ValueError(f"no place ({epoch}, {start}) in epochs of {self.n} slides")
-        self.epoch, self.start = (epoch + 1, 0) if start == self.n else (epoch, start)
+        if not 0 <= start <= self.turns or start % self.world or epoch < 0:
+            raise ValueError(f"no place ({epoch}, {start}) in epochs of {self.turns} turns")
+        self.epoch, self.start = (epoch + 1, 0) if start == self.turns else (epoch, start)
 
     def trained(self, turn: Turn) -> None:
-        """This turn's slide has been trained (or skipped): resuming begins after it."""
-        self.seek(turn.epoch, turn.position + 1)
+        """This turn has been trained (or skipped), in every process: resuming begins after it."""
+        self.seek(turn.epoch, (turn.position // self.world + 1) * self.world)
 
     def state_dict(self) -> dict[str, int]:
         """Plain integers, safe to load without executing code."""
-        return {"epoch": self.epoch, "start": self.start, "seed": self.seed, "slides": self.n}
+        place = {"epoch": self.epoch, "start": self.start}
+        return {**place, "seed": self.seed, "slides": self.n, "processes": self.world}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Return to the place that was saved.
@@ -105,12 +115,12 @@ class SlideSampler:
         Raises:
             ValueError: the order of the slides would not be the one the checkpoint was in.
         """
-        for key, mine in (("slides", self.n), ("seed", self.seed)):
+        for key, mine in (("slides", self.n), ("seed", self.seed), ("processes", self.world)):
             if state[key] != mine:
                 raise ValueError(
                     f"the checkpoint was training with {key} = {state[key]}, this run has {mine}: "
-                    "the slides would come in another order. Resume with the same cohort and seed, "
-                    "or start anew from its weights."
+                    "the slides would come in another order. Resume with the same cohort, seed and "
+                    "devices, or start anew from its weights."
                 )
         self.seek(state["epoch"], state["start"])
 

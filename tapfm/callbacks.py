@@ -7,6 +7,7 @@ never killed: the resume point remembers how many rows each file had, and later 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from tapfm import model as models
 from tapfm.files import replacing
 from tapfm.fingerprint import adapted_fingerprint
+from tapfm.processes import gather
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"
@@ -64,7 +66,9 @@ class RunLog(Callback):
         self.keep = {"metrics": 0, "memory": 0}
 
     def on_fit_start(self, trainer, module) -> None:
-        """Begin both files, or cut them back to the resume point."""
+        """Begin both files, or cut them back to the resume point; the first process writes them."""
+        if not trainer.is_global_zero:
+            return
         self.metrics.start(self.keep["metrics"])
         self.memory.start(self.keep["memory"])
 
@@ -77,8 +81,6 @@ class RunLog(Callback):
         figures = {name: float(value) for name, value in outputs.items()}
         for name, optimizer in zip(("lr/head", "lr/encoder"), module.optimizers(), strict=True):
             figures[name] = optimizer.param_groups[0]["lr"]
-        place = {"step": module.slides_seen, "slide_id": batch.slide_id}
-        self.metrics.write({**place, "epoch": trainer.current_epoch, **figures})
         speed = batch.count / (time.perf_counter() - self.began)
         cost = {
             f"{phase}_{unit}": value
@@ -86,7 +88,12 @@ class RunLog(Callback):
             for unit, value in measured.items()
         }
         bag = {"tiles": batch.count, "chunk": module.chunk, "tiles_per_s": speed}
-        self.memory.write({**place, **bag, **cost})
+        slide = {"slide_id": batch.slide_id}
+        rows = gather(({**slide, **figures}, {**slide, **bag, **cost}))
+        for number, (learned, spent) in enumerate(rows if trainer.is_global_zero else ()):
+            step = (module.slides_seen - 1) * len(rows) + number + 1
+            self.metrics.write({"step": step, "epoch": trainer.current_epoch, **learned})
+            self.memory.write({"step": step, **spent})
         for logger in trainer.loggers:
             logger.log_metrics({**figures, **cost}, step=module.slides_seen)
         module.log("tiles/s", speed, prog_bar=True, logger=False, batch_size=1)
@@ -95,8 +102,16 @@ class RunLog(Callback):
     def on_validation_end(self, trainer, module) -> None:
         """The epoch's row."""
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        place = {"step": module.slides_seen, "epoch": trainer.current_epoch}
-        self.metrics.write({**place, **figures})
+        step = module.slides_seen * trainer.world_size
+        if trainer.is_global_zero:
+            self.metrics.write({"step": step, "epoch": trainer.current_epoch, **figures})
+
+    def on_fit_end(self, trainer, module) -> None:
+        """skipped.json: what was left out, and why."""
+        skipped = {k: v for each in gather(trainer.datamodule.skipped) for k, v in each.items()}
+        if trainer.is_global_zero:
+            path = self.metrics.path.with_name("skipped.json")
+            path.write_text(json.dumps(skipped, indent=1))
 
     def state_dict(self) -> dict[str, int]:
         """How many rows stand when a resume point is saved."""
@@ -122,7 +137,7 @@ class BestWeights(Callback):
         found = trainer.callback_metrics
         auroc, loss = (float(found.get(f"val/{name}", math.nan)) for name in ("auroc", "loss"))
         score = tuple(-math.inf if math.isnan(value) else value for value in (auroc, -loss))
-        if score > self.best or not self.path.exists():
+        if trainer.is_global_zero and (score > self.best or not self.path.exists()):
             self.best = max(self.best, score)
             facts = {
                 "val_auroc": auroc,
@@ -164,6 +179,9 @@ class ResumePoint(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Whole, or the one before it stays."""
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.path, weights_only=False)  # waits for the one that writes
+            return
         with replacing(self.path) as partial:
             trainer.save_checkpoint(partial, weights_only=False)
 

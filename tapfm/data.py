@@ -29,7 +29,7 @@ from slides.reader import Slide
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag, SkippedBag
-from tapfm.config import Source, TileSettings
+from tapfm.config import Source, TileSettings, index_and_cache
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,11 @@ class SlideData(L.LightningDataModule):
         """Negatives over positives of each label, in the training split."""
         return positive_weights(self.cohort.split("train"))
 
+    def prepare_data(self) -> None:
+        """Index and cache what is not there yet: one process does, the others wait for it."""
+        _, failed = index_and_cache(self.source)
+        self.skipped.update(failed)
+
     def rows(self, split: str) -> list[SlideRow]:
         """The slides of a split that have tiles; those without are skipped or raise, as asked."""
         rows = []
@@ -169,7 +174,7 @@ class SlideData(L.LightningDataModule):
         rows = self.rows("train")
         if not rows:
             raise ValueError("the train split has no slide that can be read; see the ledger")
-        self.sampler = SlideSampler(len(rows), self.seed)
+        self.sampler = SlideSampler(len(rows), self.seed, *self.place)
         bags = BagDataset(
             rows,
             self.opener,
@@ -181,17 +186,33 @@ class SlideData(L.LightningDataModule):
         pin = torch.cuda.is_available()
         return SlideLoader(bags, self.sampler, self.workers, pin_memory=pin)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process among those that train together: its number, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def val_dataloader(self) -> DataLoader:
-        """Slides of the val split, all tiles, streamed."""
-        return self.streamed("val")
+        """Slides of the val split, all tiles, streamed; each process takes its share.
+
+        Raises:
+            ValueError: a process would have none, and the others would wait for it.
+        """
+        rank, world = self.place
+        loader = self.streamed("val", rank, world)
+        if world > 1 and len(self.rows("val")) < world:
+            raise ValueError(
+                f"the val split has {len(self.rows('val'))} slides for {world} processes: each "
+                "needs one at least. Train with fewer devices."
+            )
+        return loader
 
     def test_dataloader(self) -> DataLoader:
         """Slides of the test split, all tiles, streamed."""
         return self.streamed("test")
 
-    def streamed(self, split: str) -> DataLoader:
+    def streamed(self, split: str, first: int = 0, every: int = 1) -> DataLoader:
         """Slides of a split in the table's order, all tiles, read as the model asks for them."""
-        bags = [self.bag(row) for row in self.rows(split)]
+        bags = [self.bag(row) for row in self.rows(split)[first::every]]
         return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
 
     def bag(self, row: SlideRow) -> Bag:
@@ -205,6 +226,11 @@ class SlideData(L.LightningDataModule):
         if isinstance(batch, Bag):
             return batch
         if isinstance(batch, Skipped):
+            if self.place[1] > 1:
+                raise SlideError(
+                    f"{batch.reason} Several processes train together and cannot leave out a slide "
+                    "that one of them finds broken: take it out of the table."
+                )
             self.skipped[batch.slide_id] = batch.reason
             return None
         seed = stable_seed("chunks", self.seed, batch.turn.epoch, batch.slide_id) % 2**63

@@ -7,7 +7,6 @@ config is continued; one of another config is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import subprocess
@@ -27,7 +26,7 @@ from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
 from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
-from tapfm.config import ConfigError, index_and_cache
+from tapfm.config import ConfigError
 from tapfm.data import SlideData
 from tapfm.files import replacing
 from tapfm.footprint import CONTEXT_GIB, Setup
@@ -65,6 +64,7 @@ class Cli(LightningCLI):
                 "trainer.enable_model_summary": False,
                 "trainer.logger": False,
                 "trainer.deterministic": "warn",
+                "trainer.use_distributed_sampler": False,  # the data module shares slides out
             }
         )
 
@@ -103,19 +103,18 @@ def run_fit(arguments: Sequence[str]) -> int:
     """Index what is not indexed, then train. Returns 0."""
     cli = read_config(arguments)
     module, data, folder = cli.model, cli.datamodule, cli.folder
-    resume = prepare_folder(cli)
-
-    _, failed = index_and_cache(data.source)
-    data.skipped.update(failed)
+    trainer: L.Trainer = cli.trainer
+    resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
     recipe = module.slide_model.recipe
-    print(
-        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
-        f"at {module.encoder_lr:g}; "
-        f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
-        f"chunks of {module.chunk} tiles in {recipe.precision}"
-    )
-    trainer: L.Trainer = cli.trainer
+    if trainer.is_global_zero:
+        prepare_folder(cli)
+        print(
+            f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
+            f"at {module.encoder_lr:g}; "
+            f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
+            f"chunks of {module.chunk} tiles in {recipe.precision}"
+        )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     trainer.callbacks += [
         RunLog(folder, list(recipe.labels)),
@@ -125,7 +124,8 @@ def run_fit(arguments: Sequence[str]) -> int:
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
-    (folder / "skipped.json").write_text(json.dumps(data.skipped, indent=1))
+    if not trainer.is_global_zero:
+        return 0
     if expected:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation macro AUROC")
@@ -144,8 +144,8 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     return expected
 
 
-def prepare_folder(cli: Cli) -> bool:
-    """Make the run's folder and write its config; whether there is a run to continue.
+def prepare_folder(cli: Cli) -> None:
+    """Make the run's folder and write its config.
 
     Raises:
         ConfigError: the folder holds a run with another config.
@@ -162,7 +162,6 @@ def prepare_folder(cli: Cli) -> bool:
             )
     with replacing(folder / CONFIG) as partial:
         partial.write_text(text)
-    return (folder / RESUME).exists()
 
 
 def provenance(data: SlideData) -> dict[str, Any]:

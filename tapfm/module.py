@@ -30,6 +30,7 @@ from tapfm.masters import make_adamw
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
+from tapfm.processes import average, gather, unwrap
 from tapfm.rescue import Rescue
 
 
@@ -198,6 +199,8 @@ class SlideModule(L.LightningModule):
     def update(self, optimizer) -> Tensor:
         """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.completes_update:
+            average(p.grad for p in parameters if p.grad is not None)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.completes_update:
             if self.steps.clip:
@@ -251,7 +254,18 @@ class SlideModule(L.LightningModule):
         return optimizers
 
     def on_fit_start(self) -> None:
-        """The meter needs the device, which is known by now."""
+        """The meter needs the device, which is known by now.
+
+        Raises:
+            ValueError: the trainer's own mixed precision is on.
+        """
+        if self.trainer.precision != "32-true":
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
+                "over both passes and the update between them. Leave it out, and set "
+                "model.precision: bf16."
+            )
+        unwrap(self)
         self.meter = PhaseMeter(self.device)
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
@@ -265,16 +279,16 @@ class SlideModule(L.LightningModule):
         except SkippedBag:
             return
         labels_K = bag.labels_K.to(self.device)
-        self.validated.append((labels_K, logits_K, self.loss(logits_K, labels_K)))
+        loss = self.loss(logits_K, labels_K)
+        self.validated.append((labels_K.cpu(), logits_K.cpu(), loss.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Mean loss, AUROC of each label, and their mean: what the best weights are chosen by."""
-        if not self.validated:
-            raise ValueError("validation: no slide of the val split could be read; see the ledger")
-        labels_NK, logits_NK, loss_N = (
-            torch.stack(each) for each in zip(*self.validated, strict=True)
-        )
+        validated = [slide for share in gather(self.validated) for slide in share]
         self.validated.clear()
+        if not validated:
+            raise ValueError("validation: no slide of the val split could be read; see the ledger")
+        labels_NK, logits_NK, loss_N = (torch.stack(each) for each in zip(*validated, strict=True))
         figures = {"val/loss": loss_N.mean()}
         for k, name in enumerate(self.slide_model.recipe.labels):
             known_N = ~labels_NK[:, k].isnan()

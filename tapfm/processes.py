@@ -1,0 +1,50 @@
+"""What the processes of one run tell each other: a GPU each, a slide each, one set of weights.
+
+Gradients are averaged once an update, and not at every backward as torch's DistributedDataParallel
+does: pass 2 has a backward for every chunk. So Lightning's wrapper is taken off (`unwrap`) once it
+has given all processes the same weights, and its buffers, as large as the gradient, go with it.
+
+One process: nothing happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import lightning as L
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def unwrap(module: L.LightningModule) -> None:
+    """Take DistributedDataParallel off a module that steps its optimizers itself."""
+    if several():
+        module.trainer.strategy.model = module
+
+
+def average(gradients: Iterable[Tensor]) -> None:
+    """The mean over all processes, in place."""
+    if several():
+        waiting = []
+        for gradient in gradients:
+            gradient /= dist.get_world_size()
+            waiting.append(dist.all_reduce(gradient, async_op=True))
+        for each in waiting:
+            each.wait()
+
+
+def gather(mine: T) -> list[T]:
+    """What each process gives, in their order, to all of them."""
+    if not several():
+        return [mine]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

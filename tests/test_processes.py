@@ -1,0 +1,129 @@
+"""Two processes, a slide each, learn what one learns that takes two slides an update."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from cohorts import SPLITS, write_cohort
+from safetensors.torch import load_file
+
+from slides.order import SlideSampler, epoch_order
+from tapfm.cli import main
+
+TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
+
+
+def settings(folder, **data):
+    """A cohort, no noise, one epoch of 8 slides (the first one twice)."""
+    config = write_cohort(folder, **data)
+    text = yaml.safe_load(config.read_text())
+    text["model"]["drop_path"] = 0.0
+    text["trainer"]["max_epochs"] = 2
+    config.write_text(yaml.safe_dump(text))
+    return config
+
+
+def together(config, *arguments, check=True):
+    """`tapfm fit` as torchrun starts it, in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in ("0", "1"):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "RANK": rank,
+            "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *arguments]
+        command = [*TAPFM, "fit", "--config", str(config), *flags]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(command, env=environment, cwd=Path.cwd(), **pipe))
+    said = [process.communicate(timeout=240)[0] for process in running]
+    if check:
+        assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    return said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--model.precision", "bf16-true", "--model.optimizer", "master"]],
+    ids=["fp32", "masters"],
+)
+def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options):
+    config = settings(tmp_path)
+    lines = (tmp_path / "cohort.csv").read_text().splitlines()
+    (tmp_path / "cohort.csv").write_text("\n".join(lines[:1] + lines[2:]) + "\n")  # 6 to train on
+    one = ["--name", "one", "--model.steps.accumulate", "2"]
+    assert main(["fit", "--config", str(config), *one, *options]) == 0
+    two = ["--name", "two", "--model.steps.accumulate", "1"]
+    together(config, *two, *options)
+
+    runs = tmp_path / "runs"
+    alone, shared = (load_file(runs / name / "best.safetensors") for name in ("one", "two"))
+    assert alone.keys() == shared.keys()
+    start = load_file(Path(main.__code__.co_filename).parent / "weights" / "demo_vit.safetensors")
+    moved = 0
+    for key, value in alone.items():
+        if key.endswith("qkv.bias"):  # softmax does not see k's: AdamW turns its rounding to steps
+            value, shared[key] = (torch.cat(each.chunk(3)[::2]) for each in (value, shared[key]))
+        if value.dtype == torch.float32:
+            assert torch.allclose(value, shared[key], rtol=0, atol=1e-6), key
+        else:  # a step of bfloat16, where a hair decides the rounding
+            assert torch.allclose(value, shared[key], rtol=2**-7, atol=1e-6), key
+        base = start.get(key.removeprefix("encoder.vit."), value)
+        if base.shape == value.shape:
+            moved += not torch.allclose(value.float(), base.float(), atol=1e-6)
+    assert moved > 20
+
+    alone, shared = (pd.read_csv(runs / name / "metrics.csv") for name in ("one", "two"))
+    assert alone["slide_id"].fillna("").tolist() == shared["slide_id"].fillna("").tolist()
+    assert alone["step"].tolist() == shared["step"].tolist()
+    for column in ("train/loss", "val/loss", "val/auroc"):
+        known = alone[column].notna()
+        assert (known == shared[column].notna()).all()
+        rough = 1e-5 if not options else 1e-2
+        assert alone[column][known].to_numpy() == pytest.approx(
+            shared[column][known].to_numpy(), rel=rough
+        )
+    assert len(pd.read_csv(runs / "two" / "memory.csv")) == 12
+
+
+def test_a_broken_slide_stops_all_of_them_and_is_named(tmp_path):
+    config = settings(tmp_path, on_error="skip", workers=0)
+    assert main(["index", "--config", str(config)]) == 0
+    (tmp_path / "slides" / "s1.svs").write_bytes(b"no slide")
+    said = together(config, check=False)
+    assert any("s1" in each and "take it out of the table" in each for each in said), said
+
+
+@pytest.mark.parametrize(("n", "world"), [(7, 2), (6, 3), (1, 1), (5, 4)])
+def test_processes_share_an_epoch(n, world):
+    samplers = [SlideSampler(n, seed=3, rank=rank, world=world) for rank in range(world)]
+    turns = [list(sampler) for sampler in samplers]
+    assert len({len(each) for each in turns}) == 1 == len({len(each) for each in samplers})
+    assert len(turns[0]) == len(samplers[0])
+    seen = [turn.slide for group in zip(*turns, strict=True) for turn in group]
+    assert seen[:n] == epoch_order(n, 3, 0).tolist()
+    assert seen[n:] == seen[: len(seen) - n], "turns left over are the order's first slides again"
+    half = len(turns[0]) // 2
+    if half:
+        for sampler, each in zip(samplers, turns, strict=True):
+            sampler.trained(each[half - 1])
+            assert list(sampler) == each[half:]
+        assert len({str(sampler.state_dict()) for sampler in samplers}) == 1
+    for sampler, each in zip(samplers, turns, strict=True):
+        sampler.trained(each[-1])
+        assert (sampler.epoch, sampler.start) == (1, 0)
+
+
+def test_another_number_of_processes_is_refused_on_resume():
+    state = SlideSampler(len(SPLITS), world=2).state_dict()
+    with pytest.raises(ValueError, match=r"processes = 2, this run has 1.*devices"):
+        SlideSampler(len(SPLITS)).load_state_dict(state)
