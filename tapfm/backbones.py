@@ -115,24 +115,34 @@ class Encoder(nn.Module):
         return (tiles_CP.to(self.mean.dtype) - self.mean) / self.std
 
     def encode(self, tiles_CP: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere.
+        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
+        with self.autocast(precision):
+            return self(tiles_CP.to(self.mean.device, non_blocking=True))
 
-        Each call opens an autocast of its own: its cache of cast weights neither outlives an
-        optimizer step, which would make them stale, nor spans a pass without and one with a graph,
-        which would leave parameters without gradient.
+    def autocast(self, precision: str) -> torch.autocast:
+        """For one call, each call its own.
+
+        So its cache of cast weights neither outlives an optimizer step, which would make them
+        stale, nor spans a pass without and one with a graph, which would leave parameters without
+        gradient.
         """
-        device = self.mean.device
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype, enabled=precision in ("fp16", "bf16")):
-            return self(tiles_CP.to(device, non_blocking=True))
+        enabled = precision in ("fp16", "bf16")
+        return torch.autocast(self.mean.device.type, dtype, enabled=enabled)
 
     def forward(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Features z (C, D) and raw scores (C,), in float32 or better whatever the autocast.
 
         Scores are 0, without a graph, where the model has none.
         """
-        pixels_CP = self.normalise(tiles_CP).to(self.vit.patch_embed.proj.weight.dtype)
-        tokens = self.vit.forward_features(pixels_CP)
+        return self.read(self.vit.forward_features(self.pixels(tiles_CP)))
+
+    def pixels(self, tiles_CP: Tensor) -> Tensor:
+        """What the model takes."""
+        return self.normalise(tiles_CP).to(self.vit.patch_embed.proj.weight.dtype)
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and raw scores from the tokens behind the final norm."""
         if self.row.feature == "mean":
             z_CD = self.vit.forward_head(tokens, pre_logits=True)
         else:

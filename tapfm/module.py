@@ -11,6 +11,7 @@ Shapes: T tiles of a slide, D features, K labels.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from tapfm import backbones
 from tapfm.adapt import STRATEGIES, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
+from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.losses import MaskedBCE
 from tapfm.masters import make_adamw
@@ -114,6 +116,7 @@ class SlideModule(L.LightningModule):
         head_optimizer, encoder_optimizer = self.optimizers()
 
         with self.meter.phase("encode"):
+            bag = self.past_what_is_frozen(bag)
             z_TD, score_T, kept = self.encode(bag)
 
         with self.meter.phase("aggregate"):
@@ -135,12 +138,23 @@ class SlideModule(L.LightningModule):
             "train/encoder_grad_norm": encoder_norm,
         }
 
+    def past_what_is_frozen(self, bag: Bag) -> Bag:
+        """The slide as tokens at the first block that learns, if that is not the first of all."""
+        if self.boundary is None or not self.adapting:
+            return bag
+        return replace(bag, tiles=BoundaryTokens(self.boundary.tokens, bag.tiles, bag.seed))
+
+    def encode_chunk(self, chunk: Tensor) -> Encoded:
+        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary."""
+        behind = chunk.is_floating_point()
+        return self.boundary.encode(chunk) if behind else self.slide_model.encode(chunk)
+
     def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
         """Pass 1, `encode_bag`; once more with half the chunk where memory runs out."""
         while True:
             try:
                 return encode_bag(
-                    self.slide_model.encode,
+                    self.encode_chunk,
                     bag.tiles.split(self.chunk),
                     seed=bag.seed,
                     device=self.device,
@@ -154,7 +168,7 @@ class SlideModule(L.LightningModule):
         with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
             try:
                 adapt_bag(
-                    self.slide_model.encode,
+                    self.encode_chunk,
                     bag.tiles.split(self.chunk),
                     grad_z_TD,
                     grad_score_T,
@@ -266,6 +280,7 @@ class SlideModule(L.LightningModule):
                 "model.precision: bf16."
             )
         unwrap(self)
+        self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)
         self.meter = PhaseMeter(self.device)
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):

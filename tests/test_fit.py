@@ -70,7 +70,7 @@ def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypat
         [(0.8, 0.5), (1.0, 0.9), (1.0, 0.4), (1.0, 0.6), (0.9, 0.1), (float("nan"), 0.1)]
     ):
         found = {"val/auroc": torch.tensor(auroc), "val/loss": torch.tensor(loss)}
-        trainer = SimpleNamespace(callback_metrics=found, current_epoch=epoch)
+        trainer = SimpleNamespace(callback_metrics=found, current_epoch=epoch, is_global_zero=True)
         best.on_validation_end(trainer, module)
         best.path.touch()
         resumed = BestWeights(tmp_path)  # at every epoch: what is to be beaten is remembered

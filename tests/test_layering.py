@@ -19,6 +19,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "losses": set(),
     "chunked": set(),
     "rescue": {"chunked"},
+    "boundary": {"backbones", "bag", "chunked"},
+    "processes": set(),
     "optim": set(),
     "masters": set(),
     "metrics": set(),
