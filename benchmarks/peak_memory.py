@@ -35,6 +35,7 @@ import torch
 from tapfm import backbones
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.losses import MaskedBCE
+from tapfm.masters import make_adamw
 from tapfm.memory import PhaseMeter, SavedBytes
 from tapfm.model import Recipe, SlideModel
 
@@ -71,6 +72,9 @@ class Job:
     recompute: bool
     chunk: int
     cap_gib: float | None
+    optimizer: str = "adamw"
+    keep: int = 0
+    """Chunks whose graphs pass 1 keeps."""
 
 
 class Step:
@@ -88,8 +92,12 @@ class Step:
             self.model = SlideModel(recipe, encoder).to(self.device).train()
             self.loss = MaskedBCE([1.0] * len(LABELS)).to(self.device)
         self.labels_K = torch.tensor([1.0, torch.nan, 0.0], device=self.device)
-        parts = (self.model.aggregator, self.model.encoder)
-        self.optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-6, fused=True) for p in parts]
+        head, encoder = (
+            [{"params": list(part.parameters()), "lr": 1e-6, "weight_decay": 1e-4}]
+            for part in (self.model.aggregator, self.model.encoder)
+        )
+        self.optimizers = [make_adamw(head, "adamw"), make_adamw(encoder, job.optimizer)]
+        self.model.round_weights()
 
     def tiles(self, count: int) -> torch.Tensor:
         """A slide, (T, 3, S, S) uint8, in host memory as in training."""
@@ -104,7 +112,7 @@ class Step:
         head, encoder = self.optimizers
         with phase("encode"):
             if two_pass:
-                z_TD, score_T, _ = encode_bag(encode, chunks, **same)
+                z_TD, score_T, kept = encode_bag(encode, chunks, **same, keep=self.job.keep)
             else:
                 z_TD, score_T = map(torch.cat, zip(*map(encode, chunks), strict=True))
         with phase("aggregate"):
@@ -115,7 +123,7 @@ class Step:
                 self.update(head)
         with phase("adapt"):
             if two_pass:
-                adapt_bag(encode, chunks, z_TD.grad, score_T.grad, **same)
+                adapt_bag(encode, chunks, z_TD.grad, score_T.grad, **same, kept=kept)
             else:
                 loss.backward()
                 self.update(head)

@@ -189,3 +189,23 @@ class TestBenchmark:
         assert text.startswith("before\n")
         assert text.endswith("after\n")
         assert text.count("| 7 | 43.8 | out of memory | 1.00 | out of memory |") == 1
+
+
+def test_the_gpu_benchmark_runs_through_on_a_cpu(monkeypatch):
+    """So that a GPU's time is not spent on its faults. The figures are of the wrong machine."""
+    import benchmarks.gpu_engine as bench
+
+    monkeypatch.setattr(bench, "CHUNK", 2)
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(bench, "SCHEMES", {k: bench.SCHEMES[k] for k in bench.SCHEMES if "a" in k})
+    found = bench.measure("demo_vit", "cpu", None, largest=4, tiles=3)
+    assert found["bags"]["official"]["tiles"] >= 4
+    assert all(rate > 0 for rate in found["speed"].values())
+    about = {"machine": "none", "date": "today", "commit": "c", "torch": "t", "timm": "i"}
+    found["peaks"]["master"]["allocated_reserved"] = [(1.0, 1.5), (1.009, 1.6)]
+    found["bags"]["ours"] = {"scheme": "master", "tiles": 5000, "seconds": 29.0}
+    text = bench.tables({"demo_vit": {**about, **found}})
+    assert "| demo_vit | 5,000 (master) |" in text
+    assert "| 1.00 | 1.50 | 1.00 |" in text, "0.009 GiB over 9 tiles more"
+    assert "| demo_vit, offload | " in text
+    assert "does not fit" in text
