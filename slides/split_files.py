@@ -41,7 +41,9 @@ def clam_text(case_of: Mapping[str, str], split: Split) -> str:
     }
     longest = max(map(len, lists.values()))
     padded = [slides + [""] * (longest - len(slides)) for slides in lists.values()]
-    return _csv([["", *SPLITS], *([n, *row] for n, row in enumerate(zip(*padded, strict=True)))])
+    return csv_text(
+        [["", *SPLITS], *([n, *row] for n, row in enumerate(zip(*padded, strict=True)))]
+    )
 
 
 def clam_bool_text(case_of: Mapping[str, str], split: Split) -> str:
@@ -51,7 +53,7 @@ def clam_bool_text(case_of: Mapping[str, str], split: Split) -> str:
         for slide, case in case_of.items()
         if case in split
     ]
-    return _csv([["", *SPLITS], *rows])
+    return csv_text([["", *SPLITS], *rows])
 
 
 def patho_bench_texts(
@@ -78,7 +80,7 @@ def patho_bench_texts(
         f"task_col: {json.dumps(label)}\nsample_col: case_id\nextra_cols: []\n"
         'label_dict: {0: "0", 1: "1"}\nmetrics: [macro-ovr-auc, bacc]\n'
     )
-    return {"k=all.tsv": _csv([header, *rows], "\t"), "config.yaml": config}
+    return {"k=all.tsv": csv_text([header, *rows], "\t"), "config.yaml": config}
 
 
 def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
@@ -159,7 +161,8 @@ def _by_case(parts, case_of: Mapping[str, str], faults: list[str]) -> Split:
     return {case: next(iter(where)) for case, where in rows.items()}
 
 
-def _csv(rows: Iterable[Sequence], delimiter: str = ",") -> str:
+def csv_text(rows: Iterable[Sequence], delimiter: str = ",") -> str:
+    """Rows as a file's text."""
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
     return text.getvalue()
