@@ -233,9 +233,13 @@ def _deal_units(counts_UK: np.ndarray, share_P: np.ndarray, seed: int) -> np.nda
     scaled_UK = counts_UK * np.sqrt(weight_K)  # so that the cost is a plain sum of squares
     over_PK = -share_P[:, None] * total_K * np.sqrt(weight_K)  # counts less what is due
     rarity_U = np.where(counts_UK > 0, total_K, np.inf).min(1)
-    part_U = np.empty(units, int)
-    for unit in np.lexsort((rng.random(units), rarity_U, -counts_UK[:, 0])):
+    part_U = np.full(units, -1)
+    order = np.lexsort((rng.random(units), rarity_U, -counts_UK[:, 0]))
+    for left, unit in zip(range(units, 0, -1), order, strict=True):
         rise_P = 2 * over_PK @ scaled_UK[unit] + rng.random(parts) * 1e-9  # equal ones at random
+        empty_P = np.bincount(part_U[part_U >= 0], minlength=parts) == 0
+        if left <= empty_P.sum():  # the last ones go where there is none yet
+            rise_P[~empty_P] = np.inf
         part_U[unit] = rise_P.argmin()
         over_PK[part_U[unit]] += scaled_UK[unit]
     kind_U = np.unique(counts_UK, axis=0, return_inverse=True)[1].ravel()

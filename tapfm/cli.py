@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     labels.add_argument("--genes", nargs="+", default=None, metavar="GENE[:RULE]",
                         help="columns of the table; the config's labels")  # fmt: skip
     labels.add_argument("--rule", default="nonsynonymous",
-                        help="nonsynonymous, truncating, hotspot, listed (%(default)s)")  # fmt: skip
+                        help="or truncating, hotspot, listed (%(default)s)")  # fmt: skip
     labels.add_argument("--manifest", type=Path, default=None, help="of a GDC download of slides")
     labels.add_argument("--slides", type=Path, default=None, help="its folder; the config's")
     labels.add_argument("--config", type=Path, action="append", help="YAML with a data part")
@@ -200,7 +200,7 @@ def run_labels(arguments: argparse.Namespace) -> int:
     data = read_data(arguments.config) if arguments.config else {}
     folder = data.get("slides_dir")
     slides = arguments.slides or (Path(folder) if folder else None)
-    if arguments.manifest and not slides or arguments.slides and not arguments.manifest:
+    if bool(arguments.manifest) != bool(slides if arguments.manifest else arguments.slides):
         raise ConfigError("labels: a manifest and its folder go together: --manifest and --slides")
     out = arguments.out
     if arguments.manifest and data:  # the config's table has a row a slide, so takes a manifest
