@@ -54,7 +54,7 @@ class Calls:
     sha256: str
     """Of the file as it lies there."""
     rules: Mapping[str, str]
-    """Gene -> what counts."""
+    """Gene -> what counts; "as published" where the source decided."""
     profiled: str
     """In words: who counts as profiled."""
     cases: Mapping[str, Mapping[str, bool]]
@@ -140,6 +140,8 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
     ]
     if faults:
         raise LabelError(all_faults(path, faults))
+    if kind == "GigaPath table":
+        rules = dict.fromkeys(rules, "as published")
     if kind == "cBioPortal matrix":
         said = "as the file says: NS is not sequenced"
     elif profiled == "all":

@@ -91,7 +91,7 @@ def run_labels(
     for each in calls:
         print(f"{each.path}: {each.kind}; profiled: {each.profiled}")
         print(f"  {'gene':10}{'rule':15}{'positive':>9}{'negative':>9}{'unknown':>9}")
-        for gene, rule in rules.items():
+        for gene, rule in each.rules.items():
             counts = "".join(f"{n:9}" for n in each.count(gene, cases))
             print(f"  {gene:10}{rule:15}{counts}")
     unknown = [case for case in cases if all(math.isnan(first.value(case, g)) for g in rules)]

@@ -1,4 +1,4 @@
-"""`tapfm labels`: from a GDC download and published mutations to a table that `slides.cohort` reads.
+"""`tapfm labels`: from a GDC download and published mutations to a cohort that can be read.
 
 The stand-in has TCGA-LUAD's own file names and UUIDs and its own labels; only the pixels are ours,
 and the manifest has their true sizes and md5. Three things are wrong with it, as in life: one slide
@@ -86,7 +86,7 @@ def test_a_whole_download_becomes_a_cohort(run, stand_in):
     assert "60 slides whole by size and md5" in said
     assert f"1 cases not profiled, labels blank: {UNPROFILED}" in said
     cohort = read_cohort(out, GENES, both_classes=())
-    assert {row.path for row in cohort.rows} == set(stand_in[1])
+    assert {row.path.resolve() for row in cohort.rows} == set(stand_in[1])
     assert {row.split for row in cohort.rows} == set(SPLITS)
     for row in cohort.rows:
         assert row.slide_id == row.path.name.split(".")[0]
@@ -127,7 +127,7 @@ def test_skip_leaves_out_what_is_not_whole_and_names_it(run, damaged):
     assert code == 0
     assert "58 slides whole by size and md5" in said
     assert said.count("left out: " + str(damaged[0])) == 1
-    paths = {row.path for row in read_cohort(out, GENES, both_classes=()).rows}
+    paths = {row.path.resolve() for row in read_cohort(out, GENES, both_classes=()).rows}
     assert len(paths) == 58
     assert not paths & set(damaged)
 

@@ -99,6 +99,7 @@ def test_a_matrix_says_who_was_profiled_gene_by_gene(write):
 def test_false_everywhere_in_the_public_table_is_unknown_unless_told_otherwise(write, tmp_path):
     path, rules = write(TABLE), {"EGFR": "nonsynonymous", "KRAS": "nonsynonymous"}
     assert read_calls(path, rules).count("EGFR") == (1, 1, 1)
+    assert set(read_calls(path, rules).rules.values()) == {"as published"}
     assert read_calls(path, rules, "all").count("EGFR") == (1, 2, 0)
     listed = write("TCGA-05-0002\nTCGA-05-0009\n", "listed.txt")
     calls = read_calls(path, rules, listed)
