@@ -71,6 +71,15 @@ def test_a_maf_alone_proves_who_was_profiled_by_their_mutations(write, packed):
     assert len(calls.sha256) == 64
 
 
+def test_files_of_one_case_each_are_read_joined(tmp_path, write):
+    """What `cat *.maf.gz` makes: several gzips in one, each with comments and header."""
+    comment, header, *rows = MAF.splitlines(keepends=True)
+    joined = tmp_path / "joined.maf.gz"
+    joined.write_bytes(b"".join(gzip.compress((comment + header + r).encode()) for r in rows))
+    rules = dict.fromkeys(["EGFR", "TERT"], "nonsynonymous")
+    assert read_calls(joined, rules).cases == read_calls(write(MAF), rules).cases
+
+
 @pytest.mark.parametrize(
     "text",
     [
