@@ -11,6 +11,7 @@ import json
 import math
 
 import pytest
+import yaml
 from conftest import ROOT, stained_picture, write_pyramid
 
 from slides.cohort import SPLITS, read_cohort
@@ -171,6 +172,28 @@ def test_a_config_says_which_genes_and_where(stand_in, shared_data, tmp_path, mo
     assert cli.main(["labels", *arguments, "--manifest", str(manifest)]) == 0
     cohort = read_cohort(folder / "cohort.csv", GENES, folder / "slides", both_classes=())
     assert len(cohort.rows) == 60
+
+
+def test_the_table_trains(run, stand_in, tmp_path):
+    """From manifest and mutations to weights, with nothing made by hand."""
+    config = tmp_path / "config.yaml"
+    settings = {
+        "run_dir": str(tmp_path / "runs"),
+        "trainer": {"accelerator": "cpu", "max_epochs": 1},
+        "model": {"model": "demo_vit", "chunk": 4},
+        "data": {
+            "table": str(run()[3]),
+            "labels": ["KRAS", "TP53"],
+            "index_dir": str(tmp_path / "index"),
+            "tiles": {"tile_px": 32, "mpp": 0.5, "tissue": {"min_area_um2": 500.0}},
+            "tiles_per_slide": 2,
+            "workers": 0,
+        },
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert cli.main(["index", "--config", str(config)]) == 0
+    assert cli.main(["fit", "--config", str(config)]) == 0
+    assert list((tmp_path / "runs").rglob("best.safetensors"))
 
 
 def test_two_sources_are_compared_on_the_cases_of_the_manifest(run, shared_data):
