@@ -1,12 +1,16 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint format bench clean
+.PHONY: help install labels train test test-all lint format bench clean
 
 COHORT ?= demo
 SEED ?= 0
 RUN ?= runs/$(COHORT)
 # the paper's aggregator beside the default: drop one where a run takes days
 ARMS ?= tapfm tapfm_gated
+# what `labels` reads: GDC's manifest, and mutations.tsv, .txt, .maf.gz or .csv
+MANIFEST ?= data/$(COHORT)/manifest.txt
+MUTATIONS ?= $(firstword $(wildcard data/$(COHORT)/mutations.*) data/$(COHORT)/mutations.txt)
+PROFILED ?= $(wildcard data/$(COHORT)/cases_sequenced.txt)
 # runs at a time: the demo's small model gains nothing from a second core, so each run takes one
 JOBS ?= $(if $(filter demo,$(COHORT)),2,1)
 
@@ -29,8 +33,14 @@ $(READY): setup.cfg constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
+labels: $(READY) ## a cohort table from a GDC manifest and mutations: make labels COHORT=tcga_luad
+	$(BIN)/tapfm labels --config $(CONFIG) --manifest $(MANIFEST) --mutations $(MUTATIONS) \
+		$(PROFILED:%=--profiled %)
+
 train: $(READY) ## the main job: make train [COHORT=demo] [SEED=0] [RUN=runs/demo]
 	@if [ $(COHORT) = demo ]; then $(BIN)/tapfm demo; fi
+	@if [ -f $(MANIFEST) ] && [ ! -f data/$(COHORT)/cohort.csv ]; then \
+		$(MAKE) --no-print-directory labels; fi
 	$(BIN)/tapfm index --config $(CONFIG)
 	$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j $(JOBS) $(ARMS:%=fit-%)
 	$(BIN)/tapfm test --run $(RUN)

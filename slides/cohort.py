@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slides.errors import CohortError
+from slides.errors import CohortError, all_faults
 from slides.grid import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
@@ -108,7 +108,7 @@ def read_cohort(
         CohortError: all the faults of the table.
     """
     table = Path(table)
-    header, records = _read_table(table)
+    header, records = read_table(table)
     faults = _header_faults(header, labels)
     if labels is None:
         labels = [name for name in header if name and name not in REQUIRED + OPTIONAL]
@@ -135,8 +135,7 @@ def read_cohort(
     sound = [name for name in present if name not in bad_labels]
     faults += _one_class(rows.values(), present, sound, both_classes)
     if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise CohortError(f"{table}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise CohortError(all_faults(table, faults))
     return Cohort(tuple(labels), tuple(rows.values()))
 
 
@@ -159,8 +158,12 @@ def positive_weights(rows: Iterable[SlideRow]) -> list[float]:
     return weights
 
 
-def _read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (row number, cells), all as stripped text; wholly blank rows are left out."""
+def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (row number, cells), all as stripped text; wholly blank rows are left out.
+
+    Raises:
+        CohortError: the file is missing, of another kind, or has no header.
+    """
     if not table.is_file():
         raise CohortError(f"{table}: there is no such file. Give the path of the cohort table.")
     suffix = table.suffix.lower()

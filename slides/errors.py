@@ -1,4 +1,4 @@
-"""What can be wrong with a user's slides, their index or their cohort table.
+"""What can be wrong with a user's slides, their index, their labels or their cohort table.
 
 Every message says which slide or file, what was found, and what to do. Every class takes that one
 string: PyTorch rebuilds an exception from a worker process as `type(error)(message)`, and a class
@@ -40,3 +40,21 @@ class IndexFileError(SlideError):
 
 class CohortError(ValueError):
     """What is wrong with a cohort table: all its faults, each with its row and remedy."""
+
+
+class LabelError(ValueError):
+    """A source of labels cannot be used: all that is wrong with it."""
+
+
+class DownloadError(ValueError):
+    """What is wrong with a manifest, or with the files that it lists."""
+
+
+class SplitError(ValueError):
+    """A split cannot be made, or one that was read leaks or does not fit the cohort."""
+
+
+def all_faults(where: object, faults: list[str]) -> str:
+    """The message of an error that lists everything: how many faults, then each on its line."""
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return f"{where}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)

@@ -51,6 +51,43 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
     demo.set_defaults(do=run_demo)
 
+    labels = verbs.add_parser("labels", help="a table of labels, or a cohort, from mutation data")
+    labels.add_argument("--mutations", type=Path, required=True,
+                        help="MAF, cBioPortal matrix or GigaPath's table; or .gz")  # fmt: skip
+    labels.add_argument("--against", type=Path, default=None, help="a second one, to compare")
+    labels.add_argument("--profiled", default=None, metavar="FILE",
+                        help="who was sequenced: cases_sequenced.txt or a text with a sample a "
+                        "line; `all`: everyone in the file")  # fmt: skip
+    labels.add_argument("--genes", nargs="+", default=None, metavar="GENE[:RULE]",
+                        help="columns of the table; the config's labels")  # fmt: skip
+    labels.add_argument("--rule", default="nonsynonymous",
+                        help="or truncating, hotspot, listed (%(default)s)")  # fmt: skip
+    labels.add_argument("--manifest", type=Path, default=None, help="of a GDC download of slides")
+    labels.add_argument("--slides", type=Path, default=None, help="its folder; the config's")
+    labels.add_argument("--config", type=Path, action="append", help="YAML with a data part")
+    labels.add_argument(
+        "--out", type=Path, default=None, help="the table; with a manifest, the config's"
+    )
+    labels.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                        help="at a missing or damaged slide (%(default)s)")  # fmt: skip
+    split_arguments(labels)
+    labels.set_defaults(do=run_labels)
+
+    split = verbs.add_parser("split", help="deal a cohort's cases anew: folds, repeats, sites")
+    split.add_argument("--table", type=Path, required=True, help="the cohort's")
+    split.add_argument("--out", type=Path, required=True, help="a .csv, or a folder for several")
+    split.add_argument("--labels", nargs="+", default=None, help="to stratify over; all")
+    split.add_argument("--folds", type=int, default=None, help="cross-validation")
+    split.add_argument("--repeats", type=int, default=None, help="Monte-Carlo cross-validation")
+    split.add_argument("--from", type=Path, default=None, dest="source",
+                       help="a CLAM or Patho-Bench file to take the split from")  # fmt: skip
+    split.add_argument("--fold", type=int, default=0, help="of a Patho-Bench file (%(default)s)")
+    split.add_argument("--format", nargs="+", default=["table"], help="what to write: any of "
+                       "table, clam, clam-bool, patho-bench",
+                       choices=("table", "clam", "clam-bool", "patho-bench"))  # fmt: skip
+    split_arguments(split)
+    split.set_defaults(do=run_split)
+
     index = verbs.add_parser("index", help="find the tissue tiles of a cohort or of slides")
     index.add_argument("slides", nargs="*", type=Path, help="slides, where there is no --config")
     index.add_argument("--config", type=Path, action="append", help="YAML with a data part")
@@ -132,6 +169,14 @@ def tile_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
 
 
+def split_arguments(verb: argparse.ArgumentParser) -> None:
+    """How cases are dealt to train, val and test."""
+    verb.add_argument("--fractions", type=float, nargs=3, default=(0.6, 0.2, 0.2), metavar="SHARE",
+                      help="of the cases in train, val, test (%(default)s)")  # fmt: skip
+    verb.add_argument("--preserve-sites", action="store_true", help="a site in one part only")
+    verb.add_argument("--seed", type=int, default=0, help="another seed is another split")
+
+
 def run_demo(arguments: argparse.Namespace) -> int:
     """`tapfm demo`."""
     marker = arguments.out / "seed.txt"  # written last: a cohort that has it is whole
@@ -145,6 +190,52 @@ def run_demo(arguments: argparse.Namespace) -> int:
     marker.write_text(f"{arguments.seed}\n")
     print(f"{table}: the demo cohort")
     return 0
+
+
+def run_labels(arguments: argparse.Namespace) -> int:
+    """`tapfm labels`."""
+    from tapfm.config import ConfigError, read_data
+    from tapfm.labels import Downloads, parse_genes, run_labels
+
+    data = read_data(arguments.config) if arguments.config else {}
+    folder = data.get("slides_dir")
+    slides = arguments.slides or (Path(folder) if folder else None)
+    if bool(arguments.manifest) != bool(slides if arguments.manifest else arguments.slides):
+        raise ConfigError("labels: a manifest and its folder go together: --manifest and --slides")
+    out = arguments.out
+    if arguments.manifest and data:  # the config's table has a row a slide, so takes a manifest
+        out = out or Path(data["table"])
+    downloads = arguments.manifest and Downloads(
+        arguments.manifest,
+        slides,
+        Path(folder) if folder else (out or Path(".")).parent,
+        arguments.on_error,
+        arguments.fractions,
+        arguments.preserve_sites,
+        arguments.seed,
+    )
+    sources = [arguments.mutations] + [arguments.against] * (arguments.against is not None)
+    rules = parse_genes(arguments.genes or data.get("labels") or [], arguments.rule)
+    return run_labels(sources, rules, arguments.profiled, downloads, out)
+
+
+def run_split(arguments: argparse.Namespace) -> int:
+    """`tapfm split`."""
+    from tapfm.split import run_split
+
+    return run_split(
+        arguments.table,
+        arguments.out,
+        labels=arguments.labels,
+        folds=arguments.folds,
+        repeats=arguments.repeats,
+        fractions=arguments.fractions,
+        seed=arguments.seed,
+        preserve_sites=arguments.preserve_sites,
+        source=arguments.source,
+        fold=arguments.fold,
+        formats=arguments.format,
+    )
 
 
 def run_index(arguments: argparse.Namespace) -> int:

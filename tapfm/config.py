@@ -58,11 +58,7 @@ def read_source(configs: Sequence[Path]) -> Source:
         ConfigError: a file is missing or damaged, or a key of `data.tiles` is unknown.
         CohortError: all the faults of the table.
     """
-    data: dict[str, Any] = {}
-    for config in configs:
-        data = _merged(data, _read(config).get("data") or {})
-    if "table" not in data:
-        raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
+    data = read_data(configs)
     tiles = dict(data.get("tiles") or {})
     tissue = _checked(Tissue, tiles.pop("tissue", None) or {}, "data.tiles.tissue")
     settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
@@ -75,6 +71,20 @@ def read_source(configs: Sequence[Path]) -> Source:
         data.get("on_error", "stop"),
         int(data.get("workers", 2)),
     )
+
+
+def read_data(configs: Sequence[Path]) -> dict[str, Any]:
+    """The keys below `data` of one or more YAML files, as they stand; later files win.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or none names a table.
+    """
+    data: dict[str, Any] = {}
+    for config in configs:
+        data = _merged(data, _read(config).get("data") or {})
+    if "table" not in data:
+        raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
+    return data
 
 
 def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:

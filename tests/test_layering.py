@@ -93,7 +93,20 @@ def test_nothing_imports_the_command_line():
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "demo", "index", "plan", "test", "predict", "heatmap", "features", "export", "doctor"],
+    [
+        "",
+        "demo",
+        "labels",
+        "split",
+        "index",
+        "plan",
+        "test",
+        "predict",
+        "heatmap",
+        "features",
+        "export",
+        "doctor",
+    ],
 )
 def test_help_needs_no_torch(verb):
     """So it is instant. (`fit --help` lists Lightning's arguments, and so must load it.)"""

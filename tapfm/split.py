@@ -1,0 +1,169 @@
+"""`tapfm split`: a cohort table dealt anew, for cross-validation, repeats, or as others split it.
+
+Every column but `split` stays as it is. One split goes to a table, several to a folder: a table
+each (`cohort_0.csv`, for `data.table`) and, if asked, CLAM's and Patho-Bench's files. A path that
+is relative to the table's folder is written relative to the new table's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slides.cohort import KNOWN, OPTIONAL, REQUIRED, UNKNOWN, read_table
+from slides.errors import SplitError, all_faults
+from slides.reader import slide_stem
+from slides.split_files import (
+    clam_bool_text,
+    clam_text,
+    csv_text,
+    patho_bench_texts,
+    read_split,
+)
+from slides.splits import (
+    FRACTIONS,
+    Cases,
+    Split,
+    balance,
+    fixed_split,
+    gather_cases,
+    kfold,
+    monte_carlo,
+)
+from slides.tcga import site_of
+from tapfm.files import replacing
+
+
+def run_split(
+    table: Path,
+    out: Path,
+    labels: Sequence[str] | None = None,
+    folds: int | None = None,
+    repeats: int | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+    preserve_sites: bool = False,
+    source: Path | None = None,
+    fold: int = 0,
+    formats: Sequence[str] = ("table",),
+) -> int:
+    """Deal the cases, or read how another did; report the balance; write.
+
+    Args:
+        table: a cohort table; its `split` column, if any, is not looked at.
+        out: a .csv or .tsv for one split, else a folder.
+        labels: to stratify over; every label of the table.
+        folds: of a cross-validation.
+        repeats: of a Monte-Carlo cross-validation with these fractions.
+        fractions: of train, val and test.
+        seed: another seed is another draw.
+        preserve_sites: keep the cases of a site together; a TCGA barcode gives the site where the
+            table does not.
+        source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
+        fold: see `source`.
+        formats: any of table, clam, clam-bool, patho-bench.
+
+    Raises:
+        SplitError: all that is wrong with the table's cells, or a split that cannot be.
+    """
+    if sum(option is not None for option in (folds, repeats, source)) > 1:
+        raise SplitError("give one of --folds, --repeats and --from")
+    records, labels, cases = _read(table, labels)
+    case_of = {row["slide_id"]: row["case_id"] for row in records}
+    how = seed, preserve_sites
+    if source is not None:
+        also = {slide_stem(r["slide_path"]): r["case_id"] for r in records if r.get("slide_path")}
+        splits = [read_split(source, also | case_of, fold)]
+    elif folds is not None:
+        splits = kfold(cases, folds, *how)
+    elif repeats is not None:
+        splits = monte_carlo(cases, repeats, fractions, *how)
+    else:
+        splits = [fixed_split(cases, fractions, *how)]
+    for number, split in enumerate(splits):
+        left = len(cases) - len(split)
+        print(f"split {number}" + f"; {left} cases are in no part and left out" * (left > 0))
+        print(balance(cases, split))
+
+    single = out.suffix in (".csv", ".tsv")
+    if single and (len(splits) > 1 or list(formats) != ["table"]):
+        raise SplitError(f"{out}: several files do not go into one: name a folder")
+    for path, text in _files(table, out, records, labels, case_of, splits, formats).items():
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    print(f"{out}: written")
+    return 0
+
+
+def _read(table: Path, labels: Sequence[str] | None) -> tuple[list[dict], list[str], Cases]:
+    """The table's rows as text, its labels, and its cases."""
+    header, lines = read_table(table)
+    labels = list(labels or [n for n in header if n and n not in REQUIRED + OPTIONAL])
+    missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
+    faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
+    records, values = [], []
+    for number, cells in lines:
+        row = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header):
+            faults.append(f"row {number}: {len(cells)} cells, the header has {len(header)}")
+        elif not missing:
+            if not row["case_id"] or not row["slide_id"]:
+                faults.append(f"row {number}: case_id or slide_id is blank: fill it in")
+            texts = {label: row[label] for label in labels}
+            faults += [
+                f"row {number}: label {label!r} is {text!r}: write 1, 0 or leave it blank; or name "
+                "the labels with --labels"
+                for label, text in texts.items()
+                if text not in KNOWN and text.lower() not in UNKNOWN
+            ]
+            records.append(row)
+            values.append([KNOWN.get(text, math.nan) for text in texts.values()])
+    if faults or not records:
+        raise SplitError(all_faults(table, faults or ["no row below the header"]))
+    ids = [row["case_id"] for row in records]
+    sites = [row.get("site") or site_of(row["case_id"]) for row in records]
+    values = np.array(values, float).reshape(len(ids), len(labels))
+    return records, labels, gather_cases(ids, sites, labels, values)
+
+
+def _files(table, out, records, labels, case_of, splits: list[Split], formats) -> dict[Path, str]:
+    """What to write: path -> text."""
+    if out.suffix in (".csv", ".tsv"):
+        return {out: _table_text(table, out, records, splits[0])}
+    files: dict[Path, str] = {}
+    for number, split in enumerate(splits):
+        if "table" in formats:
+            path = out / f"{table.stem}_{number}.csv"
+            files[path] = _table_text(table, path, records, split)
+        if "clam" in formats:
+            files[out / f"splits_{number}.csv"] = clam_text(case_of, split)
+        if "clam-bool" in formats:
+            files[out / f"splits_{number}_bool.csv"] = clam_bool_text(case_of, split)
+    if "patho-bench" in formats:
+        for label in labels:
+            known = {row["slide_id"]: KNOWN.get(row[label]) for row in records}
+            values = {slide: None if v is None else int(v) for slide, v in known.items()}
+            task = patho_bench_texts(case_of, splits, label, values)
+            files |= {out / label / name: text for name, text in task.items()}
+    return files
+
+
+def _table_text(table: Path, path: Path, records: list[dict], split: Split) -> str:
+    header = list(records[0]) + ["split"] * ("split" not in records[0])
+    rows = []
+    for record in records:
+        if part := split.get(record["case_id"]):
+            row = {**record, "split": part}
+            slide = table.parent / row.get("slide_path", "")
+            if (
+                row.get("slide_path")
+                and not Path(row["slide_path"]).is_absolute()
+                and slide.exists()
+            ):
+                row["slide_path"] = Path(os.path.relpath(slide, path.parent)).as_posix()
+            rows.append([row[name] for name in header])
+    return csv_text([header, *rows], "\t" if path.suffix == ".tsv" else ",")

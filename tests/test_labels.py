@@ -1,0 +1,240 @@
+"""`tapfm labels`: from a GDC download and published mutations to a cohort that can be read.
+
+The stand-in has TCGA-LUAD's own file names and UUIDs and its own labels; only the pixels are ours,
+and the manifest has their true sizes and md5. Three things are wrong with it, as in life: one slide
+is damaged, one is missing, and one patient was not profiled.
+"""
+
+import csv
+import hashlib
+import json
+import math
+
+import pytest
+import yaml
+from conftest import ROOT, stained_picture, write_pyramid
+
+from slides.cohort import SPLITS, read_cohort
+from slides.errors import LabelError
+from slides.tcga import parse_slide
+from tapfm import cli
+from tapfm.labels import parse_genes
+
+GENES = ("EGFR", "KRAS", "STK11", "TP53")
+UNPROFILED = "TCGA-38-4629"  # in the slide table, not in cBioPortal's matrix
+
+
+@pytest.fixture(scope="module")
+def stand_in(shared_data, tmp_path_factory):
+    """60 diagnostic slides and 5 frozen ones, as gdc-client leaves them."""
+    with (shared_data / "labels" / "gigapath_LUAD-5-gene_TCGA.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {row["id"]: parse_slide(row["file_name"]) for row in rows}
+    diagnostic = [row for row in rows if names[row["id"]].diagnostic]
+    first = [row for row in diagnostic if row["case_submitter_id"] == UNPROFILED][:1]
+    chosen = first + [row for row in diagnostic if row not in first][: 60 - len(first)]
+    frozen = [row for row in rows if not names[row["id"]].diagnostic][:5]
+
+    folder = tmp_path_factory.mktemp("tcga") / "slides"
+    lines = ["id\tfilename\tmd5\tsize\tstate"]
+    picture = stained_picture(131, 127)
+    for number, row in enumerate(chosen + frozen):
+        path = folder / row["id"] / row["file_name"]
+        path.parent.mkdir(parents=True)
+        picture[0, 0] = number  # so that no two files are alike
+        write_pyramid(path, picture, 0.5, levels=1)
+        data = path.read_bytes()
+        md5 = hashlib.md5(data).hexdigest()
+        lines.append(f"{row['id']}\t{row['file_name']}\t{md5}\t{len(data)}\treleased")
+    (folder.parent / "manifest.txt").write_text("\n".join(lines) + "\n")
+    return folder, [folder / row["id"] / row["file_name"] for row in chosen]
+
+
+@pytest.fixture
+def run(stand_in, shared_data, tmp_path, capsys):
+    """tapfm labels on the stand-in: exit code, what it says, and the table's path."""
+
+    def run(*options):
+        out = tmp_path / "cohort.csv"
+        matrix = shared_data / "labels" / "tcga_luad_mutations_cbioportal.tsv"
+        manifest = stand_in[0].parent / "manifest.txt"
+        code = cli.main(
+            ["labels", "--mutations", str(matrix), "--genes", *GENES, "--manifest", str(manifest),
+             "--slides", str(stand_in[0]), "--out", str(out), *options]
+        )  # fmt: skip
+        said = capsys.readouterr()
+        return code, said.out, said.err, out
+
+    return run
+
+
+@pytest.fixture
+def damaged(stand_in):
+    """One slide with a flipped byte, one away; put right afterwards."""
+    flipped, gone = stand_in[1][7], stand_in[1][11]
+    data = flipped.read_bytes()
+    flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    gone.rename(gone.with_suffix(".away"))
+    yield flipped, gone
+    flipped.write_bytes(data)
+    gone.with_suffix(".away").rename(gone)
+
+
+def test_a_whole_download_becomes_a_cohort(run, stand_in):
+    code, said, _, out = run()
+    assert code == 0
+    assert "65 files, 60 diagnostic slides; left out: " in said
+    assert "60 slides whole by size and md5" in said
+    assert f"1 cases not profiled, labels blank: {UNPROFILED}" in said
+    cohort = read_cohort(out, GENES, both_classes=())
+    assert {row.path.resolve() for row in cohort.rows} == set(stand_in[1])
+    assert {row.split for row in cohort.rows} == set(SPLITS)
+    for row in cohort.rows:
+        assert row.slide_id == row.path.name.split(".")[0]
+        assert row.case_id == row.slide_id[:12]
+        assert row.site == row.case_id[5:7]
+        assert all(map(math.isnan, row.labels)) == (row.case_id == UNPROFILED)
+    again = out.read_bytes()
+    assert "0 of the files hashed now" in run()[1]
+    assert out.read_bytes() == again
+
+
+def test_labels_are_those_of_the_matrix(run, shared_data):
+    out = run()[3]
+    with (shared_data / "labels" / "tcga_luad_mutations_cbioportal.tsv").open() as file:
+        matrix = {row["SAMPLE_ID"][:12]: row for row in csv.DictReader(file, delimiter="\t")}
+    rows = read_cohort(out, GENES, both_classes=()).rows
+    assert sum(row.labels[1] == 1 for row in rows) > 5
+    for row in rows:
+        if row.case_id != UNPROFILED:
+            for gene, label in zip(GENES, row.labels, strict=True):
+                changes = [c for c in matrix[row.case_id][gene].split() if c[-1] != "="]
+                assert label == (changes not in ([], ["WT"])), (row.case_id, gene)
+
+
+def test_everything_wrong_is_said_at_once_and_nothing_is_written(run, damaged, stand_in):
+    code, _, error, out = run("--genes", "EGFR", "LKB1")
+    assert code == 2
+    assert not out.exists()
+    assert error.count("tapfm: ") == 1
+    assert "gene LKB1: there is no such column" in error
+    assert f"{damaged[0]}: damaged: md5 " in error
+    assert f"{damaged[1].name}: missing, not at {damaged[1]}" in error
+    assert error.count(f"gdc-client download -m MANIFEST -d {stand_in[0]}") == 2
+
+
+def test_skip_leaves_out_what_is_not_whole_and_names_it(run, damaged):
+    code, said, _, out = run("--on-error", "skip")
+    assert code == 0
+    assert "58 slides whole by size and md5" in said
+    assert said.count("left out: " + str(damaged[0])) == 1
+    paths = {row.path.resolve() for row in read_cohort(out, GENES, both_classes=()).rows}
+    assert len(paths) == 58
+    assert not paths & set(damaged)
+
+
+def test_sites_are_preserved_on_request(run):
+    said, out = run("--preserve-sites")[1::2]
+    assert "sites in more than one part: 0; at worst " in said
+    homes = {}
+    for row in read_cohort(out, GENES, both_classes=()).rows:
+        assert homes.setdefault(row.site, row.split) == row.split
+
+
+def test_the_record_says_what_made_the_table(run, shared_data, stand_in):
+    out = run("--genes", "EGFR:hotspot", "STK11:truncating", "KRAS", "--seed", "3")[3]
+    record = json.loads(out.with_name("cohort.csv.labels.json").read_text())
+    (source,) = record["sources"]
+    assert source["rules"] == {"EGFR": "hotspot", "STK11": "truncating", "KRAS": "nonsynonymous"}
+    for said, path in (
+        (source, shared_data / "labels" / "tcga_luad_mutations_cbioportal.tsv"),
+        (record["table"], out),
+        (record["manifest"], stand_in[0].parent / "manifest.txt"),
+    ):
+        assert said["file"] == path.name
+        assert said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source["counts"]["EGFR"]["unknown"] == 1
+    assert record["split"] == {
+        "fractions": [0.6, 0.2, 0.2], "seed": 3, "preserve_sites": False,
+    }  # fmt: skip
+
+
+def test_a_config_says_which_genes_and_where(stand_in, shared_data, tmp_path, monkeypatch):
+    """As `make labels COHORT=tcga_luad` runs it, with the repository's own config."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "tcga_luad"
+    folder.mkdir(parents=True)
+    (folder / "slides").symlink_to(stand_in[0])
+    matrix = shared_data / "labels" / "tcga_luad_mutations_cbioportal.tsv"
+    config = ROOT / "configs" / "cohorts" / "tcga_luad.yaml"
+    arguments = ["--config", str(config), "--mutations", str(matrix)]
+    manifest = stand_in[0].parent / "manifest.txt"
+    assert cli.main(["labels", *arguments, "--manifest", str(manifest)]) == 0
+    cohort = read_cohort(folder / "cohort.csv", GENES, folder / "slides", both_classes=())
+    assert len(cohort.rows) == 60
+
+
+def test_the_table_trains(run, stand_in, tmp_path):
+    """From manifest and mutations to weights, with nothing made by hand."""
+    config = tmp_path / "config.yaml"
+    settings = {
+        "run_dir": str(tmp_path / "runs"),
+        "trainer": {"accelerator": "cpu", "max_epochs": 1},
+        "model": {"model": "demo_vit", "chunk": 4},
+        "data": {
+            "table": str(run()[3]),
+            "labels": ["KRAS", "TP53"],
+            "index_dir": str(tmp_path / "index"),
+            "tiles": {"tile_px": 32, "mpp": 0.5, "tissue": {"min_area_um2": 500.0}},
+            "tiles_per_slide": 2,
+            "workers": 0,
+        },
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert cli.main(["index", "--config", str(config)]) == 0
+    assert cli.main(["fit", "--config", str(config)]) == 0
+    assert list((tmp_path / "runs").rglob("best.safetensors"))
+
+
+def test_two_sources_are_compared_on_the_cases_of_the_manifest(run, shared_data):
+    public = shared_data / "labels" / "gigapath_LUAD-5-gene_TCGA.csv"
+    said = run("--against", str(public), "--profiled", "all")[1]
+    assert "where the two disagree, of " in said
+    row = next(line for line in said.splitlines()[::-1] if line.startswith("  KRAS"))
+    gene, known, differ, only_first, only_second = row.split()
+    assert gene == "KRAS"
+    assert int(differ) == int(only_first) + int(only_second) <= int(known)
+
+
+def test_without_a_manifest_a_row_a_case(tmp_path, capsys):
+    matrix = tmp_path / "m.tsv"
+    matrix.write_text("SAMPLE_ID\tEGFR\tKRAS\nTCGA-05-0001-01\tL858R\tNS\nx1\tWT\tG12C\n")
+    out = tmp_path / "labels.csv"
+    arguments = ["labels", "--mutations", str(matrix), "--genes", "KRAS", "EGFR"]
+    assert cli.main(arguments) == 0
+    assert "nothing written: give --out" in capsys.readouterr().out
+    assert cli.main([*arguments, "--out", str(out)]) == 0
+    assert out.read_text() == "case_id,KRAS,EGFR\nTCGA-05-0001,,1\nx1,1,0\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--genes", "EGFR", "--profiled", "all"], "a matrix says itself who was sequenced"),
+        (["--genes", "EGFR", "--slides", "."], "a manifest and its folder go together"),
+        (["--genes", "EGFR", "EGFR:hotspot"], "name each gene once"),
+        ([], "name each gene once"),
+        (["--genes", "EGFR", "--manifest", "m.txt", "--slides", "."], "no readable manifest"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
+    matrix = tmp_path / "m.tsv"
+    matrix.write_text("SAMPLE_ID\tEGFR\nTCGA-05-0001-01\tL858R\n")
+    assert cli.main(["labels", "--mutations", str(matrix), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_genes_have_rules_of_their_own():
+    assert parse_genes(["A", "B:truncating"], "listed") == {"A": "listed", "B": "truncating"}
+    with pytest.raises(LabelError):
+        parse_genes(["A", "A"], "listed")

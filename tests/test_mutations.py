@@ -1,0 +1,245 @@
+"""`slides.mutations` and `slides.variants`: who is mutated, who is not, and who is unknown.
+
+A case is 0 only if it was profiled. What a rule counts is the same from a MAF, plain or packed, and
+from a matrix. The public sources of TCGA-LUAD give known counts and known disagreements.
+"""
+
+import csv
+import gzip
+import math
+
+import pytest
+
+from slides.errors import LabelError
+from slides.mutations import Disagreement, disagreements, read_calls, read_profiled
+from slides.tcga import parse_slide
+from slides.variants import NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
+
+GENES = ("EGFR", "KRAS", "STK11", "TP53")
+MAF = """#version 2.4
+Hugo_Symbol\tVariant_Classification\tTumor_Sample_Barcode\tHGVSp_Short\tMutation_Status
+EGFR\tMissense_Mutation\tTCGA-05-0001-01A-01D-1105-08\tp.L858R\tSomatic
+EGFR\tSilent\tTCGA-05-0002-01A-01D-1105-08\tp.L210=\tSomatic
+EGFR\tMissense_Mutation\tTCGA-05-0003-01A-01D-1105-08\tp.R222L\t
+EGFR\tMissense_Mutation\tTCGA-05-0004-11A-01D-1105-08\tp.L858R\tSomatic
+TTN\tMissense_Mutation\tTCGA-05-0005-01A-01D-1105-08\tp."quoted\tSomatic
+EGFR\tMissense_Mutation\tTCGA-05-0005-01A-01D-1105-08\tp.L858R\tGermline
+STK11\tNonsense_Mutation\tTCGA-05-0001-01A-01D-1105-08\tp.Q37*\tSomatic
+TERT\t5'Flank\tTCGA-05-0002-06A-01D-1105-08\t\tSomatic
+EGFR\t5'Flank\tTCGA-05-0002-01A-01D-1105-08\t\tSomatic
+"""
+MATRIX = (
+    "STUDY_ID\tSAMPLE_ID\tEGFR\tKRAS\tSTK11\n"
+    "luad\tTCGA-05-0001-01\tL858R T790M\tNS\tQ37*\n"
+    "luad\tTCGA-05-0002-01\tL210=\tWT\tWT\n"
+    "luad\tTCGA-05-0003-01\tE746_A750del\tG12C\tL277Pfs*49\n"
+    "luad\tTCGA-05-0003-02\tWT\tWT\tNS\n"
+    "luad\tTCGA-05-0004-11\tL858R\tG12C\tWT\n"
+)
+TABLE = (
+    "file_name,case_submitter_id,is_ffpe,EGFR,KRAS,LKB1\n"
+    "a.svs,TCGA-05-0001,True,True,False,False\n"
+    "b.svs,TCGA-05-0001,True,True,False,False\n"
+    "c.svs,TCGA-05-0002,True,False,False,False\n"
+    "d.svs,TCGA-05-0003,True,False,True,False\n"
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mutations.txt", packed=False):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        return path
+
+    return write
+
+
+def values(calls, gene):
+    """The last digits of the cases, and what is known: {"1": 1.0}."""
+    return {case[-1]: calls.value(case, gene) for case in sorted(calls.cases)}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_maf_alone_proves_who_was_profiled_by_their_mutations(write, packed):
+    calls = read_calls(write(MAF, packed=packed), dict.fromkeys(["EGFR", "TERT"], RULES[0]))
+    assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1, "5": 0}
+    assert values(calls, "TERT") == {"1": 0, "2": 1, "3": 0, "5": 0}
+    assert math.isnan(calls.value("TCGA-05-0006", "EGFR"))
+    assert calls.kind == "MAF"
+    assert "sequenced or not" in calls.profiled
+    assert len(calls.sha256) == 64
+
+
+def test_files_of_one_case_each_are_read_joined(tmp_path, write):
+    """What `cat *.maf.gz` makes: several gzips in one, each with comments and header."""
+    comment, header, *rows = MAF.splitlines(keepends=True)
+    joined = tmp_path / "joined.maf.gz"
+    joined.write_bytes(b"".join(gzip.compress((comment + header + r).encode()) for r in rows))
+    rules = dict.fromkeys(["EGFR", "TERT"], "nonsynonymous")
+    assert read_calls(joined, rules).cases == read_calls(write(MAF), rules).cases
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TCGA-05-0001-01\nTCGA-05-0006-01\n\n",
+        "stable_id: luad\ncase_list_ids: TCGA-05-0001-01\tTCGA-05-0006-01\tTCGA-05-0007-11\n",
+    ],
+)
+def test_a_list_of_the_profiled_makes_zeros_of_those_without_a_row(write, text):
+    listed = write(text, "cases_sequenced.txt")
+    assert read_profiled(listed) == {"TCGA-05-0001", "TCGA-05-0006"}
+    calls = read_calls(write(MAF), {"EGFR": "nonsynonymous"}, listed)
+    assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1, "5": 0, "6": 0}
+    assert calls.count("EGFR", ["TCGA-05-0001", "TCGA-05-0006", "TCGA-05-0007"]) == (1, 1, 1)
+
+
+def test_a_matrix_says_who_was_profiled_gene_by_gene(write):
+    calls = read_calls(write(MATRIX), dict.fromkeys(["EGFR", "KRAS", "STK11"], "nonsynonymous"))
+    assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1}
+    kras = values(calls, "KRAS")
+    assert math.isnan(kras.pop("1"))
+    assert kras == {"2": 0, "3": 1}
+    assert calls.count("KRAS") == (1, 1, 1)
+    assert values(calls, "STK11") == {"1": 1, "2": 0, "3": 1}
+
+
+def test_false_everywhere_in_the_public_table_is_unknown_unless_told_otherwise(write, tmp_path):
+    path, rules = write(TABLE), {"EGFR": "nonsynonymous", "KRAS": "nonsynonymous"}
+    assert read_calls(path, rules).count("EGFR") == (1, 1, 1)
+    assert set(read_calls(path, rules).rules.values()) == {"as published"}
+    assert read_calls(path, rules, "all").count("EGFR") == (1, 2, 0)
+    listed = write("TCGA-05-0002\nTCGA-05-0009\n", "listed.txt")
+    calls = read_calls(path, rules, listed)
+    assert calls.count("EGFR") == (1, 2, 0)
+    assert "TCGA-05-0009" not in calls.cases, "sequenced or not, the table does not have it"
+
+
+@pytest.mark.parametrize(
+    ("gene", "kind", "change", "counted"),
+    [
+        ("EGFR", "Missense_Mutation", "L858R", {"nonsynonymous", "hotspot"}),
+        ("EGFR", "In_Frame_Del", "E746_A750del", {"nonsynonymous", "hotspot"}),
+        ("EGFR", "In_Frame_Del", "L747_A750delinsP", {"nonsynonymous", "hotspot"}),
+        ("EGFR", "In_Frame_Del", "E709_T710delinsD", {"nonsynonymous"}),
+        ("EGFR", "Missense_Mutation", "R222L", {"nonsynonymous"}),
+        ("EGFR", "Splice_Region", "L210=", set()),
+        ("KRAS", "Missense_Mutation", "G12C", {"nonsynonymous", "hotspot"}),
+        ("KRAS", "Missense_Mutation", "A146T", {"nonsynonymous"}),
+        ("BRAF", "Frame_Shift_Ins", "L277Pfs*49", {"nonsynonymous", "truncating"}),
+        ("BRAF", "Splice_Site", "X1010_splice", {"nonsynonymous", "truncating"}),
+        ("BRAF", "Nonstop_Mutation", "*330Qext*20", {"nonsynonymous", "truncating"}),
+        ("BRAF", "Translation_Start_Site", "M1?", {"nonsynonymous"}),
+    ],
+)
+def test_what_a_rule_counts_is_the_same_from_a_row_and_from_a_cell(gene, kind, change, counted):
+    for rule in RULES:
+        expected = rule in counted | {"listed"}
+        assert row_counts(gene, rule, kind, change) == expected
+        assert change_counts(gene, rule, change) == expected
+
+
+def test_the_promoter_of_tert_counts_and_no_other():
+    assert row_counts("TERT", "nonsynonymous", "5'Flank", "")
+    assert row_counts("TERT", "hotspot", "5'Flank", "")
+    assert not row_counts("TERT", "truncating", "5'Flank", "")
+    assert not row_counts("TERT", "nonsynonymous", "5'UTR", "")
+    assert not row_counts("EGFR", "nonsynonymous", "5'Flank", "")
+
+
+def test_no_class_is_both_counted_and_silent():
+    assert not NONSYNONYMOUS & SILENT
+
+
+def test_two_sources_are_compared_where_both_know(write):
+    rules = dict.fromkeys(["EGFR", "KRAS"], "nonsynonymous")
+    one = read_calls(write(MATRIX, "a.tsv"), rules)
+    two = read_calls(write(TABLE, "b.csv"), rules, "all")
+    cases = [f"TCGA-05-000{n}" for n in range(1, 9)]
+    assert disagreements(one, two, cases) == [
+        Disagreement("EGFR", 3, 1, 0),
+        Disagreement("KRAS", 2, 0, 0),
+    ]
+    assert disagreements(two, one, cases)[0] == Disagreement("EGFR", 3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "profiled", "message"),
+    [
+        (MAF, {"EGFR": "missense"}, None, "rule 'missense' is none of nonsynonymous, trunc"),
+        (MAF, {"TTN": "hotspot"}, None, "TTN: there is no hotspot list for it .*BRAF, EGFR"),
+        (MAF, {"LKB1": "listed"}, None, "LKB1: the file lists no mutation .*STK11, not LKB1"),
+        (TABLE, {"LKB1": "listed"}, None, "LKB1: the file lists no mutation"),
+        (MATRIX, {"LKB1": "listed"}, None, "LKB1: there is no such column"),
+        (TABLE, {"EGFR": "truncating"}, None, "no protein changes, so no rule for EGFR"),
+        (TABLE.replace("True,False,False\nb", "yes,False,False\nb"), {"EGFR": "listed"}, None,
+         "row 2: EGFR is 'yes', not True or False"),
+        (MAF.replace("HGVSp_Short", "HGVSp"), {"EGFR": "hotspot"}, None, "HGVSp_Short is missing"),
+        (MAF.replace("Silent", "Quiet"), {"EGFR": "listed"}, None, r"'Quiet' \(1 rows"),
+        (MAF + "EGFR\tMiss", {"EGFR": "listed"}, None, "row 12: 2 cells of 5: the file is cut"),
+        (MATRIX[:-20], {"EGFR": "listed"}, None, "row 6: 2 cells of 5|row 6: 4 cells of 5"),
+        ("sample,gene\n1,2\n", {"EGFR": "listed"}, None, "its columns are sample, gene. Give"),
+        ("", {"EGFR": "listed"}, None, "empty"),
+        (MAF, {"EGFR": "listed"}, "TCGA-99-0001\n", "none of its 1 cases is in"),
+        (MAF, {"EGFR": "listed"}, "a b\n", "a line reads 'a b'"),
+        (MAF, {"EGFR": "listed"}, "\n", "names no sample"),
+    ],
+)  # fmt: skip
+def test_a_source_that_cannot_be_used_says_why(write, text, rules, profiled, message):
+    path = write(text)
+    with pytest.raises(LabelError, match=message):
+        read_calls(path, rules, profiled and write(profiled, "listed.txt"))
+
+
+def test_all_faults_at_once_and_files_that_are_not_there(write, tmp_path):
+    with pytest.raises(LabelError, match=r"2 faults\n.*LKB1.*\n.*ERBB9"):
+        read_calls(write(MATRIX), {"LKB1": "listed", "ERBB9": "listed"})
+    with pytest.raises(LabelError, match="No such file"):
+        read_calls(tmp_path / "nowhere.txt", {"EGFR": "listed"})
+    path = tmp_path / "cut.maf.gz"
+    path.write_bytes(gzip.compress(MAF.encode())[:-9])
+    with pytest.raises(LabelError, match=r"broken gzip.*Download it again"):
+        read_calls(path, {"EGFR": "listed"})
+
+
+class TestPublicSources:
+    """TCGA-LUAD, the 467 patients with diagnostic slides."""
+
+    @pytest.fixture
+    def read(self, shared_data):
+        labels = shared_data / "labels"
+        public = labels / "gigapath_LUAD-5-gene_TCGA.csv"
+        with public.open(newline="") as file:
+            names = [parse_slide(row["file_name"]) for row in csv.DictReader(file)]
+        cases = {name.case_id for name in names if name.diagnostic}
+
+        def read(rule, profiled):
+            rules = dict.fromkeys(GENES, rule)
+            matrix = labels / "tcga_luad_mutations_cbioportal.tsv"
+            return read_calls(matrix, rules), read_calls(public, rules, profiled), cases
+
+        return read
+
+    def test_counts(self, read):
+        matrix, public, cases = read("listed", "all")
+        assert [public.count(gene, cases)[0] for gene in GENES] == [58, 130, 64, 222]
+        assert [public.count(gene, cases)[2] for gene in GENES] == [0, 0, 0, 0]
+        assert [matrix.count(gene, cases) for gene in GENES] == [
+            (58, 403, 6), (145, 316, 6), (71, 390, 6), (239, 222, 6),
+        ]  # fmt: skip
+
+    def test_disagreements_as_both_files_stand(self, read):
+        rows = disagreements(*read("listed", "all"))
+        assert [(r.gene, r.shared, r.only_first, r.only_second) for r in rows] == [
+            ("EGFR", 461, 6, 3), ("KRAS", 461, 16, 1), ("STK11", 461, 16, 9), ("TP53", 461, 26, 6),
+        ]  # fmt: skip
+
+    def test_the_default_rule_counts_no_change_that_spares_the_protein(self, read):
+        """Eight patients' TP53 is only `T125=` or `Q331=`, one's EGFR only `L210=`."""
+        rows = disagreements(*read("nonsynonymous", "all"))
+        assert [r.only_first for r in rows] == [5, 16, 16, 18]
+
+    def test_70_patients_without_any_mutation_are_unknown(self, read):
+        _, public, cases = read("nonsynonymous", None)
+        assert public.count("EGFR", cases) == (58, 339, 70)

@@ -1,0 +1,110 @@
+"""`tapfm split`: only the column `split` changes, and what others split is taken as it is."""
+
+import csv
+
+import pytest
+
+from slides.cohort import read_cohort
+from tapfm import cli
+
+
+@pytest.fixture
+def table(tmp_path):
+    """30 cases, 37 slides; labels, blanks and a column nobody knows."""
+    folder = tmp_path / "cohort"
+    folder.mkdir()
+    lines = ["case_id,slide_id,slide_path,split,EGFR,KRAS"]
+    for number in range(37):
+        case = number % 30
+        (folder / f"{number}.svs").touch()
+        kras = "" if case % 7 == 0 else case % 3 // 2
+        lines.append(f"TCGA-{10 + case % 9}-00{case:02},s{number},{number}.svs,,{case % 2},{kras}")
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    return folder / "cohort.csv"
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def split(table, out, *options):
+    return cli.main(["split", "--table", str(table), "--out", str(out), *options])
+
+
+def test_one_split_into_a_table(table, tmp_path, capsys):
+    out = tmp_path / "elsewhere" / "b.csv"
+    assert split(table, out, "--fractions", "0.5", "0.2", "0.3") == 0
+    assert "EGFR" in capsys.readouterr().out
+    changed = {"split", "slide_path"}
+    for before, after in zip(rows(table), rows(out), strict=True):
+        assert {k: v for k, v in before.items() if k not in changed} == {
+            k: v for k, v in after.items() if k not in changed
+        }
+    cohort = read_cohort(out, ["EGFR", "KRAS"])  # its slides are found, and no case is in two
+    assert [len({r.case_id for r in cohort.split(part)}) for part in ("train", "val", "test")] == [
+        15, 6, 9,
+    ]  # fmt: skip
+
+
+def test_folds_in_every_format_say_the_same(table, tmp_path):
+    out = tmp_path / "folds"
+    formats = ["table", "clam", "clam-bool", "patho-bench"]
+    assert split(table, out, "--folds", "3", "--preserve-sites", "--format", *formats) == 0
+    for fold in range(3):
+        expected = [row["split"] for row in rows(out / f"cohort_{fold}.csv")]
+        homes = {}
+        for row in rows(out / f"cohort_{fold}.csv"):
+            assert homes.setdefault(row["case_id"][5:7], row["split"]) == row["split"]
+        for source, options in (
+            (f"splits_{fold}.csv", []),
+            (f"splits_{fold}_bool.csv", []),
+            ("EGFR/k=all.tsv", ["--fold", str(fold)]),
+        ):
+            back = tmp_path / "back.csv"
+            assert split(table, back, "--from", str(out / source), *options) == 0
+            assert [row["split"] for row in rows(back)] == expected
+    task = (out / "KRAS" / "k=all.tsv").read_text().splitlines()
+    assert len(task) == 1 + sum(row["KRAS"] != "" for row in rows(table))
+
+
+def test_a_file_that_names_slides_by_their_files_and_leaves_some_out(table, tmp_path, capsys):
+    given = tmp_path / "splits_0.csv"
+    given.write_text(",train,val,test\n0,0,1,2\n1,30,,\n")  # 0 and 30 are one case
+    out = tmp_path / "b.csv"
+    assert split(table, out, "--from", str(given)) == 0
+    assert "27 cases are in no part and left out" in capsys.readouterr().out
+    assert [(row["slide_id"], row["split"]) for row in rows(out)] == [
+        ("s0", "train"), ("s1", "val"), ("s2", "test"), ("s30", "train"), ("s31", "val"),
+        ("s32", "test"),
+    ]  # fmt: skip
+
+
+def test_a_leak_is_refused(table, tmp_path, capsys):
+    given = tmp_path / "splits_0.csv"
+    given.write_text(",train,val,test\n0,s0,s1,s30\n")
+    assert split(table, tmp_path / "b.csv", "--from", str(given)) == 2
+    said = capsys.readouterr().err
+    assert "case TCGA-10-0000 is in train (s0) and test (s30)" in said
+    assert not (tmp_path / "b.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--folds", "3", "--repeats", "2"], "give one of --folds, --repeats and --from"),
+        (["--folds", "3"], "name a folder"),
+        (["--format", "clam"], "name a folder"),
+        (["--labels", "ALK"], "column 'ALK' is missing"),
+        (["--labels", "slide_id"], "row 2: label 'slide_id' is 's0'"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(table, tmp_path, capsys, options, message):
+    assert split(table, tmp_path / "b.csv", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_repeats(table, tmp_path):
+    assert split(table, tmp_path / "out", "--repeats", "2") == 0
+    one, two = (rows(tmp_path / "out" / f"cohort_{n}.csv") for n in range(2))
+    assert [row["split"] for row in one] != [row["split"] for row in two]

@@ -1,0 +1,87 @@
+"""`slides.split_files`: CLAM's and Patho-Bench's files read and written, and leaks refused."""
+
+import io
+
+import pandas as pd
+import pytest
+import yaml
+
+from slides.errors import SplitError
+from slides.split_files import clam_bool_text, clam_text, patho_bench_texts, read_split
+
+CASE_OF = {"001": "a", "002": "a", "003": "b", "004": "c", "005": "d", "006": "e"}
+SPLIT = {"a": "train", "b": "train", "c": "val", "d": "test"}  # e is in no part
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="splits_0.csv"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_clam_reads_what_is_written():
+    """As CLAM does: pandas, dtype str, blanks dropped, a first column that is an index."""
+    frame = pd.read_csv(io.StringIO(clam_text(CASE_OF, SPLIT)), dtype=str, index_col=0)
+    assert list(frame.columns) == ["train", "val", "test"]
+    assert {part: frame[part].dropna().tolist() for part in frame} == {
+        "train": ["001", "002", "003"], "val": ["004"], "test": ["005"],
+    }  # fmt: skip
+    frame = pd.read_csv(io.StringIO(clam_bool_text(CASE_OF, SPLIT)), index_col=0, dtype={0: str})
+    assert frame.dtypes.tolist() == [bool] * 3
+    assert frame.sum().tolist() == [3, 1, 1]
+
+
+def test_patho_bench_reads_what_is_written():
+    values = {"001": 1, "002": 1, "003": 0, "004": None, "005": 0, "006": 0}
+    other = dict.fromkeys("abcde", "test")
+    files = patho_bench_texts(CASE_OF, [SPLIT, other], "EGFR", values)
+    frame = pd.read_csv(io.StringIO(files["k=all.tsv"]), sep="\t", dtype={"slide_id": str})
+    assert list(frame.columns) == ["case_id", "slide_id", "EGFR", "fold_0", "fold_1"]
+    assert frame["slide_id"].tolist() == ["001", "002", "003", "005", "006"]
+    assert frame["fold_0"].fillna("").tolist() == ["train", "train", "train", "test", ""]
+    config = yaml.safe_load(files["config.yaml"])
+    assert (config["task_col"], config["sample_col"]) == ("EGFR", "case_id")
+    assert config["label_dict"] == {0: "0", 1: "1"}
+
+
+def test_each_form_is_read_back(write):
+    values = dict.fromkeys(CASE_OF, 1)
+    task = patho_bench_texts(CASE_OF, [{}, SPLIT], "EGFR", values)["k=all.tsv"]
+    assert read_split(write(clam_text(CASE_OF, SPLIT)), CASE_OF) == SPLIT
+    assert read_split(write(clam_bool_text(CASE_OF, SPLIT)), CASE_OF) == SPLIT
+    assert read_split(write(task, "k=all.tsv"), CASE_OF, fold=1) == SPLIT
+
+
+def test_a_file_of_train_and_test_only(write):
+    assert read_split(write(",train,test\n0,001,005\n1,003,\n"), CASE_OF) == {
+        "a": "train", "b": "train", "d": "test",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (",train,val,test\n0,001,002,005\n", r"case a is in train \(001\) and val \(002\)"),
+        (",train,val,test\n001,True,True,False\n", "row 2: 001 is in train and val"),
+        (",train,val,test\n001,True,False,False\n002,False,False,True\n", "case a is in train"),
+        ("case_id\tslide_id\tfold_0\na\t001\ttrain\na\t002\ttest\n", "case a is in train"),
+        ("case_id\tslide_id\tfold_0\na\t001\ttrian\n", "row 2: 001 is in 'trian'"),
+        (",train,val,test\n0,777,004,005\n", "1 slides are not in the cohort: 777"),
+        ("slide_id,label\n001,1\n", "Give a CLAM split .* or a Patho-Bench k=all.tsv .*fold_0"),
+        ("", "its columns are"),
+    ],
+)
+def test_a_leak_or_a_strange_file_is_refused(write, text, message):
+    with pytest.raises(SplitError, match=message):
+        read_split(write(text), CASE_OF)
+
+
+def test_all_faults_at_once(write, tmp_path):
+    with pytest.raises(SplitError, match=r"2 faults\n.*777.*\n.*case a"):
+        read_split(write(",train,val,test\n0,001,002,777\n"), CASE_OF)
+    with pytest.raises(SplitError, match="no readable split"):
+        read_split(tmp_path / "nowhere.csv", CASE_OF)
