@@ -77,8 +77,12 @@ def read_source(configs: Sequence[Path]) -> Source:
     )
 
 
-def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:
+def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, dict[str, str]]:
     """Index every slide, and decode its tiles into the cache if there is to be one.
+
+    Args:
+        source: slides and tiles.
+        pictures: folder for a picture of each slide's stages; None draws none.
 
     Returns:
         The number of tiles, and the slides left out, each with its reason.
@@ -90,7 +94,7 @@ def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:
 
     rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
     how = source.workers, source.on_error
-    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how)
+    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how, pictures=pictures)
     failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
     if source.cache_dir is not None:
         from slides.cache import cache_cohort

@@ -115,6 +115,7 @@ def predict_slides(
     out: Path,
     *,
     mpp: float | None = None,
+    masks: str | None = None,
     chunk: int = 16,
     workers: int = 2,
     device: str | None = None,
@@ -128,6 +129,7 @@ def predict_slides(
         out: folder for `predictions.csv`, `<slide>_weights.h5` and, drawn, `<slide>.png` and
             `<slide>.geojson`.
         mpp: microns per tile pixel, where it is not to be the model's own.
+        masks: folder of masks to take for the tissue; those of the training cohort are not.
         chunk: tiles on the device at once.
         workers: reading processes.
         device: where to; None is CUDA where there is one.
@@ -142,7 +144,8 @@ def predict_slides(
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
-    tissue = Tissue(**models.read_recipe(path)[1].get("tissue", {}))  # as in training
+    facts = models.read_recipe(path)[1]
+    tissue = Tissue(**{**facts.get("tissue", {}), "masks": masks})  # otherwise as in training
     predictions, failed = [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
