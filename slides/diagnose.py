@@ -15,7 +15,8 @@ import numpy as np
 
 from slides.tiff import directories
 
-COMPRESSION, TILE_WIDTH = 259, 322
+COMPRESSION, TILE_WIDTH, TILE_HEIGHT = 259, 322, 323
+MAX_TILE_PIXELS = 1 << 27  # half a gigabyte; real tiles have a thousandth of it
 OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # of strips, of tiles
 
 
@@ -47,6 +48,25 @@ def tiff_contents(path: str | Path) -> TiffContents | None:
             if len(starts) == len(lengths) > 0:
                 contents.reach = max(contents.reach, int((starts + lengths).max()))
     return contents
+
+
+def tile_too_large(path: Path) -> str | None:
+    """The sentence about a TIFF whose tiles nobody can hold; None if it has none such.
+
+    OpenSlide takes the memory for a tile as soon as it is read, and ends the process if there is
+    not enough.
+    """
+    if not path.is_file():
+        return None
+    for tags, _ in directories(path):
+        sides = [int(max(tags.get(tag, [0]))) for tag in (TILE_WIDTH, TILE_HEIGHT)]
+        if sides[0] * sides[1] > MAX_TILE_PIXELS:
+            return (
+                f"{path} says that its tiles are {sides[0]} x {sides[1]} pixels, which no slide's "
+                f"are: its table of contents is damaged. Copy it again from its source, or leave "
+                f"this slide out."
+            )
+    return None
 
 
 def why_refused(name: str, path: Path, error: Exception) -> str:
