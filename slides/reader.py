@@ -31,7 +31,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from slides.diagnose import tiff_contents, tile_too_large, truncated, why_refused
+from slides.diagnose import impossible, tiff_contents, truncated, why_refused
 from slides.direct import Direct, NotDirectError
 from slides.errors import NotASlideError, UnreadableRegionError
 from slides.grid import Grid
@@ -263,7 +263,7 @@ class Slide:
     def _open(self) -> openslide.OpenSlide:
         if self._handle is None or self._pid != os.getpid():
             self.close()
-            if fault := tile_too_large(self.path):
+            if fault := impossible(self.path):
                 raise NotASlideError(f"{self.name}: {fault}")
             try:
                 self._handle = openslide.OpenSlide(self.path)
