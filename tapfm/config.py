@@ -13,6 +13,7 @@ from typing import Any
 
 from slides.cohort import SlideRow, read_cohort
 from slides.grid import Grid
+from slides.stain import METHODS
 from slides.tissue import Tissue
 
 
@@ -49,6 +50,8 @@ class Source:
     tiles: TileSettings
     on_error: str
     workers: int
+    stain: str | None = None
+    """How stains are normalised where tiles are read; indexing does not look at it."""
 
 
 def read_source(configs: Sequence[Path]) -> Source:
@@ -66,7 +69,9 @@ def read_source(configs: Sequence[Path]) -> Source:
     tiles = dict(data.get("tiles") or {})
     tissue = _checked(Tissue, tiles.pop("tissue", None) or {}, "data.tiles.tissue")
     settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
-    folder, cache = data.get("slides_dir"), data.get("cache_dir")
+    folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
+    if stain not in (None, *METHODS):
+        raise ConfigError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     return Source(
         read_cohort(Path(data["table"]), data.get("labels"), folder and Path(folder)).rows,
         Path(data.get("index_dir", "data/index")),
@@ -74,6 +79,7 @@ def read_source(configs: Sequence[Path]) -> Source:
         settings,
         data.get("on_error", "stop"),
         int(data.get("workers", 2)),
+        stain,
     )
 
 

@@ -94,7 +94,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
-    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk)
+    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
     features = folder / opener.grid.tag / f"features_{name}"
     rows = {row.slide_id: row for row in data.cohort.rows}
 

@@ -54,7 +54,7 @@ eva.core.models.wrappers.ModelFromFunction.
 README = """# {name}
 
 {title}, exported by tapfm {version}. Licence of the foundation model: {terms}.
-Made for tiles of {tile_px} px at {mpp:g} microns per pixel. Fingerprint `{fingerprint}`.
+Made for tiles of {tile_px} px at {mpp:g} microns per pixel{stain}. Fingerprint `{fingerprint}`.
 
 ```python
 import functools, timm, torch
@@ -166,6 +166,7 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
         terms=row.terms,
         tile_px=side,
         mpp=provenance["mpp"],
+        stain=f", their stains normalised by {header['stain']}" if header.get("stain") else "",
         fingerprint=provenance["fingerprint"],
         folder=folder,
         call=", ".join([repr(row.arch), *(f"{k}={spell(v)}" for k, v in given.items())]),

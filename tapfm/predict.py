@@ -27,6 +27,7 @@ from slides.errors import SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_slide
 from slides.reader import Slide
+from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.bag import Bag, SkippedBag
@@ -151,7 +152,9 @@ def predict_slides(
         try:
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
                 index = index_slide(slide, grid, tissue)
-                bag = loose_bag(slide, index, len(recipe.labels), workers)
+                stain = facts.get("stain")  # as in training, too
+                source = StainedSlide(slide, index, stain) if stain else slide
+                bag = loose_bag(source, index, len(recipe.labels), workers)
                 prediction = predict_bag(model, bag, chunk)
                 write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
                 if draw:
@@ -169,7 +172,7 @@ def predict_slides(
     return 2 if failed else 0
 
 
-def loose_bag(slide: Slide, index: TileIndex, labels: int, workers: int) -> Bag:
+def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
     """A slide that belongs to no cohort."""
     tiles = OpenTiles(slide, index, workers)
     unknown_K = torch.full((labels,), torch.nan)
