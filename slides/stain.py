@@ -11,7 +11,8 @@ tiles are read: training, validation, prediction and features see the same pixel
 
 Most foundation models were trained on slides as they are: off by default.
 
-Price: `TILES` more tiles a slide each time it is opened (0.1 to 0.4 s), and about 1 ms a 224 px tile on one core.
+Price: `TILES` more tiles a slide each time it is opened (0.1 to 0.4 s), and about 1 ms a 224 px
+tile on one core.
 Condition: haematoxylin and eosin. Glass keeps its white under Macenko, and may be tinted by
 Reinhard, which moves every colour.
 Source: Macenko et al. 2009, "A method for normalizing histology slides for quantitative analysis";

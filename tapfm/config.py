@@ -52,6 +52,8 @@ class Source:
     workers: int
     stain: str | None = None
     """How stains are normalised where tiles are read; indexing does not look at it."""
+    cache_gb: float | None = None
+    """What all caches in `cache_dir` may take; None is no limit."""
 
 
 def read_source(configs: Sequence[Path]) -> Source:
@@ -80,6 +82,7 @@ def read_source(configs: Sequence[Path]) -> Source:
         data.get("on_error", "stop"),
         int(data.get("workers", 2)),
         stain,
+        data.get("cache_gb"),
     )
 
 
@@ -103,10 +106,12 @@ def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, 
     ledger = index_cohort(rows, source.index_dir, grid, tissue, *how, pictures=pictures)
     failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
     if source.cache_dir is not None:
-        from slides.cache import cache_cohort
+        from slides.cache_cohort import cache_cohort
 
         kept = [row for row in rows if row.slide_id not in failed]
-        failed |= cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, *how)
+        budget = None if source.cache_gb is None else int(source.cache_gb * 1e9)
+        where = source.index_dir, source.cache_dir
+        failed |= cache_cohort(kept, *where, grid, tissue, *how, budget=budget)
     return sum(row["tiles"] for row in ledger), failed
 
 

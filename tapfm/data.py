@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource, stream_chunks
 from slides.cohort import SlideRow, positive_weights, read_cohort
-from slides.errors import SlideError
+from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
@@ -43,6 +43,8 @@ class Opener:
     tissue: Tissue
     stain: str | None = None
     """How stains are normalised, see `slides.stain`; None leaves them."""
+    cache_gb: float | None = None
+    """With a limit, slides without a cache are read from their files."""
 
     def index(self, row: SlideRow) -> TileIndex:
         """The slide's tiles, from the index on disk.
@@ -56,10 +58,13 @@ class Opener:
     def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
         """Pixels, from the cache where there is one, normalised if asked for, and tiles."""
         index = self.index(row)
+        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
         if self.cache_dir is not None:
-            source = CachedSlide(self.cache_dir, index, row.path)
-        else:
-            source = Slide(row.path, mpp=row.mpp, name=row.slide_id)
+            try:
+                source = CachedSlide(self.cache_dir, index, row.path)
+            except IndexFileError:
+                if self.cache_gb is None:
+                    raise
         return (StainedSlide(source, index, self.stain) if self.stain else source), index
 
 
@@ -101,6 +106,8 @@ class SlideData(L.LightningDataModule):
         labels: label columns to train on; None is all of them.
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
+        cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
+            read each time. None is no limit.
         tiles: size, resolution and tissue.
         tiles_per_slide: tiles drawn from a slide each epoch, without replacement; None is all.
         colour: strength of the slide-shared colour jitter of training tiles; 0 is none.
@@ -119,6 +126,7 @@ class SlideData(L.LightningDataModule):
         labels: list[str] | None = None,
         index_dir: str = "data/index",
         cache_dir: str | None = None,
+        cache_gb: float | None = None,
         tiles: TileSettings = TileSettings(),  # noqa: B008 (frozen)
         tiles_per_slide: int | None = None,
         colour: float = 0.0,
@@ -135,7 +143,7 @@ class SlideData(L.LightningDataModule):
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
             if given:
                 refuse_other_stains(self.cohort.rows, option)
-        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain)
+        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
         self.augment = Augment(colour=colour, stain=stain_jitter)
         self.skipped: dict[str, str] = {}
@@ -153,6 +161,7 @@ class SlideData(L.LightningDataModule):
             self.on_error,
             self.workers,
             opener.stain,
+            opener.cache_gb,
         )
 
     @property

@@ -40,7 +40,7 @@ from tapfm.predict import (
 from tapfm.report import Arm, write_results
 
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
-HOW_IT_IS_READ = {"workers", "cache_dir"}  # settings of the data that change no pixel
+HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
     ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),

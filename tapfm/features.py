@@ -218,7 +218,7 @@ def run_features(
 
     _, failed = index_and_cache(source)
     grid, tissue = source.tiles.grid, source.tiles.tissue
-    opener = Opener(source.index_dir, source.cache_dir, grid, tissue, stain)
+    opener = Opener(source.index_dir, source.cache_dir, grid, tissue, stain, source.cache_gb)
     folder = (out or source.index_dir) / grid.tag / f"features_{name}"
     kept = tiles = 0
     for slide in tqdm(source.rows, desc=f"features_{name}", unit=" slides"):
