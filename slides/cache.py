@@ -59,13 +59,13 @@ def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
         SlideError: a tile cannot be read; nothing is left behind.
     """
     path = cache_path(cache_dir, index)
+    remove_leftovers(path)
     with contextlib.suppress(IndexFileError, IndexSettingsError):
         _check(path, index)
         return path
     partial = scratch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
         _write(partial, slide, index)
         put_in_place(partial, path)
     except OSError as error:
@@ -96,7 +96,10 @@ class CachedSlide:
         """
         self.path, self.name, self.index = cache_path(cache_dir, index), index.slide_id, index
         self._forget()
-        self._hold = hold_if_possible(self.path)
+        try:
+            self._hold = hold_if_possible(self.path)
+        except FileNotFoundError:
+            raise _no_cache(self.path, index) from None
         _check(self.path, index)
         if slide_path is not None and Path(slide_path).is_file():
             found = Path(slide_path).stat().st_size
@@ -225,14 +228,18 @@ def _key(index: TileIndex) -> dict:
     }
 
 
+def _no_cache(path: Path, index: TileIndex) -> IndexFileError:
+    return IndexFileError(
+        f"{index.slide_id}: there is no tile cache at {path}. Build it, or run without one."
+    )
+
+
 def _check(path: Path, index: TileIndex) -> None:
     try:
         found = json.loads((path / "zarr.json").read_text())["attributes"]["cache"]
         found = {name: found.get(name) for name in _key(index)}
     except FileNotFoundError:
-        raise IndexFileError(
-            f"{index.slide_id}: there is no tile cache at {path}. Build it, or run without one."
-        ) from None
+        raise _no_cache(path, index) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFileError(
             f"{index.slide_id}: the tile cache {path} is damaged ({error}). Delete it; it is made "

@@ -50,9 +50,15 @@ class Hold:
 
 
 def hold_if_possible(path: Path) -> Hold | None:
-    """A hold; None where the cache is gone, or the disk knows no locks and nothing is removed."""
+    """A hold; None on a disk that knows no locks, where nothing is removed either.
+
+    Raises:
+        FileNotFoundError: there is no such cache, or no more.
+    """
     try:
         return Hold(path)
+    except FileNotFoundError:
+        raise
     except OSError:
         return None
 
@@ -70,7 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def put_in_place(made: Path, path: Path) -> None:
     """Rename a whole cache to its name; one that was there goes."""
-    outdated = scratch(path).with_suffix(".outdated")
+    outdated = scratch(path, ".outdated")
     with locked(path.parent):
         if path.exists():  # a folder that is not empty cannot be replaced
             path.rename(outdated)
@@ -93,9 +99,9 @@ def make_room(cache_dir: Path, budget: int, keep: Collection[Path] = ()) -> None
             total -= caches[path]
 
 
-def scratch(path: Path) -> Path:
+def scratch(path: Path, what: str = "") -> Path:
     """A name beside a slide's cache that is this process's own."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{what}")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -113,7 +119,7 @@ def remove_leftovers(path: Path) -> None:
 
 def _remove(path: Path) -> bool:
     """Remove a cache that nobody reads; whether it is gone."""
-    aside = scratch(path).with_suffix(".outdated")
+    aside = scratch(path, ".outdated")
     try:
         with locked(path.parent):
             descriptor = os.open(path, os.O_RDONLY)

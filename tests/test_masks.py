@@ -20,6 +20,7 @@ from slides.index import index_cohort, index_path, index_slide, read_index, writ
 from slides.masks import _fill, geojson_polygons, mask_path, read_mask
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tapfm.cli import main
 from tapfm.heatmap import write_geojson
 
 GRID = Grid(64, 0.5)
@@ -262,3 +263,15 @@ class TestIndex:
         folder.put("", ".png")
         with pytest.raises(MaskError, match="two masks"):
             mask_path(folder.path, "a")
+
+
+def test_the_command_line_takes_masks_and_draws(tmp_path, folder, capsys):
+    slide = write_pyramid(tmp_path / "a.tif", stained_picture(1201, 907), 0.5)
+    folder.put([feature(SQUARE)])
+    index, pictures = tmp_path / "index", tmp_path / "pictures"
+    command = ["index", str(slide), "--out", str(index), "--tile-px", "64", "--workers", "0"]
+    options = ["--masks", str(folder.path), "--thumbnails", str(pictures)]
+    assert main([*command, *options]) == 0
+    assert "1 slides, 40 tiles" in capsys.readouterr().out
+    assert (pictures / "a.png").stat().st_size > 10_000
+    assert len(read_index(index_path(index, GRID, "a"), GRID, folder.tissue)) == 40
