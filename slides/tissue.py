@@ -54,7 +54,7 @@ class Tissue:
     """Take marker strokes out. Switch it off for stains that are green or pure blue."""
     max_blur: float | None = None
     """Leave out tiles more blurred than this, 0 to 1 (`slides.focus`). 1 measures and leaves none
-    out; None does not measure, since that reads every tile and takes ten times as long."""
+    out; None does not measure, since that reads every tile of tissue."""
     masks: str | None = None
     """Folder of masks to take instead of finding tissue (`slides.masks`): `<slide_id>.geojson` or
     `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""

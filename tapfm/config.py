@@ -55,6 +55,13 @@ class Source:
     cache_gb: float | None = None
     """What all caches in `cache_dir` may take; None is no limit."""
 
+    def __post_init__(self):
+        if self.cache_gb is not None and (self.cache_dir is None or self.cache_gb <= 0):
+            raise ConfigError(
+                f"data.cache_gb is {self.cache_gb:g} and data.cache_dir {self.cache_dir}: a limit "
+                "is more than 0 and goes with a folder. Give both, or neither."
+            )
+
 
 def read_source(configs: Sequence[Path]) -> Source:
     """The cohort and its tiles, from one or more YAML files; later ones win.

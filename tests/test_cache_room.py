@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from slides.errors import IndexFileError
 from slides.index import index_path, write_index
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tapfm import config
 from tapfm.data import Opener
 
 TILES = 101
@@ -246,3 +248,10 @@ class TestCohort:
         assert not theirs.exists()
         again = [path.stat().st_mtime_ns for path in sorted(folder.glob(f"{grid.tag}/*.zarr"))]
         assert again == made
+
+
+@pytest.mark.parametrize(("folder", "limit"), [(None, 5.0), ("cache", 0.0), ("cache", -1.0)])
+def test_a_limit_goes_with_a_folder(folder, limit):
+    folder = folder and Path(folder)
+    with pytest.raises(config.ConfigError, match=r"data\.cache_gb is .* Give both, or neither"):
+        config.Source((), Path("index"), folder, config.TileSettings(), "stop", 0, None, limit)
