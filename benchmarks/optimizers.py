@@ -2,8 +2,8 @@
 
     python -m benchmarks.optimizers
 
-200 updates of the demo encoder at a learning rate of 1e-6. All schemes are given the same gradients:
-those that fp32 AdamW meets on its way, of random tiles and a random linear target. What is compared
+200 updates of the demo encoder at a learning rate of 1e-6. All schemes get the gradients that fp32
+AdamW meets on its way, of random tiles and a random linear target. What is compared
 is the exact weights where a scheme has them, else the weights. Writes results/optimizers.json and
 the table between the markers in README.md.
 

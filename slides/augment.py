@@ -36,6 +36,7 @@ def augment(
     flips: bool = True,
     rotations: bool = True,
     colour: float = 0.0,
+    stain: float = 0.0,
 ) -> Tensor:
     """New tiles of the same shape and type, oriented and coloured at random.
 
@@ -48,22 +49,27 @@ def augment(
         flips: mirror half of the tiles.
         rotations: turn by a multiple of 90 degrees.
         colour: 0 is off; 0.1 scales the stains, contrast and brightness by up to a tenth.
+        stain: 0 is off; 0.1 scales haematoxylin and eosin, each by up to a tenth, and no more.
     """
     if tiles_TCSS.dtype != torch.uint8 or tiles_TCSS.ndim != 4 or tiles_TCSS.shape[1] != 3:
         raise ValueError(
             f"tiles must be uint8 (T, 3, S, S), got {tiles_TCSS.dtype} {tuple(tiles_TCSS.shape)}"
         )
-    if not 0 <= colour < 1:
-        raise ValueError(f"colour must be in [0, 1), got {colour}")
+    for name, strength in (("colour", colour), ("stain", stain)):
+        if not 0 <= strength < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {strength}")
     draw_5 = torch.rand(DRAWS, generator=generator, dtype=torch.float64) * 2 - 1
     turns_T = torch.randint(0, 4, (len(tiles_TCSS),), generator=generator)
     mirror_T = torch.randint(0, 2, (len(tiles_TCSS),), generator=generator).bool()
+    stains_2 = torch.rand(2, generator=generator, dtype=torch.float64) * 2 - 1
 
     if tiles_TCSS.shape[2] != tiles_TCSS.shape[3] and rotations:
         raise ValueError(f"only square tiles can be rotated, got {tuple(tiles_TCSS.shape)}")
     out_TCSS = orient(tiles_TCSS, turns_T * rotations, mirror_T & flips)
-    if colour:
-        recolour_(out_TCSS, colour * draw_5)
+    if colour or stain:
+        amount_5 = colour * draw_5
+        amount_5[:2] += stain * stains_2
+        recolour_(out_TCSS, amount_5)
     return out_TCSS
 
 

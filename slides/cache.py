@@ -2,17 +2,21 @@
 
 `build_cache` reads every tile of an index once; `CachedSlide` then gives them back through the same
 `read` as `reader.Slide`, pixel for pixel, so nothing that reads tiles can tell the two apart. It
-pays where decoding is dear: a 40x scan read at 20x costs some 5 ms a tile, the cache 0.2 to 0.8 ms.
+pays where decoding is dear: a 40x scan read at 20x costs some 5 ms a tile, the cache 0.2 ms in
+order and 2 ms for a tile here and there.
 
     <dir>/<20x_224px_0px_overlap>/<slide_id>.zarr/     tiles (T, S, S, 3) uint8, crc32 (T,)
 
 A cache is written under another name and renamed when whole, so a run that is killed or a disk that
-is full leaves nothing that could be taken for one. It is bound by a hash to the tiles it was made
-from: a cache of another index is refused, never used. Each tile carries a checksum, since zarr
-gives black pixels for a chunk file that was lost.
+is full leaves nothing that could be taken for one; two processes that make the same one do not
+disturb each other. It is bound by a hash to the tiles it was made from: a cache of another index is
+refused, never used. Each tile carries a checksum, since zarr gives black pixels for a file that was
+lost. With a budget, caches of other cohorts go, the longest unused first, and never one in use
+(`slides.cache_room`); slides for which there is no room are read from their files.
 
 Price: 147 kB of disk a 224 px H&E tile (lz4 finds little to squeeze in tissue, and is 4 to 10
-times faster to read than zstd for 8 % more disk); 2.4 MB of memory a slide in use.
+times faster to read than zstd for 8 % more disk), in files of 256 tiles; 39 MB of memory to make
+one, 2.4 MB a slide in use.
 
 Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile.
 """
@@ -22,25 +26,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import zlib
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from slides.errors import IndexFileError, IndexSettingsError, SlideError, UnreadableRegionError
+from slides.cache_room import hold_if_possible, put_in_place, remove_leftovers, scratch
+from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
-from slides.index import TileIndex, index_path, read_index
-from slides.reader import Slide
-from slides.tissue import Tissue
+from slides.index_file import TileIndex
 
-CHUNK = 16  # tiles a file: 2.4 MB, one disk read; reading one tile of it alone takes under 1 ms
-VERSION = 1  # of this layout
+CHUNK = 16  # tiles packed as one: 2.4 MB, a disk read; reading one of them takes under 1 ms
+SHARD = 256  # tiles a file, so that a cohort is thousands of files and not a million
+VERSION = 2  # of this layout
 
 
 def cache_path(cache_dir: Path, index: TileIndex) -> Path:
@@ -54,29 +53,22 @@ def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
     Args:
         slide: anything with `read(x0, y0, grid)`.
         index: the tiles.
-        cache_dir: made if absent. One chunk of tiles is in memory at a time.
+        cache_dir: made if absent. `SHARD` tiles are in memory at a time.
 
     Raises:
         IndexFileError: the cache cannot be written; nothing is left behind.
         SlideError: a tile cannot be read; nothing is left behind.
     """
     path = cache_path(cache_dir, index)
+    remove_leftovers(path)
     with contextlib.suppress(IndexFileError, IndexSettingsError):
         _check(path, index)
         return path
-    host = f"{socket.gethostname()}-"
-    partial = path.with_name(f".{path.name}.{host}{os.getpid()}")
+    partial = scratch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path, host)
         _write(partial, slide, index)
-        if path.exists():  # an outdated one: a folder that is not empty cannot be replaced
-            outdated = partial.with_name(partial.name + ".outdated")
-            path.rename(outdated)
-            partial.rename(path)
-            shutil.rmtree(outdated, ignore_errors=True)
-        else:
-            partial.rename(path)
+        put_in_place(partial, path)
     except OSError as error:
         raise IndexFileError(
             f"{index.slide_id}: its tile cache cannot be written to {path} ({error}). Free some "
@@ -86,68 +78,6 @@ def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
-
-
-def cache_cohort(
-    rows: Iterable,
-    index_dir: Path,
-    cache_dir: Path,
-    grid: Grid,
-    tissue: Tissue,
-    workers: int = 0,
-    on_error: str = "stop",
-    progress: bool = True,
-) -> dict[str, str]:
-    """Cache every slide of a cohort that has been indexed; caches that are right are kept.
-
-    Args:
-        rows: slides: anything with `slide_id`, `path` and `mpp`.
-        index_dir: where their indexes lie.
-        cache_dir: where the caches go.
-        grid: as the slides were indexed.
-        tissue: as the slides were indexed.
-        workers: processes; 0 reads in this one.
-        on_error: `stop` raises the first slide's fault, `skip` goes on. A cache that cannot be
-            written always stops: the next slide would find the same disk.
-        progress: show a bar.
-
-    Returns:
-        The slides that failed, each with its reason.
-    """
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
-    from tqdm import tqdm
-
-    jobs = [(row.slide_id, row.path, row.mpp, index_dir, cache_dir, grid, tissue) for row in rows]
-    failed = {}
-    with contextlib.ExitStack() as stack:
-        outcomes = map(_cache_one, jobs)
-        if workers:
-            context = multiprocessing.get_context("spawn")  # open slides must not be forked
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-            stack.callback(pool.shutdown, cancel_futures=True)  # after a fault, begin no more
-            outcomes = pool.map(_cache_one, jobs)
-        bar = tqdm(outcomes, "cache", len(jobs), unit="slide", disable=not progress)
-        for (slide_id, *_), (fault, is_disk) in zip(jobs, bar, strict=True):
-            if fault and (on_error == "stop" or is_disk):
-                raise fault
-            if fault:
-                failed[slide_id] = str(fault)
-    return failed
-
-
-def _cache_one(job: tuple) -> tuple[SlideError | None, bool]:
-    """The slide's fault if any, and whether the cache's own disk is to blame."""
-    slide_id, path, mpp, index_dir, cache_dir, grid, tissue = job
-    writing = False
-    try:
-        index = read_index(index_path(index_dir, grid, slide_id), grid, tissue)
-        with Slide(path, mpp=mpp, name=slide_id) as slide:
-            writing = True
-            build_cache(slide, index, cache_dir)
-    except SlideError as fault:
-        return fault, writing and isinstance(fault, IndexFileError)
-    return None, False
 
 
 class CachedSlide:
@@ -166,6 +96,11 @@ class CachedSlide:
             IndexSettingsError: it holds other tiles than those of the index, or of another slide.
         """
         self.path, self.name, self.index = cache_path(cache_dir, index), index.slide_id, index
+        self._forget()
+        try:
+            self._hold = hold_if_possible(self.path)
+        except FileNotFoundError:
+            raise _no_cache(self.path, index) from None
         _check(self.path, index)
         if slide_path is not None and Path(slide_path).is_file():
             found = Path(slide_path).stat().st_size
@@ -174,7 +109,6 @@ class CachedSlide:
                     f"{self.name}: its file {slide_path} has {found} bytes, the one that was "
                     f"indexed and cached had {index.slide_bytes}. Index and cache it again."
                 )
-        self._forget()
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
         """The tile at (x0, y0), uint8 (S, S, 3); one of those in the index.
@@ -218,6 +152,7 @@ class CachedSlide:
         self._forget()
 
     def _forget(self) -> None:
+        self._hold = None  # closes itself
         self._tiles = self._crc32_T = self._row_of = None
         self._chunk_number = self._chunk_CSS = None
 
@@ -227,6 +162,7 @@ class CachedSlide:
         import zarr  # here: it takes longer to import than the rest of slides together
 
         try:
+            self._hold = self._hold or hold_if_possible(self.path)
             group = zarr.open_group(self.path, mode="r")
             self._tiles, self._crc32_T = group["tiles"], group["crc32"][:]
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -252,26 +188,29 @@ def _write(partial: Path, slide, index: TileIndex) -> None:
     from zarr.codecs import BloscCodec
 
     tiles, size = len(index.coords0), index.grid.size
+    chunk = min(CHUNK, max(tiles, 1))
+    shard = -(-min(SHARD, max(tiles, 1)) // chunk) * chunk
     group = zarr.create_group(partial, attributes={"cache": _key(index)})
     array = group.create_array(
         "tiles",
         shape=(tiles, size, size, 3),
-        chunks=(min(CHUNK, max(tiles, 1)), size, size, 3),
+        chunks=(chunk, size, size, 3),
+        shards=(shard, size, size, 3),
         dtype="uint8",
         compressors=BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle"),
     )
     crc32_T = np.zeros(tiles, np.uint32)
-    for start in range(0, tiles, CHUNK):
-        corners = index.coords0[start : start + CHUNK].tolist()
+    for start in range(0, tiles, shard):
+        corners = index.coords0[start : start + shard].tolist()
         try:
-            chunk_CSS = np.stack([slide.read(x0, y0, index.grid) for x0, y0 in corners])
+            tiles_CSS = np.stack([slide.read(x0, y0, index.grid) for x0, y0 in corners])
         except OSError as error:  # the slide's disk, not the cache's
             raise UnreadableRegionError(
                 f"{index.slide_id}: the slide cannot be read ({error}). Check that its file is "
                 "there and readable, or leave the slide out."
             ) from error
-        crc32_T[start : start + CHUNK] = [zlib.crc32(np.ascontiguousarray(t)) for t in chunk_CSS]
-        array[start : start + len(chunk_CSS)] = chunk_CSS
+        crc32_T[start : start + shard] = [zlib.crc32(np.ascontiguousarray(t)) for t in tiles_CSS]
+        array[start : start + len(tiles_CSS)] = tiles_CSS
     group.create_array("crc32", data=crc32_T)
 
 
@@ -290,14 +229,18 @@ def _key(index: TileIndex) -> dict:
     }
 
 
+def _no_cache(path: Path, index: TileIndex) -> IndexFileError:
+    return IndexFileError(
+        f"{index.slide_id}: there is no tile cache at {path}. Build it, or run without one."
+    )
+
+
 def _check(path: Path, index: TileIndex) -> None:
     try:
         found = json.loads((path / "zarr.json").read_text())["attributes"]["cache"]
         found = {name: found.get(name) for name in _key(index)}
     except FileNotFoundError:
-        raise IndexFileError(
-            f"{index.slide_id}: there is no tile cache at {path}. Build it, or run without one."
-        ) from None
+        raise _no_cache(path, index) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFileError(
             f"{index.slide_id}: the tile cache {path} is damaged ({error}). Delete it; it is made "
@@ -309,15 +252,3 @@ def _check(path: Path, index: TileIndex) -> None:
                 f"{index.slide_id}: the tile cache {path} was made with {name} = {found[name]}, "
                 f"asked for is {wanted}. Build it again, or ask for what it holds."
             )
-
-
-def _remove_leftovers(path: Path, host: str) -> None:
-    """Delete what killed runs of this machine left half-written: it can be many gigabytes."""
-    for leftover in path.parent.glob(f".{path.name}.{host}*"):
-        pid = leftover.name.removeprefix(f".{path.name}.{host}").split(".")[0]
-        try:
-            os.kill(int(pid), 0)  # sends nothing: asks whether the process lives
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(leftover, ignore_errors=True)
-        except PermissionError:
-            pass  # it lives, and is another user's

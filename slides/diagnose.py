@@ -15,7 +15,9 @@ import numpy as np
 
 from slides.tiff import directories
 
-COMPRESSION, TILE_WIDTH = 259, 322
+WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
+TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 322, 323, 324
+MAX_TILE_PIXELS = 1 << 27  # half a gigabyte; real tiles have a thousandth of it
 OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # of strips, of tiles
 
 
@@ -47,6 +49,35 @@ def tiff_contents(path: str | Path) -> TiffContents | None:
             if len(starts) == len(lengths) > 0:
                 contents.reach = max(contents.reach, int((starts + lengths).max()))
     return contents
+
+
+def impossible(path: Path) -> str | None:
+    """The sentence about a TIFF whose tiles cannot be as it says; None where they can.
+
+    OpenSlide takes the memory for a tile as soon as it is read, and ends the process if there is
+    not enough; and it looks for hours among tiles that were never listed.
+    """
+    if not path.is_file():
+        return None
+    for tags, _ in directories(path):
+        if not {WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT} <= tags.keys():
+            continue
+        width, height, tile_width, tile_height = (
+            int(tags[tag].max()) for tag in (WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT)
+        )
+        fault = ""
+        if tile_width * tile_height > MAX_TILE_PIXELS:
+            fault = f"tiles of {tile_width} x {tile_height} pixels, which no slide has"
+        elif tile_width and tile_height and TILE_OFFSETS in tags:
+            needed = -(-width // tile_width) * -(-height // tile_height)
+            if len(tags[TILE_OFFSETS]) < needed:
+                fault = f"{needed} tiles and lists {len(tags[TILE_OFFSETS])}"
+        if fault:
+            return (
+                f"{path} is damaged: its table of contents speaks of {fault}. Copy it again from "
+                f"its source, or leave this slide out."
+            )
+    return None
 
 
 def why_refused(name: str, path: Path, error: Exception) -> str:

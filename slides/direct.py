@@ -90,11 +90,15 @@ class Direct:
         elif not reason and find_spec("simplejpeg") is None:
             reason = "simplejpeg is not installed"
         found = [tags for tags, _ in directories(path) if TILE_WIDTH in tags] if not reason else []
+        holes = False
         for number, size in enumerate(level_sizes):
             same = [tags for tags in found if (_one(tags, WIDTH), _one(tags, HEIGHT)) == size]
             try:
                 if len(same) != 1:
                     raise NotDirectError(reason or f"{len(same)} directories are of its size")
+                if holes:  # OpenSlide leaves them out of an Aperio slide's coarser levels as well
+                    raise NotDirectError("tiles are missing from a finer level")
+                holes = _missing(same[0]) > 0
                 self.levels[number] = _level(same[0])
             except NotDirectError as why:
                 self.why_not[number] = str(why)
@@ -217,6 +221,11 @@ def _one(tags: dict[int, np.ndarray], tag: int, default: int = 0) -> int:
     return int(tags[tag][0]) if tag in tags else default
 
 
+def _missing(tags: dict[int, np.ndarray]) -> int:
+    """How many tiles a directory has no bytes for."""
+    return max(int((tags.get(tag, np.empty(0)) == 0).sum()) for tag in (OFFSETS, COUNTS))
+
+
 def _level(tags: dict[int, np.ndarray]) -> Level:
     """The grid a directory describes.
 
@@ -242,7 +251,7 @@ def _level(tags: dict[int, np.ndarray]) -> Level:
     tiles = -(-sizes[0] // sizes[2]) * -(-sizes[1] // sizes[3])
     if not len(offsets) == len(counts) == tiles:
         raise NotDirectError(f"{tiles} tiles make it up, {len(offsets)} are listed")
-    if missing := int(((counts == 0) | (offsets == 0)).sum()):
+    if missing := _missing(tags):
         raise NotDirectError(f"{missing} of its {tiles} tiles are missing")
     tables = _tables(tags[JPEG_TABLES].tobytes()) if JPEG_TABLES in tags else b""
     head = b"\xff\xd8" + ADOBE + bytes([photometric == YCBCR]) + tables

@@ -26,6 +26,14 @@ class NoTissueError(SlideError):
     """No tile of the slide passes the tissue thresholds."""
 
 
+class MaskError(SlideError):
+    """A slide's own mask is missing, cannot be read, or is of another slide."""
+
+
+class StainError(SlideError):
+    """A slide's stains cannot be estimated from its tiles."""
+
+
 class UnreadableRegionError(SlideError):
     """The slide opens but some of its pixels cannot be decoded."""
 

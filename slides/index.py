@@ -7,28 +7,24 @@ A tile is chosen when enough of it is tissue. Before a slide counts as indexed i
 found whole and its best tile has been read, so what is broken shows here and not hours into a run.
 A second run keeps the indexes that are still right, rebuilds those made with other settings, from
 another file or at another resolution, and says so in the ledger.
-
-Price: about 0.5 s for a slide of 11,000 x 11,000 px, nearly all of it thumbnail and mask.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from slides.errors import IndexFileError, IndexSettingsError, NoTissueError, SlideError
+from slides.choose import choose, index_slide, to_index
+from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid
 from slides.index_file import TileIndex, index_path, read_index, write_index, write_whole
 from slides.reader import Slide
-from slides.tissue import Tissue, tile_fraction, tissue_mask, why_empty
+from slides.tissue import Tissue
 
 __all__ = [
     "TileIndex", "index_cohort", "index_path", "index_slide", "read_index", "write_index",
@@ -37,7 +33,6 @@ __all__ = [
 LEDGER = (
     "slide_id", "path", "mpp", "mpp_source", "tissue_mm2", "tiles", "seconds", "status", "reason",
 )  # fmt: skip
-MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a guess
 
 
 @dataclass
@@ -48,57 +43,6 @@ class _Outcome:
     error: SlideError | None
 
 
-def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
-    """Choose the tiles of a slide that hold tissue.
-
-    Raises:
-        NoTissueError: none does; the message names the threshold that failed.
-        SlideError: what `slides.reader` and `slides.grid` raise for a slide they cannot use.
-    """
-    size0 = grid.size0(slide.mpp, slide.name)
-    slide.check_complete()
-    finest = grid.size * grid.mpp / MASK_PIXELS_PER_TILE
-    rgb, downsample = slide.thumbnail(min(tissue.mpp, finest))
-    coords0 = grid.coords(slide.width0, slide.height0, slide.mpp, slide.name)
-    if not len(coords0):
-        raise NoTissueError(
-            f"{slide.name}: the slide has {slide.width0} x {slide.height0} pixels, less than one "
-            f"tile ({size0} x {size0}). Ask for smaller or finer tiles, or leave this slide out."
-        )
-    mask_mpp = downsample * slide.mpp
-    mask = tissue_mask(rgb, tissue, mask_mpp)
-    if not mask.any():
-        raise NoTissueError(
-            f"{slide.name}: no tissue found: {why_empty(rgb, tissue, mask_mpp)}. "
-            f"Lower that threshold, or leave this slide out."
-        )
-    fraction = tile_fraction(mask, coords0, size0, downsample).astype(np.float32)
-    chosen = fraction >= max(tissue.min_fraction, np.finfo(np.float32).tiny)
-    if not chosen.any():
-        raise NoTissueError(
-            f"{slide.name}: none of its {len(coords0)} tiles is tissue for at least "
-            f"{tissue.min_fraction:.0%} of its area; the best has {fraction.max():.1%}. Lower "
-            f"tissue.min_fraction, ask for smaller tiles, or leave this slide out."
-        )
-    slide.read(*coords0[fraction.argmax()].tolist(), grid)  # a thumbnail can outlive level 0
-    return TileIndex(
-        slide_id=slide.name,
-        coords0=coords0[chosen],
-        tissue_fraction=fraction[chosen],
-        grid=grid,
-        size0=size0,
-        width0=slide.width0,
-        height0=slide.height0,
-        slide_mpp=slide.mpp,
-        mpp_source=slide.mpp_source,
-        bounds0=slide.bounds0,
-        level=slide.level_for(size0, grid.size),
-        tissue_mm2=float(mask.sum()) * mask_mpp**2 / 1e6,
-        mask_sha256=hashlib.sha256(np.packbits(mask).tobytes()).hexdigest(),
-        slide_bytes=slide.path.stat().st_size,
-    )
-
-
 def index_cohort(
     rows: Iterable,
     index_dir: str | Path,
@@ -107,6 +51,7 @@ def index_cohort(
     workers: int = 0,
     on_error: str = "stop",
     progress: bool = True,
+    pictures: Path | None = None,
 ) -> list[dict]:
     """Index every slide of a cohort, keeping the indexes that are already right.
 
@@ -119,6 +64,8 @@ def index_cohort(
         on_error: "stop" raises the first slide's fault, "skip" enters it in the ledger and goes on.
             A disk that cannot be written to always stops.
         progress: Show a bar.
+        pictures: Folder for `<slide_id>.png`, the stages of every slide that is not there yet or
+            is indexed anew; None draws nothing.
 
     Returns:
         The ledger, a dict a slide in the order given; `status` is indexed, kept, rebuilt or failed.
@@ -137,7 +84,10 @@ def index_cohort(
             f"{', '.join(twice)}: given more than once, and would overwrite each other's index. "
             f"Give every slide its own slide_id."
         )
-    jobs = [(row.slide_id, Path(row.path), row.mpp, Path(index_dir), grid, tissue) for row in rows]
+    jobs = [
+        (row.slide_id, Path(row.path), row.mpp, Path(index_dir), grid, tissue, pictures)
+        for row in rows
+    ]
     done: dict[str, dict] = {}
     tiles = 0
     ledger = Path(index_dir) / grid.tag / "ledger.csv"
@@ -186,19 +136,26 @@ def _outcomes(jobs: Sequence[tuple], workers: int) -> Iterable[_Outcome]:
 
 
 def _index_one(job: tuple) -> _Outcome:
-    slide_id, path, mpp, index_dir, grid, tissue = job
+    slide_id, path, mpp, index_dir, grid, tissue, pictures = job
     began = time.perf_counter()
     out = index_path(index_dir, grid, slide_id)
     error, index, status, reason = None, None, "indexed", ""
     try:
         index, reason = _reusable(out, path, mpp, grid, tissue)
-        if index is not None:
+        picture = pictures and Path(pictures) / f"{slide_id}.png"
+        if index is not None and (picture is None or picture.exists()):
             status = "kept"
         else:
-            status = "rebuilt" if reason else "indexed"
+            status = "kept" if index else "rebuilt" if reason else "indexed"
             with Slide(path, mpp, slide_id) as slide:
-                index = index_slide(slide, grid, tissue)
-            write_index(out, index, tissue)
+                choice = choose(slide, grid, tissue)
+                if picture:
+                    from slides.stages import draw_stages  # loads matplotlib
+
+                    draw_stages(choice, slide, picture)
+                if index is None:
+                    index = to_index(choice, slide, grid, tissue)
+                    write_index(out, index, tissue)
     except SlideError as fault:
         index, error, status = None, fault, "failed"
         reason = f"{type(fault).__name__}: {fault}"

@@ -25,9 +25,11 @@ import numpy as np
 
 from slides.errors import IndexFileError, IndexSettingsError
 from slides.grid import Grid
+from slides.masks import mask_sha256
 from slides.tissue import Tissue
 
 WRITER = "tapfm slides.index_file"
+FIGURES = ("pen_fraction", "blur")  # of each tile, in files made since they are measured
 WRITER_VERSION = 1  # part of the settings' hash: raise it when the same settings choose other tiles
 
 
@@ -56,6 +58,10 @@ class TileIndex:
     mask_sha256: str
     slide_bytes: int
     """Size of the slide's file, by which a replaced slide is noticed."""
+    pen_fraction: np.ndarray | None = None
+    """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
+    blur: np.ndarray | None = None
+    """(T,) float32, see `slides.focus`; nan or None where it was not measured."""
 
     def __len__(self) -> int:
         return len(self.coords0)
@@ -82,6 +88,8 @@ def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
             "coords", data=index.coords0, dtype="i8", chunks=(rows, 2), maxshape=(None, 2)
         )
         file.create_dataset("tissue_fraction", data=index.tissue_fraction, dtype="f4")
+        for name, values in _figures(index).items():
+            file.create_dataset(name, data=values, dtype="f4")
         coords.attrs.update(index_attributes(index, tissue, path.parent.parent))
     write_whole(path, buffer.getvalue(), index.slide_id)
 
@@ -94,7 +102,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         tissue: what they were chosen by.
         folder: that of all files of these tiles, `20x_224px_0px_overlap`.
     """
-    grid = index.grid
+    grid, settings = index.grid, _settings(index.grid, tissue, index.slide_id)
     return {
         "patch_size": grid.size,
         "patch_size_level0": index.size0,
@@ -116,10 +124,12 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         "slide_bytes": index.slide_bytes,
         "writer": WRITER,
         "writer_version": WRITER_VERSION,
-        "settings": _settings(grid, tissue),
-        "spec_sha256": _sha256(_settings(grid, tissue).encode()),
+        "settings": settings,
+        "spec_sha256": _sha256(settings.encode()),
         "mask_sha256": index.mask_sha256,
-        "tiles_sha256": _tiles_sha256(index.coords0, index.tissue_fraction),
+        "tiles_sha256": _tiles_sha256(
+            index.coords0, index.tissue_fraction, *_figures(index).values()
+        ),
     }
 
 
@@ -129,6 +139,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     Raises:
         IndexFileError: there is none, or the file is damaged.
         IndexSettingsError: it was made with other settings; the message lists which.
+        MaskError: the tissue is to come from masks, and this slide's is not there.
     """
     import h5py
 
@@ -140,8 +151,9 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             attrs = dict(file["coords"].attrs)
             coords0 = file["coords"][:].astype(np.int64)
             fraction = file["tissue_fraction"][:]
+            figures = {name: file[name][:] for name in FIGURES if name in file}
         _same_settings(path, attrs, grid, tissue)
-        whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction)
+        whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction, *figures.values())
         index = TileIndex(
             slide_id=str(attrs["name"]),
             coords0=coords0,
@@ -157,6 +169,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             tissue_mm2=float(attrs["tissue_mm2"]),
             mask_sha256=str(attrs["mask_sha256"]),
             slide_bytes=int(attrs["slide_bytes"]),
+            **figures,
         )
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise IndexFileError(_damaged(path, error)) from error
@@ -186,16 +199,20 @@ def write_whole(path: Path, data: bytes, name: str) -> None:
         ) from error
 
 
-def _settings(grid: Grid, tissue: Tissue) -> str:
-    """All that decides which tiles are chosen, as canonical JSON."""
-    return json.dumps(
-        {"grid": asdict(grid), "tissue": asdict(tissue), "writer_version": WRITER_VERSION},
-        sort_keys=True,
-    )
+def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:
+    """All that decides which tiles are chosen, as canonical JSON; what is off is left out.
+
+    Of a mask its contents count, not where it lies.
+    """
+    chosen_by = {key: value for key, value in asdict(tissue).items() if value is not None}
+    if chosen_by.pop("masks", None) is not None:
+        chosen_by["mask_sha256"] = mask_sha256(tissue.masks, slide_id)
+    settings = {"grid": asdict(grid), "tissue": chosen_by, "writer_version": WRITER_VERSION}
+    return json.dumps(settings, sort_keys=True)
 
 
 def _same_settings(path: Path, attrs: dict, grid: Grid, tissue: Tissue) -> None:
-    asked = _settings(grid, tissue)
+    asked = _settings(grid, tissue, str(attrs["name"]))
     if attrs["spec_sha256"] == _sha256(asked.encode()):
         return
     had, wanted = _flat(json.loads(attrs["settings"])), _flat(json.loads(asked))
@@ -231,8 +248,15 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _tiles_sha256(coords0: np.ndarray, fraction: np.ndarray) -> str:
-    return _sha256(coords0.astype("<i8").tobytes() + fraction.astype("<f4").tobytes())
+def _figures(index: TileIndex) -> dict[str, np.ndarray]:
+    """Those of `FIGURES` that were taken."""
+    figures = {name: getattr(index, name) for name in FIGURES}
+    return {name: values for name, values in figures.items() if values is not None}
+
+
+def _tiles_sha256(coords0: np.ndarray, *figures: np.ndarray) -> str:
+    columns = [figure.astype("<f4").tobytes() for figure in figures]
+    return _sha256(b"".join([coords0.astype("<i8").tobytes(), *columns]))
 
 
 def _damaged(path: Path, why) -> str:

@@ -18,6 +18,7 @@ whole number its pixels come interpolated, shifted by up to half a level-0 pixel
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -30,7 +31,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from slides.diagnose import tiff_contents, truncated, why_refused
+from slides.diagnose import impossible, tiff_contents, truncated, why_refused
 from slides.direct import Direct, NotDirectError
 from slides.errors import NotASlideError, UnreadableRegionError
 from slides.grid import Grid
@@ -262,6 +263,8 @@ class Slide:
     def _open(self) -> openslide.OpenSlide:
         if self._handle is None or self._pid != os.getpid():
             self.close()
+            if fault := impossible(self.path):
+                raise NotASlideError(f"{self.name}: {fault}")
             try:
                 self._handle = openslide.OpenSlide(self.path)
                 self._handle.set_cache(_process_cache(os.getpid()))
@@ -364,8 +367,17 @@ def _facts(handle: openslide.OpenSlide) -> Facts:
         level_downsamples=tuple(handle.level_downsamples),
         bounds0=tuple(int(b) if b else w for b, w in zip(bounds, whole, strict=True)),
         vendor=handle.properties.get("openslide.vendor", "unknown"),
-        properties=dict(handle.properties),
+        properties=_properties(handle),
     )
+
+
+def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
+    """All that can be read: a damaged name is listed, and then not found under itself."""
+    found = {}
+    for key in handle.properties:
+        with contextlib.suppress(KeyError):
+            found[key] = handle.properties[key]
+    return found
 
 
 @cache

@@ -97,6 +97,8 @@ class Augment:
     """Turn by a multiple of 90 degrees."""
     colour: float = 0.0
     """Slide-shared change of stain, contrast and brightness; 0.1 is up to a tenth."""
+    stain: float = 0.0
+    """Slide-shared change of haematoxylin and eosin alone; 0.1 is up to a tenth of each."""
 
 
 class BagDataset(Dataset):

@@ -52,6 +52,12 @@ class Tissue:
     """Pieces smaller than this are dust; the default is nearly one 224 px tile at 0.5 mpp."""
     pen: bool = True
     """Take marker strokes out. Switch it off for stains that are green or pure blue."""
+    max_blur: float | None = None
+    """Leave out tiles more blurred than this, 0 to 1 (`slides.focus`). 1 measures and leaves none
+    out; None does not measure, since that reads every tile of tissue."""
+    masks: str | None = None
+    """Folder of masks to take instead of finding tissue (`slides.masks`): `<slide_id>.geojson` or
+    `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
 
     def __post_init__(self):
         if not 0.25 <= self.mpp <= 100:
@@ -60,6 +66,8 @@ class Tissue:
             raise ValueError(f"min_fraction must be in [0, 1], got {self.min_fraction:g}")
         if self.min_area_um2 < 0:
             raise ValueError(f"min_area_um2 must not be negative, got {self.min_area_um2:g}")
+        if self.max_blur is not None and not 0 < self.max_blur <= 1:
+            raise ValueError(f"max_blur must be in (0, 1] or None, got {self.max_blur:g}")
 
 
 def tissue_mask(rgb: np.ndarray, tissue: Tissue, mpp: float | None = None) -> np.ndarray:
@@ -70,10 +78,17 @@ def tissue_mask(rgb: np.ndarray, tissue: Tissue, mpp: float | None = None) -> np
         tissue: The settings.
         mpp: What the thumbnail really has, where that is not `tissue.mpp`.
     """
+    return tissue_and_pen(rgb, tissue, mpp)[0]
+
+
+def tissue_and_pen(
+    rgb: np.ndarray, tissue: Tissue, mpp: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `tissue_mask`, and beside it the strokes and halo that were taken out, (h, w) bool."""
     mpp = mpp or tissue.mpp
     mask = stained(rgb, mpp)
     pen = _pen_to_remove(rgb, mask, mpp) if tissue.pen else np.zeros_like(mask)
-    return _tidy(mask & ~pen, mpp, tissue.min_area_um2)
+    return _tidy(mask & ~pen, mpp, tissue.min_area_um2), pen
 
 
 def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+MASKS = "folder of <slide>.geojson or <slide>.png, to be taken for the tissue"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
@@ -95,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     tile_arguments(index)
     index.add_argument("--workers", type=int, default=None, help="processes")
     index.add_argument("--on-error", choices=("stop", "skip"), default=None, help="at a bad slide")
+    index.add_argument("--masks", type=Path, default=None, help=MASKS)
+    index.add_argument("--thumbnails", type=Path, default=None, help="folder for a picture a slide")
     index.set_defaults(do=run_index)
 
     plan = verbs.add_parser("plan", help="what fits on a GPU, before the run")
@@ -122,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--out", type=Path, default=Path("predictions"), help="(%(default)s)")
         each.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
         each.add_argument("--mpp", type=float, default=None, help="of the tiles; the model's own")
+        each.add_argument("--masks", type=Path, default=None, help=MASKS)
         each.add_argument("--chunk", type=int, default=16, help="tiles at once (%(default)s)")
         each.add_argument("--workers", type=int, default=2, help="reading processes (%(default)s)")
         each.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
@@ -136,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--tile-px", type=int, default=None, help="side of a tile; the model's")
     features.add_argument("--mpp", type=float, default=None, help="of the tiles; the model's own")
     features.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
+    features.add_argument("--masks", type=Path, default=None, help=MASKS)
     features.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the files")
     features.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default=None,
                           help="of the encoder; the publisher's on a GPU, else fp32")  # fmt: skip
@@ -255,7 +261,8 @@ def run_index(arguments: argparse.Namespace) -> int:
         source = replace(source, workers=arguments.workers)
     if arguments.on_error is not None:
         source = replace(source, on_error=arguments.on_error)
-    tiles, failed = index_and_cache(source)
+    source = with_masks(source, arguments.masks)
+    tiles, failed = index_and_cache(source, arguments.thumbnails)
     print(f"{len(source.rows) - len(failed)} slides, {tiles} tiles; {len(failed)} slides left out")
     for reason in failed.values():
         print(f"tapfm: {reason}", file=sys.stderr)
@@ -285,6 +292,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         loose_rows(arguments.slides, arguments.slide_mpp),
         arguments.out,
         mpp=arguments.mpp,
+        masks=arguments.masks and str(arguments.masks),
         chunk=arguments.chunk,
         workers=arguments.workers,
         device=arguments.device,
@@ -312,7 +320,7 @@ def run_features(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None:
         source = replace(source, workers=arguments.workers)
     return run_features(
-        source,
+        with_masks(source, arguments.masks),
         arguments.model,
         arguments.weights,
         out=arguments.out,
@@ -336,6 +344,16 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     from tapfm.doctor import run_doctor
 
     return run_doctor(arguments.model, arguments.weights)
+
+
+def with_masks(source, masks: Path | None):
+    """The same slides, their tissue taken from masks; None leaves it as it is."""
+    from dataclasses import replace
+
+    if masks is None:
+        return source
+    tissue = replace(source.tiles.tissue, masks=str(masks))
+    return replace(source, tiles=replace(source.tiles, tissue=tissue))
 
 
 def loose_source(arguments: argparse.Namespace, out: Path, tiles):

@@ -13,6 +13,7 @@ from typing import Any
 
 from slides.cohort import SlideRow, read_cohort
 from slides.grid import Grid
+from slides.stain import METHODS
 from slides.tissue import Tissue
 
 
@@ -49,6 +50,17 @@ class Source:
     tiles: TileSettings
     on_error: str
     workers: int
+    stain: str | None = None
+    """How stains are normalised where tiles are read; indexing does not look at it."""
+    cache_gb: float | None = None
+    """What all caches in `cache_dir` may take; None is no limit."""
+
+    def __post_init__(self):
+        if self.cache_gb is not None and (self.cache_dir is None or self.cache_gb <= 0):
+            raise ConfigError(
+                f"data.cache_gb is {self.cache_gb:g} and data.cache_dir {self.cache_dir}: a limit "
+                "is more than 0 and goes with a folder. Give both, or neither."
+            )
 
 
 def read_source(configs: Sequence[Path]) -> Source:
@@ -62,7 +74,9 @@ def read_source(configs: Sequence[Path]) -> Source:
     tiles = dict(data.get("tiles") or {})
     tissue = _checked(Tissue, tiles.pop("tissue", None) or {}, "data.tiles.tissue")
     settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
-    folder, cache = data.get("slides_dir"), data.get("cache_dir")
+    folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
+    if stain not in (None, *METHODS):
+        raise ConfigError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     return Source(
         read_cohort(Path(data["table"]), data.get("labels"), folder and Path(folder)).rows,
         Path(data.get("index_dir", "data/index")),
@@ -70,6 +84,8 @@ def read_source(configs: Sequence[Path]) -> Source:
         settings,
         data.get("on_error", "stop"),
         int(data.get("workers", 2)),
+        stain,
+        data.get("cache_gb"),
     )
 
 
@@ -87,8 +103,12 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
     return data
 
 
-def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:
+def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, dict[str, str]]:
     """Index every slide, and decode its tiles into the cache if there is to be one.
+
+    Args:
+        source: slides and tiles.
+        pictures: folder for a picture of each slide's stages; None draws none.
 
     Returns:
         The number of tiles, and the slides left out, each with its reason.
@@ -100,13 +120,15 @@ def index_and_cache(source: Source) -> tuple[int, dict[str, str]]:
 
     rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
     how = source.workers, source.on_error
-    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how)
+    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how, pictures=pictures)
     failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
     if source.cache_dir is not None:
-        from slides.cache import cache_cohort
+        from slides.cache_cohort import cache_cohort
 
         kept = [row for row in rows if row.slide_id not in failed]
-        failed |= cache_cohort(kept, source.index_dir, source.cache_dir, grid, tissue, *how)
+        budget = None if source.cache_gb is None else int(source.cache_gb * 1e9)
+        where = source.index_dir, source.cache_dir
+        failed |= cache_cohort(kept, *where, grid, tissue, *how, budget=budget)
     return sum(row["tiles"] for row in ledger), failed
 
 

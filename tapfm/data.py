@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource, stream_chunks
 from slides.cohort import SlideRow, positive_weights, read_cohort
-from slides.errors import SlideError
+from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
 from slides.reader import Slide
+from slides.stain import StainedSlide, refuse_other_stains
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag, SkippedBag
@@ -40,6 +41,10 @@ class Opener:
     cache_dir: Path | None
     grid: Grid
     tissue: Tissue
+    stain: str | None = None
+    """How stains are normalised, see `slides.stain`; None leaves them."""
+    cache_gb: float | None = None
+    """With a limit, slides without a cache are read from their files."""
 
     def index(self, row: SlideRow) -> TileIndex:
         """The slide's tiles, from the index on disk.
@@ -51,11 +56,16 @@ class Opener:
         return read_index(path, self.grid, self.tissue)
 
     def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
-        """Pixels, from the cache where there is one, and tiles."""
+        """Pixels, from the cache where there is one, normalised if asked for, and tiles."""
         index = self.index(row)
+        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
         if self.cache_dir is not None:
-            return CachedSlide(self.cache_dir, index, row.path), index
-        return Slide(row.path, mpp=row.mpp, name=row.slide_id), index
+            try:
+                source = CachedSlide(self.cache_dir, index, row.path)
+            except IndexFileError:
+                if self.cache_gb is None:
+                    raise
+        return (StainedSlide(source, index, self.stain) if self.stain else source), index
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,14 @@ class SlideData(L.LightningDataModule):
         labels: label columns to train on; None is all of them.
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
+        cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
+            read each time. None is no limit.
         tiles: size, resolution and tissue.
         tiles_per_slide: tiles drawn from a slide each epoch, without replacement; None is all.
         colour: strength of the slide-shared colour jitter of training tiles; 0 is none.
+        stain: bring the stains of every slide to a common reference, in training and ever after;
+            None leaves them as they are.
+        stain_jitter: strength of the slide-shared change of haematoxylin and eosin in training.
         workers: reading processes.
         on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it.
         seed: of order, tiles and augmentation.
@@ -111,9 +126,12 @@ class SlideData(L.LightningDataModule):
         labels: list[str] | None = None,
         index_dir: str = "data/index",
         cache_dir: str | None = None,
+        cache_gb: float | None = None,
         tiles: TileSettings = TileSettings(),  # noqa: B008 (frozen)
         tiles_per_slide: int | None = None,
         colour: float = 0.0,
+        stain: Literal["macenko", "reinhard"] | None = None,
+        stain_jitter: float = 0.0,
         workers: int = 2,
         on_error: Literal["stop", "skip"] = "stop",
         seed: int = 0,
@@ -122,9 +140,12 @@ class SlideData(L.LightningDataModule):
         self.cohort = read_cohort(Path(table), labels, Path(slides_dir) if slides_dir else None)
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
-        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue)
+        for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
+            if given:
+                refuse_other_stains(self.cohort.rows, option)
+        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
-        self.augment = Augment(colour=colour)
+        self.augment = Augment(colour=colour, stain=stain_jitter)
         self.skipped: dict[str, str] = {}
         self.sampler: SlideSampler | None = None
 
@@ -139,6 +160,8 @@ class SlideData(L.LightningDataModule):
             self.tiles,
             self.on_error,
             self.workers,
+            opener.stain,
+            opener.cache_gb,
         )
 
     @property

@@ -40,7 +40,7 @@ from tapfm.predict import (
 from tapfm.report import Arm, write_results
 
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
-HOW_IT_IS_READ = {"workers", "cache_dir"}  # settings of the data that change no pixel
+HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
     ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),
@@ -94,7 +94,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
-    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk)
+    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
     features = folder / opener.grid.tag / f"features_{name}"
     rows = {row.slide_id: row for row in data.cohort.rows}
 

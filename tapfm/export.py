@@ -54,7 +54,7 @@ eva.core.models.wrappers.ModelFromFunction.
 README = """# {name}
 
 {title}, exported by tapfm {version}. Licence of the foundation model: {terms}.
-Made for tiles of {tile_px} px at {mpp:g} microns per pixel. Fingerprint `{fingerprint}`.
+Made for tiles of {tile_px} px at {mpp:g} microns per pixel{stain}. Fingerprint `{fingerprint}`.
 
 ```python
 import functools, timm, torch
@@ -156,6 +156,7 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
     side, (mean, std) = encoder.tile_px, row.stats
     classes = {k: v for k, v in given.items() if not isinstance(v, PLAIN)}
     header = provenance["adapted"]
+    stain = (header or {}).get("stain")
     name = f"{row.key}_{provenance['fingerprint'][:8]}" if header else row.key
     named = {"model_name": row.arch, "checkpoint_path": f"{folder}/model.safetensors", **given}
     eva = EVA_BY_FUNCTION if classes else EVA.format(arguments=json.dumps(named))
@@ -166,6 +167,7 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
         terms=row.terms,
         tile_px=side,
         mpp=provenance["mpp"],
+        stain=f", their stains normalised by {stain}" if stain else "",
         fingerprint=provenance["fingerprint"],
         folder=folder,
         call=", ".join([repr(row.arch), *(f"{k}={spell(v)}" for k, v in given.items())]),

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from slides.errors import SlideError
 from slides.index_file import TileIndex, index_attributes
-from slides.reader import Slide
+from slides.stain import refuse_other_stains
 from slides.tissue import Tissue
 from tapfm import __version__
 from tapfm.backbones import Encoder, find
@@ -65,6 +65,8 @@ class Extraction:
     """What is stored: `fp32` or `fp16`."""
     chunk: int = 16
     """Tiles at once; it changes the memory and nothing else."""
+    stain: str | None = None
+    """How the tiles it is given were normalised."""
 
     def fault(self, path: Path, index: TileIndex) -> str | None:
         """Why a file is not the features of these tiles by this encoder; None if it is.
@@ -80,6 +82,7 @@ class Extraction:
                 weights, made = str(attrs["fingerprint"]), str(attrs["precision"])
                 whole = features.shape == (len(index), self.encoder.dim)
                 same_tiles = whole and np.array_equal(file["coords"][:], index.coords0)
+                stain = str(attrs.get("stain", "")) or None
                 size0, dtype = file["coords"].attrs["patch_size_level0"], features.dtype
         except (OSError, KeyError) as error:
             return f"damaged: {error}"
@@ -90,6 +93,8 @@ class Extraction:
             )
         if not same_tiles or size0 != index.size0:
             return "of other tiles"
+        if stain != self.stain:
+            return f"of tiles whose stain was normalised by {stain or 'nothing'}"
         return None if (made, dtype) == (self.precision, DTYPES[self.dtype]) else "in other numbers"
 
     def write(self, path: Path, tiles: Tiles, index: TileIndex, tissue: Tissue) -> None:
@@ -139,6 +144,7 @@ class Extraction:
             "feature": row.feature,
             "licence": row.licence,
             "precision": self.precision,
+            "stain": self.stain or "",
             "writer": f"tapfm {__version__}",
         }
 
@@ -159,7 +165,7 @@ def tiles_of(model: str) -> TileSettings:
         row = find(model)
         return TileSettings(row.tile_px, row.mpp)
     recipe, facts = read_recipe(Path(model))
-    tissue = Tissue(**facts.get("tissue", {}))  # as in training
+    tissue = Tissue(**{**facts.get("tissue", {}), "masks": None})  # as in training, but its slides
     return TileSettings(recipe.tile_px, recipe.mpp, tissue=tissue)
 
 
@@ -205,11 +211,14 @@ def run_features(
     name = name or (f"{row.key}_{fingerprint[:8]}" if header else row.key)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or (row.precision if device.startswith("cuda") else "fp32")
-    extraction = Extraction(encoder.to(device), name, fingerprint, precision, dtype, chunk)
+    stain = header.get("stain") if header else source.stain  # an adapted model's, as in training
+    if stain:
+        refuse_other_stains(source.rows, f"stain normalisation by {stain}")
+    extraction = Extraction(encoder.to(device), name, fingerprint, precision, dtype, chunk, stain)
 
     _, failed = index_and_cache(source)
     grid, tissue = source.tiles.grid, source.tiles.tissue
-    opener = Opener(source.index_dir, source.cache_dir, grid, tissue)
+    opener = Opener(source.index_dir, source.cache_dir, grid, tissue, stain, source.cache_gb)
     folder = (out or source.index_dir) / grid.tag / f"features_{name}"
     kept = tiles = 0
     for slide in tqdm(source.rows, desc=f"features_{name}", unit=" slides"):
@@ -225,7 +234,7 @@ def run_features(
             if why != "not there":
                 tqdm.write(f"{slide.slide_id}: the features there are {why}: made anew")
             pixels, _ = opener(slide)
-            workers = source.workers if isinstance(pixels, Slide) else 0  # the cache is quicker
+            workers = 0 if source.cache_dir else source.workers  # the cache is quicker
             with pixels:
                 extraction.write(path, OpenTiles(pixels, index, workers), index, tissue)
             tiles += len(index)

@@ -171,6 +171,7 @@ def provenance(data: SlideData) -> dict[str, Any]:
     return {
         "cohort_sha256": data.cohort.sha256,
         "tissue": asdict(data.tiles.tissue),
+        "stain": data.opener.stain,
         "commit": commit or "unknown",
         "versions": {"tapfm": __version__, "torch": torch.__version__,
                      "lightning": L.__version__, "python": platform.python_version()},

@@ -27,6 +27,7 @@ from slides.errors import SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_slide
 from slides.reader import Slide
+from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.bag import Bag, SkippedBag
@@ -115,6 +116,7 @@ def predict_slides(
     out: Path,
     *,
     mpp: float | None = None,
+    masks: str | None = None,
     chunk: int = 16,
     workers: int = 2,
     device: str | None = None,
@@ -128,6 +130,7 @@ def predict_slides(
         out: folder for `predictions.csv`, `<slide>_weights.h5` and, drawn, `<slide>.png` and
             `<slide>.geojson`.
         mpp: microns per tile pixel, where it is not to be the model's own.
+        masks: folder of masks to take for the tissue; those of the training cohort are not.
         chunk: tiles on the device at once.
         workers: reading processes.
         device: where to; None is CUDA where there is one.
@@ -142,13 +145,16 @@ def predict_slides(
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
-    tissue = Tissue(**models.read_recipe(path)[1].get("tissue", {}))  # as in training
+    facts = models.read_recipe(path)[1]
+    tissue = Tissue(**{**facts.get("tissue", {}), "masks": masks})  # otherwise as in training
     predictions, failed = [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
                 index = index_slide(slide, grid, tissue)
-                bag = loose_bag(slide, index, len(recipe.labels), workers)
+                stain = facts.get("stain")  # as in training, too
+                source = StainedSlide(slide, index, stain) if stain else slide
+                bag = loose_bag(source, index, len(recipe.labels), workers)
                 prediction = predict_bag(model, bag, chunk)
                 write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
                 if draw:
@@ -166,7 +172,7 @@ def predict_slides(
     return 2 if failed else 0
 
 
-def loose_bag(slide: Slide, index: TileIndex, labels: int, workers: int) -> Bag:
+def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
     """A slide that belongs to no cohort."""
     tiles = OpenTiles(slide, index, workers)
     unknown_K = torch.full((labels,), torch.nan)

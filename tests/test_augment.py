@@ -151,3 +151,20 @@ def test_what_cannot_be_augmented_is_refused(tiles, options, text):
 
 def test_no_tiles_are_no_tiles():
     assert augment(random_tiles(0), rng(), colour=0.1).shape == (0, 3, SIDE, SIDE)
+
+
+def test_stain_jitter_moves_haematoxylin_and_eosin_alone():
+    """Beside colour it adds up; neither changes what the other draws."""
+    tiles = random_tiles()
+    lone = rng(5)
+    draws = torch.rand(5, generator=lone, dtype=torch.float64) * 2 - 1
+    torch.randint(0, 4, (23,), generator=lone), torch.randint(0, 2, (23,), generator=lone)
+    stains = torch.rand(2, generator=lone, dtype=torch.float64) * 2 - 1
+    for colour in (0.0, 0.3):
+        got = augment(tiles, rng(5), flips=False, rotations=False, colour=colour, stain=0.2)
+        amount = colour * draws
+        amount[:2] += 0.2 * stains
+        expected = tiles.clone()
+        recolour_(expected, amount)
+        assert torch.equal(got, expected)
+        assert not torch.equal(got, tiles)

@@ -14,7 +14,8 @@ import pytest
 from sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 
 from slides import cache
-from slides.cache import CHUNK, CachedSlide, build_cache, cache_cohort, cache_path
+from slides.cache import CHUNK, CachedSlide, build_cache, cache_path
+from slides.cache_cohort import cache_cohort
 from slides.chunks import read_tiles, stream_chunks
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
@@ -25,6 +26,15 @@ from slides.tissue import Tissue
 TILES = 37  # prime, and more than two chunks
 
 
+SHARD = 2 * CHUNK
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Two chunks a file, so that a few tiles make two files."""
+    monkeypatch.setattr(cache, "SHARD", SHARD)
+
+
 @pytest.fixture
 def built(tmp_path):
     index = make_index(TILES)
@@ -32,7 +42,7 @@ def built(tmp_path):
     return tmp_path, index
 
 
-@pytest.mark.parametrize("tiles", [1, CHUNK - 1, CHUNK, CHUNK + 1, TILES])
+@pytest.mark.parametrize("tiles", [1, CHUNK - 1, CHUNK, CHUNK + 1, SHARD, TILES, 2 * SHARD + 1])
 def test_pixels_are_the_slides(tmp_path, tiles):
     index = make_index(tiles)
     build_cache(Source(), index, tmp_path)
@@ -195,12 +205,12 @@ class TestDamage:
     def test_a_lost_file_is_no_black_tile(self, built):
         """zarr gives its fill value for a chunk that is not there, without a word."""
         files = self.files(built)
-        assert len(files) == 3
+        assert len(files) == 2
         files[1].unlink()
         slide = CachedSlide(*built)
         slide.read(0, 0, built[1].grid)
         with pytest.raises(UnreadableRegionError, match=r"fails its checksum.*Delete it"):
-            slide.read(*built[1].coords0[CHUNK].tolist(), built[1].grid)
+            slide.read(*built[1].coords0[SHARD].tolist(), built[1].grid)
 
     @pytest.mark.parametrize("at", [4, 20, -20])  # header and body of the compressed chunk
     def test_a_flipped_byte_is_noticed(self, built, at):
@@ -276,7 +286,7 @@ class TestWriting:
             "slide.a.zarr"
         ]
 
-    def test_memory_is_one_chunk(self, tmp_path, monkeypatch):
+    def test_memory_is_one_shard(self, tmp_path, monkeypatch):
         """Counts tiles read and not yet written, at each write of the slide's array."""
         import zarr
 
@@ -290,4 +300,4 @@ class TestWriting:
 
         monkeypatch.setattr(zarr.Array, "__setitem__", spy)
         build_cache(source, make_index(TILES), tmp_path)
-        assert ahead == [CHUNK, CHUNK, TILES - 2 * CHUNK]
+        assert ahead == [SHARD, TILES - SHARD]

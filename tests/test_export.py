@@ -64,7 +64,7 @@ def test_the_readme_loads_it(model, tmp_path, capsys):
 
 
 def test_provenance(tmp_path, capsys):
-    _, path = saved(tmp_path, cohort_sha256="c0ffee", commit="abc1234")
+    _, path = saved(tmp_path, cohort_sha256="c0ffee", commit="abc1234", stain="macenko")
     out = tmp_path / "exported"
     assert main(["export", "--model", str(path), "--out", str(out)]) == 0
     facts = json.loads((out / "provenance.json").read_text())
@@ -72,6 +72,7 @@ def test_provenance(tmp_path, capsys):
     assert facts["adapted"]["cohort_sha256"] == "c0ffee"
     assert facts["adapted"]["labels"] == list(LABELS)
     assert len(facts["fingerprint"]) == 16
+    assert "per pixel, their stains normalised by macenko." in (out / "README.md").read_text()
     assert "licence Apache-2.0, which goes with the weights" in capsys.readouterr().err
     from safetensors import safe_open
 
@@ -84,6 +85,7 @@ def test_a_plain_model_is_exported_too(tmp_path):
     assert main(["export", "--model", "demo_vit", "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / "provenance.json").read_text())
     assert facts["adapted"] is None
+    assert "microns per pixel. Fingerprint" in (tmp_path / "README.md").read_text()
     assert (facts["tile_px"], facts["mpp"]) == (112, 0.5)
 
 

@@ -19,8 +19,12 @@ from typing import ClassVar
 import h5py
 import numpy as np
 import pytest
+from conftest import stained_picture, write_pyramid
+from PIL import Image
+from scipy import ndimage
 
 from slides import index_file
+from slides.choose import choose
 from slides.errors import (
     IndexFileError,
     IndexSettingsError,
@@ -41,6 +45,7 @@ from slides.index import (
     write_index,
 )
 from slides.reader import Slide
+from slides.stages import draw_stages
 from slides.tissue import Tissue
 
 GRID = Grid(64, 0.5)
@@ -58,6 +63,11 @@ def made(small_slide, tmp_path):
     path = index_path(tmp_path / "index", GRID, "a")
     write_index(path, index, Tissue())
     return index, path
+
+
+def as_array(path):
+    """A picture's colours."""
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def leftovers(folder):
@@ -108,10 +118,7 @@ class TestFile:
         index, path = made
         again = read_index(path, GRID, Tissue())
         for name, value in vars(index).items():
-            if name not in ("coords0", "tissue_fraction"):
-                assert getattr(again, name) == value, name
-        np.testing.assert_array_equal(again.coords0, index.coords0)
-        np.testing.assert_array_equal(again.tissue_fraction, index.tissue_fraction)
+            np.testing.assert_array_equal(getattr(again, name), value, name)
         assert again.coords0.dtype == np.int64
         assert len(again) == len(index)
 
@@ -185,11 +192,11 @@ class TestDamage:
         with pytest.raises(IndexFileError, match=r"damaged.*Delete"):
             read_index(made[1], GRID, Tissue())
 
-    @pytest.mark.parametrize("dataset", ["coords", "tissue_fraction"])
+    @pytest.mark.parametrize("dataset", ["coords", "tissue_fraction", "pen_fraction", "blur"])
     def test_a_changed_number_is_noticed(self, made, dataset):
         with h5py.File(made[1], "r+") as file:
             values = file[dataset][:]
-            values.flat[3] += 1
+            values.flat[3] = 7
             file[dataset][:] = values
         with pytest.raises(IndexFileError, match="checksum"):
             read_index(made[1], GRID, Tissue())
@@ -365,6 +372,63 @@ class TestCohort:
     def test_on_error_is_one_of_two_words(self, rows, tmp_path):
         with pytest.raises(ValueError, match='"stop" or "skip", got \'ignore\''):
             index_cohort(rows, tmp_path, GRID, Tissue(), on_error="ignore")
+
+
+class TestFigures:
+    """Pen and blur of each tile, beside the tissue."""
+
+    @pytest.fixture
+    def half_blurred(self, tmp_path):
+        """Right of x0 = 600 the picture is out of focus by 3 microns."""
+        picture = stained_picture(1201, 907)
+        soft = ndimage.gaussian_filter(picture.astype(float), (6, 6, 0)).astype(np.uint8)
+        picture[:, 600:] = soft[:, 600:]
+        return Slide(write_pyramid(tmp_path / "half.tif", picture, 0.5))
+
+    def test_blur_is_measured_when_asked_for(self, half_blurred):
+        assert np.isnan(index_slide(half_blurred, GRID, Tissue()).blur).all()
+        index = index_slide(half_blurred, GRID, Tissue(max_blur=1, min_fraction=0.9))
+        x0 = index.coords0[:, 0]
+        assert index.blur[x0 < 530].max() < 0.5 < index.blur[x0 > 600].min()
+
+    def test_blurred_tiles_are_left_out(self, half_blurred):
+        every = index_slide(half_blurred, GRID, Tissue(max_blur=1))
+        sharp = index_slide(half_blurred, GRID, Tissue(max_blur=0.5))
+        np.testing.assert_array_equal(sharp.coords0, every.coords0[every.blur <= 0.5])
+        assert 0 < len(sharp) < len(every)
+        with pytest.raises(NoTissueError, match=r"half: all \d+ tiles .* the sharpest has 0\.\d\d"):
+            index_slide(half_blurred, GRID, Tissue(max_blur=0.01))
+
+    def test_pen_is_counted(self, tmp_path):
+        picture = stained_picture(1201, 907)
+        picture[:, 448:640] = (40, 150, 80)
+        slide = Slide(write_pyramid(tmp_path / "pen.tif", picture, 0.5))
+        index = index_slide(slide, GRID, Tissue(min_fraction=0.0))
+        x0 = index.coords0[:, 0]
+        assert index.pen_fraction[x0 == 320].min() > 0.3  # the halo
+        assert index.pen_fraction[abs(x0 - 512) > 260].max() == 0
+        assert index_slide(slide, GRID, Tissue(pen=False)).pen_fraction.max() == 0
+
+
+class TestPictures:
+    def test_every_slide_has_one_also_the_one_without_a_tile(self, small_slide, tmp_path):
+        rows = [row(small_slide("a.svs")), row(small_slide("glass.svs", tissue=False))]
+        folder = tmp_path / "pictures"
+        options = {"on_error": "skip", "progress": False, "pictures": folder}
+        for _ in range(2):  # what is kept is drawn where its picture is missing
+            ledger = index_cohort(rows, tmp_path, GRID, Tissue(), **options)
+            assert {path.name for path in folder.iterdir()} == {"a.png", "glass.png"}
+            assert as_array(folder / "a.png").std() > 20
+            (folder / "a.png").unlink()
+        assert [r["status"] for r in ledger] == ["kept", "failed"]
+
+    def test_blur_has_a_panel_of_its_own(self, small_slide, tmp_path):
+        widths = []
+        for max_blur in (None, 1):
+            tissue, slide = Tissue(max_blur=max_blur), Slide(small_slide("a.svs"))
+            draw_stages(choose(slide, GRID, tissue), slide, tmp_path / "a.png")
+            widths.append(as_array(tmp_path / "a.png").shape[1])
+        assert widths[1] > 1.2 * widths[0]
 
 
 class TestUnusableSlides:

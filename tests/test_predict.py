@@ -16,6 +16,7 @@ from conftest import stained_picture, write_pyramid
 from slides.grid import Grid
 from slides.index import index_slide
 from slides.reader import Slide
+from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import backbones
 from tapfm import model as models
@@ -58,6 +59,51 @@ def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
     ring = np.array(tiles[0]["geometry"]["coordinates"][0])
     np.testing.assert_array_equal(ring.min(0), coords[0])
     np.testing.assert_array_equal(ring.max(0), coords[0] + 64)
+
+
+def test_stains_are_normalised_as_in_training(saved, slide, tmp_path):
+    """The model says how; its prediction is that of the tiles normalised by hand."""
+    model = models.load(saved)
+    models.save(model, tmp_path / "m.safetensors", tissue={"min_area_um2": 1e3}, stain="macenko")
+    run = ["predict", str(slide), "--out", str(tmp_path / "out"), "--model"]
+    probabilities = []
+    for path in (saved, tmp_path / "m.safetensors"):
+        assert main([*run, str(path)]) == 0
+        probabilities.append(pd.read_csv(tmp_path / "out" / "predictions.csv")["p_EGFR"][0])
+    with Slide(slide) as opened:
+        index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1e3))
+        normalised = StainedSlide(opened, index, "macenko")
+        bag = loose_bag(normalised, index, len(LABELS), 0)
+        expected = predict_bag(model.eval(), bag, 16).probs_K[0]
+    assert probabilities[1] == pytest.approx(expected, abs=2e-6)
+    assert probabilities[0] != pytest.approx(expected, abs=1e-5)
+
+
+def test_masks_of_the_users_own(saved, slide, tmp_path, capsys):
+    """Also for a model whose cohort had masks, which are not these slides'."""
+    model = models.load(saved)
+    gone = str(tmp_path / "masks of the cohort")
+    tissue = {"min_area_um2": 1000.0, "masks": gone}
+    models.save(model, tmp_path / "m.safetensors", tissue=tissue)
+    square = [[[128, 128], [320, 128], [320, 256], [128, 256]]]
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "one.geojson").write_text(
+        json.dumps({"type": "Polygon", "coordinates": square})
+    )
+    run = [
+        "predict",
+        str(slide),
+        "--out",
+        str(tmp_path),
+        "--model",
+        str(tmp_path / "m.safetensors"),
+    ]
+    assert main(run) == 0
+    assert main([*run, "--masks", str(tmp_path / "masks")]) == 0
+    with h5py.File(tmp_path / "one_weights.h5") as file:
+        assert {tuple(c) for c in file["coords"][:]} == {
+            (x, y) for x in (128, 192, 256) for y in (128, 192)
+        }
 
 
 def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys):

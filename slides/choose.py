@@ -1,0 +1,148 @@
+"""From an open slide to its tiles, stage by stage: thumbnail, tissue, pen, blur, choice.
+
+`choose` keeps every stage, for `slides.stages` to draw; `index_slide` keeps the tiles.
+
+Price: about 0.5 s for a slide of 11,000 x 11,000 px, nearly all of it thumbnail and mask; with
+`tissue.max_blur` 0.5 to 1.5 ms more for each tile of tissue of a 20x scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from slides.errors import NoTissueError
+from slides.focus import BLUR_MPP, blur
+from slides.grid import Grid
+from slides.index_file import TileIndex
+from slides.masks import mask_path, read_mask
+from slides.reader import Slide
+from slides.tissue import Tissue, tile_fraction, tissue_and_pen, why_empty
+
+MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a guess
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was seen of a slide on the way to its tiles. N tiles of its whole lattice."""
+
+    thumbnail: np.ndarray
+    """(h, w, 3) uint8."""
+    downsample: float
+    """Level-0 pixels per thumbnail pixel."""
+    mask: np.ndarray
+    """(h, w) bool: tissue."""
+    pen: np.ndarray
+    """(h, w) bool: marker strokes and their halo; none where they are not looked for."""
+    coords0: np.ndarray
+    """(N, 2) int64: x0, y0."""
+    size0: int
+    tissue_fraction: np.ndarray
+    """(N,) float32: the share of each tile that is tissue."""
+    pen_fraction: np.ndarray
+    """(N,) float32."""
+    blur: np.ndarray
+    """(N,) float32, see `slides.focus`; nan where it was not measured."""
+    chosen: np.ndarray
+    """(N,) bool."""
+
+
+def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
+    """Look at a slide and choose its tiles, perhaps none.
+
+    Raises:
+        SlideError: the slide, or a mask of its own, cannot be used.
+    """
+    size0 = grid.size0(slide.mpp, slide.name)
+    slide.check_complete()
+    finest = grid.size * grid.mpp / MASK_PIXELS_PER_TILE
+    rgb, downsample = slide.thumbnail(min(tissue.mpp, finest))
+    coords0 = grid.coords(slide.width0, slide.height0, slide.mpp, slide.name)
+    mask, pen = tissue_and_pen(rgb, tissue, downsample * slide.mpp)
+    if tissue.masks is not None:
+        path = mask_path(tissue.masks, slide.name)
+        mask = read_mask(path, slide, rgb.shape[:2], downsample)
+    fraction, pen_fraction = (
+        tile_fraction(each, coords0, size0, downsample).astype(np.float32) for each in (mask, pen)
+    )
+    chosen = fraction >= max(tissue.min_fraction, np.finfo(np.float32).tiny)
+    blurs = np.full(len(coords0), np.nan, np.float32)
+    if tissue.max_blur is not None:
+        size = max(1, min(size0, round(size0 * slide.mpp / BLUR_MPP)))
+        tiles = (slide.region(x0, y0, size0, size) for x0, y0 in coords0[chosen].tolist())
+        blurs[chosen] = [blur(tile) for tile in tiles]
+        chosen[chosen] = blurs[chosen] <= tissue.max_blur
+    return Choice(
+        rgb, downsample, mask, pen, coords0, size0, fraction, pen_fraction, blurs, chosen
+    )  # fmt: skip
+
+
+def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
+    """Choose the tiles of a slide that hold tissue.
+
+    Raises:
+        NoTissueError: none does; the message names the threshold that failed.
+        SlideError: what `slides.reader`, `slides.grid` and `slides.masks` raise for a slide they
+            cannot use.
+    """
+    return to_index(choose(slide, grid, tissue), slide, grid, tissue)
+
+
+def to_index(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
+    """The chosen tiles, the one with most tissue read to see that the slide's pixels are there.
+
+    Raises:
+        NoTissueError: none is chosen.
+        UnreadableRegionError: that tile cannot be decoded.
+    """
+    chosen = choice.chosen
+    if not chosen.any():
+        raise NoTissueError(f"{slide.name}: {_why_none(choice, slide, grid, tissue)}")
+    fullest = np.where(chosen, choice.tissue_fraction, -1).argmax()
+    slide.read(*choice.coords0[fullest].tolist(), grid)  # a thumbnail can outlive level 0
+    mask_mpp = choice.downsample * slide.mpp
+    return TileIndex(
+        slide_id=slide.name,
+        coords0=choice.coords0[chosen],
+        tissue_fraction=choice.tissue_fraction[chosen],
+        grid=grid,
+        size0=choice.size0,
+        width0=slide.width0,
+        height0=slide.height0,
+        slide_mpp=slide.mpp,
+        mpp_source=slide.mpp_source,
+        bounds0=slide.bounds0,
+        level=slide.level_for(choice.size0, grid.size),
+        tissue_mm2=float(choice.mask.sum()) * mask_mpp**2 / 1e6,
+        mask_sha256=hashlib.sha256(np.packbits(choice.mask).tobytes()).hexdigest(),
+        slide_bytes=slide.path.stat().st_size,
+        pen_fraction=choice.pen_fraction[chosen],
+        blur=choice.blur[chosen],
+    )
+
+
+def _why_none(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> str:
+    """What left no tile, and the way out."""
+    size0, fraction = choice.size0, choice.tissue_fraction
+    if not len(choice.coords0):
+        return (
+            f"the slide has {slide.width0} x {slide.height0} pixels, less than one "
+            f"tile ({size0} x {size0}). Ask for smaller or finer tiles, or leave this slide out."
+        )
+    if not choice.mask.any():
+        why = why_empty(choice.thumbnail, tissue, choice.downsample * slide.mpp)
+        return f"no tissue found: {why}. Lower that threshold, or leave this slide out."
+    if np.isfinite(choice.blur).any():
+        return (
+            f"all {np.isfinite(choice.blur).sum()} tiles of tissue are more blurred than "
+            f"{tissue.max_blur:g}; the sharpest has {np.nanmin(choice.blur):.2f}. Raise "
+            f"tissue.max_blur, or leave this slide out."
+        )
+    of = f" of its mask in {tissue.masks}" if tissue.masks else ""
+    return (
+        f"none of its {len(choice.coords0)} tiles is tissue{of} for at least "
+        f"{tissue.min_fraction:.0%} of its area; the best has {fraction.max():.1%}. Lower "
+        f"tissue.min_fraction, ask for smaller tiles, or leave this slide out."
+    )

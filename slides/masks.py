@@ -1,0 +1,243 @@
+"""Tissue that somebody else outlined: GeoJSON or a mask image, taken as it is.
+
+    <folder>/<slide_id>.geojson    QuPath's export, TRIDENT's contours_geojson, or any GeoJSON
+    <folder>/<slide_id>.png        any size, stretched over the slide; what is not zero is tissue
+
+Every polygon in a GeoJSON is tissue, holes are not; points and lines mean nothing here.
+Coordinates are level-0 pixels. QuPath counts them from the corner of the scanned part, which in
+some formats (MIRAX) is not the slide's: what it wrote is known by its `objectType` and shifted
+back. Outlines that leave the slide, or a picture of other proportions, are of another slide and
+refused.
+
+A pixel of the mask is tissue where its centre is inside, by the even-odd rule in each polygon.
+
+Price: about 10 ms for 10,000 corners.
+Source: RFC 7946 for GeoJSON; QuPath's documentation for `objectType` and its origin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from slides.errors import MaskError
+
+KINDS = (".geojson", ".png")
+OUTSIDE = 0.01  # of the slide's longer side: outlines drawn by hand run a little over its edge
+PROPORTIONS = 0.02  # by which a picture's may differ from the slide's, besides a pixel of rounding
+
+
+def mask_path(folder: str | Path, slide_id: str) -> Path:
+    """The slide's mask in a folder.
+
+    Raises:
+        MaskError: there is none, or there are two.
+    """
+    every = [Path(folder) / f"{slide_id}{kind}" for kind in KINDS]
+    found = [path for path in every if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    names = " or ".join(path.name for path in every)
+    raise MaskError(
+        f"{slide_id}: {'two masks' if found else 'no mask'} in {Path(folder)}: there must be one, "
+        f"{names}. {'Remove one' if found else 'Add it'}, or leave tissue.masks out to have tissue "
+        f"found."
+    )
+
+
+def mask_sha256(folder: str | Path, slide_id: str) -> str:
+    """Fingerprint of the slide's mask, which is part of what its tiles were chosen by.
+
+    Raises:
+        MaskError: as `mask_path`, or the file cannot be read.
+    """
+    return hashlib.sha256(_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
+
+
+def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> np.ndarray:
+    """A slide's mask, as (h, w) bool in the frame of its thumbnail.
+
+    Args:
+        path: the GeoJSON or the picture.
+        slide: the open slide: `name`, `width0`, `height0`, `bounds0`.
+        shape: (h, w) of the thumbnail.
+        downsample: level-0 pixels per thumbnail pixel.
+
+    Raises:
+        MaskError: it cannot be read, is of another slide, or has no tissue in it.
+    """
+    size0 = slide.width0, slide.height0
+    if path.suffix == ".geojson":
+        polygons = list(geojson_polygons(path, slide.name, slide.bounds0[:2]))
+        _on_the_slide(polygons, path, slide.name, size0)
+        mask = np.zeros(shape, bool)
+        for rings in polygons:
+            _fill(mask, [ring / downsample for ring in rings])
+    else:
+        mask = _picture(path, slide.name, size0, shape, downsample)
+    if not mask.any():
+        raise MaskError(
+            f"{slide.name}: its mask {path} has no tissue, or none as wide as {downsample:.0f} "
+            f"level-0 pixels. Check that it is this slide's and at level 0, or leave this slide "
+            f"out."
+        )
+    return mask
+
+
+def geojson_polygons(
+    path: Path, name: str, origin0: tuple[int, int] = (0, 0)
+) -> Iterator[list[np.ndarray]]:
+    """Each polygon's rings, the outer one first, as (N, 2) float64 level-0 x and y.
+
+    Args:
+        path: a Feature, a FeatureCollection, a list of features or a bare geometry.
+        name: the slide's, for errors.
+        origin0: where QuPath counts from on this slide, level-0 pixels.
+
+    Raises:
+        MaskError: not such a file, or without a polygon.
+    """
+    none, text = True, _bytes(path, name)
+    try:
+        for feature in _features(json.loads(text)):
+            shift = np.array(origin0 if _is_qupath(feature) else (0, 0), float)
+            for rings in _polygons(feature.get("geometry", feature)):
+                none = False
+                yield [_ring(ring) + shift for ring in rings]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise MaskError(
+            f"{name}: {path} is no GeoJSON that can be read: {type(error).__name__}: {error}. "
+            f"Export it again (QuPath: File, Export objects as GeoJSON)."
+        ) from error
+    if none:
+        raise MaskError(
+            f"{name}: {path} has no polygon in it. Outline the tissue and export it again, or "
+            f"leave this slide out."
+        )
+
+
+def _features(found) -> Iterator[dict]:
+    """The features of a parsed file, whatever they are wrapped in."""
+    if isinstance(found, list):
+        for each in found:
+            yield from _features(each)
+    elif found["type"] == "FeatureCollection":
+        yield from _features(found["features"])
+    else:
+        yield found
+
+
+def _polygons(geometry: dict | None) -> Iterator[list]:
+    """Rings of each polygon of a geometry; none for points, lines and features without any."""
+    if geometry is None:
+        return
+    kind = geometry["type"]
+    if kind == "Polygon":
+        yield geometry["coordinates"]
+    elif kind == "MultiPolygon":
+        yield from geometry["coordinates"]
+    elif kind == "GeometryCollection":
+        for each in geometry["geometries"]:
+            yield from _polygons(each)
+    elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+        raise ValueError(f"a geometry of type {kind!r}")
+
+
+def _is_qupath(feature: dict) -> bool:
+    """Current versions name an object's type, older ones (0.2) its class in place of an id."""
+    properties = feature.get("properties") or {}
+    return "objectType" in properties or str(feature.get("id", "")).startswith("Path")
+
+
+def _ring(corners: list) -> np.ndarray:
+    ring = np.array([corner[:2] for corner in corners], np.float64)
+    if ring.ndim != 2 or ring.shape[0] < 3 or not np.isfinite(ring).all():
+        raise ValueError(f"a ring of {len(corners)} corners that is no outline")
+    return ring
+
+
+def _on_the_slide(
+    polygons: list[list[np.ndarray]], path: Path, name: str, size0: tuple[int, int]
+) -> None:
+    corners = np.concatenate([ring for rings in polygons for ring in rings])
+    low, high = corners.min(0), corners.max(0)
+    slack = OUTSIDE * max(size0)
+    if (low < -slack).any() or (high > np.array(size0) + slack).any():
+        raise MaskError(
+            f"{name}: the outlines in {path} reach from ({low[0]:.0f}, {low[1]:.0f}) to "
+            f"({high[0]:.0f}, {high[1]:.0f}) and leave the slide's {size0[0]} x {size0[1]} pixels: "
+            f"they are of another slide, or not in level-0 pixels. Give this slide's own."
+        )
+
+
+def _fill(mask: np.ndarray, rings: list[np.ndarray]) -> None:
+    """Set the pixels of `mask` whose centres lie inside the rings, by the even-odd rule.
+
+    Each edge flips all pixels to its right in the rows it crosses, and the flips are summed up.
+    """
+    height, width = mask.shape
+    corners = np.concatenate(rings)
+    left, top = (max(0, math.floor(v)) for v in corners.min(0))
+    right, bottom = (
+        min(side, math.ceil(v)) for side, v in zip((width, height), corners.max(0), strict=True)
+    )
+    if left >= right or top >= bottom:
+        return
+    flips = np.zeros((bottom - top, right - left + 1), np.int64)
+    for ring in rings:
+        (x1, y1), (x2, y2) = ring.T, np.roll(ring, -1, 0).T
+        first = np.clip(np.ceil(np.minimum(y1, y2) - 0.5), top, bottom).astype(int)
+        count = np.clip(np.ceil(np.maximum(y1, y2) - 0.5), top, bottom).astype(int) - first
+        edge = np.repeat(np.arange(len(ring)), count)
+        row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
+        share = (row + 0.5 - y1[edge]) / (y2 - y1)[edge]
+        crossing = np.ceil(x1[edge] + share * (x2 - x1)[edge] - 0.5)
+        column = np.clip(crossing, left, right).astype(int) - left
+        np.add.at(flips, (row - top, column), 1)
+    mask[top:bottom, left:right] |= (flips.cumsum(1)[:, :-1] & 1).astype(bool)
+
+
+def _picture(
+    path: Path, name: str, size0: tuple[int, int], shape: tuple[int, int], downsample: float
+) -> np.ndarray:
+    """A mask image in the thumbnail's frame: each pixel takes the one under its centre."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)  # a palette's numbers, not its colours
+            see_through = image.mode in ("LA", "RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MaskError(
+            f"{name}: the mask {path} cannot be read: {error}. Export it again, smaller if it is "
+            f"large: an eighth of the slide's resolution is fine enough."
+        ) from error
+    height, width = values.shape[:2]
+    rounding = PROPORTIONS * width + max(1.0, size0[0] / size0[1])
+    if abs(width - height * size0[0] / size0[1]) > rounding:
+        raise MaskError(
+            f"{name}: the mask {path} is {width} x {height} pixels, the slide {size0[0]} x "
+            f"{size0[1]}: other proportions, so it is of another slide. Give this slide's own."
+        )
+    tissue = values != 0
+    if see_through:
+        tissue = tissue[..., :-1].any(-1) & tissue[..., -1]
+    elif tissue.ndim == 3:
+        tissue = tissue.any(-1)
+    rows, columns = (
+        np.minimum((np.arange(n) + 0.5) * downsample / side0 * side, side - 1).astype(int)
+        for n, side0, side in zip(shape, size0[::-1], (height, width), strict=True)
+    )
+    return tissue[np.ix_(rows, columns)]
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MaskError(f"{name}: its mask {path} cannot be read: {error}.") from error
