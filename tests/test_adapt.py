@@ -240,6 +240,17 @@ def test_nothing_decays_but_matrices(case, make):
             assert group["weight_decay"] == (0.1 if matrix else 0.0), name
 
 
+@pytest.mark.parametrize(("name", "kind"), [("lora", "AdamW"), ("pathotune", "RAdam")])
+def test_optimizer_is_adamw_or_the_strategys_own(name, kind):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": 0.1, "weight_decay": 0.5}]
+    optimizer = make_optimizer(make_strategy(name), groups)
+    assert type(optimizer).__name__ == kind
+    (weight,) = groups[0]["params"]
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.95, 0.95])  # decays apart from the gradient
+
+
 @pytest.mark.parametrize("name", ["full", "last_n"])
 def test_layer_decay(name):
     encoder = tiny_encoder("5 prefix")
