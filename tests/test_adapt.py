@@ -300,7 +300,7 @@ def test_recomputing_blocks_changes_nothing(case, make):
     assert difference(recomputed.gradient("two_pass"), expected) <= 1e-10
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "adaptformer"])
+@pytest.mark.parametrize("case", ["lora", "dora", "adaptformer", "hiadapter"])
 def test_a_strategys_own_dropout_is_replayed(case):
     """Other noise in pass 2 is another gradient: the parity above had noise to replay."""
     slide = slide_with(case, "plain")

@@ -51,6 +51,25 @@ HEADS = 8  # of the cross-attention
 GATE = 256  # hidden width of the tile's gate
 
 
+class CrossAttention(nn.Module):
+    """Queries (C, N, W) look at (C, E, W): multi-head attention, out comes (C, N, W)."""
+
+    def __init__(self, width: int, dropout: float, like: dict[str, Any]):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, **like) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)  # a module, so that it is known that there is noise
+
+    def forward(self, x_CNW: Tensor, seen_CEW: Tensor) -> Tensor:
+        """What each query finds."""
+        q, k, v = (
+            linear(each).unflatten(2, (HEADS, -1)).transpose(1, 2)
+            for linear, each in ((self.q, x_CNW), (self.k, seen_CEW), (self.v, seen_CEW))
+        )
+        noise = self.dropout.p if self.training else 0.0
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=noise)
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
 class StainAdapter(nn.Module):
     """All tokens look at the tile's optical density; what they find is added, gated."""
 
@@ -62,7 +81,7 @@ class StainAdapter(nn.Module):
         self.narrow, self.widen = nn.Identity(), nn.Identity()
         if width != dim:
             self.narrow, self.widen = nn.Linear(dim, width, **like), nn.Linear(width, dim, **like)
-        self.attend = nn.MultiheadAttention(width, HEADS, dropout=dropout, batch_first=True, **like)
+        self.attend = CrossAttention(width, dropout, like)
         self.norm = nn.LayerNorm(dim, **like)
         self.tile_gate = _gate(2 * dim, GATE, 1, like)
         self.channel_gate = _gate(dim, min(width, dim // 2), dim, like)
@@ -73,9 +92,7 @@ class StainAdapter(nn.Module):
 
     def forward(self, x_CND: Tensor, seen_CEW: Tensor) -> Tensor:
         """(1 - g) c A: tokens, and what `look` makes of their tiles, to what is added to them."""
-        query_CNW = self.narrow(x_CND)
-        found_CNW, _ = self.attend(query_CNW, seen_CEW, seen_CEW, need_weights=False)
-        a_CND = self.norm(self.widen(found_CNW))
+        a_CND = self.norm(self.widen(self.attend(self.narrow(x_CND), seen_CEW)))
         g_C11 = self.tile_gate(torch.cat([a_CND.amax(1), x_CND.mean(1)], dim=1))[:, None]
         return (1 - g_C11) * self.channel_gate(a_CND) * a_CND
 
