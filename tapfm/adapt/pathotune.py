@@ -16,13 +16,14 @@ score leaves their columns out: it is taken of the CLS row over prefix and patch
 
 Without a file no sentence is read: the text prompt is then one more free token, like the task's.
 
-Not the identity at the start: random task prompts are looked at. Prompts of text and instance start
-at 0, and so say nothing yet, but take their share of the attention. No plain timm model computes
-the same: there is no `export`, the small checkpoint is what there is.
+Not the identity at the start: free tokens are random and are looked at. Prompts of a sentence and
+of the tile start at 0, and so say nothing yet, but take their share of the attention. No plain timm
+model computes the same: there is no `export`, the small checkpoint is what there is.
 
-Price: 1.14 M parameters on a ViT-L, 1.93 M with a text of width 768; the graph goes through all
-blocks. Condition: a ViT with a CLS token; blocks recomputed by `Encoder(recompute=True)`, if at
-all, since timm's own checkpointing would ask for the tile again when it is gone.
+Price: 1.14 M parameters on a ViT-L, 1.93 M with a text of width 768; 7 % more work a tile; the
+graph goes through all blocks.
+Condition: a ViT with a CLS token; blocks recomputed by `Encoder(recompute=True)`, if at all, since
+timm's own checkpointing would ask for the tile again when it is gone.
 
 Source: Lu et al. 2024 (PathoTune, MICCAI, arXiv 2403.16497) for the three kinds, two instance
     prompts, task prompts of their own for each layer, and RAdam.
