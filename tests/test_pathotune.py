@@ -126,6 +126,19 @@ def test_instance_prompts_are_of_the_tile_alone():
     assert encoder.vit.pathotune.instance.prompts_C2D is None  # nothing of the tile is kept
 
 
+def test_stain_is_the_average_and_structure_the_largest():
+    encoder, tiles = adapted(), random_tiles(3)
+    part, x = encoder.vit.pathotune.instance, random_tiles(3).double() / 255
+    for layer in part.stem:
+        x = layer(x)
+    assert x.shape == (3, 256, 2, 2)
+    stain, structure = x.mean((2, 3)), x.flatten(2).max(2).values
+    expected = torch.stack([part.stain(stain), part.structure(structure)], dim=1)
+    found = part.look(encoder.normalise(tiles))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # colours are float32
+    assert (part.stain(stain) - part.stain(structure)).abs().max() > 1e-3
+
+
 # the sentence
 
 
