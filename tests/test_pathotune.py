@@ -201,8 +201,9 @@ def test_a_text_without_its_part_is_refused(text):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_copy_is_a_model_of_its_own(recompute):
-    encoder = tiny_encoder(recompute=recompute)
+    encoder, fresh = tiny_encoder(recompute=recompute).eval(), tiny_encoder().eval()
     make_strategy({"name": "pathotune", "n": 3}).prepare(encoder.vit)
+    make_strategy({"name": "pathotune", "n": 3}).prepare(fresh.vit)
     twin = copy.deepcopy(encoder)
     before, tiles = encoder(random_tiles(2)), random_tiles(2)
     with torch.no_grad():
@@ -212,6 +213,8 @@ def test_a_copy_is_a_model_of_its_own(recompute):
         assert torch.equal(now, then)
     z, score = twin(tiles)
     assert (z - before[0]).abs().max() > 1e-3
+    fresh.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(z, fresh(tiles)[0], rtol=1e-12, atol=1e-12)
     (z.sum() + score.sum()).backward()
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     assert all(p.grad is None for p in encoder.parameters())
