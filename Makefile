@@ -3,6 +3,8 @@
 .PHONY: help install labels train test test-all lint format bench clean
 
 COHORT ?= demo
+# what of the encoder learns: one of configs/strategies, or as the cohort's config says
+STRATEGY ?=
 SEED ?= 0
 RUN ?= runs/$(COHORT)
 # the paper's aggregator beside the default: drop one where a run takes days
@@ -20,7 +22,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CONFIG := configs/cohorts/$(COHORT).yaml
+CONFIG := --config configs/cohorts/$(COHORT).yaml \
+	$(STRATEGY:%=--config configs/strategies/%.yaml)
 
 help:      ## list the targets
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -34,20 +37,20 @@ $(READY): setup.cfg constraints.txt
 	@touch $@
 
 labels: $(READY) ## a cohort table from a GDC manifest and mutations: make labels COHORT=tcga_luad
-	$(BIN)/tapfm labels --config $(CONFIG) --manifest $(MANIFEST) --mutations $(MUTATIONS) \
+	$(BIN)/tapfm labels --config configs/cohorts/$(COHORT).yaml --manifest $(MANIFEST) --mutations $(MUTATIONS) \
 		$(PROFILED:%=--profiled %)
 
-train: $(READY) ## the main job: make train [COHORT=demo] [SEED=0] [RUN=runs/demo]
+train: $(READY) ## the main job: make train [COHORT=demo] [STRATEGY=hiadapter] [SEED=0] [RUN=runs/demo]
 	@if [ $(COHORT) = demo ]; then $(BIN)/tapfm demo; fi
 	@if [ -f $(MANIFEST) ] && [ ! -f data/$(COHORT)/cohort.csv ]; then \
 		$(MAKE) --no-print-directory labels; fi
-	$(BIN)/tapfm index --config $(CONFIG)
+	$(BIN)/tapfm index $(CONFIG)
 	$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j $(JOBS) $(ARMS:%=fit-%)
 	$(BIN)/tapfm test --run $(RUN)
 
 fit-tapfm: AS_PUBLISHED = --model.steps.head_first 0
 fit-%: $(READY)
-	$(BIN)/tapfm fit --config $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
+	$(BIN)/tapfm fit $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
 		--model.aggregator $* $(AS_PUBLISHED)
 
 test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes at most)

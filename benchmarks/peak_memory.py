@@ -35,7 +35,7 @@ import torch
 from tapfm import backbones
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.losses import MaskedBCE
-from tapfm.masters import make_adamw
+from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter, SavedBytes
 from tapfm.model import Recipe, SlideModel
 
@@ -96,7 +96,13 @@ class Step:
             [{"params": list(part.parameters()), "lr": 1e-6, "weight_decay": 1e-4}]
             for part in (self.model.aggregator, self.model.encoder)
         )
-        self.optimizers = [make_adamw(head, "adamw"), make_adamw(encoder, job.optimizer)]
+        plain = job.optimizer == "adamw"
+        self.optimizers = [
+            torch.optim.AdamW(head, fused=True),
+            torch.optim.AdamW(encoder, fused=True)
+            if plain
+            else MasterAdamW(encoder, job.optimizer),
+        ]
         self.model.round_weights()
 
     def tiles(self, count: int) -> torch.Tensor:

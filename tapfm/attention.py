@@ -23,6 +23,8 @@ Shapes: C tiles, H heads, N tokens (prefix first), E head width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
@@ -74,11 +76,14 @@ class ClsTap:
         self.q: Tensor | None = None
         self.k: Tensor | None = None
         attn.register_forward_pre_hook(self._see_rope, with_kwargs=True)
-        norms[0].register_forward_hook(lambda _module, _args, q: setattr(self, "q", q))
-        norms[1].register_forward_hook(lambda _module, _args, k: setattr(self, "k", k))
+        for name, norm in zip("qk", norms, strict=True):
+            norm.register_forward_hook(partial(self._see, name))  # a lambda would not be copied
 
     def _see_rope(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.rope = kwargs.get("rope")
+
+    def _see(self, name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
+        setattr(self, name, out)
 
     @property
     def first_patch(self) -> int:

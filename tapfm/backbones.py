@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -83,6 +84,8 @@ class Encoder(nn.Module):
     def __init__(self, vit: nn.Module, row: Backbone, *, recompute: bool = False):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
+        # where timm says it: strategies that look at the tile's colours take it back
+        vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": row.stats[0], "std": row.stats[1]}
         # None: no CLS token, no score; such a model is trained with learned attention
         self.tap = ClsTap(vit) if row.prefix_tokens else None
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
@@ -163,10 +166,8 @@ def blocks(vit: nn.Module) -> Sequence[nn.Module]:
 
 
 def _recompute(block: nn.Module) -> None:
-    forward = block.forward
-    block.forward = lambda *args, **kwargs: checkpoint(  # the instance's: keys stay timm's
-        forward, *args, use_reentrant=False, **kwargs
-    )
+    # the instance's, so keys stay timm's; a partial, so that a copied block recomputes its own
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module:

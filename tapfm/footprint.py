@@ -210,7 +210,8 @@ class Footprint:
                     module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device=device)
+                    fake = torch.empty(buffer.shape, device=device, dtype=buffer.dtype)
+                    module._buffers[name] = fake
         shape = tiles, 3, self.side, self.side
         return encoder, torch.empty(shape, dtype=torch.uint8, device=device)
 

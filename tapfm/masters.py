@@ -109,13 +109,6 @@ class MasterAdamW(torch.optim.Optimizer):
             kept.load(saved)
 
 
-def make_adamw(groups: list[dict[str, Any]], scheme: str) -> torch.optim.Optimizer:
-    """AdamW by scheme: `adamw`, torch's on the weights as they are, or one of `KEEPERS`."""
-    if scheme == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    return MasterAdamW(groups, scheme)
-
-
 def _stand_in(weight: Tensor) -> nn.Parameter:
     """An fp32 parameter of the weight's shape and place, one number large."""
     return nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape))

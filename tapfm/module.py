@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
-from tapfm.adapt import STRATEGIES, make_strategy, spell
+from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.losses import MaskedBCE
-from tapfm.masters import make_adamw
+from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
@@ -105,6 +105,12 @@ class SlideModule(L.LightningModule):
         )
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
+        if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
+            name = spell(self.strategy)["name"]
+            raise ValueError(
+                f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
+                "Leave model.optimizer and bf16-true out."
+            )
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps = chunk, steps
         self.recompute, self.optimizer = recompute, optimizer
@@ -263,7 +269,11 @@ class SlideModule(L.LightningModule):
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
         for group in encoder:
             group["begins"] = self.steps.head_first
-        optimizers = [torch.optim.AdamW(head, fused=True), make_adamw(encoder, self.optimizer)]
+        optimizers = [torch.optim.AdamW(head, fused=True)]
+        if self.optimizer == "adamw":
+            optimizers.append(make_optimizer(self.strategy, encoder))
+        else:
+            optimizers.append(MasterAdamW(encoder, self.optimizer))
         self.slide_model.round_weights()
         return optimizers
 

@@ -7,8 +7,11 @@ q and k that the last block goes on to use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 
@@ -50,6 +53,47 @@ def last_blocks(vit: nn.Module, n: int, strategy: str) -> list[nn.Module]:
             f"{len(vit.blocks)}. Give {len(vit.blocks)} or fewer."
         )
     return list(vit.blocks)[-n:]
+
+
+def need_vit(vit: nn.Module, strategy: str) -> None:
+    """Refuse what has no one row of blocks behind a CLS token.
+
+    Raises:
+        StrategyError: the model is another kind of encoder.
+    """
+    if not (hasattr(vit, "blocks") and getattr(vit, "num_prefix_tokens", 0)):
+        raise StrategyError(
+            f"model.strategy: {strategy} needs a ViT with a CLS token, and this model is "
+            f"{type(vit).__name__}. Use bitfit or norm_only."
+        )
+
+
+def new_prompts(vit: nn.Module, rows: int, n: int) -> nn.Parameter:
+    """Prompt tokens (rows, n, D), uniform within sqrt(6 / (3 p^2 + D)).
+
+    Source: Jia et al. 2022 (VPT, arXiv 2203.12119), the released initialisation.
+    """
+    like = vit.blocks[0].norm1.weight
+    bound = math.sqrt(6 / (3 * math.prod(vit.patch_embed.patch_size) + vit.embed_dim))
+    prompts_RND = torch.empty(rows, n, vit.embed_dim, device=like.device, dtype=like.dtype)
+    return nn.Parameter(nn.init.uniform_(prompts_RND, -bound, bound))
+
+
+def hold_prompts(vit: nn.Module, n: int) -> None:
+    """Make room for n prompts behind the prefix tokens of every block.
+
+    RoPE and the tap are told where the patches begin, and behind the last block the prompts are
+    taken out, so that whatever pools the tokens never sees one. Who calls this puts them in.
+    """
+    prefix = vit.num_prefix_tokens
+    for block in vit.blocks:
+        block.attn.num_prefix_tokens = prefix + n
+    vit.norm.register_forward_pre_hook(partial(_take_prompts, prefix, prefix + n))
+
+
+def _take_prompts(prefix: int, first_patch: int, _norm: nn.Module, args: tuple) -> tuple:
+    x_CND, *rest = args
+    return torch.cat([x_CND[:, :prefix], x_CND[:, first_patch:]], dim=1), *rest
 
 
 def mlp_linears(block: nn.Module) -> list[nn.Linear]:

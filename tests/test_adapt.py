@@ -8,6 +8,7 @@ merged export is the adapted model. A new strategy is a row of `CASES`.
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +18,8 @@ from torch import nn
 
 from tapfm import backbones
 from tapfm import model as models
-from tapfm.adapt import STRATEGIES, StrategyError, make_strategy, spell
+from tapfm.adapt import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
+from tapfm.adapt.pathotune import hold
 from tapfm.module import StrategyName
 from tapfm.optim import layerwise, parameter_groups
 
@@ -31,6 +33,7 @@ FUSED_BIAS = {
     **MAKES["Eva, RoPE"],
     "arch": "vit_small_patch16_dinov3_qkvb",
 }  # qkv is never called there
+TEXT = hold(np.random.default_rng(0).standard_normal((2, 7)).astype("float32"))  # two, of width 7
 CASES = {
     "full": {"name": "full"},
     "full, decay": {"name": "full", "layer_decay": 0.5},
@@ -44,9 +47,13 @@ CASES = {
     "vpt_deep": {"name": "vpt_deep", "n": 3},
     "adaptformer": {"name": "adaptformer", "width": 5},
     "ssf": {"name": "ssf"},
+    "hiadapter": {"name": "hiadapter", "stages": 2, "reduction": 8},
+    "hiadapter, lean": {"name": "hiadapter", "stages": 3, "width": 16, "stains": ["dab"]},
+    "pathotune": {"name": "pathotune", "n": 3},
+    "pathotune, text": {"name": "pathotune", "n": 2, "text": TEXT, "renew": ["text", "instance"]},
 }
-NO_IDENTITY = {"vpt_deep"}  # random prompts are looked at
-NO_EXPORT = {"vpt_deep", "adaptformer"}
+NO_IDENTITY = {"vpt_deep", "pathotune"}  # random prompts are looked at
+NO_EXPORT = {"vpt_deep", "adaptformer", "hiadapter", "pathotune"}
 each_case = pytest.mark.parametrize("case", CASES)
 each_make = pytest.mark.parametrize("make", MAKES)
 
@@ -154,6 +161,8 @@ LISTED = {
     "vpt_deep": {"prompts"},
     "adaptformer": {"blocks.*.adaptformer.*"},
     "ssf": {"*.ssf_scale", "*.ssf_shift"},
+    "hiadapter": {"stain_adapter.*", "morphology_adapter.*"},
+    "pathotune": {"pathotune.*"},
 }
 
 
@@ -167,7 +176,7 @@ def test_what_learns_is_what_its_name_says(case, make):
     assert names(vit) == said != set()
 
 
-UNI = {  # ADAPTERS.md, section 4: measured, and computed where the table rounds
+UNI = {  # measured elsewhere, and computed where that rounds
     "full": 303_350_784,
     "bitfit": 272_384,
     "norm_only": 100_352,
@@ -177,6 +186,8 @@ UNI = {  # ADAPTERS.md, section 4: measured, and computed where the table rounds
     "lora": 786_432,
     "dora": 860_160,
     "last_n": 12_596_224 + 2_048 + 2_048,
+    "hiadapter": 11_686_145 + 66_848,
+    "pathotune": 245_760 + 1_024 + 371_264 + 526_336,
 }
 UNI_OPTIONS = [
     ({"name": "vpt_deep", "n": 50}, 1_228_800),
@@ -184,6 +195,12 @@ UNI_OPTIONS = [
     ({"name": "lora", "targets": ["q", "k", "v", "proj", "mlp"]}, 3_145_728),
     ({"name": "last_n", "n": 2}, 25.2e6),
     ({"name": "last_n", "n": 4}, 50.4e6),
+    ({"name": "hiadapter", "parts": ["stain"]}, 11.69e6),
+    ({"name": "hiadapter", "parts": ["stain"], "width": 256}, 2.21e6),
+    ({"name": "hiadapter", "parts": ["morphology"]}, 66_848),
+    ({"name": "hiadapter", "parts": ["morphology"], "stains": ["eosin"]}, 66_848 - 4 * 1_056),
+    ({"name": "pathotune", "parts": ["task"], "renew": []}, 10 * 1_024),
+    ({"name": "pathotune", "text": hold(np.zeros((1, 768), "float32"))}, 1.93e6),
 ]
 
 
@@ -205,7 +222,7 @@ def test_counts_at_unis_size(uni, name):
     assert count(uni, name) == UNI[name]
 
 
-@pytest.mark.parametrize(("spec", "expected"), UNI_OPTIONS, ids=str)
+@pytest.mark.parametrize(("spec", "expected"), UNI_OPTIONS, ids=lambda each: str(each)[:60])
 def test_counts_of_options_at_unis_size(uni, spec, expected):
     found = count(uni, spec)
     assert found == expected if isinstance(expected, int) else abs(found / expected - 1) < 0.002
@@ -221,6 +238,17 @@ def test_nothing_decays_but_matrices(case, make):
             name = name_of[id(parameter)]
             matrix = name.endswith("weight") and parameter.ndim > 1
             assert group["weight_decay"] == (0.1 if matrix else 0.0), name
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lora", "AdamW"), ("pathotune", "RAdam")])
+def test_optimizer_is_adamw_or_the_strategys_own(name, kind):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": 0.1, "weight_decay": 0.5}]
+    optimizer = make_optimizer(make_strategy(name), groups)
+    assert type(optimizer).__name__ == kind
+    (weight,) = groups[0]["params"]
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0.95, 0.95])  # decays apart from the gradient
 
 
 @pytest.mark.parametrize("name", ["full", "last_n"])
@@ -272,7 +300,7 @@ def test_recomputing_blocks_changes_nothing(case, make):
     assert difference(recomputed.gradient("two_pass"), expected) <= 1e-10
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "adaptformer"])
+@pytest.mark.parametrize("case", ["lora", "dora", "adaptformer", "hiadapter"])
 def test_a_strategys_own_dropout_is_replayed(case):
     """Other noise in pass 2 is another gradient: the parity above had noise to replay."""
     slide = slide_with(case, "plain")
@@ -529,6 +557,26 @@ def test_spelled_out_it_is_the_same():
         ({"name": "full", "layer_decay": 0}, r"layer_decay must be in \(0, 1\], got 0"),
         ({"name": "vpt_deep", "n": 0}, "n must be 1 or more"),
         ({"name": "adaptformer", "width": 0}, "width must be 1 or more"),
+        ({"name": "hiadapter", "parts": []}, r"parts must be some of stain, morphology, got \[\]"),
+        (
+            {"name": "hiadapter", "parts": ["s"], "width": 20},
+            r"parts.*width must be 0.*of 8, got 20",
+        ),
+        (
+            {"name": "hiadapter", "stains": ["blue"]},
+            "stains must be some of haematoxylin, eosin, d",
+        ),
+        (
+            {"name": "hiadapter", "dropout": 1.0, "stages": 0},
+            r"\[0, 1\), got 1.0; stages must be 1",
+        ),
+        ({"name": "hiadapter", "reduction": 0}, "reduction must be 1 or more, got 0"),
+        ({"name": "pathotune", "parts": ["image"]}, r"parts must be some of task, text, instance"),
+        (
+            {"name": "pathotune", "renew": ["all"], "n": 0},
+            "n must be 1 .*renew must be none or some",
+        ),
+        ({"name": "pathotune", "text": 3}, "pathotune: text must be text, got 3"),
     ],
     ids=str,
 )
@@ -575,6 +623,20 @@ def test_autocast_keeps_small_changes():
             changed = encoder(random_tiles(2))[0]
             base = tiny_encoder("1 prefix", dtype=torch.float32)(random_tiles(2))[0]
     torch.testing.assert_close(changed / base, torch.full_like(base, 1.001), rtol=1e-5, atol=0)
+
+
+@each_case
+def test_bfloat16_weights_run_and_train(case):
+    """As `model.precision: bf16-true` has them: every parameter, and no buffer."""
+    encoder = tiny_encoder("rope", dtype=torch.float32)
+    make_strategy(CASES[case]).prepare(encoder.vit)
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.bfloat16()
+    z_CD, score_C = encoder(random_tiles(3))
+    assert z_CD.dtype == score_C.dtype == torch.float32
+    (z_CD.square().sum() + score_C.sum()).backward()
+    learns = [p for p in encoder.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learns)
 
 
 @each_case

@@ -29,9 +29,36 @@ def test_config_is_short_says_what_it_is_for_and_has_known_keys(config, tmp_path
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     for part in ("model", "data"):
-        for key, value in yaml.safe_load(text)[part].items():
+        for key, value in yaml.safe_load(text).get(part, {}).items():
             if not isinstance(value, dict):
                 assert printed[part][key] == value
+
+
+STRATEGY_CONFIGS = sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", STRATEGY_CONFIGS, ids=lambda path: path.stem)
+def test_a_strategys_config_goes_behind_any_cohorts(config, capsys):
+    """It says what the strategy is by default, and takes back the cohort's rate for another."""
+    from tapfm.adapt import make_strategy
+
+    cohort = ROOT / "configs" / "cohorts" / "demo.yaml"
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(cohort), "--config", str(config), "--print_config"])
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert make_strategy(model["strategy"]) == make_strategy(config.stem)
+    assert model["steps"]["encoder_lr"] is None
+    assert model["steps"]["head_lr"] == 3e-3, "the rest stays the cohort's"
+
+
+def test_make_puts_a_strategys_config_behind_the_cohorts():
+    def lines(*arguments):
+        command = ["make", "-n", "train", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    two = r"tapfm fit --config configs/cohorts/demo.yaml\s+--config configs/strategies/lean.yaml "
+    assert re.search(two, lines("STRATEGY=lean"))
+    assert "strategies" not in lines()
 
 
 @pytest.mark.parametrize("verb", ["index", "fit"])

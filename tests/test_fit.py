@@ -149,6 +149,16 @@ def test_bfloat16_weights_without_their_exact_values_are_refused(tmp_path, capsy
         main(fit)
 
 
+def test_an_optimizer_of_the_strategys_own_has_no_masters(tmp_path, capsys):
+    fit = ["fit", "--config", str(write_cohort(tmp_path)), "--model.strategy", "pathotune"]
+    with pytest.raises(ValueError, match="pathotune has an optimizer of its own"):
+        main([*fit, "--model.precision", "bf16-true", "--model.optimizer", "master"])
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    state = torch.load(tmp_path / "runs" / "tapfm_gated_pathotune" / "last.ckpt", weights_only=True)
+    assert "decoupled_weight_decay" in state["optimizer_states"][1]["param_groups"][0], "RAdam's"
+    assert "decoupled_weight_decay" not in state["optimizer_states"][0]["param_groups"][0]
+
+
 def test_an_unknown_strategy_or_option_is_named(finished, capsys):
     _, config = finished
     fit = ["fit", "--config", str(config), "--model.strategy"]

@@ -26,6 +26,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "metrics": set(),
     "memory": set(),
     "surgery": set(),
+    "pixels": set(),
+    "prototypes": set(),
     "lowrank": {"surgery"},
     "bag": set(),
 }

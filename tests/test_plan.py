@@ -155,6 +155,14 @@ def test_strategies_and_recomputation_differ():
     assert min(held) < 0.3 * max(held)
 
 
+@pytest.mark.parametrize("strategy", ["hiadapter", "pathotune"])
+def test_a_run_of_a_strategy_that_looks_at_pixels_is_foretold(strategy):
+    """Buffers and hooks of its own are counted too: more than frozen blocks, and it ends."""
+    row, setups = find("demo_vit"), [Setup("bf16", strategy=s) for s in ("bitfit", strategy)]
+    bitfit, looks = (forecast(row, 112, setup, chunk=8)["adapt"] for setup in setups)
+    assert bitfit < looks < 3 * bitfit
+
+
 def test_peaks_by_hand():
     """2 ** 30 parameters, half of which learn, counted on the fingers."""
     cost = Cost(2**30, 2**29, 2**20, tile=2**30, casts=3 * 2**30, block=2**29, flop=0)

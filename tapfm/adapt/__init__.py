@@ -10,20 +10,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tapfm.adapt.adaptformer import AdaptFormer
 from tapfm.adapt.bitfit import BitFit
 from tapfm.adapt.dora import Dora
 from tapfm.adapt.full import Full
+from tapfm.adapt.hiadapter import HiAdapter
 from tapfm.adapt.last_n import LastN
 from tapfm.adapt.lora import Lora
 from tapfm.adapt.norm_only import NormOnly
+from tapfm.adapt.pathotune import PathoTune
 from tapfm.adapt.ssf import Ssf
 from tapfm.adapt.vpt_deep import VptDeep
 from tapfm.surgery import StrategyError
 
-__all__ = ["STRATEGIES", "Strategy", "StrategyError", "make_strategy", "spell"]
+__all__ = [
+    "STRATEGIES",
+    "Strategy",
+    "StrategyError",
+    "make_optimizer",
+    "make_strategy",
+    "spell",
+]
 
 
 class Strategy(Protocol):
@@ -40,7 +50,7 @@ class Strategy(Protocol):
         """
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW parameter groups of what learns."""
+        """Parameter groups of what learns, for AdamW or what the strategy's `optimizer` makes."""
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
         """The adapted model as a plain timm state dict; StrategyError where there is none."""
@@ -59,8 +69,10 @@ STRATEGIES: dict[str, type] = {
     "vpt_deep": VptDeep,
     "adaptformer": AdaptFormer,
     "ssf": Ssf,
+    "hiadapter": HiAdapter,
+    "pathotune": PathoTune,
 }
-_KINDS = {int: "a whole number", float: "a number", tuple: "a list"}
+_KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text"}
 
 
 def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
@@ -90,6 +102,13 @@ def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
             )
         options[key] = kind(value)
     return STRATEGIES[name](**options)
+
+
+def make_optimizer(strategy: Strategy, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, or what the strategy's own `optimizer` makes of its parameter groups."""
+    if hasattr(strategy, "optimizer"):
+        return strategy.optimizer(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def spell(strategy: Strategy) -> dict[str, Any]:

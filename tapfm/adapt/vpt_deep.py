@@ -16,7 +16,6 @@ Source: Jia et al. 2022 (VPT, arXiv 2203.12119), section 3.2.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.optim import parameter_groups
-from tapfm.surgery import StrategyError, share
+from tapfm.surgery import StrategyError, hold_prompts, new_prompts, share
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,13 @@ class VptDeep:
     def prepare(self, vit: nn.Module) -> None:
         """Freeze the model; put in prompts, uniform within sqrt(6 / (3 p^2 + D))."""
         vit.requires_grad_(False)
-        like, prefix = vit.blocks[0].norm1.weight, vit.num_prefix_tokens
-        prompts_LND = torch.empty(
-            len(vit.blocks), self.n, vit.embed_dim, device=like.device, dtype=like.dtype
-        )
-        patch = math.prod(vit.patch_embed.patch_size)
-        bound = math.sqrt(6 / (3 * patch + vit.embed_dim))
-        vit.prompts = nn.Parameter(nn.init.uniform_(prompts_LND, -bound, bound))
+        prefix = vit.num_prefix_tokens
+        vit.prompts = new_prompts(vit, len(vit.blocks), self.n)
         for depth, block in enumerate(vit.blocks):
-            block.attn.num_prefix_tokens = prefix + self.n  # where RoPE and the tap find patches
             first_patch = prefix + (self.n if depth else 0)
             give = partial(_give_prompts, vit, depth, prefix, first_patch)
             block.register_forward_pre_hook(give)
-        vit.norm.register_forward_pre_hook(partial(_take_prompts, prefix, prefix + self.n))
+        hold_prompts(vit, self.n)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The prompts, without weight decay."""
@@ -83,8 +76,3 @@ def _give_prompts(
     x_CND, *rest = args
     prompts_CND = vit.prompts[depth].to(x_CND.dtype).expand(len(x_CND), -1, -1)
     return torch.cat([x_CND[:, :prefix], prompts_CND, x_CND[:, first_patch:]], dim=1), *rest
-
-
-def _take_prompts(prefix: int, first_patch: int, _norm: nn.Module, args: tuple) -> tuple:
-    x_CND, *rest = args
-    return torch.cat([x_CND[:, :prefix], x_CND[:, first_patch:]], dim=1), *rest

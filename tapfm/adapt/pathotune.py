@@ -1,0 +1,269 @@
+"""PathoTune-style prompts: for the task, from a sentence, and of the tile itself.
+
+Three kinds of prompt tokens stand between the prefix tokens and the patches of a frozen model;
+`parts` says which of them there are.
+
+    task       n free tokens
+    text       a sentence about task and stain, as a frozen text model encodes it, through a linear
+               layer that learns. The text model runs once and elsewhere: `text` is a .npy file with
+               its vector (or several), and the checkpoint holds the numbers
+    instance   two tokens of each tile: a small convolutional network on its colours, its outputs
+               averaged (stain) and at their largest (structure), a linear layer each
+
+Prompts have no position embedding. Kinds in `renew` are put in anew before every block, the others
+once, and keep what the blocks make of them. Behind the last block all are taken out, and the tile's
+score leaves their columns out: it is taken of the CLS row over prefix and patches, renormalised.
+
+Without a file no sentence is read: the text prompt is then one more free token, like the task's.
+
+Not the identity at the start: free tokens are random and are looked at. Prompts of a sentence and
+of the tile start at 0, and so say nothing yet, but take their share of the attention. No plain timm
+model computes the same: there is no `export`, the small checkpoint is what there is.
+
+Price: 1.14 M parameters on a ViT-L, 1.93 M with a text of width 768; 7 % more work a tile; the
+graph goes through all blocks.
+Condition: a ViT with a CLS token; blocks recomputed by `Encoder(recompute=True)`, if at all, since
+timm's own checkpointing would ask for the tile again when it is gone.
+
+Source: Lu et al. 2024 (PathoTune, MICCAI, arXiv 2403.16497) for the three kinds, two instance
+    prompts, task prompts of their own for each layer, and RAdam.
+Differs: the paper's network for the instance prompts, its sentence, numbers of prompts and where
+    text and instance prompts enter are not public to us; those here are our choice, hence "style".
+
+Shapes: C tiles of a chunk, N tokens, P prompts, D width, L blocks, E width of the text's vectors.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tapfm.optim import parameter_groups
+from tapfm.pixels import Colours, placed, stem
+from tapfm.surgery import StrategyError, hold_prompts, need_vit, new_prompts, share
+
+PARTS = ("task", "text", "instance")  # in the order of their tokens
+REFINED = 256  # channels of the network that looks at the tile
+HELD = "data:;base64,"  # a text that is not in a file but held in the recipe itself
+
+
+class FreePrompts(nn.Module):
+    """Tokens that learn, the same for every tile: for each block, or for the first."""
+
+    def __init__(self, vit: nn.Module, rows: int, n: int):
+        super().__init__()
+        self.prompts = new_prompts(vit, rows, n)
+
+    def forward(self, depth: int) -> Tensor:
+        """(n, D) for the block at that depth."""
+        return self.prompts[depth % len(self.prompts)]
+
+
+class TextPrompts(nn.Module):
+    """A sentence's vectors in the model's width; 0 at the start."""
+
+    def __init__(self, vit: nn.Module, text_PE: np.ndarray):
+        super().__init__()
+        like = placed(vit)
+        vectors_PE = torch.from_numpy(text_PE).to(**like)
+        self.register_buffer("vectors_PE", vectors_PE, persistent=False)  # the recipe holds it
+        self.project = nn.Linear(text_PE.shape[1], vit.embed_dim, **like)
+        _silence(self.project)
+
+    def forward(self, _depth: int) -> Tensor:
+        """(P, D)."""
+        return self.project(self.vectors_PE.to(self.project.weight.dtype))
+
+
+class InstancePrompts(nn.Module):
+    """What the colours of a tile say of it: two tokens, of its stain and of its structure."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        like = placed(vit)
+        self.colours, self.stem = Colours(vit), stem(REFINED, **like)
+        self.stain = nn.Linear(REFINED, vit.embed_dim, **like)
+        self.structure = nn.Linear(REFINED, vit.embed_dim, **like)
+        _silence(self.stain)
+        _silence(self.structure)
+        self.prompts_C2D: Tensor | None = None
+        vit.patch_embed.register_forward_pre_hook(self._see)
+        vit.norm.register_forward_pre_hook(self._forget)
+
+    def look(self, tiles_CP: Tensor) -> Tensor:
+        """Normalised tiles to (C, 2, D)."""
+        colours_CP = self.colours(tiles_CP).to(self.stain.weight.dtype)
+        seen_CRE = self.stem(colours_CP).flatten(2)
+        return torch.stack([self.stain(seen_CRE.mean(2)), self.structure(seen_CRE.amax(2))], dim=1)
+
+    def forward(self, _depth: int) -> Tensor:
+        """(C, 2, D) of the tiles on their way through the model."""
+        return self.prompts_C2D
+
+    def _see(self, _embed: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.prompts_C2D = self.look(args[0])
+
+    def _forget(self, _norm: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        self.prompts_C2D = None  # or it would outlive its graph
+
+
+class Prompts(nn.Module):
+    """All prompts of a model, and the hooks that put them in."""
+
+    def __init__(self, vit: nn.Module, kinds: Iterable[tuple[str, nn.Module, int]], renew: set):
+        super().__init__()
+        self.spans: dict[str, slice] = {}  # each kind's columns
+        end = self.prefix = vit.num_prefix_tokens
+        for name, kind, n in kinds:
+            self.add_module(name, kind)
+            self.spans[name] = slice(end, end := end + n)
+        self.end, self.renew = end, renew
+        for depth, block in enumerate(vit.blocks):
+            if depth == 0 or renew & self.spans.keys():
+                block.register_forward_pre_hook(partial(self._give, depth))
+        hold_prompts(vit, end - self.prefix)
+
+    def _give(self, depth: int, _block: nn.Module, args: tuple) -> tuple:
+        x_CND, *rest = args
+        pieces = [x_CND[:, : self.prefix]]
+        for name, span in self.spans.items():
+            if depth == 0 or name in self.renew:
+                new = self.get_submodule(name)(depth).to(x_CND.dtype)
+                pieces.append(new.expand(len(x_CND), -1, -1))
+            else:
+                pieces.append(x_CND[:, span])
+        pieces.append(x_CND[:, self.end if depth else self.prefix :])
+        return torch.cat(pieces, dim=1), *rest
+
+
+@dataclass(frozen=True)
+class PathoTune:
+    """Prompt tokens learn: free ones, a sentence's and the tile's own."""
+
+    parts: tuple[str, ...] = PARTS
+    """Some of task, text, instance."""
+    n: int = 10
+    """Task prompts a block."""
+    text: str = ""
+    """A .npy file of a frozen text model's (E,) or (prompts, E); empty: a free token instead."""
+    renew: tuple[str, ...] = ("task",)
+    """Kinds that every block gets anew; none: all enter before the first block only."""
+    lr: ClassVar[float] = 1e-3
+
+    def __post_init__(self):
+        faults = [
+            fault
+            for fault, bad in (
+                (f"parts must be some of {', '.join(PARTS)}, got {list(self.parts)}",
+                 not self.parts or not set(self.parts) <= set(PARTS)),
+                (f"n must be 1 or more, got {self.n}", self.n < 1),
+                (f"renew must be none or some of {', '.join(PARTS)}, got {list(self.renew)}",
+                 not set(self.renew) <= set(PARTS)),
+                (f"text is given and parts {list(self.parts)} leaves it out: add text to parts",
+                 bool(self.text) and "text" not in self.parts),
+            )
+            if bad
+        ]  # fmt: skip
+        if faults:
+            raise StrategyError("model.strategy: pathotune: " + "; ".join(faults))
+        if self.text and not self.text.startswith(HELD):
+            object.__setattr__(self, "text", hold(read_text(Path(self.text))))
+
+    def prepare(self, vit: nn.Module) -> None:
+        """Freeze the model; put in the prompts.
+
+        Raises:
+            StrategyError: not a ViT with a CLS token.
+        """
+        need_vit(vit, "pathotune")
+        vit.requires_grad_(False)
+        vit.pathotune = Prompts(vit, self._kinds(vit), set(self.renew))
+
+    def _kinds(self, vit: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
+        """Name, module and number of tokens of each kind there is."""
+        if "task" in self.parts:
+            rows = len(vit.blocks) if "task" in self.renew else 1
+            yield "task", FreePrompts(vit, rows, self.n), self.n
+        if "text" in self.parts and self.text:
+            text_PE = held(self.text)
+            yield "text", TextPrompts(vit, text_PE), len(text_PE)
+        elif "text" in self.parts:
+            yield "text", FreePrompts(vit, 1, 1), 1
+        if "instance" in self.parts:
+            yield "instance", InstancePrompts(vit), 2
+
+    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """All that makes prompts; the free ones without weight decay."""
+        return parameter_groups(vit.named_parameters(), lr, weight_decay)
+
+    @staticmethod
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """RAdam, the paper's."""
+        return torch.optim.RAdam(groups, decoupled_weight_decay=True)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """There is none.
+
+        Raises:
+            StrategyError: always.
+        """
+        raise StrategyError(
+            "model.strategy: pathotune cannot be merged: a plain timm model has no place for "
+            "prompts. Use the run's best.safetensors with tapfm, or train lora, whose changes can."
+        )
+
+    def describe(self, vit: nn.Module) -> str:
+        """How many prompts of each kind, and how much that is."""
+        spans = vit.pathotune.spans.items()
+        counts = [f"{span.stop - span.start} {name}" for name, span in spans]
+        if "text" in self.parts and not self.text:
+            counts = [f"{each} (no sentence)" if "text" in each else each for each in counts]
+        return f"PathoTune-style prompts, {', '.join(counts)}: {share(vit)}"
+
+
+def read_text(file: Path) -> np.ndarray:
+    """The vectors (P, E) that a text model made of a sentence, float32.
+
+    Raises:
+        StrategyError: no such file, or not one or several vectors of finite floats.
+    """
+    why = "Save a float array (E,) or (prompts, E) with numpy.save, or leave text out."
+    try:
+        text_PE = np.atleast_2d(np.load(file, allow_pickle=False)).astype(np.float32)
+    except (OSError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise StrategyError(
+            f"model.strategy: pathotune: text: {file} cannot be read: {said}. {why}"
+        ) from error
+    if text_PE.ndim != 2 or not text_PE.size or not np.isfinite(text_PE).all():
+        raise StrategyError(
+            f"model.strategy: pathotune: text: {file} holds no vectors of finite numbers, but "
+            f"{text_PE.dtype} {text_PE.shape}. {why}"
+        )
+    return text_PE
+
+
+def hold(text_PE: np.ndarray) -> str:
+    """Vectors as text, so that a recipe needs no file beside it."""
+    file = io.BytesIO()
+    np.save(file, text_PE, allow_pickle=False)
+    return HELD + base64.b64encode(file.getvalue()).decode()
+
+
+def held(text: str) -> np.ndarray:
+    """The vectors that `hold` wrote."""
+    return np.load(io.BytesIO(base64.b64decode(text.removeprefix(HELD))), allow_pickle=False)
+
+
+def _silence(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
