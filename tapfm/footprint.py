@@ -158,8 +158,7 @@ class Footprint:
             with FakeTensorMode(), FlopCounterMode(display=False) as counter:
                 # on the CPU, since without a GPU autograd cannot run backward for one
                 encoder, pixels = self._fake(vit, "cpu", torch.float32, setup, tiles=1)
-                with torch.no_grad():
-                    encoder(pixels)
+                encoder(pixels)
                 z_CD, score_C = encoder(pixels)
                 (z_CD.sum() + score_C.sum()).backward()
             return (counter.get_total_flops(),)
