@@ -21,13 +21,12 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.peak_memory import README, RESULTS, facts
+from benchmarks.record import RESULTS, facts, rewrite
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "demo.yaml"
 TAPFM = Path(sys.executable).with_name("tapfm")
 ARMS = {"tapfm": ["--model.steps.head_first", "0"], "tapfm_gated": []}  # as published, default
-BEGIN, END = "<!-- demo_seeds:begin -->", "<!-- demo_seeds:end -->"
 
 
 def main() -> int:
@@ -41,7 +40,7 @@ def main() -> int:
     for seed in arguments.seeds:
         results[str(seed)] = run_seed(seed, arguments.work / str(seed))
         path.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-        rewrite_readme(results)
+        rewrite("demo_seeds", table(results))
     return 0
 
 
@@ -85,12 +84,6 @@ def run_seed(seed: int, work: Path) -> dict:
         "tile_auroc": json.loads((report / "tile_auroc_test.json").read_text()),
         **json.loads((report / "metrics_test.json").read_text()),
     }
-
-
-def rewrite_readme(results: dict) -> None:
-    """Put the table of all seeds between the markers."""
-    before, rest = README.read_text().split(BEGIN, 1)
-    README.write_text(before + BEGIN + "\n" + table(results) + END + rest.split(END, 1)[1])
 
 
 def table(results: dict) -> str:

@@ -36,7 +36,8 @@ from multiprocessing import get_context
 
 import torch
 
-from benchmarks.peak_memory import README, RESULTS, Job, Step, facts
+from benchmarks.peak_memory import Job, Step
+from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.backbones import find
 from tapfm.footprint import CONTEXT_GIB, Footprint, Setup
 
@@ -52,7 +53,6 @@ SCHEMES = {  # ours, by name: precision, optimizer, blocks recomputed
     "adamw, recompute": ("bf16", "adamw", True),
 }
 GIB = 2**30
-BEGIN, END = "<!-- gpu_engine:begin -->", "<!-- gpu_engine:end -->"
 
 
 class Bench:
@@ -224,8 +224,7 @@ def main() -> int:
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps({model: results[model]}, indent=1), flush=True)
     if cap:
-        before, rest = README.read_text().split(BEGIN, 1)
-        README.write_text(before + BEGIN + "\n" + tables(results) + END + rest.split(END, 1)[1])
+        rewrite("gpu_engine", tables(results))
     return 0
 
 

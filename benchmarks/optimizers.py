@@ -19,13 +19,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peak_memory import README, RESULTS, facts
+from benchmarks.record import RESULTS, facts, rewrite
 from tapfm import backbones
 from tapfm.masters import KEEPERS, MasterAdamW
 from tapfm.optim import parameter_groups
 
 UPDATES, LR, TILES = 200, 1e-6, 4
-BEGIN, END = "<!-- optimizers:begin -->", "<!-- optimizers:end -->"
 BYTES = {"naive": 8, "master": 18, "offload": 6, "residual": 10.05}  # a parameter, gradient too
 SAID = {
     "naive": "bf16 weights and moments, no masters",
@@ -90,8 +89,7 @@ def main() -> int:
         }
     result = {**facts("cpu"), "updates": UPDATES, "lr": LR, "schemes": found}
     (RESULTS / "optimizers.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, rest = README.read_text().split(BEGIN, 1)
-    README.write_text(before + BEGIN + "\n" + table(result) + END + rest.split(END, 1)[1])
+    rewrite("optimizers", table(result))
     return 0
 
 

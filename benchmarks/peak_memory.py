@@ -17,21 +17,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite
 from tapfm import backbones
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.losses import MaskedBCE
@@ -39,16 +35,6 @@ from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter, SavedBytes
 from tapfm.model import Recipe, SlideModel
 
-HERE = Path(__file__).parent
-RESULTS, README = HERE / "results", HERE / "README.md"
-BEGIN, END = "<!-- peak_memory:begin -->", "<!-- peak_memory:end -->"
-SECTION = """## Peak memory
-
-One training step on slides of more and more tiles, by two passes and by one graph: the same
-gradient. `python -m benchmarks.peak_memory` writes this. What is resident includes Python and its
-libraries. Seconds of a single step, so rough ones, are in `results/`; the price of two passes, one
-more forward, is counted exactly in `tests/test_chunked.py`.
-"""
 METHODS = {"two_pass": "two passes (tapfm)", "one_graph": "one graph"}
 TILES = (16, 61, 127, 256, 509)
 LABELS = ("A", "B", "C")
@@ -221,31 +207,6 @@ def fresh_process(job: Job) -> list[dict]:
             return [failed(job)]
 
 
-def facts(device: str) -> dict[str, str]:
-    """Where, when and with what."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{processor()}, {cores()} cores"
-    if device.startswith("cuda"):
-        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
-    return {
-        "machine": machine, "date": date.today().isoformat(), "commit": commit or "unknown",
-        "torch": version("torch"), "timm": version("timm"),
-    }  # fmt: skip
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def processor() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -348,18 +309,12 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
-def rewrite_readme(readme: Path, results: Path) -> None:
-    """Put the tables of all results between the markers; add the section where it is missing."""
-    text = readme.read_text() if readme.exists() else "# Benchmarks\n"
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n{SECTION}\n{BEGIN}\n{END}\n"
-    tables = [
+def all_tables(results: Path) -> str:
+    """The tables of all results there are."""
+    return "\n\n".join(
         table(read_csv(path), f"{results.name}/{path.stem}.png")
         for path in sorted(results.glob("peak_memory_*.csv"))
-    ]
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(before + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + after)
+    )
 
 
 def slug(device: str, model: str) -> str:
@@ -402,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     path = RESULTS / f"peak_memory_{slug(given.device, model)}.csv"
     write_csv(path, rows)
     draw(read_csv(path), path.with_suffix(".png"))
-    rewrite_readme(README, RESULTS)
+    rewrite("peak_memory", all_tables(RESULTS))
     print(
         f"{path.relative_to(HERE.parent)}, its .png and {README.relative_to(HERE.parent)} written"
     )

@@ -34,18 +34,11 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from benchmarks.peak_memory import README, RESULTS, facts
+from benchmarks.record import README, RESULTS, facts, rewrite
 from slides import direct
 from slides.direct import Direct, _stream
 from slides.reader import Slide
 
-BEGIN, END = "<!-- tile_throughput:begin -->", "<!-- tile_throughput:end -->"
-SECTION = """## Reading tiles
-
-Tiles per second and core; the file in memory, tile caches empty, readers in turn in one process.
-`python -m benchmarks.tile_throughput` writes this and says how. The ratio is against OpenSlide's
-own loop in the same rounds; "worst" is the largest difference from OpenSlide's pixels.
-"""
 DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
 TASKS = ("aligned", "random", "lattice", "reduce")
 COLUMNS = (
@@ -219,15 +212,6 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite_readme(rows: list[dict[str, str]]) -> None:
-    text = README.read_text()
-    if BEGIN not in text:
-        before, after = text.split("## The demo cohort", 1)
-        text = f"{before}{SECTION}\n{BEGIN}\n{END}\n\n## The demo cohort{after}"
-    before, rest = text.split(BEGIN, 1)
-    README.write_text(before + BEGIN + "\n" + table(rows) + "\n" + END + rest.split(END, 1)[1])
-
-
 def main(argv: list[str] | None = None) -> int:
     top = argparse.ArgumentParser(
         prog="python -m benchmarks.tile_throughput",
@@ -254,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     with path.open(newline="") as file:
-        rewrite_readme(list(csv.DictReader(file)))
+        rewrite("tile_throughput", table(list(csv.DictReader(file))))
     return 0
 
 

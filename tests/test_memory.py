@@ -171,6 +171,8 @@ class TestBenchmark:
         assert row["tiles"] == 7
 
     def test_readme_keeps_what_is_not_ours(self, bench, tmp_path):
+        from benchmarks import record
+
         results, readme = tmp_path / "results", tmp_path / "README.md"
         about = {"machine": "a machine", "date": "d", "commit": "c", "torch": "t", "timm": "v"}
         whole = {"phase": "slide", "status": "ok", "autograd_mib": 43.8, "rss_mib": 1024.0}
@@ -182,13 +184,17 @@ class TestBenchmark:
         bench.draw(bench.read_csv(results / "peak_memory_cpu.csv"), results / "x.png")
         with (results / "peak_memory_cpu.csv").open() as file:
             assert next(csv.DictReader(file))["autograd_mib"] == "43.8"
-        bench.rewrite_readme(readme, results)
-        readme.write_text(f"before\n{readme.read_text()}after\n")
-        bench.rewrite_readme(readme, results)
+        marks = "<!-- peak_memory:begin -->\nold\n<!-- peak_memory:end -->"
+        readme.write_text(f"before\n{marks}\nafter\n")
+        for _ in range(2):
+            record.rewrite("peak_memory", bench.all_tables(results), readme)
         text = readme.read_text()
+        assert "old" not in text
         assert text.startswith("before\n")
         assert text.endswith("after\n")
         assert text.count("| 7 | 43.8 | out of memory | 1.00 | out of memory |") == 1
+        with pytest.raises(ValueError, match="no <!-- other:begin -->"):
+            record.rewrite("other", "", readme)
 
 
 def test_the_gpu_benchmark_runs_through_on_a_cpu(monkeypatch):

@@ -1,0 +1,62 @@
+"""Where benchmark scripts leave what they found, and where, when and with what they found it.
+
+Raw figures go to `results/`; a script's tables stand in README.md between two markers of its name,
+<!-- name:begin --> and <!-- name:end -->, and everything else there is written by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+
+
+def rewrite(name: str, tables: str, readme: Path | None = None) -> None:
+    """Put a script's tables between its markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    readme = readme or README
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = readme.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{readme}: there is no {begin} followed by {end} to write between")
+    readme.write_text(f"{before}{begin}\n{tables.rstrip()}\n{end}{after}")
+
+
+def facts(device: str) -> dict[str, str]:
+    """Machine, date, commit and versions."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{processor()}, {cores()} cores"
+    if device.startswith("cuda"):
+        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
+    return {
+        "machine": machine, "date": date.today().isoformat(), "commit": commit or "unknown",
+        "torch": version("torch"), "timm": version("timm"),
+    }  # fmt: skip
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor() -> str:
+    """Its name."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
