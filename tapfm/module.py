@@ -34,6 +34,7 @@ from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
 from tapfm.rescue import Rescue
+from tapfm.sampling import chosen, draw_tiles
 
 
 class ChunkError(RuntimeError):
@@ -63,6 +64,8 @@ class SlideModule(L.LightningModule):
             exact values are kept: master, residual or offload (`tapfm.masters`).
         temperature: of the CLS score's softmax; None is the aggregator's own.
         drop_path: stochastic depth of the encoder while training.
+        backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
+            that the encoder's is right on average (`tapfm.sampling`); None is all: exact.
         steps: learning rates and their kin.
     """
 
@@ -82,11 +85,14 @@ class SlideModule(L.LightningModule):
         optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
         temperature: float | None = None,
         drop_path: float = 0.0,
+        backward_tiles: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
+        if backward_tiles is not None and backward_tiles < 1:
+            raise ValueError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
         if (precision == "bf16-true") != (optimizer != "adamw"):
             raise ValueError(
                 f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
@@ -112,7 +118,7 @@ class SlideModule(L.LightningModule):
                 "Leave model.optimizer and bf16-true out."
             )
         self.loss = MaskedBCE(pos_weight)
-        self.chunk, self.steps = chunk, steps
+        self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
         self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -133,7 +139,7 @@ class SlideModule(L.LightningModule):
 
         with self.meter.phase("adapt"):
             if self.adapting:
-                self.adapt(bag, z_TD.grad, score_T.grad, kept)
+                self.adapt(*self.draw(bag, z_TD.grad, score_T.grad), kept)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1
@@ -164,13 +170,25 @@ class SlideModule(L.LightningModule):
                     bag.tiles.split(self.chunk),
                     seed=bag.seed,
                     device=self.device,
-                    keep=int(self.adapting),
+                    keep=int(self.adapting and self.backward_tiles is None),
                 )
             except torch.OutOfMemoryError as fault:
                 self.shrink_chunk(self.chunk // 2, fault)
 
+    def draw(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor) -> tuple[Bag, Tensor, Tensor]:
+        """What pass 2 takes: the slide, or `backward_tiles` of it with their gradients weighed."""
+        if self.backward_tiles is None:
+            return bag, grad_z_TD, grad_score_T
+        weight_T = draw_tiles(grad_z_TD, grad_score_T, self.backward_tiles, bag.seed)
+        rows = weight_T > 0
+        grads = grad_z_TD * weight_T[:, None], grad_score_T * weight_T
+        tiles = chosen(bag.tiles.split(self.chunk), weight_T)
+        return replace(bag, tiles=tiles), *(grad[rows] for grad in grads)
+
     def adapt(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]) -> None:
         """Pass 2, `adapt_bag`; in half chunks where memory runs out, unless there is noise."""
+        if not len(grad_z_TD):
+            return  # no tile was drawn, since none has a gradient
         with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
             try:
                 adapt_bag(
@@ -281,13 +299,19 @@ class SlideModule(L.LightningModule):
         """The meter needs the device, which is known by now.
 
         Raises:
-            ValueError: the trainer's own mixed precision is on.
+            ValueError: the trainer's own mixed precision is on, or tiles are to be drawn from an
+                encoder with noise.
         """
         if self.trainer.precision != "32-true":
             raise ValueError(
                 f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
+            )
+        if self.backward_tiles is not None and self.noisy:
+            raise ValueError(
+                "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
+                "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
         unwrap(self)
         self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)

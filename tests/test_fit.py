@@ -160,6 +160,24 @@ def test_an_optimizer_of_the_strategys_own_has_no_masters(tmp_path, capsys):
     assert "amsgrad" not in encoder, "RAdam has none"
 
 
+def test_a_backward_of_some_tiles(tmp_path):
+    """All of them drawn is the exact run; a few is another run; noise is refused."""
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1", "--model.drop_path", "0"]
+    for name, tiles in (("exact", "null"), ("all", "11"), ("few", "3")):
+        assert main([*fit, "--name", name, "--model.backward_tiles", tiles]) == 0
+    exact, every, few = (
+        load_file(tmp_path / "runs" / name / "best.safetensors") for name in ("exact", "all", "few")
+    )
+    name = "encoder.vit.blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(exact[name], every[name], rtol=0, atol=1e-6)
+    assert not torch.allclose(exact[name], few[name], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="needs an encoder without noise"):
+        main([*fit, "--model.drop_path", "0.1", "--model.backward_tiles", "3"])
+    with pytest.raises(ValueError, match="must be 1 or more, got 0"):
+        main([*fit, "--model.backward_tiles", "0"])
+
+
 def test_an_unknown_strategy_or_option_is_named(finished, capsys):
     _, config = finished
     fit = ["fit", "--config", str(config), "--model.strategy"]

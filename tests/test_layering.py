@@ -21,6 +21,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "rescue": {"chunked"},
     "boundary": {"backbones", "bag", "chunked"},
     "processes": set(),
+    "sampling": set(),
     "optim": set(),
     "masters": set(),
     "metrics": set(),
