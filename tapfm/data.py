@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource, stream_chunks
 from slides.cohort import SlideRow, positive_weights, read_cohort
-from slides.errors import IndexFileError, SlideError
+from slides.errors import CohortError, IndexFileError, SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
@@ -218,12 +218,12 @@ class SlideData(L.LightningDataModule):
         """Slides of the val split, all tiles, streamed; each process takes its share.
 
         Raises:
-            ValueError: a process would have none, and the others would wait for it.
+            CohortError: a process would have none, and the others would wait for it.
         """
         rank, world = self.place
         loader = self.streamed("val", rank, world)
         if world > 1 and len(self.rows("val")) < world:
-            raise ValueError(
+            raise CohortError(
                 f"the val split has {len(self.rows('val'))} slides for {world} processes: each "
                 "needs one at least. Train with fewer devices."
             )

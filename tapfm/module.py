@@ -37,6 +37,10 @@ from tapfm.rescue import Rescue
 from tapfm.sampling import chosen, draw_tiles
 
 
+class SettingError(ValueError):
+    """Settings of a run that cannot be, or not together."""
+
+
 class ChunkError(RuntimeError):
     """Memory ran out, and fewer tiles at once are no way out."""
 
@@ -90,11 +94,11 @@ class SlideModule(L.LightningModule):
     ):
         super().__init__()
         if chunk < 1:
-            raise ValueError(f"model.chunk must be 1 or more, got {chunk}")
+            raise SettingError(f"model.chunk must be 1 or more, got {chunk}")
         if backward_tiles is not None and backward_tiles < 1:
-            raise ValueError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
+            raise SettingError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
         if (precision == "bf16-true") != (optimizer != "adamw"):
-            raise ValueError(
+            raise SettingError(
                 f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
                 "bfloat16 weights do not move at a fine-tuning learning rate unless their exact "
                 "values are kept: bf16-true takes master, residual or offload, and these take it."
@@ -113,7 +117,7 @@ class SlideModule(L.LightningModule):
         self.strategy = self.slide_model.strategy
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
             name = spell(self.strategy)["name"]
-            raise ValueError(
+            raise SettingError(
                 f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
                 "Leave model.optimizer and bf16-true out."
             )
@@ -299,17 +303,17 @@ class SlideModule(L.LightningModule):
         """The meter needs the device, which is known by now.
 
         Raises:
-            ValueError: the trainer's own mixed precision is on, or tiles are to be drawn from an
+            SettingError: the trainer's own mixed precision is on, or tiles are to be drawn from an
                 encoder with noise.
         """
         if self.trainer.precision != "32-true":
-            raise ValueError(
+            raise SettingError(
                 f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
             )
         if self.backward_tiles is not None and self.noisy:
-            raise ValueError(
+            raise SettingError(
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
