@@ -142,19 +142,24 @@ class BoundaryTokens:
         self.kept.append(tokens_CND)
 
 
-def find_boundary(encoder: Encoder, precision: str = "fp32") -> Boundary | None:
-    """Where learning begins; None where that is in the first block or in front of it."""
-    blocks = getattr(encoder.vit, "blocks", None)
-    norm = getattr(encoder.vit, "norm", None)
+def first_to_learn(vit: nn.Module) -> int | None:
+    """Number of the block where learning begins; None where that is the first, or before it."""
+    blocks, norm = getattr(vit, "blocks", None), getattr(vit, "norm", None)
     if blocks is None or norm is None:
         return None
-    learns = {id(p) for p in encoder.vit.parameters() if p.requires_grad}
+    learns = {id(p) for p in vit.parameters() if p.requires_grad}
     behind = {id(p) for p in norm.parameters()}
     first = len(blocks)
     while first and not learns <= behind:
         first -= 1
         behind |= {id(p) for p in blocks[first].parameters()}
-    if first in (0, len(blocks)):
+    return first if 0 < first < len(blocks) else None
+
+
+def find_boundary(encoder: Encoder, precision: str = "fp32") -> Boundary | None:
+    """Where learning begins; None where there is nothing to spare, or the model is another make."""
+    first = first_to_learn(encoder.vit)
+    if first is None:
         return None
     boundary = Boundary(encoder, first, precision)
     return boundary if boundary.agrees() else None

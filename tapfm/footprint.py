@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt import make_strategy, spell
 from tapfm.backbones import Backbone, Encoder, build
+from tapfm.boundary import Boundary, first_to_learn
 from tapfm.memory import saved_bytes
 
 GIB = 2**30
@@ -158,8 +159,12 @@ class Footprint:
             with FakeTensorMode(), FlopCounterMode(display=False) as counter:
                 # on the CPU, since without a GPU autograd cannot run backward for one
                 encoder, pixels = self._fake(vit, "cpu", torch.float32, setup, tiles=1)
-                encoder(pixels)
-                z_CD, score_C = encoder(pixels)
+                encode, first = encoder, first_to_learn(vit)
+                if first is not None:  # what is frozen in front is computed in pass 1 only
+                    boundary = Boundary(encoder, first)
+                    encode, pixels = boundary.encode, boundary.tokens(pixels)
+                encode(pixels)
+                z_CD, score_C = encode(pixels)
                 (z_CD.sum() + score_C.sum()).backward()
             return (counter.get_total_flops(),)
 
@@ -174,7 +179,7 @@ class Footprint:
         key = (*key, repr(spec))
         if key not in self._counted:
             depth, n = self.depth, spec.get("n", 0)
-            if spec["name"] not in ("full", "last_n", "lora") or depth < 4:
+            if spec["name"] not in ("full", "last_n", "lora") or depth < 4 or n == depth:
                 found = count(depth, spec)
             elif spec["name"] != "last_n":
                 two, three = count(2, spec), count(3, spec)

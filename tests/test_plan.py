@@ -15,6 +15,7 @@ from tapfm import footprint as counting
 from tapfm import plan as planning
 from tapfm.adapt import make_strategy
 from tapfm.backbones import BackboneError, Encoder, build, find
+from tapfm.boundary import find_boundary
 from tapfm.footprint import PHASES, Cost, Footprint, Setup
 from tapfm.memory import saved_bytes
 from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
@@ -134,15 +135,28 @@ def test_a_real_step_holds_and_computes_what_was_counted(case):
     real = saved_bytes(lambda: encoder(pixels), but=encoder.parameters())
     tile, rest = footprint("demo_vit").held(setup)
     assert tiles * tile + rest == pytest.approx(real, rel=2e-3)
+    encode, inputs, boundary = encoder, pixels[:1], find_boundary(encoder)
     with FlopCounterMode(display=False) as counter:
+        if boundary:
+            encode, inputs = boundary.encode, boundary.tokens(inputs)
         with torch.no_grad():
-            encoder(pixels[:1])
-        z, score = encoder(pixels[:1])
+            encode(inputs)
+        z, score = encode(inputs)
         (z.sum() + score.sum()).backward()
     assert footprint("demo_vit").flops(setup) == counter.get_total_flops()
     cost = footprint("demo_vit").cost(setup)
     learns = [p.numel() for p in encoder.parameters() if p.requires_grad]
     assert (cost.trained, cost.largest) == (sum(learns), max(learns))
+
+
+def test_the_last_quarter_costs_less_than_two_forwards():
+    """1 + 3 n / L of them."""
+    uni = footprint("uni")
+    last, full = (
+        uni.flops(Setup("bf16-true", "master", strategy=strategy))
+        for strategy in ({"name": "last_n", "n": 6}, "full")
+    )
+    assert last / full == pytest.approx((1 + 3 * 6 / 24) / 4, rel=0.01)
 
 
 def test_strategies_and_recomputation_differ():
