@@ -221,21 +221,21 @@ class SlideData(L.LightningDataModule):
             CohortError: a process would have none, and the others would wait for it.
         """
         rank, world = self.place
-        loader = self.streamed("val", rank, world)
-        if world > 1 and len(self.rows("val")) < world:
+        rows = self.rows("val")
+        if world > 1 and len(rows) < world:
             raise CohortError(
-                f"the val split has {len(self.rows('val'))} slides for {world} processes: each "
-                "needs one at least. Train with fewer devices."
+                f"the val split has {len(rows)} slides for {world} processes: each needs one at "
+                "least. Train with fewer devices."
             )
-        return loader
+        return self.streamed(rows[rank::world])
 
     def test_dataloader(self) -> DataLoader:
         """Slides of the test split, all tiles, streamed."""
-        return self.streamed("test")
+        return self.streamed(self.rows("test"))
 
-    def streamed(self, split: str, first: int = 0, every: int = 1) -> DataLoader:
-        """Slides of a split in the table's order, all tiles, read as the model asks for them."""
-        bags = [self.bag(row) for row in self.rows(split)[first::every]]
+    def streamed(self, rows: list[SlideRow]) -> DataLoader:
+        """Slides in the table's order, all tiles, read as the model asks for them."""
+        bags = [self.bag(row) for row in rows]
         return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
 
     def bag(self, row: SlideRow) -> Bag:

@@ -68,7 +68,9 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     for folder in folders:
         model = models.load(folder / BEST).to(device)
         check_same_data(folder, folders[0])
-        predictions = predict_all(model, data.streamed(split), first.model.chunk, folder.name)
+        predictions = predict_all(
+            model, data.streamed(data.rows(split)), first.model.chunk, folder.name
+        )
         write_predictions(folder / f"predictions_{split}.csv", model.recipe.labels, predictions)
         for each in predictions:
             index = data.opener.index(rows[each.slide_id])
@@ -136,7 +138,7 @@ def feature_bags(
 ) -> list[FeatureBag]:
     """Of every slide of a split that can be read."""
     bags = []
-    for bag in tqdm(data.streamed(split), desc=f"{kind} {split}", unit=" slides"):
+    for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags

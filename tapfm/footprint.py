@@ -111,14 +111,12 @@ class Footprint:
 
     def cost(self, setup: Setup) -> Cost:
         """Count it; a second or so for each scheme."""
-        whole = self._first_blocks(self.depth, setup.strategy)
-        sizes = [p.numel() for p in whole.parameters() if p.requires_grad]
-        plain = Setup(setup.precision)
-        block, casts = self.held(plain)
+        parameters, trained, largest = self.sizes(setup.strategy)
+        block, casts = self.held(Setup(setup.precision))
         return Cost(
-            parameters=sum(p.numel() for p in whole.parameters()),
-            trained=sum(sizes),
-            largest=max(sizes),
+            parameters=parameters,
+            trained=trained,
+            largest=largest,
             tile=self.held(setup)[0],
             casts=casts,
             block=block // self.depth,
@@ -140,6 +138,15 @@ class Footprint:
             "step": learning + AT_ONCE[setup.optimizer] * cost.largest,
         }
         return {phase: total[phase] / GIB + CONTEXT_GIB for phase in PHASES}
+
+    def sizes(self, strategy: Any) -> tuple[int, ...]:
+        """Parameters, those that learn, and the numbers of the largest tensor that does."""
+        key = "sizes", repr(spell(make_strategy(strategy)))
+        if key not in self._counted:
+            every = list(self._first_blocks(self.depth, strategy).parameters())
+            learn = [p.numel() for p in every if p.requires_grad]
+            self._counted[key] = sum(p.numel() for p in every), sum(learn), max(learn)
+        return self._counted[key]
 
     def held(self, setup: Setup) -> tuple[int, int]:
         """Bytes the forward leaves for backward: a tile's, and those that no tile adds to."""

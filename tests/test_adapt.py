@@ -5,6 +5,7 @@ passes give the one-graph gradient; a checkpoint holds what was trained and give
 merged export is the adapted model. A new strategy is a row of `CASES`.
 """
 
+import copy
 from dataclasses import replace
 from typing import get_args
 
@@ -647,3 +648,26 @@ def test_bf16_autocast_runs_and_trains(case):
     assert z.dtype == score.dtype == torch.float32
     (z.sum() + score.sum()).backward()
     assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.requires_grad)
+
+
+@each_case
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_copy_is_a_model_of_its_own(case, recompute):
+    encoder, fresh = tiny_encoder(recompute=recompute), tiny_encoder()
+    for each in (encoder, fresh):
+        make_strategy(CASES[case]).prepare(each.vit)
+        each.eval()
+    twin = copy.deepcopy(encoder)
+    before, tiles = encoder(random_tiles(2)), random_tiles(2)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter += 0.1
+    for now, then in zip(encoder(tiles), before, strict=True):
+        assert torch.equal(now, then)
+    z, score = twin(tiles)
+    assert (z - before[0]).abs().max() > 1e-3
+    fresh.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(z, fresh(tiles)[0], rtol=1e-12, atol=1e-12)
+    (z.sum() + score.sum()).backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in encoder.parameters())

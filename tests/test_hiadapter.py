@@ -3,8 +3,6 @@
 The contract that every strategy holds (start, gradients, checkpoint, counts) is in test_adapt.py.
 """
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,27 +145,6 @@ def test_colour_reaches_the_feature_through_the_adapter():
         with torch.no_grad():
             blind.vit.patch_embed.proj.weight.zero_()
         torch.testing.assert_close(*blind(tiles)[0], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_copy_is_a_model_of_its_own(recompute):
-    encoder, fresh = tiny_encoder(recompute=recompute).eval(), tiny_encoder().eval()
-    make_strategy(SPEC).prepare(encoder.vit)
-    make_strategy(SPEC).prepare(fresh.vit)
-    twin = copy.deepcopy(encoder)
-    before, tiles = encoder(random_tiles(2)), random_tiles(2)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter += 0.1
-    for now, then in zip(encoder(tiles), before, strict=True):
-        assert torch.equal(now, then)
-    z, score = twin(tiles)
-    assert (z - before[0]).abs().max() > 1e-3
-    fresh.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(z, fresh(tiles)[0], rtol=1e-12, atol=1e-12)
-    (z.sum() + score.sum()).backward()
-    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
-    assert all(p.grad is None for p in encoder.parameters())
 
 
 def test_its_noise_is_found_where_noise_is_looked_for():
