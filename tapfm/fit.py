@@ -32,6 +32,7 @@ from tapfm.files import replacing
 from tapfm.footprint import CONTEXT_GIB, Setup
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
+from tapfm.processes import part
 
 CONFIG = "config.yaml"
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
@@ -124,6 +125,7 @@ def run_fit(arguments: Sequence[str]) -> int:
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
+    part()
     if not trainer.is_global_zero:
         return 0
     if expected:

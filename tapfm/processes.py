@@ -48,3 +48,13 @@ def gather(mine: T) -> list[T]:
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def part() -> None:
+    """The end of what is common: all wait for the slowest, then each goes its own way.
+
+    A process that ends with the others' connections still open may be aborted by them.
+    """
+    if several():
+        dist.barrier()
+        dist.destroy_process_group()
