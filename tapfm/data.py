@@ -244,6 +244,10 @@ class SlideData(L.LightningDataModule):
         count = len(self.opener.index(row).coords0)
         return Bag(row.slide_id, row.case_id, CohortTiles(self, row), count, labels_K, seed=0)
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
+        """Tiles stay in host memory; the engine moves a chunk at a time."""
+        return batch
+
     def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:
         """What the loaders give, as the trainer takes it; skipped slides are noted, and None."""
         if isinstance(batch, Bag):

@@ -321,10 +321,6 @@ class SlideModule(L.LightningModule):
         self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)
         self.meter = PhaseMeter(self.device)
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        """Tiles stay in host memory; `SlideModel.encode` moves a chunk at a time."""
-        return batch
-
     def validation_step(self, bag: Bag, index: int) -> None:
         """All tiles, the same forward path as training."""
         try:
@@ -352,7 +348,7 @@ class SlideModule(L.LightningModule):
         if each:
             figures["val/auroc"] = torch.stack(each).mean()
         for name, value in figures.items():
-            self.log(name, value, prog_bar=name == "val/auroc")
+            self.log(name, value, prog_bar=name == "val/auroc", sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """What resuming needs beside optimizers and loops; frozen weights are at their source."""
