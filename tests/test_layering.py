@@ -103,6 +103,7 @@ def test_nothing_imports_the_command_line():
         "split",
         "index",
         "plan",
+        "probe",
         "test",
         "predict",
         "heatmap",
