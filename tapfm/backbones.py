@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from tapfm.attention import ClsTap, NoClsAttentionError
@@ -187,9 +188,9 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
             f"{row.key}: timm {timm.__version__} does not have {row.arch}. "
             "Run: pip install --upgrade timm"
         )
-    vit = timm.create_model(
-        row.arch, pretrained=False, num_classes=0, img_size=row.tile_px, **{**row.kwargs, **kwargs}
-    )
+    given = {"num_classes": 0, "img_size": row.tile_px, **row.kwargs, **kwargs}
+    with _RatesOnCpu():
+        vit = timm.create_model(row.arch, pretrained=False, **given)
     patch = vit.patch_embed.patch_size[0]
     if tile_px % patch:
         below = tile_px // patch * patch
@@ -200,6 +201,16 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
     if tile_px != row.tile_px:
         vit.set_input_size(img_size=tile_px)
     return vit
+
+
+class _RatesOnCpu(TorchFunctionMode):
+    """Older timm (1.0.20) reads drop-path rates off a tensor, which has none on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
 
 
 def load(

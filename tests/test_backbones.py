@@ -67,6 +67,21 @@ def test_wrong_kwargs_show_in_the_count():
         assert sum(p.numel() for p in vit.parameters()) != row.parameters
 
 
+def test_a_timm_that_reads_rates_off_a_tensor_builds_on_the_meta_device(monkeypatch):
+    """As timm 1.0.15 to 1.0.20 do; under torch 2.15 a tensor on the meta device has no numbers."""
+    create, rates = timm.create_model, []
+
+    def create_as_of_old(*args, **kwargs):
+        rates.extend(x.item() for x in torch.linspace(0, 0.3, 4))
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create_as_of_old)
+    with torch.device("meta"):
+        vit = build(find("demo_vit"))
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert all(parameter.is_meta for parameter in vit.parameters())
+
+
 def test_rows_say_what_they_may():
     for row in ROWS:
         assert row.feature in FEATURES
