@@ -57,7 +57,7 @@ class Part:
     """What was found of one part of the encoder."""
 
     name: str
-    """`front` (patches, tokens, positions), `block 0` and so on, `norm`."""
+    """`front` (patches, tokens, positions), `block 0` and so on, `norm` (and a head, if any)."""
     parameters: int
     weight_norm: float
     gradient_norm: float
@@ -190,7 +190,7 @@ def parts_of(vit: nn.Module) -> dict[str, list[nn.Parameter]]:
     parts |= {f"block {number}": [] for number in range(len(vit.blocks))} | {"norm": []}
     for name, parameter in vit.named_parameters():
         first, *rest = name.split(".")
-        behind = first in ("norm", "fc_norm")
+        behind = first in ("norm", "fc_norm", "head")
         part = f"block {rest[0]}" if first == "blocks" else "norm" if behind else "front"
         parts[part].append(parameter)
     return parts
