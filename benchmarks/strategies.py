@@ -70,11 +70,11 @@ def main() -> int:
                         help="another leaves README.md alone (%(default)s)")  # fmt: skip
     parser.add_argument("--cell", action="store_true", help="run the one cell in this process")
     arguments = parser.parse_args()
-    for name in arguments.strategies:
-        try:  # what is misspelt is said before hours are spent
-            name == FROZEN or learning_rate(name)
-        except ValueError as fault:
-            parser.error(str(fault))
+    try:  # what is misspelt is said before hours are spent
+        for name in {*arguments.strategies} - {FROZEN}:
+            learning_rate(name)
+    except ValueError as fault:
+        parser.error(str(fault))
     if arguments.cell:
         return run_cell(arguments.strategies[0], arguments.seeds[0], arguments)
     results, failed = read_results(arguments.result, arguments.epochs), 0
