@@ -27,7 +27,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "masters": set(),
     "metrics": set(),
     "memory": set(),
-    "surgery": set(),
+    "surgery": {"optim"},
     "pixels": set(),
     "prototypes": set(),
     "lowrank": {"surgery"},
