@@ -46,37 +46,12 @@ def main() -> int:
 
 def run_seed(seed: int, work: Path) -> dict:
     """Paint, index, fit both aggregators side by side, test; figures and seconds of each stage."""
-    about, seconds = facts("cpu"), {}
-
-    def stage(name: str, *commands: list[str]) -> None:
-        began = time.perf_counter()
-        one_core = {**os.environ, "OMP_NUM_THREADS": "1"} if len(commands) > 1 else None
-        running = [subprocess.Popen([TAPFM, *command], env=one_core) for command in commands]
-        codes = [process.wait() for process in running]
-        if any(codes):
-            raise SystemExit(f"demo seed {seed}: {name} failed")
-        seconds[name] = round(time.perf_counter() - began)
-
-    config = yaml.safe_load(CONFIG.read_text())
-    data = work / "data"
-    for key, name in (("table", "cohort.csv"), ("index_dir", "index"), ("cache_dir", "cache")):
-        config["data"][key] = str(data / name)
-    work.mkdir(parents=True, exist_ok=True)
-    changed = work / "config.yaml"
-    changed.write_text(yaml.safe_dump(config))
-    run = [
-        "--config",
-        str(changed),
-        "--seed_everything",
-        str(seed),
-        "--run_dir",
-        str(work / "runs"),
-    ]
-
-    stage("demo", ["demo", "--seed", str(seed), "--out", str(data)])
-    stage("index", ["index", "--config", str(changed)])
-    stage("fit", *(["fit", *run, "--model.aggregator", arm, *own] for arm, own in ARMS.items()))
-    stage("test", ["test", "--run", str(work / "runs")])
+    about = facts("cpu")
+    config, seconds = prepare(seed, work)
+    run = ["--config", str(config), "--seed_everything", str(seed), "--run_dir", str(work / "runs")]
+    fits = [["fit", *run, "--model.aggregator", arm, *own] for arm, own in ARMS.items()]
+    seconds["fit"] = stage(f"demo seed {seed}: fit", *fits)
+    seconds["test"] = stage(f"demo seed {seed}: test", ["test", "--run", str(work / "runs")])
     report = work / "runs" / "report_test"
     return {
         **about,
@@ -84,6 +59,33 @@ def run_seed(seed: int, work: Path) -> dict:
         "tile_auroc": json.loads((report / "tile_auroc_test.json").read_text()),
         **json.loads((report / "metrics_test.json").read_text()),
     }
+
+
+def prepare(seed: int, work: Path) -> tuple[Path, dict[str, int]]:
+    """Paint and index a seed's cohort below `work`: its config, and the seconds of both."""
+    config = yaml.safe_load(CONFIG.read_text())
+    data = work / "data"
+    for key, name in (("table", "cohort.csv"), ("index_dir", "index"), ("cache_dir", "cache")):
+        config["data"][key] = str(data / name)
+    work.mkdir(parents=True, exist_ok=True)
+    changed = work / "config.yaml"
+    changed.write_text(yaml.safe_dump(config))
+    paint = ["demo", "--seed", str(seed), "--out", str(data)]
+    return changed, {
+        "demo": stage(f"demo seed {seed}: demo", paint),
+        "index": stage(f"demo seed {seed}: index", ["index", "--config", str(changed)]),
+    }
+
+
+def stage(title: str, *commands: list[str]) -> int:
+    """Commands of tapfm side by side, a core each where there are several: their seconds."""
+    began = time.perf_counter()
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"} if len(commands) > 1 else None
+    running = [subprocess.Popen([TAPFM, *command], env=one_core) for command in commands]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit(f"{title} failed")
+    return round(time.perf_counter() - began)
 
 
 def table(results: dict) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from tapfm.attention import ClsTap, NoClsAttentionError
@@ -42,10 +44,24 @@ def _names() -> Mapping[str, Backbone]:
             assert names.setdefault(_plain(name), row) is row, f"{name} names two models"
     for name, row in list(names.items()):
         for feature in ("cls", "cls+mean") if row.prefix_tokens else ():
-            key = f"{row.key}_{feature.replace('+', '_')}"
-            other = row if feature == row.feature else replace(row, key=key, feature=feature)
+            other = row if feature == row.feature else _with_feature(row, feature)
             names.setdefault(name + _plain(feature), other)
     return MappingProxyType(names)
+
+
+def _with_feature(row: Backbone, feature: str) -> Backbone:
+    """The same model read another way, without a head that then has no use."""
+    other = replace(row, key=f"{row.key}_{feature.replace('+', '_')}", feature=feature)
+    if row.head is None:
+        return other
+    unused = sum(p.numel() for p in _head(row, torch.device("meta")).parameters())
+    return replace(other, head=None, parameters=row.parameters - unused)
+
+
+def _head(row: Backbone, device: torch.device | None = None) -> nn.Module:
+    make, dim = row.head
+    with device or nullcontext():
+        return make(row.width, dim)
 
 
 BACKBONES: Mapping[str, Backbone] = MappingProxyType({row.key: row for row in ROWS})
@@ -148,6 +164,8 @@ class Encoder(nn.Module):
         """Features and raw scores from the tokens behind the final norm."""
         if self.row.feature == "mean":
             z_CD = self.vit.forward_head(tokens, pre_logits=True)
+        elif self.row.feature == "head":
+            z_CD = self.vit.head(tokens)
         else:
             z_CD = tokens[:, 0]
         if self.row.feature == "cls+mean":
@@ -187,9 +205,11 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
             f"{row.key}: timm {timm.__version__} does not have {row.arch}. "
             "Run: pip install --upgrade timm"
         )
-    vit = timm.create_model(
-        row.arch, pretrained=False, num_classes=0, img_size=row.tile_px, **{**row.kwargs, **kwargs}
-    )
+    given = {"num_classes": 0, "img_size": row.tile_px, **row.kwargs, **kwargs}
+    with _RatesOnCpu():
+        vit = timm.create_model(row.arch, pretrained=False, **given)
+    if row.head is not None:
+        vit.head = _head(row)
     patch = vit.patch_embed.patch_size[0]
     if tile_px % patch:
         below = tile_px // patch * patch
@@ -200,6 +220,16 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
     if tile_px != row.tile_px:
         vit.set_input_size(img_size=tile_px)
     return vit
+
+
+class _RatesOnCpu(TorchFunctionMode):
+    """Older timm (1.0.20) reads drop-path rates off a tensor, which has none on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
 
 
 def load(
@@ -236,6 +266,20 @@ def load(
     return Encoder(vit, row, recompute=recompute)
 
 
+def _parts(state: Mapping[str, Tensor], row: Backbone) -> Mapping[str, Tensor]:
+    """The parts of a publisher's model that its row is made of, by our names."""
+    if not any(key.startswith(theirs) for theirs, _ in row.parts for key in state):
+        return state
+    named = {
+        ours + key.removeprefix(theirs): value
+        for theirs, ours in row.parts
+        for key, value in state.items()
+        if key.startswith(theirs)
+    }
+    # layer scale, as `transformers` renames it in files it saves
+    return {re.sub(r"(\.ls\d)\.weight$", r"\1.gamma", key): value for key, value in named.items()}
+
+
 def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> None:
     """Load a publisher's state dict strictly, resampling position embeddings where sizes differ.
 
@@ -247,7 +291,7 @@ def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> No
     ].checkpoint_filter_fn  # each family of timm has its own
     patch = "patch_embed.proj.weight"
     try:
-        plain = {k: v.float() for k, v in bare(state).items()}
+        plain = {k: v.float() for k, v in _parts(bare(state), row).items()}
         if patch in plain and plain[patch].shape[-2:] != vit.patch_embed.proj.weight.shape[-2:]:
             raise KeyError(f"its patches are of {plain[patch].shape[-1]} px")  # timm would resize
         state = timms(plain, vit)

@@ -107,6 +107,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tile-px", type=int, default=None, help="side of a tile; the model's own")
     plan.set_defaults(do=run_plan)
 
+    probe = verbs.add_parser("probe", help="which blocks a cohort's labels pull at: n for last_n")
+    probe.add_argument(
+        "--config", type=Path, action="append", required=True, help="YAML, as of fit"
+    )
+    probe.add_argument("--out", type=Path, default=Path("probe"), help="folder (%(default)s)")
+    probe.add_argument("--slides", type=int, default=32, help="training slides (%(default)s)")
+    probe.add_argument("--epochs", type=int, default=3, help="of the trial fit (%(default)s)")
+    probe.set_defaults(do=run_probe)
+
     fit = verbs.add_parser("fit", help="train; `tapfm fit --help` lists every key", add_help=False)
     fit.set_defaults(do=None)
 
@@ -274,6 +283,13 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from tapfm.plan import run_plan
 
     return run_plan(arguments.model, arguments.gpu, arguments.tile_px)
+
+
+def run_probe(arguments: argparse.Namespace) -> int:
+    """`tapfm probe`."""
+    from tapfm.probe import run_probe
+
+    return run_probe(arguments.config, arguments.out, arguments.slides, arguments.epochs)
 
 
 def run_test(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 from tapfm import __version__
-from tapfm.backbones import Encoder
+from tapfm.backbones import BackboneError, Encoder
 from tapfm.files import replacing
 from tapfm.model import load_encoder
 
@@ -87,6 +87,11 @@ def run_export(model: str, weights: str | None, out: Path) -> int:
     """
     encoder, header, fingerprint = load_encoder(model, weights)
     row = encoder.row
+    if row.feature == "head":
+        raise BackboneError(
+            f"{row.key}: its feature is that of a head which timm does not have, so it cannot be "
+            f"written as a plain timm model. Use `tapfm features`, or train {row.key}-cls."
+        )
     provenance = {
         "model": row.key,
         "source": row.source,

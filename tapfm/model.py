@@ -28,7 +28,7 @@ from tapfm.aggregators import make_aggregator
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.files import replacing
-from tapfm.fingerprint import state_fingerprint
+from tapfm.fingerprint import fingerprint
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
 
@@ -213,8 +213,7 @@ def load_encoder(
     """
     if not model.endswith(".safetensors"):
         encoder = backbones.load(model, weights, tile_px=tile_px).eval()
-        plain = encoder.vit.state_dict()
-        return encoder, {}, state_fingerprint(encoder.row, plain, encoder.tile_px)
+        return encoder, {}, _fingerprint(encoder)
     recipe, facts = read_recipe(Path(model))
     if weights is not None:
         raise CheckpointError(f"{model}: has its own weights; leave --weights out")
@@ -224,13 +223,19 @@ def load_encoder(
             f"Use --tile-px {recipe.tile_px}."
         )
     adapted = load(Path(model))
-    row, px = adapted.encoder.row, recipe.tile_px
-    plain = adapted.strategy.export(adapted.encoder.vit)
-    vit = backbones.build(row, px)
-    backbones.load_state(vit, row, plain)
+    row = adapted.encoder.row
+    vit = backbones.build(row, recipe.tile_px)
+    backbones.load_state(vit, row, adapted.strategy.export(adapted.encoder.vit))
     print(f"{model}: adapted from {row.terms}", file=sys.stderr)
     encoder = backbones.Encoder(vit, row).eval()
-    return encoder, {**asdict(recipe), **facts}, state_fingerprint(row, plain, px)
+    return encoder, {**asdict(recipe), **facts}, _fingerprint(encoder)
+
+
+def _fingerprint(encoder: backbones.Encoder) -> str:
+    """Of an encoder in float32, which is left as it was, to the bit."""
+    found = fingerprint(encoder)
+    encoder.float()
+    return found
 
 
 def load_weights(model: SlideModel, path: Path) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 from timm.layers import SwiGLUPacked
 from torch import nn
 
+from tapfm.heads import AttentionPool, Projection
+
 Triple = tuple[float, float, float]
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -36,7 +38,7 @@ LUNIT: tuple[Triple, Triple] = (
     (0.70322989, 0.53606487, 0.66096631),
     (0.21716536, 0.26081574, 0.20723464),
 )
-FEATURES = ("cls", "cls+mean", "mean")
+FEATURES = ("cls", "cls+mean", "mean", "head")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Backbone:
     mpp: float = 0.5
     """Microns per pixel it was trained at, or the most usual of several."""
     feature: str = "cls"
-    """`cls`; `cls+mean`: CLS joined with the mean patch token; `mean`: the mean token alone."""
+    """`cls`; `cls+mean`: CLS joined with the mean patch token; `mean`: the mean token alone;
+    `head`: what `head` makes of the tokens."""
     stats: tuple[Triple, Triple] = IMAGENET
     """Mean and standard deviation of its inputs."""
     precision: str = "fp32"
@@ -76,10 +79,16 @@ class Backbone:
     """What other toolkits mean by the name, where they disagree."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the architecture's defaults."""
+    head: tuple[type[nn.Module], int] | None = None
+    """Of `tapfm.heads`, and the width of its feature; behind timm's model, as its `head`."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Beginnings of the publisher's names, and ours; other names are of networks not used here."""
 
     @property
     def dim(self) -> int:
         """Width of the feature the publisher prescribes."""
+        if self.feature == "head":
+            return self.head[1]
         return self.width * (2 if self.feature == "cls+mean" else 1)
 
     @property
@@ -172,6 +181,10 @@ ROWS = (
         "hibou_b", "hf-hub:histai/hibou-b", "vit_base_patch14_reg4_dinov2", 768, 5, 85_727_232,
         "Apache-2.0", stats=HIBOU, gated=True,
     ),
+    Backbone(  # ViT-L/14 has 303.2 M; the published 303.7 M are a SwiGLU's (not verified otherwise)
+        "hibou_l", "hf-hub:histai/hibou-L", "vit_large_patch14_reg4_dinov2", 1024, 5, 303_657_216,
+        "Apache-2.0", stats=HIBOU, gated=True, kwargs={"mlp_ratio": 5.34375, **_SWIGLU},
+    ),
     Backbone(
         "midnight_12k", "hf-hub:kaiko-ai/midnight", "vit_giant_patch14_dinov2", 1536, 1,
         1_134_769_664, "MIT", feature="cls+mean", stats=HALF, precision="fp16",
@@ -193,6 +206,20 @@ ROWS = (
     Backbone(
         "pathorchestra", "hf-hub:AI4Pathology/PathOrchestra", "vit_large_patch16_224", 1024, 1,
         303_350_784, "CC-BY-NC-ND", precision="fp16", gated=True, kwargs=_SCALED,
+    ),
+    Backbone(  # `visual_head` stands behind `visual`; the text tower is left out
+        "keep", "hf-hub:Astaxanthin/KEEP", "vit_large_patch16_224", 1024, 1, 304_728_576, "MIT",
+        feature="head", precision="fp16", note=_WHOLE_TILE, kwargs=_SCALED, head=(Projection, 768),
+        parts=(("visual.", ""), ("visual_head.", "head.")),
+    ),
+    Backbone(  # not verified: timm's resampling of 14 x 14 published positions to 28 x 28
+        "conch_v1_5", "hf-hub:MahmoodLab/conchv1_5", "vit_large_patch16_224", 1024, 1, 306_711_296,
+        _NC_ND, tile_px=448, feature="head", precision="fp16", gated=True, aliases=("conchv1_5",),
+        file="pytorch_model_vision.bin", kwargs={"init_values": 1.0}, head=(AttentionPool, 768),
+        note="the publisher shrinks tiles of 512 px at 0.5 to 448: ask for --mpp 0.5714",
+        parts=(
+            ("trunk.", ""), ("attn_pool_contrast.", "head."), ("ln_contrast.", "head.norm."),
+        ),
     ),
     Backbone(
         "kaiko_s16", _KAIKO_HUB.format("vit_small_patch16_224"), "vit_small_patch16_224", 384, 1,
@@ -299,14 +326,11 @@ ROWS = (
 
 LEFT_OUT: Mapping[str, str] = MappingProxyType(
     {
-        "conch": "its feature is a CoCa pooler's, which timm cannot build",
-        "conch_v1.5": "its feature is an attentional pooler's, which timm cannot build",
+        "conch": "its feature is a CoCa pooler's, which timm cannot build; conch_v1_5 has a row",
         "ctranspath": "a Swin behind a convolutional stem that timm lacks, whose batch norm would "
         "make a tile's feature depend on its chunk; swin_t is the Swin there is",
         "exaonepath": "an architecture of its own, on tiles normalised by Macenko's method",
         "genbio_pathfm": "it joins three one-channel passes and has no CLS attention over a tile",
-        "hibou_l": "303.7 M parameters were published and ViT-L/14 with 4 registers has 303.2 M",
-        "keep": "its feature is that of a projection head whose widths were not published",
         "musk": "a BEiT-3 of its own package, which timm cannot build",
         "plip": "a CLIP whose feature is a text-aligned projection, which no aggregator here reads",
         "rudolfv2": "an architecture that its publisher keeps in code of his own",

@@ -10,13 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tapfm.optim import parameter_groups
+
 
 class StrategyError(ValueError):
     """A strategy cannot be configured, or cannot be used with this model, as asked."""
+
+
+class Inserted:
+    """A strategy that leaves the model frozen and puts in modules that no plain timm model has."""
+
+    name: ClassVar[str]
+    """As users give it."""
+    adds: ClassVar[str]
+    """What it puts in, for messages."""
+
+    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """All that was put in; prompts, biases and norms without weight decay."""
+        return parameter_groups(vit.named_parameters(), lr, weight_decay)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """There is none.
+
+        Raises:
+            StrategyError: always.
+        """
+        raise StrategyError(
+            f"model.strategy: {self.name} cannot be merged: a plain timm model has no place for "
+            f"{self.adds}. Use the run's best.safetensors with tapfm, or train lora, whose changes "
+            "can."
+        )
 
 
 def train_only(vit: nn.Module, learns: Callable[[str], bool]) -> None:

@@ -51,6 +51,12 @@ def test_a_strategys_config_goes_behind_any_cohorts(config, capsys):
     assert model["steps"]["head_lr"] == 3e-3, "the rest stays the cohort's"
 
 
+def test_every_strategy_has_a_config_and_none_is_left_over():
+    from tapfm.adapt import STRATEGIES
+
+    assert {config.stem for config in STRATEGY_CONFIGS} == set(STRATEGIES)
+
+
 def test_make_puts_a_strategys_config_behind_the_cohorts():
     def lines(*arguments):
         command = ["make", "-n", "train", *arguments]

@@ -89,7 +89,10 @@ def test_a_plain_model_is_exported_too(tmp_path):
     assert (facts["tile_px"], facts["mpp"]) == (112, 0.5)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
+EXPORTED = [row for row in ROWS if row.feature != "head"]  # timm has no heads: refused
+
+
+@pytest.mark.parametrize("row", EXPORTED, ids=lambda row: row.key)
 def test_every_rows_readme_builds_its_model(row, tmp_path, monkeypatch):
     """The spelt-out call makes the row's model: the same parameters, at the same size."""
     if not timm.is_model(row.arch) or row.parameters > 4e8:

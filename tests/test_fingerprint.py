@@ -5,6 +5,7 @@ from tiny import tiny_encoder
 
 from tapfm.backbones import Encoder, build, find, load
 from tapfm.fingerprint import fingerprint, known_tiles, state_fingerprint
+from tapfm.model import load_encoder
 
 
 def test_fingerprint_is_of_the_weights_and_not_of_the_arithmetic():
@@ -66,3 +67,17 @@ def test_of_plain_weights_at_the_tile_size_they_are_for():
 def test_the_feature_shows():
     joined = fingerprint(load("demo-vit-cls-mean").eval())
     assert joined != fingerprint(load("demo-vit").eval())
+
+
+def test_an_encoder_that_was_named_is_as_it_was():
+    """The name is taken in float64, of the encoder itself; its weights come back to the bit."""
+    encoder, _, name = load_encoder("demo_vit")
+    plain = load("demo_vit").eval()
+    assert name == fingerprint(load("demo_vit").eval())
+    for (key, ours), theirs in zip(
+        encoder.state_dict(keep_vars=True).items(), plain.state_dict().values(), strict=True
+    ):
+        assert ours.dtype == theirs.dtype, key
+        assert torch.equal(ours, theirs), key
+    assert encoder.mean.dtype == torch.float32
+    assert torch.equal(encoder.mean, plain.mean)

@@ -19,6 +19,11 @@ MAKES = {  # a row of the registry, its model in `transformers`, timm's kwargs o
     "phikon_v2": ("Dinov2", {"patch_size": 8}, {}),
     "midnight_12k": ("Dinov2", {"patch_size": 8, "use_swiglu_ffn": True}, {"mlp_ratio": 5.33334}),
     "hibou_b": ("Dinov2WithRegisters", {"patch_size": 8, "num_register_tokens": 4}, {}),
+    "hibou_l": (
+        "Dinov2WithRegisters",
+        {"patch_size": 8, "num_register_tokens": 4, "use_swiglu_ffn": True},
+        {"mlp_ratio": 5.33334},
+    ),
 }
 
 
@@ -49,6 +54,20 @@ def test_features_are_those_of_transformers(key, tmp_path):
     if row.feature == "cls+mean":
         expected = torch.cat([expected, tokens[:, row.prefix_tokens :].mean(1)], 1)
     torch.testing.assert_close(z_CD, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hibou_l_has_the_size_of_a_swiglu():
+    """The width of its MLP is `transformers`' for a ViT-L with SwiGLU."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = transformers.Dinov2WithRegistersConfig(
+        **size, image_size=224, patch_size=14, num_register_tokens=4, use_swiglu_ffn=True
+    )
+    with torch.device("meta"):
+        reference = transformers.Dinov2WithRegistersModel(config)
+    counted = sum(parameter.numel() for parameter in reference.parameters())
+    counted -= reference.embeddings.mask_token.numel() + 1024  # CLS's position, which timm adds in
+    assert counted == find("hibou_l").parameters
 
 
 def state(blocks=2, prefix=""):

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.optim import parameter_groups
-from tapfm.surgery import StrategyError, share
+from tapfm.surgery import Inserted, StrategyError, share
 
 
 class Bottleneck(nn.Module):
@@ -48,7 +47,7 @@ class Bottleneck(nn.Module):
 
 
 @dataclass(frozen=True)
-class AdaptFormer:
+class AdaptFormer(Inserted):
     """A bottleneck beside each MLP learns."""
 
     width: int = 64
@@ -58,6 +57,8 @@ class AdaptFormer:
     dropout: float = 0.1
     """Within it, while training."""
     lr: ClassVar[float] = 5e-4
+    name: ClassVar[str] = "adaptformer"
+    adds: ClassVar[str] = "its bottlenecks"
 
     def __post_init__(self):
         if self.width < 1 or not 0 <= self.dropout < 1 or self.scale <= 0:
@@ -80,21 +81,6 @@ class AdaptFormer:
                     f"{type(block).__name__}. Use lora."
                 )
             block.adaptformer = Bottleneck(block, self.width, self.scale, self.dropout)
-
-    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The bottlenecks', biases without weight decay."""
-        return parameter_groups(vit.named_parameters(), lr, weight_decay)
-
-    def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """There is none.
-
-        Raises:
-            StrategyError: always.
-        """
-        raise StrategyError(
-            "model.strategy: adaptformer cannot be merged: a plain timm model has no place for its "
-            "bottlenecks. Use the run's best.safetensors with tapfm, or train lora, which can."
-        )
 
     def describe(self, vit: nn.Module) -> str:
         """How wide, and how much that is."""

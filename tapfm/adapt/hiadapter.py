@@ -42,9 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.optim import parameter_groups
 from tapfm.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
-from tapfm.surgery import StrategyError, need_vit, share
+from tapfm.surgery import Inserted, StrategyError, need_vit, share
 
 PARTS = ("stain", "morphology")
 HEADS = 8  # of the cross-attention
@@ -165,7 +164,7 @@ class MorphologyAdapter(nn.Module):
 
 
 @dataclass(frozen=True)
-class HiAdapter:
+class HiAdapter(Inserted):
     """A stain part and a morphology part beside the frozen model learn."""
 
     parts: tuple[str, ...] = PARTS
@@ -181,6 +180,8 @@ class HiAdapter:
     stains: tuple[str, ...] = ("haematoxylin", "eosin")
     """Maps of the morphology part: some of haematoxylin, eosin, dab."""
     lr: ClassVar[float] = 5e-4
+    name: ClassVar[str] = "hiadapter"
+    adds: ClassVar[str] = "parts that look at the tile"
 
     def __post_init__(self):
         faults = [
@@ -227,22 +228,6 @@ class HiAdapter:
             vit.morphology_adapter = MorphologyAdapter(
                 vit, self.stages, self.reduction, self.stains
             )
-
-    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The parts', biases and norms without weight decay."""
-        return parameter_groups(vit.named_parameters(), lr, weight_decay)
-
-    def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """There is none.
-
-        Raises:
-            StrategyError: always.
-        """
-        raise StrategyError(
-            "model.strategy: hiadapter cannot be merged: a plain timm model has no place for parts "
-            "that look at the tile. Use the run's best.safetensors with tapfm, or train lora, "
-            "whose changes can."
-        )
 
     def describe(self, vit: nn.Module) -> str:
         """Which parts, and how much that is."""

@@ -47,9 +47,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfm.optim import parameter_groups
 from tapfm.pixels import Colours, placed, stem
-from tapfm.surgery import StrategyError, hold_prompts, need_vit, new_prompts, share
+from tapfm.surgery import Inserted, StrategyError, hold_prompts, need_vit, new_prompts, share
 
 PARTS = ("task", "text", "instance")  # in the order of their tokens
 REFINED = 256  # channels of the network that looks at the tile
@@ -146,7 +145,7 @@ class Prompts(nn.Module):
 
 
 @dataclass(frozen=True)
-class PathoTune:
+class PathoTune(Inserted):
     """Prompt tokens learn: free ones, a sentence's and the tile's own."""
 
     parts: tuple[str, ...] = PARTS
@@ -158,6 +157,8 @@ class PathoTune:
     renew: tuple[str, ...] = ("task",)
     """Kinds that every block gets anew; none: all enter before the first block only."""
     lr: ClassVar[float] = 1e-3
+    name: ClassVar[str] = "pathotune"
+    adds: ClassVar[str] = "prompts"
 
     def __post_init__(self):
         faults = [
@@ -201,25 +202,10 @@ class PathoTune:
         if "instance" in self.parts:
             yield "instance", InstancePrompts(vit), 2
 
-    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """All that makes prompts; the free ones without weight decay."""
-        return parameter_groups(vit.named_parameters(), lr, weight_decay)
-
     @staticmethod
     def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """RAdam, the paper's."""
         return torch.optim.RAdam(groups, decoupled_weight_decay=True)
-
-    def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """There is none.
-
-        Raises:
-            StrategyError: always.
-        """
-        raise StrategyError(
-            "model.strategy: pathotune cannot be merged: a plain timm model has no place for "
-            "prompts. Use the run's best.safetensors with tapfm, or train lora, whose changes can."
-        )
 
     def describe(self, vit: nn.Module) -> str:
         """How many prompts of each kind, and how much that is."""

@@ -18,22 +18,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tapfm.optim import parameter_groups
-from tapfm.surgery import StrategyError, hold_prompts, new_prompts, share
+from tapfm.surgery import Inserted, StrategyError, hold_prompts, new_prompts, share
 
 
 @dataclass(frozen=True)
-class VptDeep:
+class VptDeep(Inserted):
     """Prompt tokens learn, n of them before every block."""
 
     n: int = 10
     """Prompts a block."""
     lr: ClassVar[float] = 1e-3
+    name: ClassVar[str] = "vpt_deep"
+    adds: ClassVar[str] = "prompts"
 
     def __post_init__(self):
         if self.n < 1:
@@ -49,21 +50,6 @@ class VptDeep:
             give = partial(_give_prompts, vit, depth, prefix, first_patch)
             block.register_forward_pre_hook(give)
         hold_prompts(vit, self.n)
-
-    def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The prompts, without weight decay."""
-        return parameter_groups(vit.named_parameters(), lr, weight_decay)
-
-    def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """There is none.
-
-        Raises:
-            StrategyError: always.
-        """
-        raise StrategyError(
-            "model.strategy: vpt_deep cannot be merged: a plain timm model has no place for "
-            "prompts. Use the run's best.safetensors with tapfm, or train lora, whose changes can."
-        )
 
     def describe(self, vit: nn.Module) -> str:
         """How many prompts, and how much that is."""

@@ -1,0 +1,270 @@
+"""`tapfm probe`: which blocks a cohort's labels pull at, and how far full fine-tuning moves each.
+
+    1. head        the slide model alone, on frozen features of a few dozen training slides
+    2. gradient    each slide's exact gradient by two passes: per block, norm over the weights' norm
+    3. drift       `tapfm fit` in small, full fine-tuning at the config's learning rates on those
+                   slides and on others; then 1 - linear CKA between a block's CLS tokens before
+                   and after, on tiles of the val split
+
+The rule for `last_n`: the fewest last blocks that together have `SHARE` of the gradient over
+weight, summed over all blocks. Drift enters no rule; it accumulates from the first block to the
+last and says whether the learning rate moves anything at all.
+
+Nothing of the user's is changed: the probe's weights are its own and are thrown away.
+
+Price: the slides are read once for the head, once for the gradient, and once an epoch of the fit.
+Condition: a ViT with a CLS token.
+
+Shapes: N tiles, D features, T tiles of a slide, K labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slides.order import epoch_order
+from slides.stream import BagDataset
+from tapfm.bag import Bag
+from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.data import SlideData
+from tapfm.drift import cls_by_block, linear_cka
+from tapfm.figures import probe_figure
+from tapfm.files import replacing
+from tapfm.fit import read_config
+from tapfm.heatmap import save_figure
+from tapfm.module import SlideModule
+from tapfm.surgery import need_vit
+
+SHARE = 0.8  # of the gradient over weight that the suggested blocks have
+HEAD_PASSES, HEAD_LR = 20, 1e-3  # over the frozen features: seconds
+HELD_OUT = 512  # tiles: CKA of fewer than a few hundred leans high
+
+
+class ProbeError(ValueError):
+    """A cohort cannot be probed as asked."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was found of one part of the encoder."""
+
+    name: str
+    """`front` (patches, tokens, positions), `block 0` and so on, `norm` (and a head, if any)."""
+    parameters: int
+    weight_norm: float
+    gradient_norm: float
+    """Mean over slides."""
+    relative: float
+    """Gradient norm over weight norm, mean over slides."""
+    drift: float
+    """1 - linear CKA of the CLS token behind it; nan where it has none of its own."""
+
+
+def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> int:
+    """Probe a cohort; leaves probe.csv and probe.png in `out`. Returns 0.
+
+    Raises:
+        ProbeError: nothing to train or to compare on.
+        StrategyError: an encoder without a row of blocks and a CLS token.
+    """
+    if slides < 1 or epochs < 1:
+        raise ProbeError(f"probe: slides and epochs must be 1 or more, got {slides} and {epochs}")
+    each = [argument for config in configs for argument in ("--config", str(config))]
+    cli = read_config(
+        [*each, "--model.strategy", "full", "--model.steps.head_first", "0",
+         "--trainer.max_epochs", str(epochs), "--trainer.limit_train_batches", str(slides),
+         "--trainer.limit_val_batches", "0", "--trainer.devices", "1"]
+    )  # fmt: skip
+    module: SlideModule = cli.model
+    data: SlideData = cli.datamodule
+    model = module.slide_model.to(cli.trainer.strategy.root_device)
+    need_vit(model.encoder.vit, "last_n")
+    model.round_weights()  # before anything is compared, so that rounding is no drift
+    data.prepare_data()
+    tiles = held_out(data)
+    count = min(slides, len(data.rows("train")))
+    before, after = fit_head(module, training_bags(data, count), data.seed)
+    print(f"head: loss {before:.3f} to {after:.3f} on frozen features of {count} slides")
+    gradients = slide_gradients(module, training_bags(data, count))
+    cls = cls_by_block(model, tiles, module.chunk)
+    cli.trainer.fit(module.train(), datamodule=data)
+    model.to(cli.trainer.strategy.root_device)  # Lightning takes it back to the CPU
+    drift = [
+        1 - linear_cka(*pair)
+        for pair in zip(cls, cls_by_block(model, tiles, module.chunk), strict=True)
+    ]
+    found = describe(gradients, drift)
+    write_csv(out / "probe.csv", found)
+    n = suggest([part.relative for part in found if part.name.startswith("block")])
+    save_figure(probe_figure(found, n), out / "probe.png")
+    said = (
+        f"Gradient: mean over {count} slides. Drift: 1 - linear CKA of CLS on {len(tiles)} tiles "
+        f"of the val split, after full fine-tuning at {module.encoder_lr:g} for {epochs} x {count} "
+        "slides."
+    )
+    print(report(found, n, said))
+    print(f"{out}: probe.csv, probe.png")
+    return 0
+
+
+def training_bags(data: SlideData, count: int) -> Iterator[Bag]:
+    """The slides that training would take first, as they are on the slide, read one by one."""
+    rows = data.rows("train")
+    order = epoch_order(len(rows), data.seed, 0)[:count]
+    return _bags(data, [rows[number] for number in order], data.tiles_per_slide)
+
+
+def held_out(data: SlideData) -> Tensor:
+    """Some `HELD_OUT` tiles of the val split, as many of each slide.
+
+    Raises:
+        ProbeError: the val split has none.
+    """
+    rows = data.rows("val")[:HELD_OUT]
+    bags = _bags(data, rows, math.ceil(HELD_OUT / max(1, len(rows))))
+    tiles = [bag.tiles for bag in bags]
+    if not tiles:
+        raise ProbeError(
+            "probe: the val split has no slide to measure the drift on. Give the table some: "
+            "`tapfm split` deals one."
+        )
+    return torch.cat(tiles)
+
+
+def _bags(data: SlideData, rows: Sequence, budget: int | None) -> Iterator[Bag]:
+    read = BagDataset(rows, data.opener, budget, data.seed, on_error=data.on_error)
+    for number in range(len(rows)):
+        bag = data.on_before_batch_transfer(read[number], 0)
+        if bag is not None:  # else it is skipped and noted
+            yield bag
+
+
+def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float, float]:
+    """The slide model on features of the encoder as it is: mean loss before and after.
+
+    Raises:
+        ProbeError: no slide could be read.
+    """
+    model = module.slide_model.eval()
+    device, aggregator = model.device, model.aggregator
+    loss = module.loss.to(device)
+    frozen = []
+    for bag in bags:
+        z_TD, score_T, _ = encode_bag(
+            model.encode, bag.tiles.split(module.chunk), seed=bag.seed, device=device
+        )
+        frozen.append((z_TD.detach(), score_T.detach(), bag.labels_K.to(device)))
+    if not frozen:
+        raise ProbeError("probe: no slide of the train split could be read; see the ledger")
+
+    def losses(order: Iterable[int]) -> Iterator[Tensor]:
+        for number in order:
+            z_TD, score_T, labels_K = frozen[number]
+            yield loss(aggregator(z_TD, score_T)[0], labels_K)
+
+    def mean() -> float:
+        with torch.no_grad():
+            return torch.stack([*losses(range(len(frozen)))]).mean().item()
+
+    before, optimizer = mean(), torch.optim.AdamW(aggregator.parameters(), HEAD_LR)
+    for epoch in range(HEAD_PASSES):
+        for value in losses(epoch_order(len(frozen), seed, epoch)):
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+    aggregator.zero_grad(set_to_none=True)
+    return before, mean()
+
+
+def parts_of(vit: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters of the blocks, and of what is in front of and behind them."""
+    parts: dict[str, list[nn.Parameter]] = {"front": []}
+    parts |= {f"block {number}": [] for number in range(len(vit.blocks))} | {"norm": []}
+    for name, parameter in vit.named_parameters():
+        first, *rest = name.split(".")
+        behind = first in ("norm", "fc_norm", "head")
+        part = f"block {rest[0]}" if first == "blocks" else "norm" if behind else "front"
+        parts[part].append(parameter)
+    return parts
+
+
+def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[Part]:
+    """Each part's gradient of the slide loss, by the engine that trains; no weight changes."""
+    model = module.slide_model.eval()
+    parts = parts_of(model.encoder.vit)
+    weight = {name: _norm(each) for name, each in parts.items()}
+    total, count = dict.fromkeys(parts, 0.0), 0
+    for bag in bags:
+        same = {"seed": bag.seed, "device": model.device}
+        z_TD, score_T, _ = encode_bag(model.encode, bag.tiles.split(module.chunk), **same)
+        logits_K, _ = model.aggregator(z_TD, score_T)
+        module.loss(logits_K, bag.labels_K.to(model.device)).backward()
+        adapt_bag(model.encode, bag.tiles.split(module.chunk), z_TD.grad, score_T.grad, **same)
+        for name, each in parts.items():
+            total[name] += _norm([p.grad for p in each if p.grad is not None])
+        model.zero_grad(set_to_none=True)
+        count += 1
+    return [
+        Part(
+            name,
+            sum(p.numel() for p in each),
+            weight[name],
+            total[name] / count,
+            total[name] / count / weight[name] if weight[name] else math.nan,
+            math.nan,
+        )
+        for name, each in parts.items()
+    ]
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(t.detach().float().square().sum().item() for t in tensors))
+
+
+def suggest(relative: Sequence[float], share: float = SHARE) -> int:
+    """The fewest last blocks that have `share` of the sum."""
+    wanted = share * math.fsum(relative)
+    sums = accumulate(reversed(relative))
+    return next((n for n, held in enumerate(sums, 1) if held >= wanted), len(relative))
+
+
+def describe(gradients: Sequence[Part], drift: Sequence[float]) -> list[Part]:
+    """The parts with the drift of the blocks."""
+    of = {f"block {number}": value for number, value in enumerate(drift)}
+    return [replace(part, drift=of.get(part.name, math.nan)) for part in gradients]
+
+
+def write_csv(path: Path, found: Sequence[Part]) -> None:
+    """A row a part; blank where there is no figure."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([each.name for each in fields(Part)])
+        for part in found:
+            row = astuple(part)
+            writer.writerow(
+                ["" if v != v else f"{v:.6g}" if isinstance(v, float) else v for v in row]
+            )
+
+
+def report(found: Sequence[Part], n: int, said: str) -> str:
+    """The table, the rule and what it gives."""
+    lines = [f"{'':9}{'parameters':>13}  {'gradient / weight':>17}  {'drift of CLS':>12}"]
+    for part in found:
+        drift = "" if math.isnan(part.drift) else f"{part.drift:.2e}"
+        lines.append(f"{part.name:9}{part.parameters:>13,}  {part.relative:>17.2e}  {drift:>12}")
+    blocks = len(found) - 2
+    lines += ["", said, f"last_n: n = {n} of {blocks}, the fewest last blocks that have "
+              f"{SHARE:.0%} of gradient / weight summed over the blocks."]  # fmt: skip
+    if n == blocks:
+        lines.append("That is all of them: full, or lora, rather than last_n.")
+    else:
+        lines.append(f"Train with: --model.strategy.name last_n --model.strategy.n {n}")
+    return "\n".join(lines)
