@@ -32,6 +32,7 @@ from tapfm.files import replacing
 from tapfm.heatmap import save_figure
 from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
 
+END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
 FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
 
 
@@ -143,6 +144,7 @@ def write_results(
     }
     table = _table(labels, arms, figures, gains, reference, draws)
     notes = _notes(result, arms, figures, reference)
+    result["notes"] = [note for note in notes if not note.startswith(" ")]
     drawn = [save_figure(roc_figure(labels, arms), folder / "roc.png")]
     if any(arm.metrics_csv for arm in arms):
         drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
