@@ -121,8 +121,9 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
             facts = _draw(folder, slide, weights_T, coords0, size0, min(tile_px, TILE_SIDE))
     except SlideError as error:
         raise NoPicturesError(str(error)) from error
+    facts["weights_sha256"] = digest
     with replacing(folder / "case.json") as partial:  # last: pictures that have it are whole
-        partial.write_text(json.dumps({**facts, "weights_sha256": digest}, indent=1) + "\n")
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
     return Pictures(folder, facts)
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from tapfm.report import Arm
 
-SIZE = 3.7, 3.5  # inches of a square panel; 1 pt is drawn about 1.3 px wide
-WIDE = 3.7, 2.9
+SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
+WIDE = 3.7, 2.7
 BINS = 5  # of reliability: a tenth of a small split is a handful of slides
 THEME = {  # colours of matplotlib, and what they are on the page
     "#000000": "currentColor",
@@ -182,10 +182,13 @@ def panel(draw: Callable[[Axes], None], said: str, size: tuple[float, float] = S
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     draw(axis)
+    title = axis.get_title()
+    axis.set_title("")  # text of the page, which finds room for a name of any length
     text = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": said}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return Html(f'<figure class="panel">{inline(text.getvalue(), said)}</figure>')
+    drawn = inline(text.getvalue(), said)
+    return Html(f'<figure class="panel"><figcaption>{escape(title)}</figcaption>{drawn}</figure>')
 
 
 def inline(svg: str, said: str) -> str:

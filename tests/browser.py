@@ -8,7 +8,6 @@ import base64
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -41,13 +40,11 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read_there, self.out = os.pipe()
         self.incoming, write_there = os.pipe()
-        command = f'exec "$0" "$@" 3<&{read_there} 4>&{write_there}'
         arguments = [self.program, *QUIET, f"--user-data-dir={self.profile.name}", "about:blank"]
-        self.process = subprocess.Popen(
-            ["sh", "-c", command, *arguments],
-            pass_fds=(read_there, write_there),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        silent = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        ends = [(os.POSIX_SPAWN_DUP2, ours, fd) for ours, fd in ((read_there, 3), (write_there, 4))]
+        self.process = os.posix_spawn(
+            self.program, arguments, os.environ, file_actions=[*silent, *ends]
         )
         os.close(read_there)
         os.close(write_there)
@@ -63,7 +60,7 @@ class Browser:
 
     def __exit__(self, *_):
         self("Browser.close")
-        self.process.wait()
+        os.waitpid(self.process, 0)
         os.close(self.out)
         os.close(self.incoming)
         self.profile.cleanup()
