@@ -104,6 +104,7 @@ def test_nothing_imports_the_command_line():
         "index",
         "plan",
         "test",
+        "report",
         "predict",
         "heatmap",
         "features",
