@@ -134,10 +134,12 @@ def cost_panels(arms: Sequence[Arm], logs: Mapping[str, Path]) -> list[Html]:
 
     def memory(axis: Axes) -> None:
         for found, style in zip(costs, styles, strict=True):
-            there = [found[phase] for phase in phases if phase in found]
-            if there:
-                peak = np.max([values for _, values in there], axis=0)
-                axis.plot(there[0][0], peak, **style | {"linewidth": 1.4})
+            peaks: dict[float, float] = {}  # a phase may be missing in some steps
+            for phase in phases:
+                for step, gib in zip(*found.get(phase, ((), ())), strict=True):
+                    peaks[step] = max(gib, peaks.get(step, 0))
+            steps = sorted(peaks)
+            axis.plot(steps, [peaks[step] for step in steps], **style | {"linewidth": 1.4})
         axis.set_title(f"GiB of the {whose}, largest of the phases", fontsize=9)
         axis.set(xlabel="slides seen", ylim=(0, None))
 
