@@ -7,6 +7,7 @@ nothing but the standard library.
 import base64
 import json
 import os
+import select
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ NAMES = (
     "chromium-headless-shell", "chrome-headless-shell", "chromium", "chromium-browser",
     "google-chrome", "google-chrome-stable", "chrome",
 )  # fmt: skip
+PATIENCE = 60  # s, on a busy machine
 PLAYWRIGHT = Path.home() / ".cache" / "ms-playwright"
 QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
@@ -127,6 +129,8 @@ class Browser:
 
     def _next(self):
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.incoming], [], [], PATIENCE)
+            assert ready, f"{self.program} has said nothing for {PATIENCE} s"
             piece = os.read(self.incoming, 1 << 20)
             assert piece, f"{self.program} ended"
             self.buffer += piece
