@@ -28,31 +28,9 @@ FROZEN = ("#000000", "#E69F00", "#56B4E9", "#999999")
 DASHES = ("--", "-.", ":")
 MARKERS = "os^D"
 
-CURVES = (  # panels of the training curves: title, columns of a metrics.csv
-    ("loss (marked: validation; thin: training, smoothed)", ("train/loss", "val/loss")),
-    ("validation macro AUROC", ("val/auroc",)),
-    ("effective tiles of a slide, 1 / sum w² (smoothed)", ("train/effective_tiles",)),
-)
-
-
-def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
-    """ROC curves, a panel a label, an arm a curve.
-
-    Args:
-        labels: K names.
-        arms: predictions of the same slides.
-    """
-    figure, axes = _figure(len(labels))
-    styles = arm_styles(arms)
-    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        roc_axis(axis, k, label, arms, styles)
-    axes[0].set_ylabel("true positive rate")
-    _legend(figure, [arm.title for arm in arms], styles)
-    return figure
-
 
 def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]) -> None:
-    """One panel of it: label k."""
+    """ROC curves of label k."""
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     values = []
     for arm, style in zip(arms, styles, strict=True):
@@ -72,44 +50,52 @@ def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequen
     axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
 
 
+def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+    """ROC curves, a panel a label, an arm a curve.
+
+    Args:
+        labels: K names.
+        arms: predictions of the same slides.
+    """
+    figure, axes = _figure(len(labels))
+    styles = _styles(arms)
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        roc_axis(axis, k, label, arms, styles)
+    axes[0].set_ylabel("true positive rate")
+    _legend(figure, [arm.title for arm in arms], styles)
+    return figure
+
+
 def curves_figure(arms: Sequence[Arm]) -> Figure:
     """Loss, validation AUROC and effective tiles against slides seen."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
     curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
     figure, axes = _figure(3)
-    styles = arm_styles(arms)
-    for axis, (title, columns) in zip(axes, CURVES, strict=True):
-        curves_axis(axis, title, columns, curves, styles)
+    styles = _styles(arms)
+    for row in rows:
+        dots = styles[row] | {"markersize": 4.5}
+        line = styles[row] | {"linewidth": 1.4}
+        thin = styles[row] | {"linewidth": 1, "alpha": 0.6}
+        for axis, column, look in [
+            (axes[0], "train/loss", thin),
+            (axes[0], "val/loss", dots),
+            (axes[1], "val/auroc", dots),
+            (axes[2], "train/effective_tiles", line),
+        ]:
+            if column in curves[row]:
+                smoothed = _smoothed(*curves[row][column])
+                axis.plot(
+                    *(smoothed if column.startswith("train/") else curves[row][column]), **look
+                )
+    axes[0].set_title("loss (marked: validation; thin: training, smoothed)", fontsize=9)
+    axes[1].set_title("validation macro AUROC", fontsize=9)
+    axes[2].set_title("effective tiles of a slide, 1 / sum w² (smoothed)", fontsize=9)
+    axes[1].axhline(0.5, color="0.7", linewidth=1)
+    for axis in axes:
+        axis.set_xlabel("slides seen")
     titles = [arms[row].title for row in rows]
     _legend(figure, titles, [styles[row] | {"markersize": 4.5} for row in rows])
     return figure
-
-
-def curves_axis(
-    axis: Axes, title: str, columns: Sequence[str], curves: dict[int, dict], styles: Sequence[dict]
-) -> None:
-    """One panel of it: columns of the arms' metrics.csv, those of training smoothed.
-
-    Args:
-        axis: where to.
-        title: of the panel.
-        columns: names, of which an arm may lack any.
-        curves: row of an arm to its `read_curves`.
-        styles: of all arms.
-    """
-    for row, found in curves.items():
-        for column in columns:
-            if column not in found:
-                continue
-            if not column.startswith("train/"):
-                axis.plot(*found[column], **styles[row] | {"markersize": 4.5})
-                continue
-            thin = {"linewidth": 1, "alpha": 0.6} if len(columns) > 1 else {"linewidth": 1.4}
-            axis.plot(*smoothed(*found[column]), **styles[row] | thin)
-    if "val/auroc" in columns:
-        axis.axhline(0.5, color="0.7", linewidth=1)
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("slides seen")
 
 
 def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +125,7 @@ def _roc(y_N: np.ndarray, p_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rates[0], rates[1]
 
 
-def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means over a twentieth of the run: one slide's loss says little."""
     width = max(1, len(values) // 20)
     if width == 1:
@@ -156,7 +142,7 @@ def _number(text: str | None) -> float | None:
     return None if math.isnan(value) else value
 
 
-def arm_styles(arms: Sequence[Arm]) -> list[dict]:
+def _styles(arms: Sequence[Arm]) -> list[dict]:
     """How each arm is drawn, the same in every panel and picture."""
     styles = []
     for row, arm in enumerate(arms):

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from tapfm import __version__
-from tapfm.case_cards import case_cards
+from tapfm.cards import case_cards
 from tapfm.figures import read_curves
 from tapfm.files import replacing
 from tapfm.panels import BINS, cost_panels, key, label_panels, training_panels
@@ -74,7 +74,9 @@ def write_page(run: Path, split: str) -> Path:
         _section("Curves", curves(labels, arms)),
         _section("Training", training(arms)),
         _section("Memory and throughput", cost(arms, runs)),
-        _section("Slides to look at", case_cards(labels, arms, runs, split, slides)),
+        _section(
+            "Slides to look at", case_cards(labels, arms, runs, split, slides, metrics["arms"])
+        ),
         _section("Slide ledger", ledger(slides, metrics, runs)),
         _section("Provenance", provenance(runs, metrics)),
         _section("Configuration", configuration(runs)),

@@ -14,6 +14,7 @@ from html import escape
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "mcc": "MCC", "sha256": "SHA-256"}
 MACRO = "macro"
+INTERVAL = {"value", "low", "high", "draws"}
 SAID = {"positives", "known", "labels"}  # beside the table of results
 OF_ALL = {"split", "slides", "cases", "draws", "seed", "reference", "arms", "skipped", "notes"}
 HEADLINE = 2  # figures of the table of results: AUROC and AUPRC, for labels that are 0 or 1
@@ -77,8 +78,12 @@ def table(
 def pairs(facts: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Nested facts as lines: their path, spelled out, and what is there."""
     for key, value in facts.items():
-        if isinstance(value, Mapping) and not _is_interval(value):
-            for path, each in pairs(value):
+        rest = value
+        if _is_interval(value):
+            yield spoken(key), value
+            rest = {name: each for name, each in value.items() if name not in INTERVAL}
+        if isinstance(value, Mapping):
+            for path, each in pairs(rest):
                 yield f"{spoken(key)} {path}", each
         else:
             yield spoken(key), value
@@ -177,7 +182,7 @@ def _cell(text: str) -> str:
 
 
 def _is_interval(value: object) -> bool:
-    return isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys()
+    return isinstance(value, Mapping) and INTERVAL - {"draws"} <= value.keys()
 
 
 def _labels(arms: Mapping) -> list[str]:

@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -51,9 +52,13 @@ class Browser:
         os.close(read_there)
         os.close(write_there)
         self.buffer, self.session = b"", None
-        (page,) = [
-            each for each in self("Target.getTargets")["targetInfos"] if each["type"] == "page"
-        ]
+        try:
+            targets = self("Target.getTargets")["targetInfos"]
+        except BaseException:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+            raise
+        (page,) = [each for each in targets if each["type"] == "page"]
         attached = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

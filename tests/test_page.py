@@ -208,8 +208,8 @@ def test_cases_are_the_surest_with_their_pictures(html, run):
     table = pd.read_csv(run / "report_test" / "predictions_test.csv")
     positive = table[table["EGFR"] == 1].set_index("slide_id")["p_EGFR (end to end, tapfm)"]
     said = f"{positive.max():.3f} {positive.idxmax()}"
-    (row,) = [row for row in page.rows if row[0] == "EGFR" and len(row) == 5 and said in row]
-    assert row[1] == said
+    (row,) = [row for row in page.rows if row[0] == "EGFR" and len(row) == 6 and said in row]
+    assert row[1:3] == ["0.5", said]
     folder = run / "tapfm" / "cases_test" / positive.idxmax()
     assert len(list(folder.glob("tile_*.jpg"))) == 8
     assert len(page.tags("img")) == 10 * len(page.tags("article"))

@@ -1,14 +1,24 @@
 """Panels draw the right numbers: lines are read back from the axis, or from the SVG."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tapfm.figures import arm_styles
+from tapfm.figures import _styles
 from tapfm.metrics import auprc
-from tapfm.panels import BINS, cost_panels, inline, key, panel, pr_axis, reliability_axis
+from tapfm.panels import (
+    BINS,
+    cost_panels,
+    inline,
+    key,
+    panel,
+    pr_axis,
+    reliability_axis,
+    training_panels,
+)
 from tapfm.report import Arm
 
 
@@ -30,7 +40,7 @@ def arms():
 
 def test_the_area_under_each_precision_curve_is_its_auprc(arms):
     axis = Figure().subplots()
-    pr_axis(axis, 0, "A", arms, arm_styles(arms))
+    pr_axis(axis, 0, "A", arms, _styles(arms))
     *lines, share = axis.lines
     for each, line in zip(arms, lines, strict=True):
         recall, precision = line.get_data()
@@ -46,7 +56,7 @@ def test_reliability_by_hand():
     p = np.array([0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 0.99])
     y = np.array([0, 0, 0, 1, 0, 1, 1, 0, 1, 1, np.nan])
     one, axis = arm("a", True, y, p), Figure().subplots()
-    reliability_axis(axis, 0, "A", [one], arm_styles([one]))
+    reliability_axis(axis, 0, "A", [one], _styles([one]))
     assert BINS == 5
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [0.1, 0.3, 0.5, 0.7, 0.9])
     np.testing.assert_allclose(axis.lines[1].get_ydata(), [0, 0.5, 0.5, 0.5, 1])
@@ -56,7 +66,7 @@ def test_reliability_by_hand():
 @pytest.mark.parametrize("draw", [pr_axis, reliability_axis])
 def test_one_class_has_no_line(draw):
     one, axis = arm("a", True, np.zeros(9), np.linspace(0, 1, 9)), Figure().subplots()
-    draw(axis, 0, "A", [one], arm_styles([one]))
+    draw(axis, 0, "A", [one], _styles([one]))
     assert axis.texts[0].get_text() == "one class only"
     assert axis.get_legend() is None
 
@@ -89,6 +99,15 @@ def test_peaks_are_the_largest_of_the_phases_there_were(monkeypatch, arms, tmp_p
     cost_panels(arms, {"a": log})
     found = [line.get_xydata().tolist() for line in drawn[1].lines if len(line.get_xdata())]
     assert found == [[[1, 2.5], [2, 3.5], [3, 4]]]
+
+
+def test_training_has_a_panel_for_what_was_measured(arms, tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_text("step,train/loss,val/loss,val/c_index,val/c_index_EGFR\n1,2,,,\n2,,1,0.5,0.5\n")
+    rows = [*arms[:2], replace(arms[2], metrics_csv=log)]
+    drawn = [re.search("<figcaption>(.*?)</figcaption>", each)[1] for each in training_panels(rows)]
+    assert drawn == ["loss (marked: validation; thin: training, smoothed)", "validation c_index"]
+    assert training_panels(arms) == []
 
 
 def test_a_panel_is_part_of_the_page():

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tapfm.cases import (
-    CALLED,
+from tapfm.heatmap import COLOURS
+from tapfm.report import Arm
+from tapfm.runs import Run
+from tapfm.surest import (
     KINDS,
     TILE_SIDE,
     Case,
@@ -23,36 +25,49 @@ from tapfm.cases import (
     Pictures,
     choose_cases,
     pictures_of,
+    thresholds,
 )
-from tapfm.heatmap import COLOURS
-from tapfm.report import Arm
-from tapfm.runs import Run
 from tapfm.tables import Html, html, table
 
 
 def case_cards(
-    labels: Sequence[str], arms: Sequence[Arm], runs: Sequence[Run], split: str, slides: list[dict]
+    labels: Sequence[str],
+    arms: Sequence[Arm],
+    runs: Sequence[Run],
+    split: str,
+    slides: Sequence[Mapping[str, str]],
+    facts: Mapping[str, Mapping],
 ) -> Iterator[str]:
-    """The slides each model was surest of, with where it looked."""
+    """The slides each model was surest of, with where it looked.
+
+    Args:
+        labels: K names.
+        arms: the table's rows.
+        runs: those that have a folder.
+        split: of the slides.
+        slides: of the cohort, with their paths.
+        facts: of each arm, in metrics_<split>.json.
+    """
     paths = {row["slide_id"]: Path(row["path"]) for row in slides if row.get("path")}
     yield (
         "<p>Of each label, the surest true positive, true negative, false positive and false "
-        f"negative; positive is called from a probability of {CALLED}. A tile's weight is the same "
-        "for all labels. Framed and shown: the tiles of the largest weights.</p>"
+        "negative. A tile's weight is the same for all labels. Framed and shown: the tiles of the "
+        "largest weights.</p>"
     )
     yield _scale()
     for number, run in enumerate(runs):
         arm = next((arm for arm in arms if arm.title == run.title), None)
         if arm is None or not labels:
             continue
-        chosen = choose_cases(list(labels), arm)
+        called = thresholds(facts[arm.title], labels)
+        chosen = choose_cases(labels, arm, called)
         yield f"<h3>{html(run.title)}</h3>"
         where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(chosen))}
         rows = []
-        for label in labels:
+        for label, threshold in zip(labels, called, strict=True):
             row = {case.kind: case for case in chosen if case.label == label}
-            rows.append([label, *(_link(row.get(kind), where) for kind in KINDS)])
-        yield table(["label", *KINDS], rows)
+            rows.append([label, threshold, *(_link(row.get(kind), where) for kind in KINDS)])
+        yield table(["label", "positive from", *KINDS], rows)
         absent: dict[str, list[str]] = {}
         for slide in where:
             tile_px = (run.config.get("data") or {}).get("tiles", {}).get("tile_px", TILE_SIDE)

@@ -6,8 +6,8 @@ import pytest
 from conftest import write_pyramid
 from PIL import Image
 
-from tapfm.cases import NoPicturesError, choose_cases, pictures_of
 from tapfm.report import Arm
+from tapfm.surest import NoPicturesError, choose_cases, pictures_of, thresholds
 
 SIDE = 32
 
@@ -16,7 +16,7 @@ def test_the_surest_of_every_kind():
     slides = [f"s{n}" for n in range(7)]
     y = np.array([[1, 1, 1, 0, 0, np.nan, 0], [0, 0, 0, 0, 0, 0, 1]]).T
     p = np.array([[0.9, 0.2, 0.97, 0.5, 0.1, 1.0, 0.8], [0.4, 0.3, 0.2, 0.1, 0.3, 0.45, 0.5]]).T
-    found = choose_cases(["A", "B"], Arm("x", True, slides, slides, y, p))
+    found = choose_cases(["A", "B"], Arm("x", True, slides, slides, y, p), [0.5, 0.5])
     assert [(case.label, case.kind, case.slide_id, case.prob) for case in found] == [
         ("A", "true positive", "s2", 0.97),
         ("A", "true negative", "s4", 0.1),
@@ -25,6 +25,16 @@ def test_the_surest_of_every_kind():
         ("B", "true positive", "s6", 0.5),  # called from 0.5
         ("B", "true negative", "s3", 0.1),
     ]
+
+
+def test_positive_is_called_from_the_threshold_that_was_chosen():
+    chosen = {"operating_points": {"A": {"balanced": {"threshold": 0.25}, "f1": {"threshold": 1}},
+                                   "B": {"balanced": {"threshold": None}}, "C": None}}  # fmt: skip
+    assert thresholds(chosen, ["A", "B", "C", "D"]) == [0.25, 0.5, 0.5, 0.5]
+    assert thresholds({"operating_points": None}, ["A"]) == [0.5]
+    one = Arm("x", True, ["s"], ["c"], np.array([[1.0]]), np.array([[0.3]]))
+    assert [case.kind for case in choose_cases(["A"], one, [0.25])] == ["true positive"]
+    assert [case.kind for case in choose_cases(["A"], one, [0.5])] == ["false negative"]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
 if TYPE_CHECKING:
     from tapfm.report import Arm
 
-CALLED = 0.5  # probability from which a slide is called positive
+CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
+POINT = "balanced"  # operating point, of those that were
 KINDS = {  # (truth, call)
     "true positive": (1, 1),
     "true negative": (0, 0),
@@ -74,13 +76,31 @@ class NoPicturesError(ValueError):
     """Why a slide cannot be shown."""
 
 
-def choose_cases(labels: list[str], arm: Arm) -> list[Case]:
-    """Of each label and each of `KINDS` the slide of the most extreme probability, if any."""
+def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
+    """From which probability each label is called, as chosen on validation or else `CALLED`.
+
+    Args:
+        facts: of an arm, in metrics_<split>.json.
+        labels: K names.
+    """
+    points = facts.get("operating_points") or {}
+    chosen = (((points.get(label) or {}).get(POINT) or {}).get("threshold") for label in labels)
+    return [CALLED if value is None else value for value in chosen]
+
+
+def choose_cases(labels: Sequence[str], arm: Arm, called: Sequence[float]) -> list[Case]:
+    """Of each label and each of `KINDS` the slide of the most extreme probability, if any.
+
+    Args:
+        labels: K names.
+        arm: the model's probabilities.
+        called: K thresholds.
+    """
     found = []
-    for k, label in enumerate(labels):
+    for k, (label, threshold) in enumerate(zip(labels, called, strict=True)):
         y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
         for kind, (truth, call) in KINDS.items():
-            rows = np.flatnonzero((y_N == truth) & ((p_N >= CALLED) == call))
+            rows = np.flatnonzero((y_N == truth) & ((p_N >= threshold) == call))
             if len(rows):
                 row = rows[np.argmax(p_N[rows]) if call else np.argmin(p_N[rows])]
                 found.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
