@@ -12,15 +12,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
-NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "mcc": "MCC", "sha256": "SHA-256"}
-MACRO = "macro"
+from tapfm.metrics import MACRO
+from tapfm.report import FEW_DRAWS
+
+NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "ece": "ECE",
+    "delong": "DeLong",
+    "f1": "F1",
+    "sha256": "SHA-256",
+}
 INTERVAL = {"value", "low", "high", "draws"}
 SAID = {"positives", "known", "labels"}  # beside the table of results
 OF_ALL = {"split", "slides", "cases", "draws", "seed", "reference", "arms", "skipped", "notes"}
 HEADLINE = 2  # figures of the table of results: AUROC and AUPRC, for labels that are 0 or 1
 LISTED = 6  # numbers of a list that are written out; longer ones are curves, and stay in the JSON
 UNBROKEN = 60  # characters of a cell that stay on one line
-FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
 
 
 class Html(str):
@@ -137,10 +145,12 @@ def further_table(metrics: Mapping) -> Html | None:
                 _collect(lines, title, "", {key: value})
     if not lines:
         return None
-    draws = metrics.get("draws") or 0
+    draws, order = metrics.get("draws") or 0, _labels(arms)
     rows = [
         [label, name, *(_said(found.get(title), draws) for title in arms)]
-        for (label, name), found in lines.items()
+        for (label, name), found in sorted(
+            lines.items(), key=lambda line: order.index(line[0][0]) if line[0][0] else len(order)
+        )
     ]
     return table(["label", "figure", *arms], rows, first=2)
 

@@ -100,9 +100,9 @@ def test_the_second_has_all_that_is_left(metrics):
         ("A", "ECE"): ["", "0.031 [0.010, 0.050]"],
         ("A", "bins"): ["", "0.1, 0.2"],
         ("A", "curve"): ["", "99 entries, in the JSON"],
-        ("A", "delong"): ["", "0.531 [0.500, 0.594]"],
-        ("A", "delong p"): ["", "0.007812"],
-        ("A", "delong z"): ["", "2.656"],
+        ("A", "DeLong"): ["", "0.531 [0.500, 0.594]"],
+        ("A", "DeLong p"): ["", "0.007812"],
+        ("A", "DeLong z"): ["", "2.656"],
         ("", "calibration method"): ["", "isotonic"],
     }
     assert Rows(split_table(metrics)).rows[1:] == [
