@@ -125,6 +125,11 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
     test.set_defaults(do=run_test)
 
+    report = verbs.add_parser("report", help="the runs' results, cases and settings as one page")
+    report.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")
+    report.add_argument("--split", choices=("val", "test"), default="test", help="(%(default)s)")
+    report.set_defaults(do=run_report)
+
     for verb, text in (
         ("predict", "probabilities and tile weights of any slides"),
         ("heatmap", "predict, and draw: PNG overlay and GeoJSON for QuPath"),
@@ -297,6 +302,13 @@ def run_test(arguments: argparse.Namespace) -> int:
     from tapfm.evaluate import run_test
 
     return run_test(arguments.run, arguments.split, arguments.overlays)
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """`tapfm report`."""
+    from tapfm.page import run_report
+
+    return run_report(arguments.run, arguments.split)
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

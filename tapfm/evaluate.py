@@ -31,13 +31,14 @@ from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
+from tapfm.page import write_page
 from tapfm.predict import (
     Prediction,
     predict_all,
     write_predictions,
     write_weights,
 )
-from tapfm.report import Arm, write_results
+from tapfm.report import END_TO_END, Arm, write_results
 
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
@@ -75,7 +76,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
         for each in predictions:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-        arms.append(arm(f"end to end, {folder.name}", folder, predictions, end_to_end=True))
+        arms.append(arm(f"{END_TO_END}{folder.name}", folder, predictions, end_to_end=True))
         if each_slide := tile_auroc(data, predictions, truth):
             found[folder.name] = float(np.mean(list(each_slide.values())))
         draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
@@ -87,6 +88,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
         print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
         (report / f"tile_auroc_{split}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
+    print(f"{write_page(run, split)}: all of it, and the slides to look at, on one page")
     return 0
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from tapfm.metrics import auroc
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from tapfm.probe import Part
@@ -29,6 +30,27 @@ DASHES = ("--", "-.", ":")
 MARKERS = "os^D"
 
 
+def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]) -> None:
+    """ROC curves of label k."""
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    values = []
+    for arm, style in zip(arms, styles, strict=True):
+        y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+        value = auroc(y_N, p_N)
+        if math.isnan(value):
+            continue
+        values.append(f"{value:.3f}")
+        axis.plot(*_roc(y_N, p_N), label=f"{value:.3f}", **style)
+    if values:
+        axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
+    known = int((~np.isnan(arms[0].y_NK[:, k])).sum())
+    positives = int(np.nansum(arms[0].y_NK[:, k]))
+    axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10)
+    axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
+
+
 def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     """ROC curves, a panel a label, an arm a curve.
 
@@ -39,23 +61,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     figure, axes = _figure(len(labels))
     styles = _styles(arms)
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        values = []
-        for row, arm in enumerate(arms):
-            y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
-            value = auroc(y_N, p_N)
-            if math.isnan(value):
-                continue
-            values.append(f"{value:.3f}")
-            axis.plot(*_roc(y_N, p_N), label=f"{value:.3f}", **styles[row])
-        if values:
-            axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=8)
-        else:
-            axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
-        known = int((~np.isnan(arms[0].y_NK[:, k])).sum())
-        positives = int(np.nansum(arms[0].y_NK[:, k]))
-        axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10)
-        axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
+        roc_axis(axis, k, label, arms, styles)
     axes[0].set_ylabel("true positive rate")
     _legend(figure, [arm.title for arm in arms], styles)
     return figure

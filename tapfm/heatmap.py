@@ -27,6 +27,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 
@@ -37,6 +38,7 @@ NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "tapfm/tile")
 COLOURS = "viridis"  # even steps of lightness, legible to the colour-blind and in print
 OPACITY = 0.65
 SCALES = ("rank", "linear")
+LETTERS = 11  # of a title in an inch, at least
 
 
 def rank_percentile(values_T: np.ndarray) -> np.ndarray:
@@ -157,7 +159,8 @@ def overlay_png(
         _contour(axes, truth, width, height, truth_label)
     bar = figure.colorbar(drawn, ax=axes[1] if beside else axes, fraction=0.05, pad=0.02)
     bar.set_label(f"{label}, rank percentile" if scale == "rank" else f"{label}, linear scale")
-    figure.suptitle(path.stem if title is None else title, fontsize=10)
+    lines = wrap(path.stem if title is None else title, int(LETTERS * figsize[0]))
+    figure.suptitle("\n".join(lines), fontsize=10)
     return save_figure(figure, path)
 
 

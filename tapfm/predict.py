@@ -185,9 +185,12 @@ def draw_slide(
     """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath."""
     thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
-    overlay_png(
-        thumbnail, downsample, index.coords0, index.size0, weights_T, out / f"{slide.name}.png"
-    )
+    said = (f"{k} {p:.3f}" for k, p in zip(labels, prediction.probs_K, strict=True))
+    effective = 1 / np.square(weights_T, dtype=float).sum()
+    title = f"{slide.name}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
+    path = out / f"{slide.name}.png"
+    where = index.coords0, index.size0
+    overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
     write_geojson(
         out / f"{slide.name}.geojson",
         index.coords0,

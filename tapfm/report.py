@@ -32,6 +32,7 @@ from tapfm.files import replacing
 from tapfm.heatmap import save_figure
 from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
 
+END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
 FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
 
 
@@ -143,11 +144,13 @@ def write_results(
     }
     table = _table(labels, arms, figures, gains, reference, draws)
     notes = _notes(result, arms, figures, reference)
+    result["notes"] = notes
     drawn = [save_figure(roc_figure(labels, arms), folder / "roc.png")]
     if any(arm.metrics_csv for arm in arms):
         drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
     _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
     _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
+    notes = [*notes, *_left_out(result)]
     _write(folder / "report.md", _markdown(split, table, notes, drawn))
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
     return "\n".join([*_aligned_text(table), "", *wrapped])
@@ -265,10 +268,15 @@ def _notes(result: dict, arms, figures, reference) -> list[str]:
             "[1.000, 1.000] is what resampling a perfect ranking gives: too few slides to see its "
             "errors, not the absence of them."
         )
-    if result["skipped"]:
-        notes.append(f"{len(result['skipped'])} slides left out:")
-        notes += [f"  {each['slide_id']}: {each['reason']}" for each in result["skipped"]]
     return notes
+
+
+def _left_out(result: dict) -> list[str]:
+    """The slides that are in no row, each with its reason."""
+    if not result["skipped"]:
+        return []
+    rows = [f"  {each['slide_id']}: {each['reason']}" for each in result["skipped"]]
+    return [f"{len(rows)} slides left out:", *rows]
 
 
 def _aligned_text(table: list[list[str]]) -> list[str]:

@@ -34,7 +34,7 @@ def test_everything_is_there(run):
     text = json.dumps(figures)
     for row in ("frozen, mean-pool MLP", "frozen, gated attention", "end to end, tapfm_gated"):
         assert row in text
-    for name in ("predictions_test.csv", "report.md", "roc.png", "curves.png"):
+    for name in ("predictions_test.csv", "report.md", "roc.png", "curves.png", "report.html"):
         assert (report / name).stat().st_size > 100, name
     for arm in ("tapfm", "tapfm_gated"):
         table = pd.read_csv(run / arm / "predictions_test.csv")
@@ -42,6 +42,7 @@ def test_everything_is_there(run):
         assert [f"p_{label}" in table for label in LABELS] == [True, True]
         assert len(list((run / arm / "weights_test").glob("*.h5"))) == 4
         assert len(list((run / arm / "overlays_test").glob("*.png"))) == 1
+        assert len(list((run / arm / "cases_test").glob("*/tile_8.jpg"))) >= 2
 
 
 def test_frozen_features_are_the_base_encoders_whatever_the_strategy(run):

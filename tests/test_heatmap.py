@@ -205,3 +205,17 @@ def test_bad_values_are_named_and_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match="4 tiles, but 'tile weight'"):
         overlay_png(np.zeros((9, 9, 3), np.uint8), 1.0, COORDS0, 1, [1.0], tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_title_is_within_a_narrow_picture(tmp_path):
+    thumbnail = np.full((800, 200, 3), 255, np.uint8)
+    coords = np.array([[0, 0]])
+    title = (
+        "TCGA-05-4244-01Z-00-DX1.d4ff32cd-38cf-40ea-8213-45c2b100ac01: WWWWWW 0.999, WWWWW 0.001"
+    )
+    path = overlay_png(thumbnail, 1, coords, 9, np.ones(1), tmp_path / "a.png", title=title)
+    drawn = np.asarray(Image.open(path).convert("L"))
+    ink = drawn[: drawn.shape[0] // 9] < 128
+    assert ink.any()
+    assert not ink[:, :4].any()
+    assert not ink[:, -4:].any()

@@ -106,6 +106,7 @@ def test_nothing_imports_the_command_line():
         "plan",
         "probe",
         "test",
+        "report",
         "predict",
         "heatmap",
         "features",

@@ -1,0 +1,81 @@
+"""Every slide of a run's cohort in one table: what the cohort says of it, what indexing made of it.
+
+Written to `report_<split>/slides.csv` while cohort table and index are there, and read from it
+where they are not, so that a run folder alone says which slides it knew.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slides.cohort import OPTIONAL, REQUIRED, read_table
+from slides.errors import CohortError
+from slides.grid import Grid
+from tapfm.files import replacing
+
+MADE = ("mpp", "mpp_source", "tissue_mm2", "tiles", "status", "reason", "path")
+NO_LABEL = {*REQUIRED, *OPTIONAL, *MADE}
+
+
+def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
+    """A row a slide; none where neither the saved table nor the cohort's is there.
+
+    Args:
+        saved: the table of an earlier report, rewritten if the cohort's own can be read.
+        data: the `data` part of a run's config.
+    """
+    tiles = data.get("tiles") or {}
+    sizes = {"size": "tile_px", "mpp": "mpp", "overlap": "overlap"}
+    grid = Grid(**{ours: tiles[key] for ours, key in sizes.items() if key in tiles})
+    ledger = _rows(Path(data.get("index_dir", "data/index")) / grid.tag / "ledger.csv")
+    try:
+        header, records = read_table(Path(data["table"]))
+    except (CohortError, KeyError):
+        ledger = []
+    if not ledger:
+        return _rows(saved)
+    made = {row["slide_id"]: row for row in ledger}
+    rows = []
+    for _, cells in records:
+        row = dict(zip(header, cells, strict=False))
+        found = made.get(row.get("slide_id", ""), {"status": "not indexed"})
+        rows.append({**row, **{key: found.get(key, "") for key in MADE}})
+        if found.get("mpp"):
+            rows[-1]["mpp"] = f"{float(found['mpp']):.6g}"
+    columns = [name for name in header if name != "slide_path" and name not in MADE]
+    with replacing(saved) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns, *MADE], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return _rows(saved)
+
+
+def by_split(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[object]]]:
+    """Counts of each split: header and rows."""
+    labels = [
+        name
+        for name in (rows[0] if rows else ())
+        if name not in NO_LABEL and {row[name] for row in rows} & {"0", "1"}
+    ]
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.get("split", "")].append(row)
+    counts = []
+    for split, group in groups.items():
+        tiles = sum(int(row["tiles"] or 0) for row in group)
+        known = [[row[name] for row in group if row[name] in ("0", "1")] for name in labels]
+        counts.append(
+            [split, len(group), len({row.get("case_id") for row in group}), tiles]
+            + [f"{sum(map(int, values))} of {len(values)}" for values in known]
+        )
+    return ["split", "slides", "cases", "tiles", *(f"{name} positive" for name in labels)], counts
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,213 @@
+"""Slides worth looking at: of every label, those a model is surest of, rightly and wrongly.
+
+    <run>/<name>/cases_<split>/<slide>/thumbnail.jpg    the slide, small
+                                       overlay.jpg      tile weights on it, by rank
+                                       tile_1.jpg ...   the tiles of the largest weights
+                                       case.json        where those are, what they weigh
+
+The pictures are made where the slide can be opened, kept beside the run, and shown from there
+afterwards. They are drawn anew when the slide's tile weights are no longer those they were made of.
+
+Shapes: N slides, T tiles of a slide, K labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from slides.errors import SlideError
+from slides.reader import Slide
+from tapfm.files import replacing
+from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
+
+if TYPE_CHECKING:
+    from tapfm.report import Arm
+
+CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
+POINT = "balanced"  # operating point, of those that were
+KINDS = {  # (truth, call)
+    "true positive": (1, 1),
+    "true negative": (0, 0),
+    "false positive": (0, 1),
+    "false negative": (1, 0),
+}
+TILES = 8
+SIDE = 640  # px, the longer side of the pictures of a slide
+TILE_SIDE = 224  # px at most
+LEGIBLE = 15  # px of a tile on the thumbnail, from which its number fits into it
+QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Case:
+    """A slide of one label."""
+
+    label: str
+    kind: str
+    """One of `KINDS`."""
+    slide_id: str
+    prob: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Of one slide, on disk."""
+
+    folder: Path
+    facts: dict
+    """`count` and `effective` tiles, `tiles`: x0, y0 and weight of each, the largest first."""
+
+    @property
+    def tiles(self) -> list[Path]:
+        """Pictures of the tiles, the largest weight first."""
+        return [self.folder / f"tile_{n + 1}.jpg" for n in range(len(self.facts["tiles"]))]
+
+
+class NoPicturesError(ValueError):
+    """Why a slide cannot be shown."""
+
+
+def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
+    """From which probability each label is called, as chosen on validation or else `CALLED`.
+
+    Args:
+        facts: of an arm, in metrics_<split>.json.
+        labels: K names.
+    """
+    points = facts.get("operating_points") or {}
+    chosen = (((points.get(label) or {}).get(POINT) or {}).get("threshold") for label in labels)
+    return [CALLED if value is None else value for value in chosen]
+
+
+def choose_cases(labels: Sequence[str], arm: Arm, called: Sequence[float]) -> list[Case]:
+    """Of each label and each of `KINDS` the slide of the most extreme probability, if any.
+
+    Args:
+        labels: K names.
+        arm: the model's probabilities.
+        called: K thresholds.
+    """
+    found = []
+    for k, (label, threshold) in enumerate(zip(labels, called, strict=True)):
+        y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+        for kind, (truth, call) in KINDS.items():
+            rows = np.flatnonzero((y_N == truth) & ((p_N >= threshold) == call))
+            if len(rows):
+                row = rows[np.argmax(p_N[rows]) if call else np.argmin(p_N[rows])]
+                found.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
+    return found
+
+
+def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px: int) -> Pictures:
+    """The pictures of a slide, made if they are not there or not of these weights.
+
+    Args:
+        run: folder of one run.
+        split: of the slide.
+        slide_id: its name.
+        path: its file; None where that is not known.
+        tile_px: side of a tile.
+
+    Raises:
+        NoPicturesError: there are none, and they cannot be made.
+    """
+    weights, folder = run / f"weights_{split}" / f"{slide_id}.h5", run / f"cases_{split}" / slide_id
+    facts = _read_facts(folder)
+    try:
+        with h5py.File(weights) as file:
+            weights_T, coords0 = file["weights"][:], file["coords"][:]
+            size0 = int(file["coords"].attrs["patch_size_level0"])
+    except (OSError, KeyError) as error:
+        if facts:
+            return Pictures(folder, facts)
+        raise NoPicturesError(f"{weights} cannot be read ({error})") from error
+    digest = hashlib.sha256(weights_T.tobytes()).hexdigest()
+    if facts and facts["weights_sha256"] == digest:
+        return Pictures(folder, facts)
+    if path is None or not path.is_file():
+        where = f"{path} is not there" if path else "the index is not there to say where it lies"
+        raise NoPicturesError(f"{slide_id} cannot be opened: {where}")
+    try:
+        with Slide(path, name=slide_id) as slide:
+            facts = _draw(folder, slide, weights_T, coords0, size0, min(tile_px, TILE_SIDE))
+    except SlideError as error:
+        raise NoPicturesError(str(error)) from error
+    facts["weights_sha256"] = digest
+    with replacing(folder / "case.json") as partial:  # last: pictures that have it are whole
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
+    return Pictures(folder, facts)
+
+
+def _read_facts(folder: Path) -> dict | None:
+    """Those of pictures that are all there."""
+    try:
+        facts = json.loads((folder / "case.json").read_text())
+    except (OSError, ValueError):
+        return None
+    there = [folder / "thumbnail.jpg", folder / "overlay.jpg", *Pictures(folder, facts).tiles]
+    return facts if all(path.is_file() for path in there) else None
+
+
+def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
+    """All pictures of an open slide; the facts of them."""
+    (folder / "case.json").unlink(missing_ok=True)
+    thumbnail, downsample = slide.thumbnail(max_side=SIDE)
+    top = np.argsort(-weights_T, kind="stable")[:TILES]
+    _save(folder / "thumbnail.jpg", Image.fromarray(thumbnail))
+    ranks_T = rank_percentile(weights_T)
+    overlay = _overlay(thumbnail, downsample, coords0, size0, ranks_T)
+    _frames(overlay, coords0[top] / downsample, size0 / downsample)
+    _save(folder / "overlay.jpg", overlay)
+    for number, (x0, y0) in enumerate(coords0[top].tolist(), start=1):
+        tile = slide.region(x0, y0, size0, min(size, size0))
+        _save(folder / f"tile_{number}.jpg", Image.fromarray(tile))
+    return {
+        "count": len(weights_T),
+        "effective": float(1 / np.square(weights_T, dtype=float).sum()),
+        "tiles": [
+            {
+                "x0": int(coords0[row, 0]),
+                "y0": int(coords0[row, 1]),
+                "weight": float(weights_T[row]),
+            }
+            for row in top
+        ],
+    }
+
+
+def _overlay(thumbnail, downsample, coords0, size0, ranks_T) -> Image.Image:
+    """Ranks as colours over the thumbnail, as `overlay_png` draws them."""
+    from matplotlib import colormaps
+
+    painted = tile_map(thumbnail.shape[:2], downsample, coords0, size0, ranks_T)
+    veil = colormaps[COLOURS](np.nan_to_num(painted) / 100)[..., :3] * 255
+    opacity = np.where(np.isnan(painted), 0, OPACITY)[..., None]
+    return Image.fromarray((thumbnail * (1 - opacity) + veil * opacity).round().astype(np.uint8))
+
+
+def _frames(picture: Image.Image, corners: np.ndarray, side: float) -> None:
+    """The top tiles framed in white on black, with their numbers where they fit in."""
+    draw, number_px = ImageDraw.Draw(picture), min(side * 0.7, 16)
+    for number, (x, y) in reversed(list(enumerate(corners.tolist(), start=1))):
+        box = [round(x), round(y), round(x + side) - 1, round(y + side) - 1]
+        box[2:] = max(box[2], box[0] + 4), max(box[3], box[1] + 4)
+        draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline="black", width=3)
+        draw.rectangle(box, outline="white", width=1)
+        if side >= LEGIBLE:
+            font = ImageFont.load_default(number_px)
+            middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+            draw.text(middle, str(number), "white", font, "mm", stroke_width=2, stroke_fill="black")
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    with replacing(path) as partial:
+        picture.save(partial, format="JPEG", quality=QUALITY)
