@@ -12,6 +12,25 @@ reason. Each end-to-end row is set against the better frozen one, on the same bo
 "Better" is the higher macro AUROC on the very split reported, among all rows that were not trained
 end to end: that choice favours the frozen side, so the difference is, if anything, too small.
 
+Keys of metrics_<split>.json. An INTERVAL is {value, low, high, draws}, 95 %; what is undefined is
+null. LABELS stands for an entry a label and one, `macro`, the mean of those in its `labels`.
+
+    split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
+    arms.<title>
+        end_to_end
+        figures              LABELS: auroc, auprc INTERVAL; positives, known
+        auroc_difference     LABELS: INTERVAL, less the reference; null for a frozen row
+        delong               LABELS but macro: se, low, high; positive_cases, negative_cases; and
+                             against the reference difference, se_difference, p (null for itself)
+        operating_points     LABELS: balanced | f1 | specificity_90, each with threshold (null in
+                             macro), chosen_on and balanced_accuracy, sensitivity, specificity, f1
+                             INTERVAL; null without validation predictions
+        calibration          LABELS: raw | temperature | platt, each with slope, shift, ece, brier
+                             INTERVAL of it, and bins [{low, high, slides, predicted, observed}];
+                             the last two are null without validation predictions
+        subgroups            <site | stain>.<value>: slides, cases, and by label positive_cases,
+                             negative_cases, known, auroc INTERVAL; null where cases are too few
+
 Shapes: N slides, K labels.
 """
 
