@@ -38,6 +38,7 @@ from tapfm.predict import (
     write_predictions,
     write_weights,
 )
+from tapfm.probe import LinearProbe, fit_linear_probe
 from tapfm.report import Arm, write_results
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
@@ -45,6 +46,7 @@ TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between thi
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
+    ("frozen, linear probe", "frozen", fit_linear_probe),
     ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),
     ("frozen, gated attention", "frozen", fit_gated_attention),
 )
@@ -136,7 +138,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     return arms
 
 
-def predict_features(baseline: Baseline, bag: FeatureBag) -> Prediction:
+def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
     """What a baseline says of a slide."""
     probs_K, weights_T = baseline.predict(bag)
     weights = np.empty(0) if weights_T is None else np.asarray(weights_T)

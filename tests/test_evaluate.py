@@ -35,6 +35,7 @@ def test_everything_is_there(run):
     figures = json.loads((report / "metrics_test.json").read_text())
     text = json.dumps(figures)
     for row in (
+        "frozen, linear probe",
         "frozen, mean-pool MLP",
         "frozen, gated attention",
         "end to end, tapfm_gated",
@@ -42,7 +43,7 @@ def test_everything_is_there(run):
         assert row in text
     for row in figures["arms"].values():  # thresholds of every row, frozen or not, from validation
         assert row["operating_points"]["EGFR"]["balanced"]["threshold"] is not None
-    probe = pd.read_csv(run / "frozen" / "frozen_mean_pool_mlp" / "predictions_val.csv")
+    probe = pd.read_csv(run / "frozen" / "frozen_linear_probe" / "predictions_val.csv")
     assert probe["slide_id"].tolist() == VAL
     for name in ("predictions_test.csv", "report.md", "roc.png", "curves.png"):
         assert (report / name).stat().st_size > 100, name
