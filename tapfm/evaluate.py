@@ -52,8 +52,14 @@ FROZEN = (
 )
 
 
-def run_test(run: Path, split: str, overlays: int) -> int:
+def run_test(run: Path, split: str, overlays: int, features: Path | None = None) -> int:
     """Evaluate every run below a folder; the report is in `<run>/report_<split>`. Returns 0.
+
+    Args:
+        run: the folder.
+        split: to report on.
+        overlays: slides to draw.
+        features: folder of frozen features that several folders share; None is `<run>/frozen`.
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
@@ -65,7 +71,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arms = frozen_arms(first, run / "frozen", split, device)
+    arms = frozen_arms(first, run / "frozen", split, device, features)
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
     groups = {
@@ -99,14 +105,16 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     return 0
 
 
-def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
+def frozen_arms(
+    cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None
+) -> list[Arm]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
-    features = folder / opener.grid.tag / f"features_{name}"
+    features = (shared or folder) / opener.grid.tag / f"features_{name}"
     rows = {row.slide_id: row for row in data.cohort.rows}
 
     def frozen(bag: Bag) -> FeatureBag:
@@ -129,13 +137,18 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
         parts = made[kind]
         baseline = fit(parts["train"], parts["val"], data.label_names, seed=data.seed)
         print(f"{title}: {baseline.describe()}")
-        name = title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
+        name = row_folder(title)
         of = {}
         for part in dict.fromkeys(("val", split)):
             of[part] = [predict_features(baseline, bag) for bag in parts[part]]
             write_predictions(folder / name / f"predictions_{part}.csv", data.label_names, of[part])
         arms.append(arm(title, folder / name, of, split, end_to_end=False))
     return arms
+
+
+def row_folder(title: str) -> str:
+    """Where a frozen row's predictions lie, below `frozen`."""
+    return title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
 
 
 def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
