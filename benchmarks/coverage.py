@@ -44,13 +44,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulations", type=int, default=SIMULATIONS)
     simulations = parser.parse_args().simulations
-    rows = []
+    about, rows = facts("cpu"), []
     for cases in CASES:
         for prevalence in PREVALENCES:
             for auroc in AUROCS:
                 rows.append(simulate(cases, prevalence, auroc, simulations, DRAWS))
                 print(rows[-1], flush=True)
-    result = {**facts("cpu"), "simulations": simulations, "draws": DRAWS, "rows": rows}
+    result = {**about, "simulations": simulations, "draws": DRAWS, "rows": rows}
     (RESULTS / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
     rewrite("coverage", table(result))
     return 0
