@@ -107,6 +107,13 @@ def test_two_strategies_for_real(tmp_path, monkeypatch, capsys):
         assert yaml.safe_load((run / "run" / "config.yaml").read_text())["model"]["strategy"] == arm
         assert not (run / "frozen" / "20x_32px_0px_overlap").exists()  # features are shared
     assert len(list((tmp_path / "out" / "frozen").rglob("s0.h5"))) == 1
+    # stopped between fit and test: the fit is found done, and the study ends as it did
+    best = (run / "run" / "best.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    assert cli.main(["study", *flags]) == 0
+    assert "2 cells, 1 finished before" in capsys.readouterr().out
+    assert (run / "run" / "best.safetensors").read_bytes() == best
+    assert json.loads((tmp_path / "out" / "study.json").read_text()) == result
 
 
 def test_every_cell_once_and_the_table_pools_the_folds(quick, capsys):
