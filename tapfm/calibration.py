@@ -6,9 +6,9 @@
     temperature   p' = sigmoid(a logit p): how sure, never which side of a half
     platt         p' = sigmoid(a logit p + b)
 
-Losses here weigh positives up, so what comes out of a model lies above the frequency by the log of
-that weight: a temperature alone cannot mend that, Platt's shift can. Both leave the ranking, and so
-the AUROC, as it is, and both are fitted on the validation split alone.
+Losses here weigh positives by negatives over positives, so what comes out of a model is off the
+frequency's logit by the log of that weight: a temperature cannot mend that, Platt's shift can.
+Both leave the ranking, and so the AUROC, as it is, and both are fitted on validation alone.
 
 Condition: ECE of few slides is not 0 even where all is right, since a bin's share is noisy; it is
     given without an interval, because resampling adds that noise once more. Brier has one.

@@ -10,8 +10,8 @@ case of its own this is DeLong's variance exactly; slides that share a case are 
 their placements are summed before they are squared. The test of a difference is paired: the same
 slides under two scores.
 
-Condition: two cases of each class at least. The interval is Wald's, as published; at few cases
-    it is too narrow (benchmarks/coverage.py), which is why the report's own is another.
+Condition: two cases of each class at least. The interval is Wald's, as published, cut at 0
+    and 1; at few cases it is too narrow (benchmarks/coverage.py), so the report's own is another.
 Source: DeLong et al. 1988 (Biometrics 44:837); Sun and Xu 2014 (IEEE SPL 21:1389), midranks;
     Obuchowski 1997 (Biometrics 53:567), clusters.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -53,7 +53,10 @@ def delong(y_N: np.ndarray, p_N: np.ndarray, cases_N: Sequence[str] | None = Non
         cases_N: each slide's case; None is a case a slide.
     """
     auroc_S, covariance_SS = covariance(y_N, np.asarray(p_N)[None], cases_N)
-    return _wald(auroc_S[0], covariance_SS[0, 0], null=0.5)
+    found = _wald(auroc_S[0], covariance_SS[0, 0], null=0.5)
+    return replace(
+        found, low=float(np.maximum(found.low, 0)), high=float(np.minimum(found.high, 1))
+    )
 
 
 def delong_difference(

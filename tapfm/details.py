@@ -199,8 +199,9 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
             "Brier with Platt's"]  # fmt: skip
     parts.append(
         "## Calibration\n\nExpected calibration error in 10 bins of equal width, as predicted and "
-        "after a temperature or Platt's scaling fitted on validation. The loss weighs positives "
-        "up, so raw probabilities lie above the frequency.\n\n" + _grid([head, *lines])
+        "after a temperature or Platt's scaling fitted on validation. The loss makes "
+        "both classes weigh the same, so raw probabilities are not frequencies.\n\n"
+        + _grid([head, *lines])
     )
     lines = [
         [label if first else "", title, f"{one['positive_cases']}/{one['negative_cases']}",

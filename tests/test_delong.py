@@ -93,6 +93,13 @@ def test_interval_and_test_are_walds():
     assert (back.value, back.p) == pytest.approx((-found.value, found.p))
 
 
+def test_an_interval_of_an_auroc_ends_at_0_and_1_and_of_a_difference_does_not():
+    y, p = np.array([1, 1, 0, 0.0]), np.array([0.9, 0.1, 0.5, 0.6])
+    found = delong(y, p)
+    assert (found.low, found.high) == (0, 1)
+    assert delong_difference(y, p, -p).low < -0.5
+
+
 def test_a_score_does_not_differ_from_itself_nor_from_its_like():
     y, p, cases = cohort()
     for other in (p[0], np.exp(3 * p[0])):
