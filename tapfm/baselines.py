@@ -160,14 +160,10 @@ def fit_mean_pool_mlp(
     Raises:
         ValueError: a label has one class only in `train`, or bags are empty or of unequal width.
     """
-    _check(train, val, labels)
-    # The mean of a bag varies far less than its tiles, so it is standardised as what it is.
-    pooled = [
-        [FeatureBag(b.slide_id, b.case_id, b.z_TD.mean(0, keepdim=True), b.y_K) for b in split]
-        for split in (train, val)
-    ]
+    check_bags(train, val, labels)
+    parts = pooled(train), pooled(val)
     with _undisturbed(train[0].z_TD.device):
-        return _select(MeanPoolMLP, *pooled, labels, seed, grid, schedule)
+        return _select(MeanPoolMLP, *parts, labels, seed, grid, schedule)
 
 
 def fit_gated_attention(
@@ -179,9 +175,14 @@ def fit_gated_attention(
     schedule: Schedule = GATED_SCHEDULE,
 ) -> Baseline:
     """Gated-attention MIL. See `fit_mean_pool_mlp` for the arguments."""
-    _check(train, val, labels)
+    check_bags(train, val, labels)
     with _undisturbed(train[0].z_TD.device):
         return _select(GatedAttention, train, val, labels, seed, grid, schedule)
+
+
+def pooled(bags: Sequence[FeatureBag]) -> list[FeatureBag]:
+    """Each bag as its mean tile, which varies far less than its tiles: standardise it as that."""
+    return [FeatureBag(b.slide_id, b.case_id, b.z_TD.mean(0, keepdim=True), b.y_K) for b in bags]
 
 
 def rgb_bag(slide_id: str, case_id: str, chunks: Iterable[Tensor], y_K: Tensor) -> FeatureBag:
@@ -210,10 +211,10 @@ def _select(
     schedule: Schedule,
 ) -> Baseline:
     """The best epoch of the best candidate."""
-    mean_D, std_D = _statistics(train)
+    mean_D, std_D = bag_statistics(train)
     train_z, val_z = ([(b.z_TD - mean_D) / std_D for b in split] for split in (train, val))
     train_y, val_y = (torch.stack([bag.y_K for bag in split]) for split in (train, val))
-    loss = MaskedBCE(_positive_weights(train_y, labels)).to(mean_D.device)
+    loss = MaskedBCE(positive_weights(train_y, labels)).to(mean_D.device)
     best: Baseline | None = None
     best_score = (-math.inf, -math.inf)
     for candidate in grid:
@@ -267,7 +268,7 @@ def _score(
     return auroc, (0.0 if math.isnan(auroc) else auroc, finite)
 
 
-def _statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
+def bag_statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each feature, every bag counting the same; a constant one divides by 1.
 
     Two passes, in float64: nothing the size of all the tiles is made.
@@ -279,7 +280,8 @@ def _statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
     return mean_D.float(), torch.where(constant, torch.ones_like(std_D), std_D).float()
 
 
-def _positive_weights(y_NK: Tensor, labels: Sequence[str]) -> list[float]:
+def positive_weights(y_NK: Tensor, labels: Sequence[str]) -> list[float]:
+    """Known negatives over known positives of each label."""
     weights = []
     for label, y_N in zip(labels, y_NK.T, strict=True):
         positives, negatives = int((y_N == 1).sum()), int((y_N == 0).sum())
@@ -293,7 +295,10 @@ def _positive_weights(y_NK: Tensor, labels: Sequence[str]) -> list[float]:
     return weights
 
 
-def _check(train: Sequence[FeatureBag], val: Sequence[FeatureBag], labels: Sequence[str]) -> None:
+def check_bags(
+    train: Sequence[FeatureBag], val: Sequence[FeatureBag], labels: Sequence[str]
+) -> None:
+    """Refuse bags that nothing can be fitted to, by name."""
     if not train or not val:
         raise ValueError(
             f"a baseline needs training and validation bags, got {len(train)} and {len(val)}"

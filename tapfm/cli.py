@@ -123,7 +123,26 @@ def parser() -> argparse.ArgumentParser:
     test.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")
     test.add_argument("--split", choices=("val", "test"), default="test", help="(%(default)s)")
     test.add_argument("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
+    test.add_argument("--features", type=Path, default=None,
+                      help="frozen features that several folders share; <run>/frozen")  # fmt: skip
     test.set_defaults(do=run_test)
+
+    study = verbs.add_parser("study", help="folds, seeds and strategies: one table, resumable")
+    study.add_argument("study", nargs="?", type=Path, help="YAML with the keys below; flags win")
+    study.add_argument("--config", action="append", help="the cohort's, and others behind it")
+    study.add_argument("--out", default=None, help="folder of the study")
+    study.add_argument(
+        "--folds", type=int, default=None, help="cross-validation; the table's split"
+    )
+    study.add_argument("--fold-seed", type=int, default=None, help="another one is another deal")
+    study.add_argument("--preserve-sites", action="store_true", default=None,
+                       help="a site in one fold only")  # fmt: skip
+    study.add_argument("--seeds", type=int, nargs="+", default=None, help="of training; 0")
+    study.add_argument("--strategies", nargs="+", default=None, metavar="STRATEGY",
+                       help="names, or configs to put behind; full")  # fmt: skip
+    study.add_argument("--aggregators", nargs="+", default=None, help="tapfm_gated")
+    study.add_argument("--jobs", type=int, default=None, help="fits at the same time; 1")
+    study.set_defaults(do=run_study)
 
     report = verbs.add_parser("report", help="the runs' results, cases and settings as one page")
     report.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")
@@ -301,7 +320,15 @@ def run_test(arguments: argparse.Namespace) -> int:
     """`tapfm test`."""
     from tapfm.evaluate import run_test
 
-    return run_test(arguments.run, arguments.split, arguments.overlays)
+    return run_test(arguments.run, arguments.split, arguments.overlays, arguments.features)
+
+
+def run_study(arguments: argparse.Namespace) -> int:
+    """`tapfm study`."""
+    from tapfm.study import read_study, run_study
+
+    flags = {k: v for k, v in vars(arguments).items() if k not in ("verb", "do", "study")}
+    return run_study(read_study(arguments.study, flags))
 
 
 def run_report(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """`tapfm test`: every run of a cohort beside the frozen baselines, on the same tiles and splits.
 
-A run that cannot say whether tuning beat frozen is not finished. So this fits a mean-pool MLP and
-gated-attention MIL on the unadapted encoder's features, and gated attention on six RGB numbers a
-tile as the floor, chooses them on the validation split, and prints one table with intervals.
+A run that cannot say whether tuning beat frozen is not finished. So this fits a linear
+probe, a mean-pool MLP and gated-attention MIL on the unadapted encoder's features, and gated
+attention on six RGB numbers a tile as the floor, chooses them on the validation split, and prints
+one table with intervals. Thresholds and calibration of every row come from validation, too.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.bag import Bag, SkippedBag
-from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
+from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
 from tapfm.features import Extraction, read_features
 from tapfm.fingerprint import adapted_fingerprint
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
+from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
 from tapfm.page import write_page
@@ -40,17 +42,25 @@ from tapfm.predict import (
 )
 from tapfm.report import END_TO_END, Arm, write_results
 
+GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
+    ("frozen, linear probe", "frozen", fit_linear_probe),
     ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),
     ("frozen, gated attention", "frozen", fit_gated_attention),
 )
 
 
-def run_test(run: Path, split: str, overlays: int) -> int:
+def run_test(run: Path, split: str, overlays: int, features: Path | None = None) -> int:
     """Evaluate every run below a folder; the report is in `<run>/report_<split>`. Returns 0.
+
+    Args:
+        run: the folder.
+        split: to report on.
+        overlays: slides to draw.
+        features: folder of frozen features that several folders share; None is `<run>/frozen`.
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
@@ -62,27 +72,32 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arms = frozen_arms(first, run / "frozen", split, device)
+    arms = frozen_arms(first, run / "frozen", split, device, features)
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
+    groups = {
+        kind: {row.slide_id: getattr(row, kind) for row in data.cohort.rows} for kind in GROUPS
+    }
     found = {}
     for folder in folders:
         model = models.load(folder / BEST).to(device)
         check_same_data(folder, folders[0])
-        predictions = predict_all(
-            model, data.streamed(data.rows(split)), first.model.chunk, folder.name
-        )
-        write_predictions(folder / f"predictions_{split}.csv", model.recipe.labels, predictions)
+        of = {}
+        for part in dict.fromkeys(("val", split)):
+            bags, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
+            of[part] = predict_all(model, bags, first.model.chunk, name)
+            write_predictions(folder / f"predictions_{part}.csv", model.recipe.labels, of[part])
+        predictions = of[split]
         for each in predictions:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-        arms.append(arm(f"{END_TO_END}{folder.name}", folder, predictions, end_to_end=True))
+        arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
         if each_slide := tile_auroc(data, predictions, truth):
             found[folder.name] = float(np.mean(list(each_slide.values())))
         draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
-    print(write_results(report, split, data.label_names, arms, skipped))
+    print(write_results(report, split, data.label_names, arms, skipped, groups=groups))
     if found:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
         print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
@@ -92,14 +107,16 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     return 0
 
 
-def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
+def frozen_arms(
+    cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None
+) -> list[Arm]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
-    features = folder / opener.grid.tag / f"features_{name}"
+    features = (shared or folder) / opener.grid.tag / f"features_{name}"
     rows = {row.slide_id: row for row in data.cohort.rows}
 
     def frozen(bag: Bag) -> FeatureBag:
@@ -122,17 +139,25 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
         parts = made[kind]
         baseline = fit(parts["train"], parts["val"], data.label_names, seed=data.seed)
         print(f"{title}: {baseline.describe()}")
-        predictions = []
-        for bag in parts[split]:
-            probs_K, weights_T = baseline.predict(bag)
-            weights = np.empty(0) if weights_T is None else np.asarray(weights_T)
-            predictions.append(
-                Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
-            )
-        name = title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
-        write_predictions(folder / name / f"predictions_{split}.csv", data.label_names, predictions)
-        arms.append(arm(title, folder / name, predictions, end_to_end=False))
+        name = row_folder(title)
+        of = {}
+        for part in dict.fromkeys(("val", split)):
+            of[part] = [predict_features(baseline, bag) for bag in parts[part]]
+            write_predictions(folder / name / f"predictions_{part}.csv", data.label_names, of[part])
+        arms.append(arm(title, folder / name, of, split, end_to_end=False))
     return arms
+
+
+def row_folder(title: str) -> str:
+    """Where a frozen row's predictions lie, below `frozen`."""
+    return title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
+
+
+def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
+    """What a baseline says of a slide."""
+    probs_K, weights_T = baseline.predict(bag)
+    weights = np.empty(0) if weights_T is None else np.asarray(weights_T)
+    return Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
 
 
 def feature_bags(
@@ -146,9 +171,12 @@ def feature_bags(
     return bags
 
 
-def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:
-    """A row group of the report."""
-    metrics = folder / "metrics.csv"
+def arm(
+    title: str, folder: Path, of: dict[str, list[Prediction]], split: str, *, end_to_end: bool
+) -> Arm:
+    """A row group of the report, from the predictions of its split and of validation."""
+    # none for the val split itself: what was chosen on a split says nothing about it
+    metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
     return Arm(
         title,
         end_to_end=end_to_end,
@@ -157,6 +185,9 @@ def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: 
         y_NK=np.stack([each.labels_K for each in predictions]),
         p_NK=np.stack([each.probs_K for each in predictions]),
         metrics_csv=metrics if metrics.exists() else None,
+        validation=None
+        if split == "val" or not val
+        else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
     )
 
 

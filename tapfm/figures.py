@@ -1,4 +1,4 @@
-"""The report's pictures: ROC curves and training curves, an arm a colour in both.
+"""The report's pictures: ROC, reliability and training curves, an arm a colour in all.
 
 Arms trained end to end are solid and thick, the others thin and broken, so that a print in grey
 still tells them apart.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tapfm.calibration import ece, reliability
 from tapfm.metrics import auroc
 
 if TYPE_CHECKING:
@@ -63,6 +64,25 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         roc_axis(axis, k, label, arms, styles)
     axes[0].set_ylabel("true positive rate")
+    _legend(figure, [arm.title for arm in arms], styles)
+    return figure
+
+
+def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+    """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
+    figure, axes = _figure(len(labels))
+    styles = [style | {"markersize": 4.5} for style in _styles(arms)]
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        for row, arm in enumerate(arms):
+            if bins := reliability(arm.y_NK[:, k], arm.p_NK[:, k]):
+                said, seen = zip(*((each.predicted, each.observed) for each in bins), strict=True)
+                axis.plot(said, seen, label=f"{ece(bins):.3f}", **styles[row])
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc="upper left", fontsize=8, title="ECE", title_fontsize=8)
+        axis.set_title(label, fontsize=10)
+        axis.set(xlabel="mean probability", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
+    axes[0].set_ylabel("share positive")
     _legend(figure, [arm.title for arm in arms], styles)
     return figure
 

@@ -1,10 +1,7 @@
 """How well slides are ranked, and how sure we may be: AUROC, AUPRC, case-clustered intervals.
 
-A patient's slides are not independent, so whole cases are resampled, never slides. A draw of the
-bootstrap is a vector of how often each slide takes part, and both metrics are computed from such
-weights directly: one sort by score, then cumulative sums for all draws at once. 2000 draws of 200
-slides cost about 30 ms a label on one core. Two models evaluated with the same cases and seed see
-the same draws, which is what makes their difference a paired one.
+Both are computed from how often each slide takes part (`tapfm.bootstrap`): one sort by score, then
+cumulative sums for all draws at once. 2000 draws of 200 slides cost about 30 ms a label on a core.
 
     auroc   chance that a positive outranks a negative; a tie counts one half
     auprc   average precision, sum over thresholds of (recall gained) x precision; tied scores are
@@ -15,10 +12,7 @@ label's interval, and `Interval.draws` says how many remained. Macro is the mean
 that have both classes among the slides; a draw that lacks a class of any of them is left out of
 macro, so that every draw averages the same labels.
 
-Limits: percentile intervals; with fewer than about 10 positive cases they are too narrow, and a
-    perfect ranking gives [1, 1], which is not certainty.
-Source: Field and Welsh 2007 (JRSS B 69:369), cluster bootstrap; definitions as scikit-learn's
-    `roc_auc_score` and `average_precision_score`, ties included.
+Source: definitions as scikit-learn's `roc_auc_score` and `average_precision_score`, ties included.
 
 Shapes: N slides, K labels, B draws, G groups of tied scores.
 """
@@ -27,27 +21,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.95
+from tapfm.bootstrap import (
+    Interval,
+    bootstrap_cases,
+    difference,
+    interval,
+    mean_of,
+    once,
+    with_point,
+)
+
+__all__ = [
+    "MACRO", "Interval", "auprc", "auroc", "auroc_draws", "bootstrap_cases", "evaluate",
+    "macro_auroc", "paired_difference",
+]  # fmt: skip
+
 MACRO = "macro"
 BLOCK = 2_000_000  # elements of a (B, N) block: 16 MB of float64, near the cache, whatever N is
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with its 95 % bootstrap interval; all nan where it is undefined."""
-
-    value: float
-    """On the slides as they are."""
-    low: float
-    """2.5th percentile of the draws."""
-    high: float
-    """97.5th percentile of the draws."""
-    draws: int = 0
-    """Draws in which the figure was defined: the interval stands on these."""
 
 
 def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
@@ -57,12 +50,12 @@ def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
         y_N: 0, 1, or nan where unknown (left out).
         p_N: any increasing score.
     """
-    return float(_metrics(y_N, p_N, _once(y_N))[0][0])
+    return float(_metrics(y_N, p_N, once(y_N))[0][0])
 
 
 def auprc(y_N: np.ndarray, p_N: np.ndarray) -> float:
     """Average precision; nan if one class only is known. See `auroc`."""
-    return float(_metrics(y_N, p_N, _once(y_N))[1][0])
+    return float(_metrics(y_N, p_N, once(y_N))[1][0])
 
 
 def macro_auroc(y_NK: np.ndarray, p_NK: np.ndarray) -> float:
@@ -74,18 +67,9 @@ def macro_auroc(y_NK: np.ndarray, p_NK: np.ndarray) -> float:
     return float(np.mean(defined)) if defined else math.nan
 
 
-def bootstrap_cases(cases_N: Sequence[str], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Draws of as many cases as there are, with replacement; a case brings all its slides.
-
-    Returns:
-        times_BN, uint16: how often slide n takes part in draw b.
-    """
-    names, case_N = np.unique(np.asarray(cases_N, dtype=str), return_inverse=True)
-    if not len(names):
-        return np.zeros((draws, 0), np.uint16)
-    chance = np.full(len(names), 1 / len(names))
-    times_BC = np.random.default_rng(seed).multinomial(len(names), chance, size=draws)
-    return times_BC.astype(np.uint16)[:, case_N]
+def auroc_draws(y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
+    """AUROC of every draw (B,), nan where the draw has one class only."""
+    return _metrics(y_N, p_N, times_BN)[0]
 
 
 def evaluate(
@@ -114,23 +98,23 @@ def evaluate(
         ValueError: shapes disagree, a label is neither 0, 1 nor nan, or a score is nan.
     """
     y_NK, p_NK = _checked(labels, y_NK, cases_N, p_NK)
-    times_BN = _with_point(cases_N, draws, seed)
+    times_BN = with_point(cases_N, draws, seed)
     figures_KMB = [_metrics(y_NK[:, k], p_NK[:, k], times_BN) for k in range(len(labels))]
     found: dict[str, dict] = {}
     for k, label in enumerate(labels):
         roc_B, pr_B = figures_KMB[k]
         known_N = ~np.isnan(y_NK[:, k])
         found[label] = {
-            "auroc": _interval(roc_B),
-            "auprc": _interval(pr_B),
+            "auroc": interval(roc_B),
+            "auprc": interval(pr_B),
             "positives": int(y_NK[known_N, k].sum()),
             "known": int(known_N.sum()),
         }
     averaged = [k for k in range(len(labels)) if not math.isnan(found[labels[k]]["auroc"].value)]
-    roc_B, pr_B = (_mean([figures_KMB[k][m] for k in averaged], len(times_BN)) for m in (0, 1))
+    roc_B, pr_B = (mean_of([figures_KMB[k][m] for k in averaged], len(times_BN)) for m in (0, 1))
     found[MACRO] = {
-        "auroc": _interval(roc_B),
-        "auprc": _interval(pr_B),
+        "auroc": interval(roc_B),
+        "auprc": interval(pr_B),
         "positives": sum(found[label]["positives"] for label in labels),
         "known": sum(found[label]["known"] for label in labels),
         "labels": [labels[k] for k in averaged],
@@ -153,15 +137,15 @@ def paired_difference(
         label or "macro" to the difference. See `evaluate` for the arguments.
     """
     y_NK, pa_NK, pb_NK = _checked(labels, y_NK, cases_N, pa_NK, pb_NK)
-    times_BN = _with_point(cases_N, draws, seed)
+    times_BN = with_point(cases_N, draws, seed)
     gain_KB = [
-        _metrics(y_NK[:, k], pa_NK[:, k], times_BN)[0]
-        - _metrics(y_NK[:, k], pb_NK[:, k], times_BN)[0]
+        auroc_draws(y_NK[:, k], pa_NK[:, k], times_BN)
+        - auroc_draws(y_NK[:, k], pb_NK[:, k], times_BN)
         for k in range(len(labels))
     ]
     defined = [gain_B for gain_B in gain_KB if not math.isnan(gain_B[0])]
-    gains = dict(zip(labels, gain_KB, strict=True)) | {MACRO: _mean(defined, len(times_BN))}
-    return {name: _interval(gain_B) for name, gain_B in gains.items()}
+    gains = dict(zip(labels, gain_KB, strict=True)) | {MACRO: mean_of(defined, len(times_BN))}
+    return {name: difference(gain_B) for name, gain_B in gains.items()}
 
 
 def _metrics(
@@ -201,28 +185,6 @@ def _areas(pos_BG: np.ndarray, neg_BG: np.ndarray) -> tuple[np.ndarray, np.ndarr
         roc_B = np.where(both_B, wins_B / (positives_B * negatives_B), np.nan)
         pr_B = np.where(both_B, (pos_BG * precision_BG).sum(1) / positives_B, np.nan)
     return roc_B, pr_B
-
-
-def _once(y_N: np.ndarray) -> np.ndarray:
-    return np.ones((1, len(y_N)), np.uint16)
-
-
-def _with_point(cases_N: Sequence[str], draws: int, seed: int) -> np.ndarray:
-    """The slides as they are, then the draws: row 0 gives the value, the others its interval."""
-    return np.concatenate([_once(cases_N), bootstrap_cases(cases_N, draws, seed)])
-
-
-def _mean(figures: list[np.ndarray], length: int) -> np.ndarray:
-    return np.mean(figures, axis=0) if figures else np.full(length, np.nan)
-
-
-def _interval(figure_B: np.ndarray) -> Interval:
-    value, drawn_B = float(figure_B[0]), figure_B[1:]
-    drawn_B = drawn_B[~np.isnan(drawn_B)]
-    if math.isnan(value) or not len(drawn_B):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(drawn_B))
 
 
 def _checked(labels, y_NK, cases_N, *scores) -> list[np.ndarray]:

@@ -1,16 +1,39 @@
-"""The run's result: one table, the numbers behind it, and two pictures.
+"""The run's result: one table, the numbers behind it, and pictures.
 
     predictions_<split>.csv   a row a slide: slide_id, case_id, a column a label (blank: unknown),
                               then `p_<label> (<row>)` for every label and row of the table
     metrics_<split>.json      every figure of the table, with intervals, draws and counts
     report.md                 the table, notes and pictures
     roc.png                   ROC curves, a panel a label
+    reliability.png           share of positives against probability, likewise
     curves.png                training curves, where a row has a metrics.csv
 
 Rows are compared on the slides that all of them predicted; any other slide is listed with its
 reason. Each end-to-end row is set against the better frozen one, on the same bootstrap draws.
 "Better" is the higher macro AUROC on the very split reported, among all rows that were not trained
 end to end: that choice favours the frozen side, so the difference is, if anything, too small.
+
+Keys of metrics_<split>.json. An INTERVAL is {value, low, high, draws}, 95 %; what is undefined is
+null. LABELS stands for an entry a label, and one, `macro`: the mean of those its `labels` names.
+
+    split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
+    arms.<title>
+        end_to_end
+        figures              LABELS: auroc, auprc INTERVAL; positives, known
+        auroc_difference     LABELS: INTERVAL, less the reference; null for a frozen row
+        delong               by label: value, se, low, high (slides of a case taken together),
+                             positive_cases, negative_cases; difference, se_difference, p against
+                             the reference, null for a frozen row
+        operating_points     LABELS: balanced | f1 | specificity_90, each with threshold (null in
+                             macro), chosen_on "val", and INTERVAL of balanced_accuracy,
+                             sensitivity, specificity, f1; null without validation predictions
+        calibration          LABELS: raw | temperature | platt, each with slope (1 / temperature),
+                             shift, ece, brier INTERVAL and bins [{low, high, slides, predicted,
+                             observed}]; macro has labels, ece and brier in each; the last two are
+                             null without validation predictions
+        subgroups            site | stain (where there are two), then its values, each: slides,
+                             cases, and in `labels` by label positive_cases, negative_cases,
+                             known, auroc INTERVAL, null with fewer than 10 cases of a class
 
 Shapes: N slides, K labels.
 """
@@ -20,14 +43,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 
-from tapfm.figures import curves_figure, roc_figure
+from tapfm.details import describe, sections
+from tapfm.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.files import replacing
 from tapfm.heatmap import save_figure
 from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
@@ -50,6 +74,8 @@ class Arm:
     p_NK: np.ndarray
     metrics_csv: Path | None = None
     """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
+    validation: tuple[np.ndarray, np.ndarray] | None = None
+    """y_NK and p_NK of the validation split, from which thresholds and calibration are taken."""
 
 
 def read_arm(title: str, path: Path, *, end_to_end: bool) -> tuple[list[str], Arm]:
@@ -95,6 +121,7 @@ def write_results(
     skipped: Sequence[tuple[str, str]] = (),
     draws: int = 2000,
     seed: int = 0,
+    groups: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """Evaluate, compare, write all files of the report.
 
@@ -106,6 +133,7 @@ def write_results(
         skipped: (slide_id, reason) of slides that were left out before.
         draws: bootstrap draws.
         seed: of the draws.
+        groups: such as site: slide_id -> its own, for the tables by group.
 
     Returns:
         The table and its notes as text.
@@ -125,6 +153,14 @@ def write_results(
         for arm in arms
         if arm.end_to_end and reference is not None
     }
+    groups = {kind: [of[s] for s in arms[0].slide_ids] for kind, of in (groups or {}).items()}
+    behind = {
+        arm.title: describe(
+            labels, y_NK, arm.p_NK, cases, validation=arm.validation, groups=groups,
+            reference_NK=reference.p_NK if arm.title in gains else None, draws=draws, seed=seed,
+        )
+        for arm in arms
+    }  # fmt: skip
     result = {
         "split": split,
         "slides": len(cases),
@@ -137,6 +173,7 @@ def write_results(
                 "end_to_end": arm.end_to_end,
                 "figures": figures[arm.title],
                 "auroc_difference": gains.get(arm.title),
+                **behind[arm.title],
             }
             for arm in arms
         },
@@ -145,13 +182,19 @@ def write_results(
     table = _table(labels, arms, figures, gains, reference, draws)
     notes = _notes(result, arms, figures, reference)
     result["notes"] = notes
-    drawn = [save_figure(roc_figure(labels, arms), folder / "roc.png")]
+    drawn = [
+        save_figure(roc_figure(labels, arms), folder / "roc.png"),
+        save_figure(reliability_figure(labels, arms), folder / "reliability.png"),
+    ]
     if any(arm.metrics_csv for arm in arms):
         drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
     _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
     _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
     notes = [*notes, *_left_out(result)]
-    _write(folder / "report.md", _markdown(split, table, notes, drawn))
+    _write(
+        folder / "report.md",
+        _markdown(split, table, notes, drawn) + "\n" + sections(labels, behind),
+    )
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
     return "\n".join([*_aligned_text(table), "", *wrapped])
 
@@ -180,7 +223,7 @@ def _aligned(arms: Sequence[Arm]) -> tuple[list[Arm], list[tuple[str, str]]]:
         order = [row[slide] for slide in shared]
         cases = [str(arm.case_ids[n]) for n in order]
         y_NK, p_NK = np.asarray(arm.y_NK, float)[order], np.asarray(arm.p_NK, float)[order]
-        found.append(Arm(arm.title, arm.end_to_end, shared, cases, y_NK, p_NK, arm.metrics_csv))
+        found.append(replace(arm, slide_ids=shared, case_ids=cases, y_NK=y_NK, p_NK=p_NK))
     for arm in found[1:]:
         same_N = np.array([a == b for a, b in zip(arm.case_ids, found[0].case_ids, strict=True)])
         same_N &= ((arm.y_NK == found[0].y_NK) | np.isnan(arm.y_NK) & np.isnan(found[0].y_NK)).all(
@@ -239,7 +282,8 @@ def _notes(result: dict, arms, figures, reference) -> list[str]:
     """What a reader must know to read the table."""
     notes = [
         f"{result['split']} split: {result['slides']} slides of {result['cases']} cases. "
-        f"Intervals: 95 %, percentiles of {result['draws']} bootstrap draws of whole cases."
+        f"Intervals: 95 %, from {result['draws']} bootstrap draws of whole cases; symmetric on "
+        "the logit scale, for differences percentiles."
     ]
     averaged = figures[arms[0].title][MACRO]["labels"]
     notes.append(f"macro: mean over {', '.join(averaged) or 'no label: none has both classes'}.")

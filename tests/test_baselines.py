@@ -152,7 +152,7 @@ def test_unknown_labels_are_masked(fit, cohort):
 
 def test_positive_weights_come_from_the_known_training_labels():
     y = torch.tensor([[1, 0], [0, 0], [0, 1], [0, torch.nan]], dtype=torch.float32)
-    assert baselines._positive_weights(y, LABELS) == [3.0, 2.0]
+    assert baselines.positive_weights(y, LABELS) == [3.0, 2.0]
 
 
 def test_validation_chooses_candidate_and_epoch(cohort):

@@ -15,6 +15,8 @@ from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import read_config
 from tapfm.predict import Prediction
 
+VAL = ["s7", "s8", "s9"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -32,14 +34,24 @@ def test_everything_is_there(run):
     report = run / "report_test"
     figures = json.loads((report / "metrics_test.json").read_text())
     text = json.dumps(figures)
-    for row in ("frozen, mean-pool MLP", "frozen, gated attention", "end to end, tapfm_gated"):
+    for row in (
+        "frozen, linear probe",
+        "frozen, mean-pool MLP",
+        "frozen, gated attention",
+        "end to end, tapfm_gated",
+    ):
         assert row in text
+    for row in figures["arms"].values():  # thresholds of every row, frozen or not, from validation
+        assert row["operating_points"]["EGFR"]["balanced"]["threshold"] is not None
+    probe = pd.read_csv(run / "frozen" / "frozen_linear_probe" / "predictions_val.csv")
+    assert probe["slide_id"].tolist() == VAL
     for name in ("predictions_test.csv", "report.md", "roc.png", "curves.png", "report.html"):
         assert (report / name).stat().st_size > 100, name
     for arm in ("tapfm", "tapfm_gated"):
         table = pd.read_csv(run / arm / "predictions_test.csv")
         assert table["slide_id"].tolist() == ["s10", "s11", "s12", "s13"]
         assert [f"p_{label}" in table for label in LABELS] == [True, True]
+        assert pd.read_csv(run / arm / "predictions_val.csv")["slide_id"].tolist() == VAL
         assert len(list((run / arm / "weights_test").glob("*.h5"))) == 4
         assert len(list((run / arm / "overlays_test").glob("*.png"))) == 1
         assert len(list((run / arm / "cases_test").glob("*/tile_8.jpg"))) >= 2

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.special import expit, logit
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from tapfm import metrics
+from tapfm.bootstrap import interval
 from tapfm.metrics import (
     Interval,
     auprc,
@@ -99,10 +102,11 @@ def test_intervals_are_those_of_the_loop(monkeypatch, block):
     for name, score in [("auroc", roc_auc_score), ("auprc", average_precision_score)]:
         drawn = [reference_draws(y[:, k], p[:, k], cases, score) for k in range(2)]
         for label, figures in zip(["A", "B", "macro"], [*drawn, np.mean(drawn, 0)], strict=True):
-            interval = found[label][name]
-            expected = np.quantile(figures, [0.025, 0.975])
-            np.testing.assert_allclose((interval.low, interval.high), expected, atol=1e-12)
-            assert interval.draws == DRAWS
+            each = found[label][name]
+            reach = norm.ppf(0.975) * np.std(figures, ddof=1) / (each.value * (1 - each.value))
+            expected = expit(logit(each.value) + reach * np.array([-1, 1]))
+            np.testing.assert_allclose((each.low, each.high), expected, atol=1e-12)
+            assert each.draws == DRAWS
     assert found["macro"]["auroc"].value == pytest.approx(macro_auroc(y, p))
     assert found["A"]["known"] == int((~np.isnan(y[:, 0])).sum())
     assert found["A"]["positives"] == int((y[:, 0] == 1).sum())
@@ -197,15 +201,31 @@ def test_a_model_differs_from_itself_by_nothing_and_from_its_twin_by_the_negativ
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
-    """120 cohorts from a known ranker: the 95 % intervals hold its AUROC 88 to 100 % of times."""
-    truth, held = 0.76025, 0  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
-    for seed in range(120):
+    """250 cohorts of 40 cases from a known ranker; percentiles of the draws would hold it less."""
+    truth = 0.9214  # P(N(2, 1) > N(0, 1)) = Phi(2 / sqrt 2)
+    held, by_percentiles = 0, 0
+    for seed in range(250):
         rng = np.random.default_rng(seed)
-        y = (rng.random((150, 1)) < 0.4).astype(float)
-        p = y + rng.standard_normal(y.shape)
-        interval = evaluate(["A"], y, p, [str(n) for n in range(150)], 200, seed)["A"]["auroc"]
-        held += interval.low <= truth <= interval.high
-    assert 0.88 <= held / 120 <= 1
+        y = (np.arange(40) < 10).astype(float)
+        p = 2 * y + rng.standard_normal(40)
+        drawn = metrics.auroc_draws(y, p, bootstrap_cases([str(n) for n in range(40)], 300, seed))
+        found = interval(np.append(auroc(y, p), drawn))
+        held += found.low <= truth <= found.high
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        by_percentiles += low <= truth <= high
+    assert 0.92 <= held / 250 <= 0.98
+    assert by_percentiles < held
+
+
+def test_an_interval_stays_between_0_and_1_and_turns_over_with_its_figure():
+    rng = np.random.default_rng(0)
+    for value in (0.004, 0.3, 0.97, 0.999):
+        drawn = np.append(value, np.clip(value + 0.02 * rng.standard_normal(200), 0, 1))
+        found, turned = interval(drawn), interval(1 - drawn)
+        assert 0 < found.low < value < found.high < 1
+        assert (turned.low, turned.high) == pytest.approx((1 - found.high, 1 - found.low), rel=1e-9)
+    assert interval(np.ones(50)) == Interval(1, 1, 1, 49)
+    assert math.isnan(interval(np.full(50, np.nan)).low)
 
 
 def test_bad_input_is_named():

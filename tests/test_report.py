@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tapfm.delong import delong_difference
 from tapfm.metrics import auroc, evaluate, paired_difference
 from tapfm.report import Arm, read_arm, write_results
+from tapfm.thresholds import choose_threshold
 
 LABELS = ["NUCA", "VACU"]
 SLIDES, DRAWS = 37, 101
@@ -84,6 +86,31 @@ def test_table_json_and_metrics_agree(tmp_path):
                 assert (float(value), float(low), float(high)) == pytest.approx(numbers, abs=5e-4)
 
 
+def test_what_stands_behind_the_rows_is_in_the_json_and_below_the_table(tmp_path):
+    """Only a row with validation predictions has thresholds; only an end-to-end one a p."""
+    rows = arms()
+    y, p, _ = in_order(rows[4])
+    rows[4] = replace(rows[4], validation=(y, p))
+    groups = {"site": {f"s{n:02d}": "ab"[n % 2] for n in range(SLIDES)}}
+    write_results(tmp_path, "test", LABELS, rows, draws=DRAWS, groups=groups)
+    saved = json.loads((tmp_path / "metrics_test.json").read_text())["arms"]
+    assert saved["tapfm"]["operating_points"] is None
+    assert saved["tapfm"]["calibration"]["NUCA"]["platt"] is None
+    point = saved["tapfm_gated"]["operating_points"]["NUCA"]["balanced"]
+    assert point["chosen_on"] == "val"
+    assert point["threshold"] == choose_threshold(y[:, 0], p[:, 0], "balanced")
+    assert saved["tapfm_gated"]["calibration"]["NUCA"]["platt"]["slope"] > 0
+    assert saved["frozen, MLP"]["delong"]["NUCA"]["p"] is None
+    best = in_order(rows[1])[1]
+    cases = in_order(rows[4])[2]
+    expected = delong_difference(y[:, 0], p[:, 0], best[:, 0], cases).p
+    assert saved["tapfm_gated"]["delong"]["NUCA"]["p"] == pytest.approx(expected)
+    assert saved["RGB"]["subgroups"]["site"]["b"]["slides"] == SLIDES // 2
+    markdown = (tmp_path / "report.md").read_text()
+    for part in ("## Yes or no", "## Calibration", "## DeLong", "## By site"):
+        assert part in markdown
+
+
 def test_lines_are_aligned_and_markdown_says_the_same(tmp_path):
     text = write_results(tmp_path, "test", LABELS, arms(), draws=DRAWS)
     table = text.split("\n\n")[0].splitlines()
@@ -94,7 +121,8 @@ def test_lines_are_aligned_and_markdown_says_the_same(tmp_path):
     markdown = (tmp_path / "report.md").read_text()
     for value in re.findall(r"[-+]?\d\.\d{3} \[[^]]*\]", text):
         assert value in markdown
-    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    table = markdown.partition("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert len(rows) == 2 + 3 * 5
     assert "![roc](roc.png)" in markdown
@@ -227,8 +255,9 @@ def test_pictures_are_written(tmp_path):
     write_results(tmp_path / "report", "test", LABELS, rows, draws=DRAWS)
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {
-        "curves.png", "metrics_test.json", "predictions_test.csv", "report.md", "roc.png",
+        "curves.png", "metrics_test.json", "predictions_test.csv", "reliability.png", "report.md",
+        "roc.png",
     }  # fmt: skip
-    for name in ("curves.png", "roc.png"):
+    for name in ("curves.png", "reliability.png", "roc.png"):
         assert Image.open(tmp_path / "report" / name).size[0] > 700
     assert "![curves](curves.png)" in (tmp_path / "report" / "report.md").read_text()

@@ -1,0 +1,244 @@
+"""`tapfm study`: folds x seeds x aggregators x strategies, and one table of what came out.
+
+    <out>/folds/                              the cohort's table, dealt by case, a file a fold
+    <out>/fold_0/seed_0/<arm>/cell.yaml       what the cell changes of the config
+    <out>/fold_0/seed_0/<arm>/run/            the fit's own folder
+    <out>/fold_0/seed_0/<arm>/report_test/    its report, frozen rows included
+    <out>/fold_0/seed_0/<arm>/log.txt         what both commands said
+    <out>/fold_0/seed_0/<arm>/finished.json   written last: seconds of fit and test
+    <out>/frozen/                             features of the frozen encoder, shared by all cells
+    <out>/study.json, study.csv               the table, its intervals, every paired difference
+
+A cell is `tapfm fit` and `tapfm test` as processes of their own, so that none takes another down;
+one that fails is named, with the last it said, and the others go on. The same command goes on where
+it stopped: finished cells are skipped, a half-trained one is resumed by `tapfm fit`. Seeds,
+strategies and aggregators may be added; the config and the folds of a study do not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tapfm.config import ConfigError, index_and_cache, read_data, read_source
+from tapfm.files import replacing
+from tapfm.split import run_split
+from tapfm.study_table import FINISHED, RUN, plain, summary, write_csv
+
+TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
+TESTING = threading.Lock()  # one test at a time: they write the same frozen features
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run; a YAML file with these keys, or flags, which win."""
+
+    config: tuple[str, ...]
+    """The cohort's config, and others behind it."""
+    out: str
+    """Folder of the study."""
+    folds: int | None = None
+    """Of a cross-validation; None keeps the split of the cohort's table."""
+    fold_seed: int = 0
+    """Another one is another deal of the cases."""
+    preserve_sites: bool = False
+    """Keep the cases of a site in one fold."""
+    seeds: tuple[int, ...] = (0,)
+    """Of weights, order and augmentation."""
+    strategies: tuple[str | Mapping[str, Any], ...] = ("full",)
+    """Names, names with options, or a config to put behind (`configs/strategies/lean.yaml`)."""
+    aggregators: tuple[str, ...] = ("tapfm_gated",)
+    """Their names."""
+    jobs: int = 1
+    """Fits at the same time."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fit and its test."""
+
+    fold: int
+    seed: int
+    arm: str
+    """Aggregator and strategy, as the folder is named."""
+    folder: Path
+    changes: Mapping[str, Any]
+    """What goes into cell.yaml."""
+    configs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"fold {self.fold}, seed {self.seed}, {self.arm}"
+
+
+def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
+    """A study from its YAML and the flags that are not None.
+
+    Raises:
+        ConfigError: an unknown key, something missing, or something twice.
+    """
+    found: dict[str, Any] = {}
+    if file is not None:
+        if not file.is_file():
+            raise ConfigError(f"{file}: there is no such study")
+        found = yaml.safe_load(file.read_text()) or {}
+    found |= {key: value for key, value in flags.items() if value is not None}
+    known = [each.name for each in fields(Study)]
+    if unknown := sorted(set(found) - set(known)):
+        raise ConfigError(f"study: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    if missing := [key for key in ("config", "out") if not found.get(key)]:
+        raise ConfigError(f"study: {' and '.join(missing)} missing: give them in YAML or as flags")
+    for key in ("config", "seeds", "strategies", "aggregators"):
+        if key in found:
+            listed = found[key] if isinstance(found[key], list | tuple) else [found[key]]
+            found[key] = tuple(str(each) if key == "config" else each for each in listed)
+    study = Study(**{**found, "out": str(found["out"])})
+    names_of = {
+        "seeds": study.seeds,
+        "aggregators": study.aggregators,
+        "strategies": [strategy_name(each) for each in study.strategies],
+    }
+    for key, names in names_of.items():
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"study: {key} are {list(names)}: give one at least, and none twice")
+    if study.jobs < 1:
+        raise ConfigError(f"study: jobs is {study.jobs}: give 1 or more")
+    return study
+
+
+def strategy_name(strategy: str | Mapping[str, Any]) -> str:
+    """As folders and rows have it: lora, lora_rank16, or the stem of a config."""
+    if isinstance(strategy, str):
+        return Path(strategy).stem
+    options = "".join(f"_{k}{v}" for k, v in strategy.items() if k != "name")
+    name = f"{strategy.get('name', 'full')}{options}"
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+
+
+def run_study(study: Study) -> int:
+    """Run what is not finished, then print the table. Returns 0, or 2 if a cell failed.
+
+    Raises:
+        ConfigError: the folder holds a study of another config or other folds.
+    """
+    out, data = Path(study.out), read_data([Path(each) for each in study.config])
+    tables = prepare(study, data)
+    cells = plan_cells(study, tables)
+    todo = [cell for cell in cells if not (cell.folder / FINISHED).exists()]
+    print(f"{out}: {len(cells)} cells, {len(cells) - len(todo)} finished before")
+    if todo:
+        first = out / "folds" / "index.yaml"
+        first.write_text(yaml.safe_dump({"data": {"table": str(tables[0])}}))
+        index_and_cache(read_source([*map(Path, study.config), first]))  # once, for all cells
+    failed = {}
+    with ThreadPoolExecutor(study.jobs) as pool_of_jobs:
+        for cell, fault in zip(todo, pool_of_jobs.map(lambda c: run_cell(c, out), todo),
+                               strict=True):  # fmt: skip
+            if fault:
+                failed[str(cell)] = fault
+    text, result = summary(study, cells, failed)
+    with replacing(out / "study.json") as partial:
+        partial.write_text(json.dumps(plain(result), indent=1) + "\n")
+    write_csv(out / "study.csv", result)
+    print(text)
+    print(f"{out}: study.json, study.csv")
+    return 2 if failed else 0
+
+
+def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
+    """The table of each fold; dealt once, and never again for this folder."""
+    out, table = Path(study.out), Path(data["table"])
+    if not table.is_file():
+        raise ConfigError(f"{table}: there is no such table")
+    fixed = {
+        "configs": [yaml.safe_load(Path(each).read_text()) for each in study.config],
+        "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+        **{key: asdict(study)[key] for key in ("folds", "fold_seed", "preserve_sites")},
+    }
+    about = out / "folds" / "study.yaml"
+    if about.exists():
+        then = yaml.safe_load(about.read_text())
+        if changed := [key for key in fixed if then.get(key) != fixed[key]]:
+            raise ConfigError(
+                f"{out} holds a study with other {', '.join(changed)}. Give another --out, or "
+                "delete that folder to start anew."
+            )
+    elif study.folds is not None:
+        run_split(table, out / "folds", data.get("labels"), folds=study.folds,
+                  seed=study.fold_seed, preserve_sites=study.preserve_sites)  # fmt: skip
+    with replacing(about) as partial:
+        partial.write_text(yaml.safe_dump(fixed, sort_keys=False))
+    if study.folds is None:
+        return [table]
+    return [out / "folds" / f"{table.stem}_{n}.csv" for n in range(study.folds)]
+
+
+def plan_cells(study: Study, tables: Sequence[Path]) -> list[Cell]:
+    """Every cell, fold by fold."""
+    cells = []
+    for (fold, table), seed, aggregator, strategy in product(
+        enumerate(tables), study.seeds, study.aggregators, study.strategies
+    ):
+        arm = f"{aggregator}_{strategy_name(strategy)}"
+        folder = Path(study.out) / f"fold_{fold}" / f"seed_{seed}" / arm
+        model: dict[str, Any] = {"aggregator": aggregator}
+        behind = isinstance(strategy, str) and strategy.endswith((".yaml", ".yml"))
+        if not behind:
+            model["strategy"] = strategy if isinstance(strategy, str) else dict(strategy)
+        changes = {"seed_everything": seed, "run_dir": str(folder), "name": RUN,
+                   "model": model, "data": {"table": str(table)}}  # fmt: skip
+        configs = (*study.config, *([strategy] if behind else []))
+        cells.append(Cell(fold, seed, arm, folder, changes, configs))
+    return cells
+
+
+def run_cell(cell: Cell, out: Path) -> str | None:
+    """Fit and test; None, or why it failed."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    changes = cell.folder / "cell.yaml"
+    changes.write_text(yaml.safe_dump(dict(cell.changes), sort_keys=False))
+    configs = [part for each in (*cell.configs, changes) for part in ("--config", str(each))]
+    test = ["--run", str(cell.folder), "--features", str(out / "frozen"), "--overlays", "0"]
+    seconds = {}
+    for verb, arguments in (("fit", configs), ("test", test)):
+        began = time.perf_counter()
+        with TESTING if verb == "test" else nullcontext():
+            fault = _command([verb, *arguments], cell.folder / "log.txt")
+        seconds[verb] = round(time.perf_counter() - began, 1)
+        if fault:
+            print(f"{cell}: {verb} failed: {fault}", file=sys.stderr, flush=True)
+            return f"{verb}: {fault}"
+    with replacing(cell.folder / FINISHED) as partial:
+        partial.write_text(json.dumps({"seconds": seconds}) + "\n")
+    print(f"{cell}: fit {seconds['fit']} s, test {seconds['test']} s", flush=True)
+    return None
+
+
+def _command(arguments: list[str], log: Path) -> str | None:
+    """Run a verb, what it says into the log; None, or the last it said if it failed."""
+    with log.open("a") as file:
+        file.write(f"\n$ tapfm {' '.join(arguments)}\n")
+        file.flush()
+        start = file.tell()
+        code = subprocess.run(
+            [*TAPFM, *arguments], stdout=file, stderr=file, check=False
+        ).returncode
+    if not code:
+        return None
+    with log.open(errors="replace") as file:
+        file.seek(start)
+        said = [line.strip() for line in file.read().splitlines() if line.strip()]
+    faults = [line.removeprefix("tapfm: ") for line in said if line.startswith("tapfm: ")]
+    return f"exit code {code}: {(faults or said or ['it said nothing'])[-1]} (see {log})"

@@ -1,0 +1,172 @@
+"""What a study found: one table, and every interval and difference behind it.
+
+The rows are the frozen ones, then aggregators and strategies, pooled by `tapfm.pooling`. `summary`
+reads what finished cells left on disk, so the table can be had while others still run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tapfm.bootstrap import Interval
+from tapfm.evaluate import row_folder
+from tapfm.files import replacing
+from tapfm.metrics import MACRO
+from tapfm.pooling import Fold, Pool, pool
+from tapfm.report import read_arm
+
+if TYPE_CHECKING:
+    from tapfm.study import Cell, Study
+
+FINISHED, RUN = "finished.json", "run"
+
+
+def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
+    """The table as text, and all behind it for study.json."""
+    labels, runs, order = gather(cells)
+    folds = len({cell.fold for cell in cells})
+    result: dict[str, Any] = {
+        "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
+    }  # fmt: skip
+    why = [f"failed: {cell}: {fault}" for cell, fault in failed.items()]
+    try:
+        found = pool(labels, runs, folds)
+    except ValueError as error:
+        return "\n".join([f"no table: {error}", *why]), result
+    frozen = [title for title in found.rows if not order[title]]
+    trained = [title for title in found.rows if order[title]]
+    value = {title: row.figures["pooled"][MACRO].value for title, row in found.rows.items()}
+    defined = [title for title in frozen if not math.isnan(value[title])]
+    best = max(defined, key=value.get) if defined else None
+    first = trained[0] if trained else None
+    result |= {"slides": found.slides, "cases": found.cases, "macro": list(found.averaged),
+               "reference": best, "first": first}  # fmt: skip
+    for title in order:
+        if title not in found.rows:
+            result["arms"][title] = {"end_to_end": order[title], "seeds": []}
+            continue
+        row = found.rows[title]
+        result["arms"][title] = {
+            "end_to_end": order[title],
+            "seeds": list(row.seeds),
+            "macro_of_seeds": row.by_seed,
+            "deviation_of_seeds": row.deviation,
+            "figures": row.figures,
+            "differences": {
+                other: row.minus(found.rows[other])
+                for other in [best, *trained]
+                if order[title] and other not in (None, title)
+            },
+        }
+    return _text(study.folds, len(study.seeds), labels, result, found, why), result
+
+
+def gather(cells: Sequence[Cell]) -> tuple[list[str], dict, dict[str, bool]]:
+    """Labels; title -> seed -> fold -> predictions of finished cells; title -> is it trained."""
+    labels: list[str] = []
+    runs: dict[str, dict[int, dict[int, Fold]]] = {}
+    frozen: dict[str, bool] = {}
+    for cell in cells:
+        if not (cell.folder / FINISHED).exists():
+            continue
+        rows = json.loads((cell.folder / "report_test" / "metrics_test.json").read_text())["arms"]
+        for title, facts in rows.items():
+            trained = facts["end_to_end"]
+            name = RUN if trained else f"frozen/{row_folder(title)}"
+            labels, arm = read_arm(
+                title, cell.folder / name / "predictions_test.csv", end_to_end=trained
+            )
+            row = cell.arm if trained else title
+            fold = Fold(arm.slide_ids, arm.case_ids, arm.y_NK, arm.p_NK)
+            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, fold)
+            if not trained:
+                frozen[title] = False
+    return labels, runs, frozen | {cell.arm: True for cell in cells}
+
+
+def _text(
+    folds: int | None, seeds: int, labels, result: Mapping, found: Pool, why: list[str]
+) -> str:
+    best, first = result["reference"], result["first"]
+    head = ["model", "macro AUROC [95 %]", *labels, "within folds", "seeds, deviation",
+            "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
+    table = [head]
+    for title, arm in result["arms"].items():
+        mark = " *" if title == best else " **" if title == first else ""
+        if not arm["seeds"]:
+            table.append([title, "not finished", *[""] * (len(head) - 2)])
+            continue
+        pooled, deviation = arm["figures"]["pooled"], arm["deviation_of_seeds"]
+        gains = [arm["differences"].get(other) for other in (best, first)]
+        table.append(
+            [title + mark, _span(pooled[MACRO]), *(_number(pooled[name].value) for name in labels)]
+            + [_number(arm["figures"]["within_folds"][MACRO].value)]
+            + [f"{len(arm['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
+            + [_span(gain["pooled"][MACRO], "+") if gain else "" for gain in gains]
+        )
+    widths = [max(len(row[n]) for row in table) for n in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+             for row in table]  # fmt: skip
+    dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
+    notes = [
+        "",
+        f"{result['slides']} slides of {result['cases']} cases; {dealt}; AUROC averaged over the "
+        f"seeds; macro: {', '.join(result['macro']) or 'no label has both classes'}.",
+        "Intervals: 95 %, from bootstrap draws of whole cases; differences paired, on the same "
+        "draws. They say nothing of training anew: the deviation over seeds does.",
+        "* the frozen row of the highest macro AUROC, chosen on what is reported here, which "
+        "favours it; ** the first end-to-end row; study.json has every pair.",
+    ]
+    short = [f"{title}: {len(arm['seeds'])} of {seeds} seeds have every fold; the "
+             "others are left out" for title, arm in result["arms"].items()
+             if len(arm["seeds"]) < seeds]  # fmt: skip
+    return "\n".join([*lines, *notes, *short, *why])
+
+
+def write_csv(path: Path, result: Mapping) -> None:
+    """study.csv: a row a model and label."""
+    spans = [f"{name}_{end}" for name in ("auroc", "minus_frozen", "minus_first")
+             for end in ("value", "low", "high")]  # fmt: skip
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["model", "end_to_end", "seeds", "label", *spans, "auroc_within_folds"])
+        for title, arm in result["arms"].items():
+            for label in arm.get("figures", {}).get("pooled", {}):
+                cells = _ends(arm["figures"]["pooled"][label])
+                for other in (result["reference"], result["first"]):
+                    gain = arm["differences"].get(other)
+                    cells += _ends(gain["pooled"][label]) if gain else [""] * 3
+                within = _ends(arm["figures"]["within_folds"][label])[0]
+                writer.writerow([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells,
+                                 within])  # fmt: skip
+
+
+def _ends(found: Interval) -> list[str]:
+    return ["" if math.isnan(x) else f"{x:.6f}" for x in (found.value, found.low, found.high)]
+
+
+def _span(found: Interval, sign: str = "") -> str:
+    if math.isnan(found.value):
+        return "one class only"
+    return "{} [{}, {}]".format(*(f"{x:{sign}.3f}" for x in (found.value, found.low, found.high)))
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def plain(value):
+    """For JSON: intervals as objects, nan as null."""
+    if isinstance(value, Interval):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

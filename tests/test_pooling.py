@@ -1,0 +1,103 @@
+"""Pooled: scikit-learn's on the folds together. Within folds: on pairs of one fold."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tapfm.bootstrap import with_point
+from tapfm.metrics import auroc_draws, paired_difference
+from tapfm.pooling import Fold, pool
+
+LABELS = ["A", "B"]
+DRAWS = 53
+
+
+def runs(seeds=(0, 1), folds=3, slides=60, shift=0.0):
+    """Two rows; each fold's scores may lie on a scale of their own. Two slides a case."""
+    rng = np.random.default_rng(0)
+    y = (rng.random((slides, 2)) < 0.4).astype(float)
+    fold_of = np.arange(slides) // 2 % folds
+    found, flat = {}, {}
+    for title, skill in (("a", 1.5), ("b", 0.5)):
+        for seed in seeds:
+            p = skill * y + rng.standard_normal(y.shape) + shift * fold_of[:, None]
+            flat[title, seed] = p
+            for fold in range(folds):
+                own = np.flatnonzero(fold_of == fold)[::-1]  # another order
+                names = [f"s{n:02d}" for n in own], [f"c{n // 2}" for n in own]
+                known = np.where((own % 7 == 0)[:, None], np.nan, y[own])
+                each = Fold(*names, known, p[own])
+                found.setdefault(title, {}).setdefault(seed, {})[fold] = each
+    y[np.arange(slides) % 7 == 0] = np.nan
+    return found, flat, y, fold_of, [f"c{n // 2}" for n in range(slides)]
+
+
+def test_pooled_is_the_aurocs_of_the_seeds_averaged_not_of_their_mean_score():
+    found, flat, y, _, _ = runs()
+    known = ~np.isnan(y[:, 0])
+    row = pool(LABELS, found, 3, DRAWS).rows["a"]
+    each = [roc_auc_score(y[known, 0], flat["a", seed][known, 0]) for seed in (0, 1)]
+    assert row.figures["pooled"]["A"].value == pytest.approx(np.mean(each), abs=1e-12)
+    ensemble = roc_auc_score(y[known, 0], (flat["a", 0] + flat["a", 1])[known, 0])
+    assert abs(ensemble - np.mean(each)) > 1e-3
+    macros = [np.mean([roc_auc_score(y[known, k], flat["a", s][known, k]) for k in range(2)])
+              for s in (0, 1)]  # fmt: skip
+    assert list(row.by_seed.values()) == pytest.approx(macros)
+    assert row.deviation == pytest.approx(np.std(macros, ddof=1))
+
+
+def test_within_folds_compares_pairs_of_one_fold():
+    """By hand; and a shift between the folds' scores, which ruins the pooled, does not touch it."""
+    found, flat, y, fold_of, _ = runs(seeds=(0,))
+    wins = pairs = 0
+    p = flat["a", 0][:, 0]
+    for i in np.flatnonzero(y[:, 0] == 1):
+        for j in np.flatnonzero((y[:, 0] == 0) & (fold_of == fold_of[i])):
+            wins, pairs = wins + (p[i] > p[j]), pairs + 1
+    row = pool(LABELS, found, 3, DRAWS).rows["a"]
+    assert row.figures["within_folds"]["A"].value == pytest.approx(wins / pairs, abs=1e-12)
+    shifted = pool(LABELS, runs(seeds=(0,), shift=50)[0], 3, DRAWS).rows["a"]
+    assert shifted.figures["within_folds"]["A"] == row.figures["within_folds"]["A"]
+    assert shifted.figures["pooled"]["A"].value < row.figures["pooled"]["A"].value - 0.05
+
+
+def test_differences_are_paired_on_the_same_draws():
+    found, flat, y, _, cases = runs(seeds=(0,))
+    pooled = pool(LABELS, found, 3, DRAWS, seed=4)
+    gain = pooled.rows["a"].minus(pooled.rows["b"])["pooled"]
+    order = np.argsort([f"s{n:02d}" for n in range(60)])
+    expected = paired_difference(
+        LABELS, y[order], flat["a", 0][order], flat["b", 0][order],
+        [cases[n] for n in order], DRAWS, 4,
+    )  # fmt: skip
+    for name in (*LABELS, "macro"):
+        assert gain[name].value == pytest.approx(expected[name].value, abs=1e-12)
+        assert gain[name].low == pytest.approx(expected[name].low, abs=1e-12)
+    drawn = auroc_draws(y[order, 0], flat["a", 0][order, 0], with_point(cases, DRAWS, 4))
+    np.testing.assert_allclose(pooled.rows["a"].drawn["pooled"]["A"], drawn, atol=1e-12)
+    assert (pooled.slides, pooled.cases, pooled.averaged) == (60, 30, ("A", "B"))
+
+
+def test_a_seed_that_lacks_a_fold_is_left_out():
+    found = runs()[0]
+    del found["a"][1][2]
+    assert pool(LABELS, found, 3, DRAWS).rows["a"].seeds == (0,)
+    assert math.isnan(pool(LABELS, found, 3, DRAWS).rows["a"].deviation)
+    del found["a"][0][0]
+    assert set(pool(LABELS, found, 3, DRAWS).rows) == {"b"}
+    with pytest.raises(ValueError, match="no row has all of its 4 folds"):
+        pool(LABELS, found, 4, DRAWS)
+
+
+def test_a_slide_in_two_folds_and_labels_that_differ_are_refused():
+    found = runs()[0]
+    found["a"][0][1] = found["a"][0][0]
+    with pytest.raises(ValueError, match=r"a, seed 0: s\d+ is tested in folds 0, 1"):
+        pool(LABELS, found, 3, DRAWS)
+    found = runs()[0]
+    first = found["b"][1][0]
+    found["b"][1][0] = Fold(first.slide_ids, first.case_ids, 1 - first.y_NK, first.p_NK)
+    with pytest.raises(ValueError, match="fold, case or labels differ between runs"):
+        pool(LABELS, found, 3, DRAWS)

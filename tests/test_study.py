@@ -1,0 +1,215 @@
+"""A study runs every cell once, goes on where it stopped, and names what failed.
+
+The first test is the real thing: two strategies on a tiny cohort, fit and test in this process (the
+commands are those that are else run as processes of their own). The others put a small program in
+the place of `tapfm`, which leaves predictions where fit and test do, so that folds, seeds, failures
+and resuming can be tried by the dozen.
+"""
+
+import contextlib
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from cohorts import write_cohort
+
+from tapfm import cli, study
+from tapfm.config import ConfigError
+from tapfm.study import read_study, run_study
+
+STAND_IN = """
+import csv, json, sys, pathlib, hashlib
+import yaml
+verb, *rest = sys.argv[1:]
+values = {k: v for k, v in zip(rest, rest[1:])}
+if verb == "fit":
+    config = yaml.safe_load(pathlib.Path(rest[-1]).read_text())
+    folder = pathlib.Path(config["run_dir"])
+    strategy, seed = config["model"]["strategy"], config["seed_everything"]
+    with (folder / "fits.txt").open("a") as file:
+        file.write("fit\\n")
+    broken = pathlib.Path(sys.argv[0]).with_name("broken.txt")
+    if broken.exists() and broken.read_text() in str(folder):
+        print("tapfm: the disk is full")
+        sys.exit(2)
+    table = list(csv.DictReader(open(config["data"]["table"])))
+    skills = {"run": {"full": 1.2, "lora": 0.8}[strategy], "frozen/frozen_probe": 0.5}
+    for name, skill in skills.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        with (folder / name / "predictions_test.csv").open("w") as out:
+            out.write("slide_id,case_id,EGFR,p_EGFR\\n")
+            for row in table:
+                if row["split"] == "test":
+                    key = f"{row['slide_id']} {name} {seed if name == 'run' else ''} {strategy}"
+                    key = key if name == "run" else row["slide_id"]
+                    noise = int(hashlib.md5(key.encode()).hexdigest(), 16) % 1000 / 1000
+                    p = (skill * int(row["EGFR"]) + 2 * noise) / 5
+                    out.write(f"{row['slide_id']},{row['case_id']},{row['EGFR']},{p}\\n")
+else:
+    report = pathlib.Path(values["--run"]) / "report_test"
+    report.mkdir(exist_ok=True)
+    arms = {"frozen, probe": {"end_to_end": False}, "end to end, run": {"end_to_end": True}}
+    (report / "metrics_test.json").write_text(json.dumps({"arms": arms}))
+"""
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A cohort of 30 cases that no one opens, and a program that pretends; folds are real."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(study, "TAPFM", [sys.executable, str(program)])
+    monkeypatch.setattr(study, "index_and_cache", lambda source: None)
+    monkeypatch.setattr(study, "read_source", lambda configs: None)
+    lines = [f"c{n // 2},s{n},s{n}.svs,train,{n // 2 % 2}" for n in range(60)]
+    header = "case_id,slide_id,slide_path,split,EGFR"
+    (tmp_path / "cohort.csv").write_text("\n".join([header, *lines]) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"table": str(tmp_path / "cohort.csv")}}))
+    file = tmp_path / "study.yaml"
+    keys = {"config": str(config), "out": str(tmp_path / "out"), "folds": 3, "seeds": [0, 1],
+            "strategies": ["full", "lora"], "jobs": 3}  # fmt: skip
+    file.write_text(yaml.safe_dump(keys))
+    return file
+
+
+def counts(out):
+    return sorted(len(path.read_text().split()) for path in out.rglob("fits.txt"))
+
+
+def test_two_strategies_for_real(tmp_path, monkeypatch, capsys):
+    config = write_cohort(tmp_path)
+
+    def here(arguments, log):
+        with log.open("a") as file, contextlib.redirect_stdout(file):
+            return None if cli.main(arguments) == 0 else "failed"
+
+    monkeypatch.setattr(study, "_command", here)
+    short = tmp_path / "short.yaml"
+    short.write_text("trainer: {max_epochs: 1}")
+    flags = ["--config", str(config), "--config", str(short), "--out", str(tmp_path / "out"),
+             "--strategies", "full", "bitfit"]  # fmt: skip
+    assert cli.main(["study", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "4 slides of 4 cases; one split" in text
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert list(result["arms"])[-2:] == ["tapfm_gated_full", "tapfm_gated_bitfit"]
+    assert len(result["arms"]) == 6
+    for arm in ("full", "bitfit"):
+        run = tmp_path / "out" / "fold_0" / "seed_0" / f"tapfm_gated_{arm}"
+        own = json.loads((run / "report_test" / "metrics_test.json").read_text())
+        expected = own["arms"]["end to end, run"]["figures"]["EGFR"]["auroc"]["value"]
+        found = result["arms"][f"tapfm_gated_{arm}"]["figures"]["pooled"]["EGFR"]["value"]
+        assert found == pytest.approx(expected)
+        assert yaml.safe_load((run / "run" / "config.yaml").read_text())["model"]["strategy"] == arm
+        assert not (run / "frozen" / "20x_32px_0px_overlap").exists()  # features are shared
+    assert len(list((tmp_path / "out" / "frozen").rglob("s0.h5"))) == 1
+    # stopped between fit and test: the fit is found done, and the study ends as it did
+    best = (run / "run" / "best.safetensors").read_bytes()
+    (run / "finished.json").unlink()
+    assert cli.main(["study", *flags]) == 0
+    assert "2 cells, 1 finished before" in capsys.readouterr().out
+    assert (run / "run" / "best.safetensors").read_bytes() == best
+    assert json.loads((tmp_path / "out" / "study.json").read_text()) == result
+
+
+def test_every_cell_once_and_the_table_pools_the_folds(quick, capsys):
+    assert cli.main(["study", str(quick)]) == 0
+    text = capsys.readouterr().out
+    out = quick.parent / "out"
+    assert counts(out) == [1] * 12
+    assert "60 slides of 30 cases; 3 folds, out-of-fold predictions pooled" in text
+    result = json.loads((out / "study.json").read_text())
+    assert (result["reference"], result["first"]) == ("frozen, probe", "tapfm_gated_full")
+    lora = result["arms"]["tapfm_gated_lora"]
+    full = result["arms"]["tapfm_gated_full"]
+    gain = lora["differences"]["tapfm_gated_full"]["pooled"]["EGFR"]["value"]
+    values = [arm["figures"]["pooled"]["EGFR"]["value"] for arm in (lora, full)]
+    assert gain == pytest.approx(values[0] - values[1])
+    assert full["seeds"] == [0, 1]
+    assert full["deviation_of_seeds"] > 0
+    (line,) = [line for line in text.splitlines() if line.startswith("tapfm_gated_lora")]
+    assert f"{values[0]:.3f}" in line
+    assert f"{gain:+.3f} [" in line
+    rows = list(csv.DictReader((out / "study.csv").open()))
+    (row,) = [r for r in rows if (r["model"], r["label"]) == ("tapfm_gated_lora", "EGFR")]
+    assert float(row["minus_first_value"]) == pytest.approx(gain, abs=1e-6)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on_then_it_alone_is_run_again(quick, capsys):
+    broken, out = quick.with_name("broken.txt"), quick.parent / "out"
+    broken.write_text("fold_1/seed_0/tapfm_gated_lora")
+    assert cli.main(["study", str(quick)]) == 2
+    said = capsys.readouterr()
+    assert "fold 1, seed 0, tapfm_gated_lora: fit failed: exit code 2: the disk is full" in said.err
+    assert "failed: fold 1, seed 0, tapfm_gated_lora: fit: exit code 2" in said.out
+    assert "tapfm_gated_lora: 1 of 2 seeds have every fold" in said.out
+    assert len(list(out.rglob("finished.json"))) == 11
+    assert json.loads((out / "study.json").read_text())["arms"]["tapfm_gated_lora"]["seeds"] == [1]
+    broken.unlink()
+    assert cli.main(["study", str(quick)]) == 0
+    assert "12 cells, 11 finished before" in capsys.readouterr().out
+    assert counts(out) == [1] * 11 + [2]
+    tables = [path.read_bytes() for path in sorted((out / "folds").glob("*.csv"))]
+    assert cli.main(["study", str(quick), "--seeds", "0", "1", "2"]) == 0
+    assert counts(out) == [1] * 17 + [2]  # a seed was added; nothing was dealt or run again
+    assert tables == [path.read_bytes() for path in sorted((out / "folds").glob("*.csv"))]
+
+
+def test_each_case_is_tested_once(quick):
+    run_study(read_study(quick, {"seeds": [0], "strategies": ["full"]}))
+    tested = []
+    for number in range(3):
+        rows = list(csv.DictReader((quick.parent / f"out/folds/cohort_{number}.csv").open()))
+        tested += [row["slide_id"] for row in rows if row["split"] == "test"]
+    assert sorted(tested) == sorted(f"s{n}" for n in range(60))
+    assert len(np.unique(tested)) == 60
+
+
+def test_other_folds_or_another_config_in_one_folder_are_refused(quick):
+    run_study(read_study(quick, {"seeds": [0], "strategies": ["full"]}))
+    with pytest.raises(ConfigError, match="holds a study with other folds"):
+        run_study(read_study(quick, {"folds": 4}))
+    config = quick.with_name("config.yaml")
+    config.write_text(config.read_text() + "trainer: {max_epochs: 2}\n")
+    with pytest.raises(ConfigError, match="holds a study with other configs"):
+        run_study(read_study(quick, {}))
+
+
+def test_a_verb_is_run_as_the_program_would_and_its_fault_is_the_last_it_said(tmp_path):
+    log = tmp_path / "log.txt"
+    arguments = ["split", "--table", str(tmp_path / "none.csv"), "--out", str(tmp_path / "folds")]
+    fault = study._command(arguments, log)
+    assert fault.startswith("exit code 2: ")
+    assert "there is no such file" in fault
+    assert "$ tapfm split --table" in log.read_text()
+    assert study._command(["split", "--help"], log) is None
+
+
+def test_faults_of_a_study_are_named(tmp_path):
+    good = {"config": ["a.yaml"], "out": "out"}
+    with pytest.raises(ConfigError, match="study: config and out missing"):
+        read_study(None, {"folds": None})
+    with pytest.raises(ConfigError, match="there is no such study"):
+        read_study(tmp_path / "none.yaml", {})
+    file = tmp_path / "s.yaml"
+    file.write_text("epochs: 3")
+    with pytest.raises(ConfigError, match="unknown epochs; there are config, out, folds"):
+        read_study(file, {})
+    with pytest.raises(ConfigError, match=r"strategies are \['lora', 'lora'\]"):
+        read_study(None, {**good, "strategies": ["lora", "lora"]})
+    with pytest.raises(ConfigError, match="jobs is 0"):
+        read_study(None, {**good, "jobs": 0})
+    two = [
+        {"name": "lora", "rank": 4},
+        {"name": "lora", "rank": 16},
+        "configs/strategies/lean.yaml",
+    ]
+    names = [
+        study.strategy_name(each)
+        for each in read_study(None, {**good, "strategies": two}).strategies
+    ]
+    assert names == ["lora_rank4", "lora_rank16", "lean"]
