@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from slides.errors import IndexFileError, IndexSettingsError
+from slides.files import damage_as
 from slides.grid import Grid
 from slides.index_file import TileIndex
 from slides.reader import Slide
@@ -92,13 +92,8 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     path = Path(path)
     if not path.is_file():
         raise IndexFileError(f"{slide.name}: there are no coordinates at {path}.")
-    try:
+    with damage_as(lambda why: IndexFileError(_damaged(slide.name, path, why))):
         found = (_hs2p if path.suffix == ".npz" else _h5)(path, slide)
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise IndexFileError(
-            f"{slide.name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch "
-            f"or hs2p: {type(error).__name__}: {error}. Make it again, or use `tapfm index`."
-        ) from error
     grid = _grid(found, slide, path)
     _of_this_slide(found, slide, path)
     fraction = np.ones(len(found.coords0)) if found.fraction is None else found.fraction
@@ -169,6 +164,13 @@ def _hs2p(path: Path, slide: Slide) -> _Found:
     step0 = int(tiling.get("step_px_lv0", size0))
     return _Found(
         "hs2p", coords0, size, size0, max(0, round((size0 - step0) * size / size0)), None, fraction
+    )
+
+
+def _damaged(name: str, path: Path, why: str) -> str:
+    return (
+        f"{name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch or hs2p: "
+        f"{why}. Make it again, or use `tapfm index`."
     )
 
 

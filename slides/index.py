@@ -21,8 +21,9 @@ from pathlib import Path
 
 from slides.choose import choose, index_slide, to_index
 from slides.errors import IndexFileError, IndexSettingsError, SlideError
+from slides.files import write_whole
 from slides.grid import Grid
-from slides.index_file import TileIndex, index_path, read_index, write_index, write_whole
+from slides.index_file import TileIndex, index_path, read_index, write_index
 from slides.reader import Slide
 from slides.tissue import Tissue
 

@@ -17,13 +17,13 @@ import hashlib
 import io
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from slides.errors import IndexFileError, IndexSettingsError
+from slides.files import damage_as, write_whole
 from slides.grid import Grid
 from slides.masks import mask_sha256
 from slides.tissue import Tissue
@@ -146,7 +146,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     path = Path(path)
     if not path.is_file():
         raise IndexFileError(f"{path.name}: no index at {path}. Make it with `tapfm index`.")
-    try:
+    with damage_as(lambda why: IndexFileError(_damaged(path, why))):
         with h5py.File(path, "r") as file:
             attrs = dict(file["coords"].attrs)
             coords0 = file["coords"][:].astype(np.int64)
@@ -171,32 +171,9 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             slide_bytes=int(attrs["slide_bytes"]),
             **figures,
         )
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise IndexFileError(_damaged(path, error)) from error
     if not whole:
         raise IndexFileError(_damaged(path, "the tiles do not match their checksum"))
     return index
-
-
-def write_whole(path: Path, data: bytes, name: str) -> None:
-    """All of `data` under `path`, or what was there before and an IndexFileError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # some file systems tell of a full disk only here
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise IndexFileError(
-            f"{name}: {len(data)} bytes could not be written to {path}: "
-            f"{error.strerror or error}. Nothing half-written was left. Free some space or name "
-            f"another index folder, then run the same command again: what is indexed is kept."
-        ) from error
 
 
 def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:

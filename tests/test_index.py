@@ -23,7 +23,7 @@ from conftest import stained_picture, write_pyramid
 from PIL import Image
 from scipy import ndimage
 
-from slides import index_file
+from slides import files
 from slides.choose import choose
 from slides.errors import (
     IndexFileError,
@@ -231,7 +231,7 @@ class TestFullDisk:
 
         old = made[1].read_bytes()
         targets = {
-            "write": (index_file, "open", FullFile),
+            "write": (files, "open", FullFile),
             "fsync": (os, "fsync", full),
             "replace": (os, "replace", full),
             "mkdir": (Path, "mkdir", full),
