@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,11 @@ class TileIndex:
 
     def __len__(self) -> int:
         return len(self.coords0)
+
+    def part(self, rows: slice | np.ndarray) -> TileIndex:
+        """Some of the tiles, in the order given."""
+        each = {"coords0": self.coords0, "tissue_fraction": self.tissue_fraction, **_figures(self)}
+        return replace(self, **{name: values[rows] for name, values in each.items()})
 
 
 def index_path(index_dir: str | Path, grid: Grid, slide_id: str) -> Path:
