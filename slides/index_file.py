@@ -25,6 +25,7 @@ import numpy as np
 from slides.errors import IndexFileError, IndexSettingsError
 from slides.files import damage_as, write_whole
 from slides.grid import Grid
+from slides.job_folders import coordinates_sha256, find_coordinates
 from slides.masks import mask_sha256
 from slides.tissue import Tissue
 
@@ -62,6 +63,8 @@ class TileIndex:
     """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
     blur: np.ndarray | None = None
     """(T,) float32, see `slides.focus`; nan or None where it was not measured."""
+    origin: str = ""
+    """Another program that chose the tiles, and its file; empty where we did."""
 
     def __len__(self) -> int:
         return len(self.coords0)
@@ -129,6 +132,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         "slide_bytes": index.slide_bytes,
         "writer": WRITER,
         "writer_version": WRITER_VERSION,
+        "origin": index.origin,
         "settings": settings,
         "spec_sha256": _sha256(settings.encode()),
         "mask_sha256": index.mask_sha256,
@@ -144,7 +148,8 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     Raises:
         IndexFileError: there is none, or the file is damaged.
         IndexSettingsError: it was made with other settings; the message lists which.
-        MaskError: the tissue is to come from masks, and this slide's is not there.
+        MaskError, CoordinatesError: the tissue is to come from masks, or the tiles from another
+            program's coordinates, and this slide's are not there.
     """
     import h5py
 
@@ -157,6 +162,11 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             coords0 = file["coords"][:].astype(np.int64)
             fraction = file["tissue_fraction"][:]
             figures = {name: file[name][:] for name in FIGURES if name in file}
+        if tissue.coords is not None:  # theirs: of nearly the size asked for, kept as it is
+            theirs = Grid(*(attrs[key].item() for key in ("patch_size", "target_mpp", "overlap")))
+            if other := grid.other_tiles(theirs):
+                raise IndexSettingsError(_other_settings(path, attrs, other))
+            grid = theirs
         _same_settings(path, attrs, grid, tissue)
         whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction, *figures.values())
         index = TileIndex(
@@ -174,6 +184,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             tissue_mm2=float(attrs["tissue_mm2"]),
             mask_sha256=str(attrs["mask_sha256"]),
             slide_bytes=int(attrs["slide_bytes"]),
+            origin=str(attrs.get("origin", "")),
             **figures,
         )
     if not whole:
@@ -184,8 +195,12 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
 def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:
     """All that decides which tiles are chosen, as canonical JSON; what is off is left out.
 
-    Of a mask its contents count, not where it lies.
+    Of a mask or of coordinates their contents count, not where they lie.
     """
+    if tissue.coords is not None:
+        sha256 = coordinates_sha256(find_coordinates(tissue.coords, slide_id))
+        chosen = {"grid": asdict(grid), "coords": {"sha256": sha256}}
+        return json.dumps({**chosen, "writer_version": WRITER_VERSION}, sort_keys=True)
     chosen_by = {key: value for key, value in asdict(tissue).items() if value is not None}
     if chosen_by.pop("masks", None) is not None:
         chosen_by["mask_sha256"] = mask_sha256(tissue.masks, slide_id)
@@ -203,9 +218,13 @@ def _same_settings(path: Path, attrs: dict, grid: Grid, tissue: Tissue) -> None:
         for key in sorted(had.keys() | wanted.keys())
         if had.get(key) != wanted.get(key)
     ]
-    raise IndexSettingsError(
-        f"{attrs['name']}: its index was made with other settings: {'; '.join(other)}. Run "
-        f"`tapfm index` with the new settings to rebuild it, or use another index folder. ({path})"
+    raise IndexSettingsError(_other_settings(path, attrs, "; ".join(other)))
+
+
+def _other_settings(path: Path, attrs: dict, which: str) -> str:
+    return (
+        f"{attrs['name']}: its index was made with other settings: {which}. Run `tapfm index` with "
+        f"the new settings to rebuild it, or use another index folder. ({path})"
     )
 
 

@@ -21,9 +21,11 @@ Differs: Otsu on optical density, not on HSV saturation, which is noise where a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+
+from slides.errors import CoordinatesError
 
 WHITE_RANGE = (200.0, 255.0)  # a background darker than this is not glass
 SIGNAL_RANGE = (0.035, 0.08)  # glass and JPEG noise stay below the first, faint eosin above it
@@ -59,7 +61,19 @@ class Tissue:
     """Folder of masks to take instead of finding tissue (`slides.masks`): `<slide_id>.geojson` or
     `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
 
+    coords: str | None = None
+    """Folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose (`slides.foreign`), to take as
+    they are. Nothing else of these settings goes with it."""
+
     def __post_init__(self):
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.coords is not None and len(given) > 1:
+            given.remove("coords")
+            raise CoordinatesError(
+                f"tissue.coords takes the tiles as they are in {self.coords}, and "
+                f"{', '.join('tissue.' + name for name in given)} would do nothing. Leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or coords."
+            )
         if not 0.25 <= self.mpp <= 100:
             raise ValueError(f"tissue mpp must be in [0.25, 100], got {self.mpp:g}")
         if not 0 <= self.min_fraction <= 1:

@@ -165,7 +165,9 @@ def tiles_of(model: str) -> TileSettings:
         row = find(model)
         return TileSettings(row.tile_px, row.mpp)
     recipe, facts = read_recipe(Path(model))
-    tissue = Tissue(**{**facts.get("tissue", {}), "masks": None})  # as in training, but its slides
+    tissue = Tissue(
+        **{**facts.get("tissue", {}), "masks": None, "coords": None}
+    )  # as in training, but its slides
     return TileSettings(recipe.tile_px, recipe.mpp, tissue=tissue)
 
 

@@ -133,7 +133,9 @@ def predict_slides(
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
     facts = models.read_recipe(path)[1]
-    tissue = Tissue(**{**facts.get("tissue", {}), "masks": masks})  # otherwise as in training
+    tissue = Tissue(
+        **{**facts.get("tissue", {}), "masks": masks, "coords": None}
+    )  # otherwise as in training
     predictions, failed = [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
