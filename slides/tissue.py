@@ -112,8 +112,10 @@ def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:
     sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # a slide of a few microns: not into one
     smooth = ndimage.gaussian_filter(rgb.astype(np.float32), (sigma, sigma, 0), truncate=3)
     density = optical_density(smooth)
-    spread = density.max(-1) - density.min(-1)
-    signal = spread + density.mean(-1) / 2
+    low, high = _extremes(density)
+    spread = high - low
+    red, green, blue = np.moveaxis(density, -1, 0)
+    signal = spread + (red + green + blue) / 3 / 2
     signal[_black(smooth)] = 0
     strong = threshold(signal)
     pieces, areas = _areas(signal > WEAK * strong)
@@ -227,8 +229,15 @@ def _pen_to_remove(rgb: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _black(rgb: np.ndarray) -> np.ndarray:
-    high = rgb.max(-1)
-    return (high < BLACK) & (high - rgb.min(-1) < 0.35 * BLACK)
+    low, high = _extremes(rgb)
+    return (high < BLACK) & (high - low < 0.35 * BLACK)
+
+
+def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of the three channels; numpy takes six times as long."""
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    low, high = (each(each(red, green), blue) for each in (np.minimum, np.maximum))
+    return low, high
 
 
 def _tidy(mask: np.ndarray, mpp: float, min_area_um2: float) -> np.ndarray:
