@@ -113,7 +113,9 @@ def stream_chunks(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     starts = range(0, len(index.coords0), chunk)
     if workers and len(starts) > 1:
-        return _stream_ahead(source, index, starts, min(workers, len(starts)), prefetch)
+        stream = _stream_ahead(source, index, starts, min(workers, len(starts)), prefetch)
+        next(stream)  # the workers begin now, whenever the first chunk is asked for
+        return stream
     return _stream_here(source, index, starts)
 
 
@@ -144,6 +146,7 @@ def _stream_ahead(
             crew.append((process, ours))
         for number in range(slots):
             _ask(crew, number, slots, starts)
+        yield 0, slots_NC[:0]
         for number, start in enumerate(starts):
             length = _await(crew, number, index.slide_id)
             tiles_CSS = slots_NC[number % slots, :length].clone()

@@ -69,15 +69,16 @@ class SlideTiles:
             SlideError: a tile cannot be read, unless `on_fault` raises something else.
         """
         held = 0 if self.held is None else len(self.held) // size * size
-        for start in range(0, held, size):
-            yield self.held[start : start + size]
         try:
             source, index = self.open_slide()
             with contextlib.ExitStack() as stack:
                 if close := getattr(source, "close", None):
                     stack.callback(close)
-                rest = index.part(slice(held, None))
-                for _, tiles_CSS in stream_chunks(source, rest, size, self.workers):
+                rest = stream_chunks(source, index.part(slice(held, None)), size, self.workers)
+                stack.enter_context(contextlib.closing(rest))
+                for start in range(0, held, size):  # meanwhile the rest is read ahead
+                    yield self.held[start : start + size]
+                for _, tiles_CSS in rest:
                     yield tiles_CSS
                     del tiles_CSS  # the caller may be done with it
         except SlideError as fault:

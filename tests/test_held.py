@@ -4,7 +4,9 @@ How much is held, in what chunks it is asked for and by how many processes it is
 hold a slide, never another slide: augmentation and sampling included.
 """
 
+import multiprocessing
 import os
+import time
 from functools import partial
 from itertools import islice
 
@@ -84,6 +86,19 @@ def test_tiles_beyond_are_read_in_bounded_memory():
     tiles = SlideTiles.of(source, index, held=torch.from_numpy(expected_tiles(index)[:20]))
     for number, _ in enumerate(islice(tiles.split(5), 40)):
         assert source.reads.value <= max(0, (number - 3) * 5)
+
+
+def test_what_is_not_held_is_read_ahead_while_the_rest_is_used():
+    source, index = Source(), make_index(TILES)
+    tiles = SlideTiles.of(source, index, 2, held=torch.from_numpy(expected_tiles(index)[:12]))
+    stream = tiles.split(4)
+    next(stream)
+    deadline = time.monotonic() + 20
+    while source.reads.value < TILES - 12 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert source.reads.value == TILES - 12
+    stream.close()
+    assert not multiprocessing.active_children()
 
 
 def test_bags_arrive_from_workers_as_they_are_made_here():
