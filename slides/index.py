@@ -170,6 +170,9 @@ def _index_one(job: tuple) -> _Outcome:
                         draw_stages(choice, slide, picture)
                     if index is None:
                         index = to_index(choice, slide, grid, tissue)
+                        if lost := choice.lost.sum():
+                            why = "tiles of tissue left out: the file lists tiles without bytes"
+                            reason = f"{reason} {lost} {why} there".strip()
                         write_index(out, index, tissue)
     except SlideError as fault:
         index, error, status = None, fault, "failed"
