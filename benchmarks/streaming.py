@@ -4,12 +4,14 @@
 
 The consumer stands for a GPU at the speed of a ViT-g on a large card: it sleeps 10 ms for each tile
 it is given, and while it sleeps reading goes on. `busy` is the share of its time after the first
-slide that it slept, and did not wait. Nothing is cached; tiles are 224 px at 0.5 mpp, most
-from scans of 0.25, so 448 px are decoded and reduced for each.
+slide that it slept, and did not wait. CPU time is that of all processes over all tiles taken: a
+tenth of it, in ms, is how many cores reading needs to keep up, and `cores` how many it was given.
+Nothing is cached; tiles are 224 px at 0.5 mpp, most from scans of 0.25, so 448 px are decoded and
+reduced for each.
 
     training    slides read ahead, all tiles augmented (colour too), in the order of an epoch
-    large       the same of six large slides (benchmarks/indexing.py), a draw of 600 tiles each
-    twice       those, two passes over each, as training takes them, with memory for 200 tiles a
+    large       the same of four large slides (benchmarks/indexing.py), a draw of 300 tiles each
+    twice       those, two passes over each, as training takes them, with memory for 100 tiles a
                 slide: the others are read again in each pass
     streamed    validation: all tiles of slide after slide, workers anew for each
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -44,7 +47,7 @@ from slides.tissue import Tissue
 RATE = 100  # tiles a second
 CHUNK = 25  # of the consumer
 GRID, TISSUE = Grid(224, 0.5), Tissue()
-SLIDES, LARGE, DRAW, HELD, WORKERS = 40, 6, 600, 200, 2
+SLIDES, LARGE, DRAW, HELD, WORKERS = 20, 4, 300, 100, 2
 
 
 class Opener:
@@ -89,8 +92,8 @@ def consume(slides: Iterator[Iterable[Tensor]]) -> dict:
     """Take all tiles at the rate; how long it took, and how much of it was waiting."""
     count = tiles = 0
     waited = worked = 0.0
-    began = time.perf_counter()
-    first = 0.0
+    cpu, start = cpu_seconds(), time.perf_counter()
+    first, began = 0.0, start
     for chunks in slides:
         for chunk in chunks:
             got = time.perf_counter()
@@ -103,14 +106,17 @@ def consume(slides: Iterator[Iterable[Tensor]]) -> dict:
             time.sleep(len(chunk) / RATE)
             began = time.perf_counter()
         count += 1
-    busy = worked / (worked + waited)
+    cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - start
     return {
-        "slides": count,
-        "tiles": tiles,
-        "first_wait_s": first,
-        "waited_s": waited,
-        "busy": busy,
-    }
+        "slides": count, "tiles": tiles, "first_wait_s": first, "waited_s": waited,
+        "busy": worked / (worked + waited), "cpu_ms": 1000 * cpu / tiles, "cores": cpu / seconds,
+    }  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def table(rows: list[dict]) -> str:
@@ -119,11 +125,12 @@ def table(rows: list[dict]) -> str:
     about = best[0]
     text = f"{RATE} tiles/s, {WORKERS} workers. {about['machine']}; {about['date']}, commit "
     text += f"{about['commit']}; better of two runs.\n\n"
-    text += "| | slides | tiles taken | wait in the first slide, s | busy after it |\n"
-    text += "|---|---|---|---|---|"
+    text += "| | slides | tiles taken | wait in the first, s | busy after it "
+    text += "| CPU ms a tile | cores |\n|---|---|---|---|---|---|---|"
     for row in best:
         text += f"\n| {row['what']} | {row['slides']} | {row['tiles']} | "
-        text += f"{row['first_wait_s']:.2f} | {row['busy']:.1%} |"
+        text += f"{row['first_wait_s']:.2f} | {row['busy']:.1%} | {row['cpu_ms']:.1f} | "
+        text += f"{row['cores']:.2f} |"
     return text
 
 
