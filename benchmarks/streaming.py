@@ -5,7 +5,7 @@
 The consumer stands for a GPU at the speed of a ViT-g on a large card: it sleeps 10 ms for each tile
 it is given, and while it sleeps reading goes on. `busy` is the share of its time after the first
 slide that it slept, and did not wait. CPU time is that of all processes over all tiles taken: a
-tenth of it, in ms, is how many cores reading needs to keep up, and `cores` how many it was given.
+tenth of it, in ms, is how many cores reading needs to keep up, and `cores` how many were used.
 Nothing is cached; tiles are 224 px at 0.5 mpp, most from scans of 0.25, so 448 px are decoded and
 reduced for each.
 
