@@ -6,8 +6,9 @@ differences between tiles, which the model is to learn from, stay. Colour works 
 along haematoxylin, eosin and a third direction orthogonal to both, which leaves white glass white;
 contrast and brightness, the scanner's part, act on the light and move glass too.
 
-The tiles are changed once, where they are read, and kept as bytes: both passes over a slide see the
-same pixels because they see the same tensor. Everything is a function of the generator alone.
+All of a slide's numbers are drawn at once, from a generator alone; then each tile is changed by
+itself, where it is read (`AugmentedSlide`). So it comes out the same whether it is kept in memory
+or read again for the second pass, in whatever company and by whatever process.
 
 Price: orientation 0.15 ms, colour 2 ms a 224 px tile on one core.
 
@@ -16,61 +17,122 @@ table 1 (stain vectors); Tellez et al. 2018, "Whole-slide mitosis detection in H
 using PHH3 as a reference", section III-D (jitter of the stains).
 Differs: no additive term on the stains, which would tint the glass.
 
-Shapes: T tiles, S side of a tile.
+Shapes: T tiles, C channels, S side of a tile.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from slides.grid import Grid
+
 HAEMATOXYLIN_EOSIN = ((0.644, 0.717, 0.267), (0.093, 0.954, 0.283))
 """Optical density of red, green, blue per unit of stain."""
-GROUP = 16  # tiles turned to floats at once: bounds memory whatever the slide
 DRAWS = 5  # colour numbers: three stains, contrast, brightness
 
 
-def augment(
-    tiles_TCSS: Tensor,
+@dataclass(frozen=True)
+class Change:
+    """What becomes of each tile of a slide in one epoch."""
+
+    turns_T: Tensor
+    """Quarter turns."""
+    mirror_T: Tensor
+    """Whether mirrored first."""
+    amount_5: Tensor | None
+    """See `recolour_`; None leaves colours alone."""
+
+    def __call__(self, tiles_TCSS: Tensor, rows: slice = slice(None)) -> Tensor:
+        """New tiles of the same shape and type.
+
+        Args:
+            tiles_TCSS: uint8 (T, 3, S, S), those of `rows`; left untouched.
+            rows: which of the slide's tiles they are.
+        """
+        if tiles_TCSS.dtype != torch.uint8 or tiles_TCSS.ndim != 4 or tiles_TCSS.shape[1] != 3:
+            raise ValueError(
+                f"tiles must be uint8 (T, 3, S, S), got {tiles_TCSS.dtype} "
+                f"{tuple(tiles_TCSS.shape)}"
+            )
+        turns_T = self.turns_T[rows]
+        if tiles_TCSS.shape[2] != tiles_TCSS.shape[3] and turns_T.any():
+            raise ValueError(f"only square tiles can be rotated, got {tuple(tiles_TCSS.shape)}")
+        out_TCSS = orient(tiles_TCSS, turns_T, self.mirror_T[rows])
+        if self.amount_5 is not None:
+            recolour_(out_TCSS, self.amount_5)
+        return out_TCSS
+
+
+class AugmentedSlide:
+    """A slide's tiles, changed; reads as the slide does. Pickles.
+
+    Args:
+        source: the slide, or what reads like one.
+        coords0: (T, 2), the corners of the tiles that `change` was drawn for.
+        change: theirs, in that order.
+    """
+
+    def __init__(self, source, coords0: np.ndarray, change: Change):
+        self.source, self.coords0, self.change, self._row_of = source, coords0, change, None
+
+    def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
+        """The tile at (x0, y0), one of `coords0`, uint8 (S, S, 3)."""
+        if self._row_of is None:
+            corners = map(tuple, self.coords0.tolist())
+            self._row_of = {corner: row for row, corner in enumerate(corners)}
+        row = self._row_of[x0, y0]
+        tile_SSC = torch.tensor(self.source.read(x0, y0, grid))
+        tile_CSS = self.change(tile_SSC.permute(2, 0, 1)[None], slice(row, row + 1))[0]
+        return tile_CSS.permute(1, 2, 0).numpy()
+
+    def close(self) -> None:
+        """Close the slide."""
+        if close := getattr(self.source, "close", None):
+            close()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_row_of": None}
+
+
+def draw_change(
+    tiles: int,
     generator: torch.Generator,
     flips: bool = True,
     rotations: bool = True,
     colour: float = 0.0,
     stain: float = 0.0,
-) -> Tensor:
-    """New tiles of the same shape and type, oriented and coloured at random.
+) -> Change:
+    """Random numbers for so many tiles of a slide.
 
     Every number is drawn whether it is used or not, so turning one kind off leaves the others as
     they were.
 
     Args:
-        tiles_TCSS: uint8 (T, 3, S, S), left untouched.
+        tiles: how many.
         generator: a CPU generator; its state decides everything.
         flips: mirror half of the tiles.
         rotations: turn by a multiple of 90 degrees.
         colour: 0 is off; 0.1 scales the stains, contrast and brightness by up to a tenth.
         stain: 0 is off; 0.1 scales haematoxylin and eosin, each by up to a tenth, and no more.
     """
-    if tiles_TCSS.dtype != torch.uint8 or tiles_TCSS.ndim != 4 or tiles_TCSS.shape[1] != 3:
-        raise ValueError(
-            f"tiles must be uint8 (T, 3, S, S), got {tiles_TCSS.dtype} {tuple(tiles_TCSS.shape)}"
-        )
     for name, strength in (("colour", colour), ("stain", stain)):
         if not 0 <= strength < 1:
             raise ValueError(f"{name} must be in [0, 1), got {strength}")
     draw_5 = torch.rand(DRAWS, generator=generator, dtype=torch.float64) * 2 - 1
-    turns_T = torch.randint(0, 4, (len(tiles_TCSS),), generator=generator)
-    mirror_T = torch.randint(0, 2, (len(tiles_TCSS),), generator=generator).bool()
+    turns_T = torch.randint(0, 4, (tiles,), generator=generator)
+    mirror_T = torch.randint(0, 2, (tiles,), generator=generator).bool()
     stains_2 = torch.rand(2, generator=generator, dtype=torch.float64) * 2 - 1
-
-    if tiles_TCSS.shape[2] != tiles_TCSS.shape[3] and rotations:
-        raise ValueError(f"only square tiles can be rotated, got {tuple(tiles_TCSS.shape)}")
-    out_TCSS = orient(tiles_TCSS, turns_T * rotations, mirror_T & flips)
+    amount_5 = None
     if colour or stain:
         amount_5 = colour * draw_5
         amount_5[:2] += stain * stains_2
-        recolour_(out_TCSS, amount_5)
-    return out_TCSS
+    return Change(turns_T * rotations, mirror_T & flips, amount_5)
 
 
 def orient(tiles_TCSS: Tensor, turns_T: Tensor, mirror_T: Tensor) -> Tensor:
@@ -104,7 +166,7 @@ def recolour_(tiles_TCSS: Tensor, amount_5: Tensor) -> None:
 
     # Optical density of each byte. Byte 0 is taken as a half: its density would be infinite.
     density_256 = -(torch.arange(256.0).clamp_min(0.5) / 255).log()
-    for tiles in tiles_TCSS.split(GROUP):  # split gives views: writing to them is in place
+    for tiles in tiles_TCSS.split(1):  # views: writing to them is in place; one bounds the floats
         density_CP = density_256[tiles.transpose(0, 1).reshape(3, -1).int()]
         light_CP = (mix_33 @ density_CP).neg_().exp_().mul_(255 * brightness)
         light_CP.sub_(127.5).mul_(contrast).add_(127.5).round_().clamp_(0, 255)

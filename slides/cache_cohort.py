@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from slides.cache import build_cache
+from slides.cache import build_cache, cache_path
 from slides.cache_room import make_room
 from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
@@ -77,20 +77,20 @@ def cache_cohort(
 
 def _that_fit(jobs: list[tuple], budget: int) -> list[tuple]:
     """The first slides of a cohort that fit in the budget; other cohorts' caches make room."""
-    fit, wanted = [], 0
+    fit, own, wanted = [], [], 0
     for job in jobs:
         slide_id, _, _, index_dir, cache_dir, grid, tissue = job
         try:
             index = read_index(index_path(index_dir, grid, slide_id), grid, tissue)
-            size = len(index) * grid.size**2 * 3  # what it takes if nothing can be squeezed
         except SlideError:
-            size = 0  # it is met, and said, when its turn comes
+            fit.append(job)  # it is met, and said, when its turn comes
+            continue
+        size = len(index) * grid.size**2 * 3  # what it takes if nothing can be squeezed
         if wanted + size <= budget:
             fit.append(job)
+            own.append(cache_path(cache_dir, index))
             wanted += size
     if fit:
-        cache_dir, grid = fit[0][4], fit[0][5]
-        own = [Path(cache_dir) / grid.tag / f"{job[0]}.zarr" for job in fit]
         make_room(cache_dir, budget - wanted, own)
     return fit
 

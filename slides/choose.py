@@ -19,8 +19,10 @@ from slides.grid import Grid
 from slides.index_file import TileIndex
 from slides.masks import mask_path, read_mask
 from slides.reader import Slide
+from slides.tiff import missing_tiles
 from slides.tissue import Tissue, tile_fraction, tissue_and_pen, why_empty
 
+LOST_FRACTION = 0.02  # of a missing tile that is tissue: the mask is smooth and strays a little
 MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a guess
 
 
@@ -47,6 +49,8 @@ class Choice:
     """(N,) float32, see `slides.focus`; nan where it was not measured."""
     chosen: np.ndarray
     """(N,) bool."""
+    lost: np.ndarray
+    """(N,) bool: tissue whose pixels the file does not have, and which is not chosen for that."""
 
 
 def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
@@ -68,6 +72,9 @@ def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
         tile_fraction(each, coords0, size0, downsample).astype(np.float32) for each in (mask, pen)
     )
     chosen = fraction >= max(tissue.min_fraction, np.finfo(np.float32).tiny)
+    level = slide.level_for(size0, grid.size)
+    lost = chosen & without_pixels(slide, mask, downsample, coords0, size0, level)
+    chosen &= ~lost
     blurs = np.full(len(coords0), np.nan, np.float32)
     if tissue.max_blur is not None:
         size = max(1, min(size0, round(size0 * slide.mpp / BLUR_MPP)))
@@ -75,8 +82,42 @@ def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
         blurs[chosen] = [blur(tile) for tile in tiles]
         chosen[chosen] = blurs[chosen] <= tissue.max_blur
     return Choice(
-        rgb, downsample, mask, pen, coords0, size0, fraction, pen_fraction, blurs, chosen
+        rgb, downsample, mask, pen, coords0, size0, fraction, pen_fraction, blurs, chosen, lost
     )  # fmt: skip
+
+
+def without_pixels(
+    slide: Slide, mask: np.ndarray, downsample: float, coords0: np.ndarray, size0: int, level: int
+) -> np.ndarray:
+    """Tiles of which the file has lost a part: (N,) bool.
+
+    A TIFF may list tiles without bytes; OpenSlide gives them transparent, and here that is white.
+    In formats that leave out what was not scanned (MIRAX, Philips and others) it should be. An
+    Aperio scanner writes all it scans: what is missing is lost, and at coarser levels OpenSlide
+    does not show it either. In a generic TIFF it may be glass that was left out: it is lost where
+    the thumbnail, from a coarser level, shows tissue.
+    """
+    lost = np.zeros(len(coords0), bool)
+    levels = {"aperio": range(level + 1), "generic-tiff": [level]}.get(slide.vendor, ())
+    for each in levels:
+        missing, sides_r = missing_tiles(slide.path, slide.facts.level_sizes[each])
+        sides0 = np.multiply(sides_r, slide.level_downsamples[each])
+        if missing.any() and slide.vendor == "generic-tiff":
+            row, column = np.nonzero(missing)
+            corners0 = np.stack([column, row], -1) * sides0
+            fraction = tile_fraction(mask, corners0, sides0.max(), downsample)
+            missing[row, column] = fraction > LOST_FRACTION
+        lost |= _touch(missing, sides0, coords0, size0)
+    return lost
+
+
+def _touch(marked: np.ndarray, sides0: np.ndarray, coords0: np.ndarray, size0: int) -> np.ndarray:
+    """Whether each tile overlaps a marked cell; (rows, columns) of cells `sides0` wide and high."""
+    above = np.pad(marked.astype(np.int64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    most = np.array(marked.shape[::-1])
+    left, top = np.minimum(coords0 // sides0, most).astype(int).T
+    right, bottom = np.minimum(np.ceil((coords0 + size0) / sides0), most).astype(int).T
+    return above[bottom, right] - above[top, right] - above[bottom, left] + above[top, left] > 0
 
 
 def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
@@ -134,6 +175,11 @@ def _why_none(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> str:
     if not choice.mask.any():
         why = why_empty(choice.thumbnail, tissue, choice.downsample * slide.mpp)
         return f"no tissue found: {why}. Lower that threshold, or leave this slide out."
+    if choice.lost.any():
+        return (
+            f"all its {choice.lost.sum()} tiles of tissue lie where the file lists tiles without "
+            f"bytes. Copy it again from its source, or leave this slide out."
+        )
     if np.isfinite(choice.blur).any():
         return (
             f"all {np.isfinite(choice.blur).sum()} tiles of tissue are more blurred than "

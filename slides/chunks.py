@@ -68,13 +68,22 @@ def named_fault(error: Exception, slide_id: str) -> Exception:
 
 
 def read_tiles(
-    source: SlideSource, index: TileIndex, rows: np.ndarray | slice | None = None
+    source: SlideSource,
+    index: TileIndex,
+    rows: np.ndarray | slice | None = None,
+    shared: bool = False,
 ) -> Tensor:
-    """The tiles of an index, or those of its rows, as contiguous uint8 (T, 3, S, S)."""
+    """The tiles of an index, or those of its rows, as contiguous uint8 (T, 3, S, S).
+
+    `shared` puts them into memory that another process can be handed without a copy.
+    """
     coords0 = index.coords0 if rows is None else index.coords0[rows]
-    tiles_TCSS = np.empty((len(coords0), 3, index.grid.size, index.grid.size), np.uint8)
-    _read_into(tiles_TCSS, source, index, coords0)
-    return torch.from_numpy(tiles_TCSS)
+    shape = (len(coords0), 3, index.grid.size, index.grid.size)
+    tiles_TCSS = torch.empty(shape, dtype=torch.uint8)
+    if shared and len(coords0):
+        tiles_TCSS.share_memory_()
+    _read_into(tiles_TCSS.numpy(), source, index, coords0)
+    return tiles_TCSS
 
 
 def stream_chunks(
@@ -104,7 +113,9 @@ def stream_chunks(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     starts = range(0, len(index.coords0), chunk)
     if workers and len(starts) > 1:
-        return _stream_ahead(source, index, starts, min(workers, len(starts)), prefetch)
+        stream = _stream_ahead(source, index, starts, min(workers, len(starts)), prefetch)
+        next(stream)  # the workers begin now, whenever the first chunk is asked for
+        return stream
     return _stream_here(source, index, starts)
 
 
@@ -135,6 +146,7 @@ def _stream_ahead(
             crew.append((process, ours))
         for number in range(slots):
             _ask(crew, number, slots, starts)
+        yield 0, slots_NC[:0]
         for number, start in enumerate(starts):
             length = _await(crew, number, index.slide_id)
             tiles_CSS = slots_NC[number % slots, :length].clone()
@@ -178,6 +190,7 @@ def _work(
 ) -> None:
     """A worker's life: read the chunk asked for into its slot, say how long it is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)  # each worker is one of several
     slots_NCSS = slots_NC.numpy()
     while os.getppid() == parent:  # a parent killed outright cannot end its workers
         if not theirs.poll(ORPHAN_CHECK_S):

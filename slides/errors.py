@@ -30,6 +30,10 @@ class MaskError(SlideError):
     """A slide's own mask is missing, cannot be read, or is of another slide."""
 
 
+class CoordinatesError(SlideError):
+    """Tiles that another program chose are missing, damaged, or not those asked for."""
+
+
 class StainError(SlideError):
     """A slide's stains cannot be estimated from its tiles."""
 

@@ -1,7 +1,6 @@
 """Tiles that another program chose: TRIDENT, CLAM, AtlasPatch and hs2p, as they lie on disk.
 
-    path = find_coordinates("trident_job/20x_256px_0px_overlap", "TCGA-05-4244-01Z-00-DX1.d4ff")
-    index = read_coordinates(path, slide)
+    index = read_coordinates(find_coordinates(folder, slide.name), slide)
 
 The result streams like an index of our own (`chunks.stream_chunks`), with their tiles, in their
 order, so row n is row n of the features they made. Their tiles keep their size in level-0 pixels,
@@ -19,21 +18,18 @@ theirs.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from slides.errors import IndexFileError, IndexSettingsError
-from slides.grid import Grid
+from slides.errors import CoordinatesError, NoTissueError
+from slides.files import damage_as
+from slides.grid import MPP_RANGE, Grid
 from slides.index_file import TileIndex
+from slides.job_folders import coordinates_sha256
 from slides.reader import Slide
-
-NAMES = ("{}_patches.h5", "{}.h5", "{}.coordinates.npz")  # TRIDENT; CLAM and AtlasPatch; hs2p
-FOLDERS = ("", "patches", "tiles", "*/patches")
 
 
 @dataclass(frozen=True)
@@ -51,54 +47,21 @@ class _Found:
     fraction: np.ndarray | None = None
 
 
-def find_coordinates(folder: str | Path, slide_id: str) -> Path:
-    """The coordinate file of a slide in a job directory, or in one of its folders.
-
-    Raises:
-        IndexFileError: there is none, or there are several (tiles of several sizes): all named.
-    """
-    folder = Path(folder)
-    folders = [
-        each
-        for where in FOLDERS
-        for each in (sorted(folder.glob(where)) if "*" in where else [folder / where])
-    ]
-    every = [each / name.format(slide_id) for each in folders for name in NAMES]
-    found = [path for path in every if path.is_file()]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise IndexFileError(
-            f"{slide_id}: no coordinates in {folder}. Looked for "
-            f"{', '.join(name.format(slide_id) for name in NAMES)} there and in "
-            f"{', '.join(where for where in FOLDERS if where)}. Name the folder of the job."
-        )
-    raise IndexFileError(
-        f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
-        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Name one of the folders."
-    )
-
-
 def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     """The tiles in a coordinate file of another program, for this slide.
 
     Tissue fractions are 1 where the program keeps none. `mask_sha256` is of the file itself.
 
     Raises:
-        IndexFileError: the file is missing, damaged, or of no kind that is known.
-        IndexSettingsError: it is of another slide, or its tiles cannot be read in their size.
+        CoordinatesError: the file is missing, damaged, of no kind that is known or of another
+            slide, or its tiles cannot be read in their size.
         TooCoarseError: its tiles are finer than the scan.
     """
     path = Path(path)
     if not path.is_file():
-        raise IndexFileError(f"{slide.name}: there are no coordinates at {path}.")
-    try:
+        raise CoordinatesError(f"{slide.name}: there are no coordinates at {path}.")
+    with damage_as(lambda why: CoordinatesError(_damaged(slide.name, path, why))):
         found = (_hs2p if path.suffix == ".npz" else _h5)(path, slide)
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise IndexFileError(
-            f"{slide.name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch "
-            f"or hs2p: {type(error).__name__}: {error}. Make it again, or use `tapfm index`."
-        ) from error
     grid = _grid(found, slide, path)
     _of_this_slide(found, slide, path)
     fraction = np.ones(len(found.coords0)) if found.fraction is None else found.fraction
@@ -115,9 +78,32 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
         bounds0=slide.bounds0,
         level=slide.level_for(found.size0, found.size),
         tissue_mm2=float("nan"),
-        mask_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        mask_sha256=coordinates_sha256(path),
         slide_bytes=slide.path.stat().st_size,
+        origin=f"{found.writer}: {path.absolute()}",
     )
+
+
+def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> TileIndex:
+    """The tiles in a coordinate file, if they are such as were asked for and can be read.
+
+    Raises:
+        CoordinatesError: as `read_coordinates`; or they are of another size or resolution.
+        NoTissueError: there are none.
+        SlideError: the slide cannot be read.
+    """
+    slide.check_complete()
+    index = read_coordinates(path, slide)
+    if other := grid.other_tiles(index.grid):
+        raise CoordinatesError(
+            f"{slide.name}: its tiles are {index.size0} level-0 pixels made into "
+            f"{index.grid.size}, at the scan's {slide.mpp:g} microns per pixel: {other}. Ask for "
+            f"what they are, or index the slide without these coordinates. ({index.origin})"
+        )
+    if not len(index):
+        raise NoTissueError(f"{slide.name}: no tile in {path}. Choose tiles, or leave it out.")
+    slide.read(*index.coords0[len(index) // 2].tolist(), index.grid)  # its pixels are there
+    return index
 
 
 def _h5(path: Path, slide: Slide) -> _Found:
@@ -172,15 +158,26 @@ def _hs2p(path: Path, slide: Slide) -> _Found:
     )
 
 
+def _damaged(name: str, path: Path, why: str) -> str:
+    return (
+        f"{name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch or hs2p: "
+        f"{why}. Make it again, or use `tapfm index`."
+    )
+
+
 def _grid(found: _Found, slide: Slide, path: Path) -> Grid:
     """The grid on which the reader gives just these tiles."""
     if found.size < 1 or found.size0 < 1:
-        raise IndexFileError(f"{slide.name}: {path} has tiles of {found.size0} pixels.")
-    grid = Grid(
-        found.size, found.size0 * slide.mpp / found.size, min(found.overlap, found.size - 1)
-    )
+        raise CoordinatesError(f"{slide.name}: {path} has tiles of {found.size0} pixels.")
+    mpp = found.size0 * slide.mpp / found.size
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise CoordinatesError(
+            f"{slide.name}: {path} has tiles of {found.size0} level-0 pixels made into "
+            f"{found.size}: {mpp:g} microns per pixel is no resolution. Make it again."
+        )
+    grid = Grid(found.size, mpp, min(max(found.overlap, 0), found.size - 1))
     if grid.size0(slide.mpp, slide.name) != found.size0:
-        raise IndexSettingsError(
+        raise CoordinatesError(
             f"{slide.name}: {found.writer}'s tiles are {found.size0} level-0 pixels made into "
             f"{found.size}, within 5 % of the scan's own resolution, where tiles are read unscaled "
             f"here. Choose tiles of {found.size} level-0 pixels there, or use `tapfm index`. "
@@ -192,14 +189,14 @@ def _grid(found: _Found, slide: Slide, path: Path) -> Grid:
 def _of_this_slide(found: _Found, slide: Slide, path: Path) -> None:
     here = slide.width0, slide.height0
     if found.slide_size0 not in (None, here):
-        raise IndexSettingsError(
+        raise CoordinatesError(
             f"{slide.name}: {path} was made by {found.writer} for a slide of "
             f"{found.slide_size0[0]} x {found.slide_size0[1]} pixels, this one has {here[0]} x "
             f"{here[1]}. Name the coordinates of this slide."
         )
     outside = ((found.coords0 < 0) | (found.coords0 >= here)).any(-1).sum()
     if outside:
-        raise IndexSettingsError(
+        raise CoordinatesError(
             f"{slide.name}: {outside} of the {len(found.coords0)} tiles in {path} lie outside the "
             f"slide's {here[0]} x {here[1]} pixels: they are of another slide, or of another level."
         )

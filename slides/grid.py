@@ -65,6 +65,21 @@ class Grid:
         """Whether tiles of such a scan are its own pixels, not resampled."""
         return abs(self.mpp - slide_mpp) <= UNSCALED_TOLERANCE * slide_mpp
 
+    def other_tiles(self, found: Grid) -> str:
+        """Why tiles of the grid found are not such as this one has; "" if they are.
+
+        Their resolution may differ by the tolerance: nominal magnifications do. Overlap makes no
+        other tiles, only more of them.
+        """
+        if found.size != self.size:
+            return f"{found.size} px where {self.size} px were asked for"
+        if abs(found.mpp - self.mpp) > UNSCALED_TOLERANCE * self.mpp:
+            return (
+                f"{found.mpp:.4g} microns per tile pixel where {self.mpp:g} were asked for, and "
+                f"{UNSCALED_TOLERANCE:.0%} off is the most allowed"
+            )
+        return ""
+
     def size0(self, slide_mpp: float, name: str = "slide") -> int:
         """Side of a tile in level-0 pixels, rounded; `size` itself where tiles are unscaled.
 

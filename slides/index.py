@@ -3,7 +3,8 @@
     <index_dir>/20x_224px_0px_overlap/patches/<slide_id>_patches.h5     the tiles (index_file.py)
     <index_dir>/20x_224px_0px_overlap/ledger.csv                        what became of every slide
 
-A tile is chosen when enough of it is tissue. Before a slide counts as indexed its file has been
+A tile is chosen when enough of it is tissue, or when another program chose it (`Tissue.coords`).
+Before a slide counts as indexed its file has been
 found whole and its best tile has been read, so what is broken shows here and not hours into a run.
 A second run keeps the indexes that are still right, rebuilds those made with other settings, from
 another file or at another resolution, and says so in the ledger.
@@ -20,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slides.choose import choose, index_slide, to_index
-from slides.errors import IndexFileError, IndexSettingsError, SlideError
+from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError, SlideError
+from slides.files import write_whole
+from slides.foreign import index_from_coordinates
 from slides.grid import Grid
-from slides.index_file import TileIndex, index_path, read_index, write_index, write_whole
+from slides.index_file import TileIndex, index_path, read_index, write_index
+from slides.job_folders import find_all, find_coordinates
 from slides.reader import Slide
 from slides.tissue import Tissue
 
@@ -71,6 +75,7 @@ def index_cohort(
         The ledger, a dict a slide in the order given; `status` is indexed, kept, rebuilt or failed.
 
     Raises:
+        CoordinatesError: with "stop", all the slides whose coordinates are not there.
         SlideError: with "stop", the first fault met; the ledger is written all the same.
     """
     if on_error not in ("stop", "skip"):
@@ -88,6 +93,12 @@ def index_cohort(
         (row.slide_id, Path(row.path), row.mpp, Path(index_dir), grid, tissue, pictures)
         for row in rows
     ]
+    if tissue.coords is not None and pictures:
+        raise CoordinatesError(
+            "pictures show how tissue was found; with tissue.coords it is not. Leave one out."
+        )
+    if tissue.coords is not None and on_error == "stop":
+        find_all(tissue.coords, ids)  # all that are missing, before hours of work
     done: dict[str, dict] = {}
     tiles = 0
     ledger = Path(index_dir) / grid.tag / "ledger.csv"
@@ -148,14 +159,21 @@ def _index_one(job: tuple) -> _Outcome:
         else:
             status = "kept" if index else "rebuilt" if reason else "indexed"
             with Slide(path, mpp, slide_id) as slide:
-                choice = choose(slide, grid, tissue)
-                if picture:
-                    from slides.stages import draw_stages  # loads matplotlib
-
-                    draw_stages(choice, slide, picture)
-                if index is None:
-                    index = to_index(choice, slide, grid, tissue)
+                if tissue.coords is not None:
+                    index = _taken(tissue.coords, slide, grid, out)
                     write_index(out, index, tissue)
+                else:
+                    choice = choose(slide, grid, tissue)
+                    if picture:
+                        from slides.stages import draw_stages  # loads matplotlib
+
+                        draw_stages(choice, slide, picture)
+                    if index is None:
+                        index = to_index(choice, slide, grid, tissue)
+                        if lost := choice.lost.sum():
+                            why = "tiles of tissue left out: the file lists tiles without bytes"
+                            reason = f"{reason} {lost} {why} there".strip()
+                        write_index(out, index, tissue)
     except SlideError as fault:
         index, error, status = None, fault, "failed"
         reason = f"{type(fault).__name__}: {fault}"
@@ -173,6 +191,17 @@ def _index_one(job: tuple) -> _Outcome:
         },
         error,
     )
+
+
+def _taken(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
+    """The tiles that another program chose; its file is never written over."""
+    path = find_coordinates(folder, slide.name)
+    if path.resolve() == out.resolve():
+        raise CoordinatesError(
+            f"{slide.name}: its index would take the place of its coordinates, {path}. Name "
+            f"another folder for the index."
+        )
+    return index_from_coordinates(path, slide, grid)
 
 
 def _reusable(

@@ -17,14 +17,15 @@ import hashlib
 import io
 import json
 import math
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from slides.errors import IndexFileError, IndexSettingsError
+from slides.files import damage_as, write_whole
 from slides.grid import Grid
+from slides.job_folders import coordinates_sha256, find_coordinates
 from slides.masks import mask_sha256
 from slides.tissue import Tissue
 
@@ -62,9 +63,16 @@ class TileIndex:
     """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
     blur: np.ndarray | None = None
     """(T,) float32, see `slides.focus`; nan or None where it was not measured."""
+    origin: str = ""
+    """Another program that chose the tiles, and its file; empty where we did."""
 
     def __len__(self) -> int:
         return len(self.coords0)
+
+    def part(self, rows: slice | np.ndarray) -> TileIndex:
+        """Some of the tiles, in the order given."""
+        each = {"coords0": self.coords0, "tissue_fraction": self.tissue_fraction, **_figures(self)}
+        return replace(self, **{name: values[rows] for name, values in each.items()})
 
 
 def index_path(index_dir: str | Path, grid: Grid, slide_id: str) -> Path:
@@ -124,6 +132,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         "slide_bytes": index.slide_bytes,
         "writer": WRITER,
         "writer_version": WRITER_VERSION,
+        "origin": index.origin,
         "settings": settings,
         "spec_sha256": _sha256(settings.encode()),
         "mask_sha256": index.mask_sha256,
@@ -139,19 +148,25 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     Raises:
         IndexFileError: there is none, or the file is damaged.
         IndexSettingsError: it was made with other settings; the message lists which.
-        MaskError: the tissue is to come from masks, and this slide's is not there.
+        MaskError, CoordinatesError: the tissue is to come from masks, or the tiles from another
+            program's coordinates, and this slide's are not there.
     """
     import h5py
 
     path = Path(path)
     if not path.is_file():
         raise IndexFileError(f"{path.name}: no index at {path}. Make it with `tapfm index`.")
-    try:
+    with damage_as(lambda why: IndexFileError(_damaged(path, why))):
         with h5py.File(path, "r") as file:
             attrs = dict(file["coords"].attrs)
             coords0 = file["coords"][:].astype(np.int64)
             fraction = file["tissue_fraction"][:]
             figures = {name: file[name][:] for name in FIGURES if name in file}
+        if tissue.coords is not None:  # theirs: of nearly the size asked for, kept as it is
+            theirs = Grid(*(attrs[key].item() for key in ("patch_size", "target_mpp", "overlap")))
+            if other := grid.other_tiles(theirs):
+                raise IndexSettingsError(_other_settings(path, attrs, other))
+            grid = theirs
         _same_settings(path, attrs, grid, tissue)
         whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction, *figures.values())
         index = TileIndex(
@@ -169,41 +184,23 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             tissue_mm2=float(attrs["tissue_mm2"]),
             mask_sha256=str(attrs["mask_sha256"]),
             slide_bytes=int(attrs["slide_bytes"]),
+            origin=str(attrs.get("origin", "")),
             **figures,
         )
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise IndexFileError(_damaged(path, error)) from error
     if not whole:
         raise IndexFileError(_damaged(path, "the tiles do not match their checksum"))
     return index
 
 
-def write_whole(path: Path, data: bytes, name: str) -> None:
-    """All of `data` under `path`, or what was there before and an IndexFileError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # some file systems tell of a full disk only here
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise IndexFileError(
-            f"{name}: {len(data)} bytes could not be written to {path}: "
-            f"{error.strerror or error}. Nothing half-written was left. Free some space or name "
-            f"another index folder, then run the same command again: what is indexed is kept."
-        ) from error
-
-
 def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:
     """All that decides which tiles are chosen, as canonical JSON; what is off is left out.
 
-    Of a mask its contents count, not where it lies.
+    Of a mask or of coordinates their contents count, not where they lie.
     """
+    if tissue.coords is not None:
+        sha256 = coordinates_sha256(find_coordinates(tissue.coords, slide_id))
+        chosen = {"grid": asdict(grid), "coords": {"sha256": sha256}}
+        return json.dumps({**chosen, "writer_version": WRITER_VERSION}, sort_keys=True)
     chosen_by = {key: value for key, value in asdict(tissue).items() if value is not None}
     if chosen_by.pop("masks", None) is not None:
         chosen_by["mask_sha256"] = mask_sha256(tissue.masks, slide_id)
@@ -221,9 +218,13 @@ def _same_settings(path: Path, attrs: dict, grid: Grid, tissue: Tissue) -> None:
         for key in sorted(had.keys() | wanted.keys())
         if had.get(key) != wanted.get(key)
     ]
-    raise IndexSettingsError(
-        f"{attrs['name']}: its index was made with other settings: {'; '.join(other)}. Run "
-        f"`tapfm index` with the new settings to rebuild it, or use another index folder. ({path})"
+    raise IndexSettingsError(_other_settings(path, attrs, "; ".join(other)))
+
+
+def _other_settings(path: Path, attrs: dict, which: str) -> str:
+    return (
+        f"{attrs['name']}: its index was made with other settings: {which}. Run `tapfm index` with "
+        f"the new settings to rebuild it, or use another index folder. ({path})"
     )
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+SAMPLINGS = ("uniform", "spatial")  # `sample_tiles`, `spread_tiles`
+
 
 class Turn(NamedTuple):
     """One slide's turn in training."""
@@ -47,12 +49,38 @@ def sample_tiles(
     A larger budget takes the same tiles and more. None, or a budget of at least `n_tiles`, takes
     all of them.
     """
-    if budget is not None and budget < 1:
-        raise ValueError(f"a slide's tile budget must be at least 1, or None for all; got {budget}")
-    if budget is None or budget >= n_tiles:
+    if _takes_all(n_tiles, budget):
         return np.arange(n_tiles)
     seed = stable_seed("tiles", int(seed), int(epoch), slide_id)
     return np.sort(_shuffled(n_tiles, seed)[:budget])
+
+
+def spread_tiles(
+    cells_T2: np.ndarray, budget: int | None, seed: int, epoch: int, slide_id: str
+) -> np.ndarray:
+    """As `sample_tiles`, but spread over the slide: no part of it is missed by chance.
+
+    Each tile is as likely as any other; two neighbours seldom come together. Tiles are ordered by
+    quadrants within quadrants, the four of each in an order of their own, and every so many-th is
+    taken from a random start. A larger budget takes others. `cells_T2` are integers, column and row
+    of each tile on a lattice.
+
+    Source: Stevens & Olsen 2004, "Spatially balanced sampling of natural resources", section 3.
+    """
+    tiles = len(cells_T2)
+    if _takes_all(tiles, budget):
+        return np.arange(tiles)
+    random = np.random.PCG64(stable_seed("spread", int(seed), int(epoch), slide_id)).random_raw
+    cells_T2 = cells_T2 - cells_T2.min(0)
+    address_T = np.zeros(tiles, np.int64)
+    for level in reversed(range(int(cells_T2.max()).bit_length())):
+        column_T, row_T = cells_T2.T >> level & 1
+        quadrants, of_T = np.unique(address_T, return_inverse=True)
+        place_Q4 = random(4 * len(quadrants)).reshape(-1, 4).argsort(1).argsort(1)
+        address_T = 4 * address_T + place_Q4[of_T, column_T + 2 * row_T]
+    order_T = np.lexsort([random(tiles), address_T])  # tiles of one cell: by lot
+    start = int(random()) % tiles
+    return np.sort(order_T[(start + tiles * np.arange(budget)) // budget])
 
 
 class SlideSampler:
@@ -123,6 +151,12 @@ class SlideSampler:
                     "devices, or start anew from its weights."
                 )
         self.seek(state["epoch"], state["start"])
+
+
+def _takes_all(tiles: int, budget: int | None) -> bool:
+    if budget is not None and budget < 1:
+        raise ValueError(f"a slide's tile budget must be at least 1, or None for all; got {budget}")
+    return budget is None or budget >= tiles
 
 
 def _shuffled(n: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.choose import Choice
-from slides.index_file import write_whole
+from slides.files import write_whole
 from slides.reader import Slide
 
 PANEL = 4.6  # inches, the longer side of a slide

@@ -3,10 +3,11 @@
 Training takes one slide a step. `SlideSampler` (in order.py) says which slide comes next,
 `BagDataset` reads and augments its tiles, `SlideLoader` does so ahead of time. Augmenting is a
 function of (seed, epoch, slide), as order and choice of tiles are, so the number of workers and a
-restart change nothing. A slide too large to be held whole is read by `stream_chunks` (chunks.py).
-All of it can be imported from here.
+restart change nothing. A slide too large to be held whole is read again beyond what is held
+(`SlideTiles`, held.py). All of it can be imported from here.
 
-Price: at most workers * prefetch + 1 bags in memory.
+Price: at most workers * prefetch + 1 bags in memory, decoded straight into shared memory; `hold`
+bounds each.
 
 Shapes: T tiles of a slide, S side of a tile, K labels.
 """
@@ -21,13 +22,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from slides.augment import augment
+from slides.augment import AugmentedSlide, draw_change
 from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles, stream_chunks
 from slides.cohort import SlideRow
 from slides.errors import NoTissueError, SlideError
-from slides.order import SlideSampler, Turn, epoch_order, sample_tiles, stable_seed
+from slides.held import SlideTiles
+from slides.order import (
+    SAMPLINGS,
+    SlideSampler,
+    Turn,
+    epoch_order,
+    sample_tiles,
+    spread_tiles,
+    stable_seed,
+)
 
 if TYPE_CHECKING:
     from slides.index import TileIndex
@@ -40,12 +50,14 @@ __all__ = [
     "SlideLoader",
     "SlideSampler",
     "SlideSource",
+    "SlideTiles",
     "Turn",
     "WorkerDiedError",
     "epoch_order",
     "read_tiles",
     "sample_tiles",
     "slide_generator",
+    "spread_tiles",
     "stable_seed",
     "stream_chunks",
 ]
@@ -57,8 +69,8 @@ class Bag:
 
     slide_id: str
     case_id: str
-    tiles: Tensor
-    """uint8 (T, 3, S, S), augmented if the dataset augments."""
+    tiles: Tensor | SlideTiles
+    """uint8 (T, 3, S, S), augmented if the dataset augments; both kinds `split` into chunks."""
     coords0: np.ndarray
     """int64 (T, 2), level-0 corners of these tiles."""
     labels: Tensor
@@ -71,7 +83,10 @@ class Bag:
 
     def pin_memory(self) -> Bag:
         """Page-locked tiles, so that their copies to a GPU can overlap with work."""
-        return replace(self, tiles=self.tiles.pin_memory())
+        if isinstance(self.tiles, Tensor):
+            return replace(self, tiles=self.tiles.pin_memory())
+        self.tiles.held = self.tiles.held.pin_memory()
+        return self
 
 
 @dataclass
@@ -116,6 +131,9 @@ class BagDataset(Dataset):
         seed: int = 0,
         augment: Augment | None = None,
         on_error: str = "stop",
+        sampling: str = "uniform",
+        hold: int | None = None,
+        workers: int = 0,
     ):
         """Nothing is opened yet.
 
@@ -128,12 +146,19 @@ class BagDataset(Dataset):
             augment: None leaves tiles as they are.
             on_error: `stop` raises a slide's fault, `skip` gives a `Skipped` in its place. Only
                 faults of slides can be skipped; a fault of the program always stops.
+            sampling: how tiles are drawn, one of `order.SAMPLINGS`.
+            hold: tiles of a slide that are held in memory, the rest is read as it is asked for;
+                None holds all.
+            workers: processes for that rest.
         """
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
         sample_tiles(1, budget, seed, 0, "")  # a bad budget is refused now, not in a worker
         self.rows, self.open_slide = tuple(rows), open_slide
         self.budget, self.seed, self.augment, self.on_error = budget, seed, augment, on_error
+        self.sampling, self.hold, self.workers = sampling, hold, workers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -160,18 +185,26 @@ class BagDataset(Dataset):
                     f"{row.slide_id}: its index has no tile. Loosen the tissue thresholds and "
                     "index it again, or leave it out."
                 )
-            chosen = sample_tiles(
-                len(index.coords0), self.budget, self.seed, turn.epoch, row.slide_id
-            )
-            tiles_TCSS = read_tiles(source, index, chosen)
+            chosen = index.part(self._rows(index, row.slide_id, turn.epoch))
+            if self.augment is not None:
+                generator = slide_generator(self.seed, turn.epoch, row.slide_id)
+                change = draw_change(len(chosen), generator, **vars(self.augment))
+                source = AugmentedSlide(source, chosen.coords0, change)
+            elsewhere = get_worker_info() is not None
+            tiles = read_tiles(source, chosen, slice(self.hold), shared=elsewhere)
         finally:
             if close := getattr(source, "close", None):
                 close()  # a cohort's worth of open files and decoder caches would add up
-        if self.augment is not None:
-            generator = slide_generator(self.seed, turn.epoch, row.slide_id)
-            tiles_TCSS = augment(tiles_TCSS, generator, **vars(self.augment))
+        if len(tiles) < len(chosen):
+            tiles = SlideTiles.of(source, chosen, self.workers, held=tiles)
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, tiles_TCSS, index.coords0[chosen], labels_K, turn)
+        return Bag(row.slide_id, row.case_id, tiles, chosen.coords0, labels_K, turn)
+
+    def _rows(self, index: TileIndex, slide_id: str, epoch: int) -> np.ndarray:
+        place = self.budget, self.seed, epoch, slide_id
+        if self.sampling == "spatial":
+            return spread_tiles(index.coords0 // index.size0, *place)
+        return sample_tiles(len(index), *place)
 
 
 class _FaultsAsItems(Dataset):

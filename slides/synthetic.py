@@ -20,7 +20,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from slides.files import replacing
 from slides.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 
 LABELS = ("EGFR", "KRAS", "STK11")
@@ -104,14 +104,12 @@ def write_demo(
     else:
         _exhaust(map(_write, jobs), len(jobs), progress)
     table = out / "cohort.csv"
-    partial = table.with_suffix(".csv.part")
-    with partial.open("w", newline="") as file:
+    with replacing(table) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["case_id", "slide_id", "slide_path", "split", "stain", "site", *LABELS])
         for s in plan:
             labels = ["" if y is None else y for y in s.labels]
             rows.writerow([s.case_id, s.slide_id, s.path, s.split, "HE", s.site, *labels])
-    os.replace(partial, table)
     return table
 
 
@@ -284,8 +282,7 @@ def _write_pyramid(path: Path, pixels: np.ndarray, slide: DemoSlide) -> None:
         levels.append(levels[-1].reduce(4 if slide.aperio else 2))
     height0, width0 = pixels.shape[:2]
     power = 40 if slide.mpp < 0.35 else 20
-    partial = path.with_name(path.name + ".part")
-    with tifffile.TiffWriter(partial) as tiff:
+    with replacing(path) as partial, tifffile.TiffWriter(partial) as tiff:
         for level in levels:
             size = f"{width0}x{height0} [0,0 {width0}x{height0}] ({TILE}x{TILE})"
             if level is not levels[0]:
@@ -311,4 +308,3 @@ def _write_pyramid(path: Path, pixels: np.ndarray, slide: DemoSlide) -> None:
                 maxworkers=1,
                 **(aperio if slide.aperio else generic),
             )
-    os.replace(partial, path)

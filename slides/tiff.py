@@ -18,6 +18,7 @@ MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 INTEGERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # kinds of number, and their form
 BYTES = {1: 1, 2: 1, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 17: 8}  # of other kinds
 JPEG_TABLES, SUB_IFDS = 347, 330
+SIZE, TILE_SIZE, TILE_TABLES = (256, 257), (322, 323), (324, 325)  # the last: offsets, counts
 MAX_DIRECTORIES = 4096  # a damaged chain can run in a circle
 
 
@@ -43,6 +44,31 @@ def directories(path: str | Path) -> Iterator[tuple[dict[int, np.ndarray], int]]
             tags, following, reach = _directory(file, offset, order, big, size)
             waiting += [following, *(int(o) for o in tags.get(SUB_IFDS, ()))]
             yield tags, reach
+
+
+def missing_tiles(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Tiles that are listed without bytes, in the directory of this width and height.
+
+    Returns:
+        (rows, columns) bool, and a tile's width and height; nothing missing where there is no such
+        directory, or several.
+    """
+    same = [
+        tags
+        for tags, _ in directories(path)
+        if TILE_SIZE[0] in tags and tuple(int(tags.get(tag, (0,))[0]) for tag in SIZE) == size
+    ]
+    none = np.zeros((1, 1), bool), size
+    if len(same) != 1:
+        return none
+    width, height = (int(same[0].get(tag, (0,))[0]) for tag in TILE_SIZE)
+    if not width or not height:
+        return none
+    shape = -(-size[1] // height), -(-size[0] // width)
+    tables = [same[0].get(tag, np.empty(0)) for tag in TILE_TABLES]
+    if any(len(table) != shape[0] * shape[1] for table in tables):
+        return none
+    return ((tables[0] == 0) | (tables[1] == 0)).reshape(shape), (width, height)
 
 
 def _directory(

@@ -21,9 +21,11 @@ Differs: Otsu on optical density, not on HSV saturation, which is noise where a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+
+from slides.errors import CoordinatesError
 
 WHITE_RANGE = (200.0, 255.0)  # a background darker than this is not glass
 SIGNAL_RANGE = (0.035, 0.08)  # glass and JPEG noise stay below the first, faint eosin above it
@@ -59,7 +61,19 @@ class Tissue:
     """Folder of masks to take instead of finding tissue (`slides.masks`): `<slide_id>.geojson` or
     `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
 
+    coords: str | None = None
+    """Folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose (`slides.foreign`), to take as
+    they are. Nothing else of these settings goes with it."""
+
     def __post_init__(self):
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.coords is not None and len(given) > 1:
+            given.remove("coords")
+            raise CoordinatesError(
+                f"tissue.coords takes the tiles as they are in {self.coords}, and "
+                f"{', '.join('tissue.' + name for name in given)} would do nothing. Leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or coords."
+            )
         if not 0.25 <= self.mpp <= 100:
             raise ValueError(f"tissue mpp must be in [0.25, 100], got {self.mpp:g}")
         if not 0 <= self.min_fraction <= 1:
@@ -98,8 +112,10 @@ def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:
     sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # a slide of a few microns: not into one
     smooth = ndimage.gaussian_filter(rgb.astype(np.float32), (sigma, sigma, 0), truncate=3)
     density = optical_density(smooth)
-    spread = density.max(-1) - density.min(-1)
-    signal = spread + density.mean(-1) / 2
+    low, high = _extremes(density)
+    spread = high - low
+    red, green, blue = np.moveaxis(density, -1, 0)
+    signal = spread + (red + green + blue) / 3 / 2
     signal[_black(smooth)] = 0
     strong = threshold(signal)
     pieces, areas = _areas(signal > WEAK * strong)
@@ -213,8 +229,15 @@ def _pen_to_remove(rgb: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _black(rgb: np.ndarray) -> np.ndarray:
-    high = rgb.max(-1)
-    return (high < BLACK) & (high - rgb.min(-1) < 0.35 * BLACK)
+    low, high = _extremes(rgb)
+    return (high < BLACK) & (high - low < 0.35 * BLACK)
+
+
+def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of the three channels; numpy takes six times as long."""
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    low, high = (each(each(red, green), blue) for each in (np.minimum, np.maximum))
+    return low, high
 
 
 def _tidy(mask: np.ndarray, mpp: float, min_area_um2: float) -> np.ndarray:

@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("--workers", type=int, default=None, help="processes")
     index.add_argument("--on-error", choices=("stop", "skip"), default=None, help="at a bad slide")
     index.add_argument("--masks", type=Path, default=None, help=MASKS)
+    index.add_argument("--coords", type=Path, default=None, help="folder of tiles that TRIDENT, "
+                       "CLAM, AtlasPatch or hs2p chose, to take as they are")  # fmt: skip
     index.add_argument("--thumbnails", type=Path, default=None, help="folder for a picture a slide")
     index.set_defaults(do=run_index)
 
@@ -281,6 +283,7 @@ def run_index(arguments: argparse.Namespace) -> int:
     """`tapfm index`."""
     from dataclasses import replace
 
+    from slides.tissue import Tissue
     from tapfm.config import ConfigError, TileSettings, index_and_cache, read_source
 
     if bool(arguments.slides) == bool(arguments.config):
@@ -294,6 +297,9 @@ def run_index(arguments: argparse.Namespace) -> int:
         source = replace(source, workers=arguments.workers)
     if arguments.on_error is not None:
         source = replace(source, on_error=arguments.on_error)
+    if arguments.coords is not None:
+        tissue = Tissue(coords=str(arguments.coords))  # in place of what finds tissue
+        source = replace(source, tiles=replace(source.tiles, tissue=tissue))
     source = with_masks(source, arguments.masks)
     tiles, failed = index_and_cache(source, arguments.thumbnails)
     print(f"{len(source.rows) - len(failed)} slides, {tiles} tiles; {len(failed)} slides left out")

@@ -8,21 +8,21 @@ Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from slides.cache import CachedSlide
-from slides.chunks import SlideSource, stream_chunks
+from slides.chunks import SlideSource
 from slides.cohort import SlideRow, positive_weights, read_cohort
 from slides.errors import CohortError, IndexFileError, SlideError
 from slides.grid import Grid
+from slides.held import SlideTiles, host_budget, tiles_to_hold
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
 from slides.reader import Slide
@@ -30,7 +30,9 @@ from slides.stain import StainedSlide, refuse_other_stains
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag, SkippedBag
-from tapfm.config import Source, TileSettings, index_and_cache
+from tapfm.config import ConfigError, Source, TileSettings, index_and_cache
+
+PREFETCH = 2  # training slides that each worker reads ahead
 
 
 @dataclass(frozen=True)
@@ -68,35 +70,6 @@ class Opener:
         return (StainedSlide(source, index, self.stain) if self.stain else source), index
 
 
-@dataclass(frozen=True)
-class CohortTiles:
-    """All tiles of a slide of a cohort, read chunk by chunk each time they are asked for."""
-
-    data: SlideData
-    row: SlideRow
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles in index order.
-
-        Raises:
-            SkippedBag: the slide cannot be read and `on_error` is `skip`; it has been listed.
-            SlideError: likewise, where `on_error` is `stop`.
-        """
-        opener = self.data.opener
-        # The cache is quicker to read than a process is to start.
-        workers = 0 if opener.cache_dir else self.data.workers
-        try:
-            source, index = opener(self.row)
-            with source:
-                for _, tiles_CSS in stream_chunks(source, index, size, workers):
-                    yield tiles_CSS
-        except SlideError as fault:
-            if self.data.on_error != "skip":
-                raise
-            self.data.skipped[self.row.slide_id] = str(fault)
-            raise SkippedBag(self.row.slide_id) from fault
-
-
 class SlideData(L.LightningDataModule):
     """A cohort as Lightning asks for it.
 
@@ -114,6 +87,10 @@ class SlideData(L.LightningDataModule):
         stain: bring the stains of every slide to a common reference, in training and ever after;
             None leaves them as they are.
         stain_jitter: strength of the slide-shared change of haematoxylin and eosin in training.
+        sampling: `uniform` draws tiles wherever they are, `spatial` spreads them over the slide.
+        host_gb: memory for tiles of training slides that are held or read ahead; of a slide that
+            does not fit, the rest is read again in each pass, and a fault in it stops the run.
+            None is half of the machine's.
         workers: reading processes.
         on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it.
         seed: of order, tiles and augmentation.
@@ -132,6 +109,8 @@ class SlideData(L.LightningDataModule):
         colour: float = 0.0,
         stain: Literal["macenko", "reinhard"] | None = None,
         stain_jitter: float = 0.0,
+        sampling: Literal["uniform", "spatial"] = "uniform",
+        host_gb: float | None = None,
         workers: int = 2,
         on_error: Literal["stop", "skip"] = "stop",
         seed: int = 0,
@@ -145,6 +124,9 @@ class SlideData(L.LightningDataModule):
                 refuse_other_stains(self.cohort.rows, option)
         self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
+        if host_gb is not None and host_gb < 0:
+            raise ConfigError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
+        self.sampling, self.host_gb = sampling, host_gb
         self.augment = Augment(colour=colour, stain=stain_jitter)
         self.skipped: dict[str, str] = {}
         self.sampler: SlideSampler | None = None
@@ -205,9 +187,32 @@ class SlideData(L.LightningDataModule):
             seed=self.seed,
             augment=self.augment,
             on_error=self.on_error,
+            sampling=self.sampling,
+            hold=self.hold(rows),
+            workers=self.streaming_workers,
         )
         pin = torch.cuda.is_available()
-        return SlideLoader(bags, self.sampler, self.workers, pin_memory=pin)
+        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+
+    def hold(self, rows: list[SlideRow]) -> int:
+        """Tiles of a training slide that are held in memory; says so where that is not all."""
+        slides = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
+        processes = self.trainer.num_devices if self.trainer else 1  # of this machine
+        budget = host_budget(self.host_gb) // processes
+        hold = tiles_to_hold(budget, self.tiles.tile_px, slides)
+        most = max(len(self.opener.index(row)) for row in rows)
+        if hold < min(most, self.tiles_per_slide or most):
+            print(
+                f"data.host_gb: {budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides "
+                f"(of data.workers {self.workers}); the largest has {most}, and what is beyond is "
+                "read again in each pass."
+            )
+        return hold
+
+    @property
+    def streaming_workers(self) -> int:
+        """Processes for slides that are read as they are used."""
+        return 0 if self.opener.cache_dir else self.workers  # it is quicker than one is to start
 
     @property
     def place(self) -> tuple[int, int]:
@@ -242,7 +247,20 @@ class SlideData(L.LightningDataModule):
         """One slide, all tiles, not yet read."""
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
         count = len(self.opener.index(row).coords0)
-        return Bag(row.slide_id, row.case_id, CohortTiles(self, row), count, labels_K, seed=0)
+        tiles = SlideTiles(
+            partial(self.opener, row), self.streaming_workers, on_fault=partial(self.skip, row)
+        )
+        return Bag(row.slide_id, row.case_id, tiles, count, labels_K, seed=0)
+
+    def skip(self, row: SlideRow, fault: SlideError) -> None:
+        """List a slide that broke while it was read, where such slides are to be left out.
+
+        Raises:
+            SkippedBag: it is left out.
+        """
+        if self.on_error == "skip":
+            self.skipped[row.slide_id] = str(fault)
+            raise SkippedBag(row.slide_id) from fault
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
         """Tiles stay in host memory; the engine moves a chunk at a time."""
@@ -265,7 +283,7 @@ class SlideData(L.LightningDataModule):
             batch.slide_id,
             batch.case_id,
             batch.tiles,
-            len(batch.tiles),
+            len(batch.coords0),
             batch.labels,
             seed,
             batch.turn,

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from slides.errors import SlideError
+from slides.held import SlideTiles
 from slides.index_file import TileIndex, index_attributes
 from slides.stain import refuse_other_stains
 from slides.tissue import Tissue
@@ -39,7 +40,6 @@ from tapfm.config import Source, TileSettings, index_and_cache
 from tapfm.data import Opener
 from tapfm.files import replacing
 from tapfm.model import load_encoder, read_recipe
-from tapfm.predict import OpenTiles
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -165,7 +165,9 @@ def tiles_of(model: str) -> TileSettings:
         row = find(model)
         return TileSettings(row.tile_px, row.mpp)
     recipe, facts = read_recipe(Path(model))
-    tissue = Tissue(**{**facts.get("tissue", {}), "masks": None})  # as in training, but its slides
+    tissue = Tissue(
+        **{**facts.get("tissue", {}), "masks": None, "coords": None}
+    )  # as in training, but its slides
     return TileSettings(recipe.tile_px, recipe.mpp, tissue=tissue)
 
 
@@ -236,7 +238,7 @@ def run_features(
             pixels, _ = opener(slide)
             workers = 0 if source.cache_dir else source.workers  # the cache is quicker
             with pixels:
-                extraction.write(path, OpenTiles(pixels, index, workers), index, tissue)
+                extraction.write(path, SlideTiles.of(pixels, index, workers), index, tissue)
             tiles += len(index)
         except SlideError as fault:
             if source.on_error != "skip":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.chunks import SlideSource, stream_chunks
+from slides.chunks import SlideSource
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.grid import Grid
+from slides.held import SlideTiles
 from slides.index import TileIndex, index_slide
 from slides.reader import Slide
 from slides.stain import StainedSlide
@@ -96,20 +97,6 @@ def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
         coords.attrs["patch_size_level0"] = index.size0
 
 
-@dataclass(frozen=True)
-class OpenTiles:
-    """All tiles of an open slide, read as they are asked for."""
-
-    slide: SlideSource
-    index: TileIndex
-    workers: int
-
-    def split(self, size: int) -> Iterator[torch.Tensor]:
-        """Chunks of `size` tiles in index order."""
-        for _, tiles_CSS in stream_chunks(self.slide, self.index, size, self.workers):
-            yield tiles_CSS
-
-
 def predict_slides(
     path: Path,
     rows: Sequence[SlideRow],
@@ -146,7 +133,9 @@ def predict_slides(
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
     facts = models.read_recipe(path)[1]
-    tissue = Tissue(**{**facts.get("tissue", {}), "masks": masks})  # otherwise as in training
+    tissue = Tissue(
+        **{**facts.get("tissue", {}), "masks": masks, "coords": None}
+    )  # otherwise as in training
     predictions, failed = [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
@@ -174,7 +163,7 @@ def predict_slides(
 
 def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
     """A slide that belongs to no cohort."""
-    tiles = OpenTiles(slide, index, workers)
+    tiles = SlideTiles.of(slide, index, workers)
     unknown_K = torch.full((labels,), torch.nan)
     return Bag(index.slide_id, index.slide_id, tiles, len(index), unknown_K, seed=0)
 

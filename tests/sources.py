@@ -56,8 +56,9 @@ class Source:
         self.closed = 0
 
     def read(self, x0, y0, grid):
-        with self.reads.get_lock():
-            self.reads.value += 1
+        if self.reads is not None:
+            with self.reads.get_lock():
+                self.reads.value += 1
         if (x0, y0) == self.fail_at:
             raise self.error
         if (x0, y0) == self.die_at:
@@ -66,6 +67,9 @@ class Source:
 
     def close(self):
         self.closed += 1
+
+    def __getstate__(self):
+        return self.__dict__ | {"reads": None}  # a lock travels by inheritance only
 
 
 def expected_tiles(index, rows=slice(None)):

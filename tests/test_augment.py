@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.augment import HAEMATOXYLIN_EOSIN, augment, orient, recolour_
+from slides.augment import HAEMATOXYLIN_EOSIN, draw_change, orient, recolour_
 
 SIDE = 7
 
@@ -23,6 +23,11 @@ def random_tiles(count=23, seed=0):
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def augment(tiles, generator, *options, **named):
+    """A slide's tiles, all in one go."""
+    return draw_change(len(tiles), generator, *options, **named)(tiles)
 
 
 def orientations(tile_CSS):

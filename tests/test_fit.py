@@ -261,3 +261,13 @@ def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, caps
     assert len(pd.read_csv(tmp_path / "runs" / "skip" / "memory.csv")) == 6
     assert main([*arguments, "--name", "stop", "--data.on_error", "stop"]) == 2
     assert "s1" in capsys.readouterr().err
+
+
+def test_memory_for_tiles_changes_no_weight(finished, capsys):
+    """Of 11 tiles a slide 7 are held, the others read anew in both passes."""
+    run, config = finished
+    assert main(["fit", "--config", str(config), "--name", "few", "--data.host_gb", "4.4e-5"]) == 0
+    assert "hold 7 tiles of each of 2 slides" in capsys.readouterr().out
+    for file in ("metrics.csv", "best.safetensors"):
+        few, whole = ((folder / file).read_bytes() for folder in (run.parent / "few", run))
+        assert few[-10_000:] == whole[-10_000:]  # the header names the run's command

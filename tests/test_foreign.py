@@ -4,20 +4,28 @@ The files are written here word for word as those programs write them, including
 missing attributes and empty slides. The slide encodes its coordinates, so a tile says where it is.
 """
 
+import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import yaml
+from cohorts import write_cohort
 
 from slides.chunks import read_tiles
-from slides.errors import IndexFileError, IndexSettingsError, TooCoarseError
-from slides.foreign import find_coordinates, read_coordinates
+from slides.errors import CoordinatesError, IndexSettingsError, NoTissueError, TooCoarseError
+from slides.foreign import read_coordinates
 from slides.grid import Grid
-from slides.index import index_path, write_index
+from slides.index import index_cohort, index_path, read_index, write_index
+from slides.job_folders import find_coordinates
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tapfm.cli import main
+from tapfm.config import read_source
+from tapfm.data import Opener
 
 CORNERS0 = np.array([[448, 0], [0, 448], [37, 41], [896, 600]])  # in no order of ours
 
@@ -128,14 +136,14 @@ class TestRead:
 
 class TestRefuse:
     def test_another_slide(self, slide, tmp_path):
-        with pytest.raises(IndexSettingsError, match="slide of 999 x 1193 pixels, this one has"):
+        with pytest.raises(CoordinatesError, match="slide of 999 x 1193 pixels, this one has"):
             read_coordinates(trident(tmp_path / "a.h5", level0_width=999), slide)
         far = trident(tmp_path / "a.h5", [[0, 0], [1531, 0], [0, -1]])
-        with pytest.raises(IndexSettingsError, match=r"2 of the 3 tiles .* outside"):
+        with pytest.raises(CoordinatesError, match=r"2 of the 3 tiles .* outside"):
             read_coordinates(far, slide)
 
     def test_what_the_reader_would_give_otherwise(self, slide, tmp_path):
-        with pytest.raises(IndexSettingsError, match="230 level-0 pixels made into 224"):
+        with pytest.raises(CoordinatesError, match="230 level-0 pixels made into 224"):
             read_coordinates(trident(tmp_path / "a.h5", patch_size_level0=230), slide)
         with pytest.raises(TooCoarseError, match="enlarging"):
             read_coordinates(trident(tmp_path / "a.h5", patch_size_level0=112), slide)
@@ -145,20 +153,161 @@ class TestRefuse:
     def test_damaged(self, slide, tmp_path, name, share):
         path = WRITERS[name](tmp_path / name)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-        with pytest.raises(IndexFileError, match=r"coordinates: .*damaged"):
+        with pytest.raises(CoordinatesError, match=r"coordinates: .*damaged"):
             read_coordinates(path, slide)
 
     @pytest.mark.parametrize("lost", ["patch_size", "target_magnification"])
     def test_an_attribute_that_is_needed(self, slide, tmp_path, lost):
         path = trident(tmp_path / "a.h5", patch_size_level0=None, **{lost: None})
         with pytest.raises(
-            IndexFileError, match=f"damaged.*{'patch_size' if lost == 'patch_size' else lost}"
+            CoordinatesError, match=f"damaged.*{'patch_size' if lost == 'patch_size' else lost}"
         ):
             read_coordinates(path, slide)
 
     def test_none_there(self, slide, tmp_path):
-        with pytest.raises(IndexFileError, match="no coordinates at"):
+        with pytest.raises(CoordinatesError, match="no coordinates at"):
             read_coordinates(tmp_path / "a.h5", slide)
+
+
+class TestIndex:
+    """`index_cohort` with `Tissue(coords=...)`: their tiles in our index, or a reason."""
+
+    GRID = Grid(224, 0.5)
+
+    @pytest.fixture
+    def job(self, tmp_path, coordinate_slide):
+        """Folder of coordinates, and three slides of one file."""
+        for name in "abc":
+            trident(tmp_path / "job" / "20x_224px_0px_overlap" / "patches" / f"{name}_patches.h5")
+        rows = [SimpleNamespace(slide_id=n, path=coordinate_slide.path, mpp=0.25) for n in "abc"]
+        return SimpleNamespace(
+            folder=tmp_path / "job", rows=rows, tissue=Tissue(coords=str(tmp_path / "job"))
+        )
+
+    def index(self, job, tmp_path, grid=GRID, **options):
+        return index_cohort(
+            job.rows, tmp_path / "ours", grid, job.tissue, progress=False, **options
+        )
+
+    def put(self, job, name, **other):
+        return trident(
+            job.folder / "20x_224px_0px_overlap" / "patches" / f"{name}_patches.h5", **other
+        )
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_their_tiles_with_where_they_come_from(self, job, tmp_path, workers):
+        ledger = self.index(job, tmp_path, workers=workers)
+        assert [row["status"] for row in ledger] == ["indexed"] * 3
+        assert [row["tiles"] for row in ledger] == [4] * 3
+        index = read_index(index_path(tmp_path / "ours", self.GRID, "b"), self.GRID, job.tissue)
+        np.testing.assert_array_equal(index.coords0, CORNERS0)
+        assert index.origin.startswith(f"TRIDENT: {job.folder}")
+        assert index.origin.endswith("b_patches.h5")
+        with h5py.File(index_path(tmp_path / "ours", self.GRID, "b")) as file:
+            assert file["coords"].attrs["origin"] == index.origin
+            sha256 = json.loads(file["coords"].attrs["settings"])["coords"]["sha256"]
+        theirs = find_coordinates(job.folder, "b").read_bytes()
+        assert sha256 == hashlib.sha256(theirs).hexdigest()
+        assert [row["status"] for row in self.index(job, tmp_path)] == ["kept"] * 3
+
+    def test_a_nominal_size_within_the_tolerance_is_read_to_the_pixel(self, job, tmp_path):
+        """As TRIDENT's 448 px on a scan of 0.2527 that would be 443: its pixels, not ours."""
+        for name in "abc":
+            self.put(job, name, patch_size_level0=456.0)
+        self.index(job, tmp_path)
+        index = read_index(index_path(tmp_path / "ours", self.GRID, "a"), self.GRID, job.tissue)
+        assert (index.size0, index.grid.size0(0.25), index.grid.size) == (456, 456, 224)
+        assert index.grid.mpp == 456 * 0.25 / 224
+
+    @pytest.mark.parametrize(
+        ("grid", "other", "says"),
+        [
+            (Grid(224, 0.5), {"patch_size_level0": 472.0}, r"0\.5268 microns .* 5% off"),
+            (Grid(224, 0.5), {"patch_size_level0": 424.0}, r"0\.4732 microns .* 5% off"),
+            (Grid(224, 1.0), {}, "0.5 microns per tile pixel where 1 were asked for"),
+            (Grid(256, 0.5), {}, "224 px where 256 px were asked for"),
+        ],
+    )
+    def test_other_tiles_than_asked_for_are_refused_with_both_sizes(
+        self, job, tmp_path, grid, other, says
+    ):
+        self.put(job, "b", **other)
+        with pytest.raises(
+            CoordinatesError, match=rf"[ab]: .*level-0 pixels made into 224.*{says}"
+        ):
+            self.index(job, tmp_path, grid)
+
+    def test_every_slide_without_coordinates_is_named_before_any_work(self, job, tmp_path):
+        for name in "ac":
+            find_coordinates(job.folder, name).unlink()
+        with pytest.raises(CoordinatesError) as caught:
+            self.index(job, tmp_path)
+        assert "2 faults" in str(caught.value)
+        assert all(f"\n  {name}: no coordinates in" in str(caught.value) for name in "ac")
+        assert not (tmp_path / "ours").exists()
+        ledger = self.index(job, tmp_path, on_error="skip")
+        assert [row["status"] for row in ledger] == ["failed", "indexed", "failed"]
+        assert "no coordinates" in ledger[2]["reason"]
+
+    def test_changed_coordinates_are_taken_anew_and_never_used_stale(self, job, tmp_path):
+        self.index(job, tmp_path)
+        self.put(job, "a", coords0=CORNERS0[:2])
+        path = index_path(tmp_path / "ours", self.GRID, "a")
+        with pytest.raises(IndexSettingsError, match=r"coords\.sha256 was"):
+            read_index(path, self.GRID, job.tissue)
+        ledger = self.index(job, tmp_path)
+        assert [row["status"] for row in ledger] == ["rebuilt", "kept", "kept"]
+        assert len(read_index(path, self.GRID, job.tissue)) == 2
+        with pytest.raises(IndexSettingsError, match="other settings"):
+            read_index(path, self.GRID, Tissue())
+
+    def test_tiles_chosen_by_us_are_not_taken_for_theirs(self, job, tmp_path, slide):
+        path = find_coordinates(job.folder, "a")
+        ours = replace(read_coordinates(path, slide), slide_id="a", tissue_mm2=1.0)
+        write_index(index_path(tmp_path / "ours", self.GRID, "a"), ours, Tissue())
+        assert self.index(job, tmp_path)[0]["status"] == "rebuilt"
+
+    def test_their_file_is_never_written_over(self, job):
+        before = find_coordinates(job.folder, "a").read_bytes()
+        with pytest.raises(CoordinatesError, match="a: its index would take the place of"):
+            index_cohort(job.rows, job.folder, self.GRID, job.tissue, progress=False)
+        assert find_coordinates(job.folder, "a").read_bytes() == before
+
+    def test_no_tiles_at_all(self, job, tmp_path):
+        self.put(job, "c", coords0=[])
+        with pytest.raises(NoTissueError, match="c: no tile in"):
+            self.index(job, tmp_path)
+
+    def test_settings_that_would_do_nothing_are_refused_by_name(self):
+        with pytest.raises(CoordinatesError, match=r"tissue\.masks, .* would do nothing|masks"):
+            Tissue(coords="job", min_fraction=0.5, masks="masks")
+        assert Tissue(coords="job", min_fraction=0.25).coords == "job"
+
+    def test_the_command_takes_them_and_training_reads_them(self, tmp_path, capsys):
+        config = write_cohort(tmp_path)
+        for number in range(14):
+            corners = [[32 * number, 64], [96, 128], [128, 128]]
+            trident(
+                tmp_path / "job" / "patches" / f"s{number}_patches.h5", corners,
+                patch_size=32, patch_size_level0=32, level0_magnification=20,
+                level0_width=311, level0_height=263,
+            )  # fmt: skip
+        for number in (10, 11, 12, 13):
+            find_coordinates(tmp_path / "job", f"s{number}").unlink()
+        command = ["index", "--config", str(config), "--coords", str(tmp_path / "job")]
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert all(f"s{number}: no coordinates" in said for number in (10, 11, 12, 13))
+        assert main([*command, "--on-error", "skip"]) == 0
+        assert "10 slides, 30 tiles" in capsys.readouterr().out
+        settings = yaml.safe_load(config.read_text())
+        settings["data"]["tiles"]["tissue"] = {"coords": str(tmp_path / "job")}
+        config.write_text(yaml.safe_dump(settings))
+        source = read_source([config])
+        opener = Opener(source.index_dir, None, source.tiles.grid, source.tiles.tissue)
+        slide, index = opener(source.rows[3])
+        assert read_tiles(slide, index).shape == (3, 3, 32, 32)
+        assert index.coords0.tolist()[0] == [96, 64]
 
 
 class TestJobDirectory:
@@ -180,11 +329,11 @@ class TestJobDirectory:
         assert find_coordinates(tmp_path, "s.1") == path
 
     def test_none_and_several_are_named(self, tmp_path):
-        with pytest.raises(IndexFileError, match=r"s: no coordinates in .*s_patches.h5, s.h5"):
+        with pytest.raises(CoordinatesError, match=r"s: no coordinates in .*s_patches.h5, s.h5"):
             find_coordinates(tmp_path, "s")
         for tag in ("10x_224px_0px_overlap", "20x_224px_0px_overlap"):
             trident(tmp_path / tag / "patches" / "s_patches.h5")
-        with pytest.raises(IndexFileError, match=r"2 times: 10x.*20x.*Name one"):
+        with pytest.raises(CoordinatesError, match=r"2 times: 10x.*20x.*Name one"):
             find_coordinates(tmp_path, "s")
         found = find_coordinates(tmp_path / "20x_224px_0px_overlap", "s")
         assert found.parent.parent.name.startswith("20x")

@@ -19,11 +19,12 @@ from typing import ClassVar
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from conftest import stained_picture, write_pyramid
 from PIL import Image
 from scipy import ndimage
 
-from slides import index_file
+from slides import files
 from slides.choose import choose
 from slides.errors import (
     IndexFileError,
@@ -231,7 +232,7 @@ class TestFullDisk:
 
         old = made[1].read_bytes()
         targets = {
-            "write": (index_file, "open", FullFile),
+            "write": (files, "open", FullFile),
             "fsync": (os, "fsync", full),
             "replace": (os, "replace", full),
             "mkdir": (Path, "mkdir", full),
@@ -525,3 +526,51 @@ class TestRealSlides:
         paths = sorted((shared_data / "needle" / "slides").glob("*.tif"))
         ledger = index_cohort(map(row, paths), tmp_path, Grid(), Tissue(), 0, progress=False)
         assert {r["tiles"] for r in ledger} == {40}
+
+
+class TestLostTiles:
+    """Tiles that the file lists without bytes come white: tissue there is left out and counted."""
+
+    def without(self, path, level, number):
+        with tifffile.TiffFile(path, mode="r+b") as tiff:
+            counts = tiff.pages[level].tags["TileByteCounts"]
+            values = list(counts.value)
+            counts.overwrite([*values[:number], 0, *values[number + 1 :]])
+
+    def index(self, path, tmp_path):
+        row = SimpleNamespace(slide_id="a", path=path, mpp=0.5)
+        (ledger,) = index_cohort([row], tmp_path / "index", GRID, Tissue(), progress=False)
+        return ledger, read_index(index_path(tmp_path / "index", GRID, "a"), GRID, Tissue())
+
+    @pytest.mark.filterwarnings("ignore:.*read through OpenSlide")
+    @pytest.mark.parametrize("name", ["a.svs", "a.tif"])
+    def test_over_tissue_they_are_left_out_and_counted(self, small_slide, tmp_path, name):
+        whole, path = small_slide("whole" + name[1:]), small_slide(name)
+        side = 240 if name == "a.svs" else 256
+        column, row = 2, 1  # in the midst of the oval
+        self.without(path, 0, row * -(-1201 // side) + column)
+        ledger, index = self.index(path, tmp_path)
+        with Slide(whole, mpp=0.5) as sound, Slide(path, mpp=0.5, direct=False) as damaged:
+            before = index_slide(sound, GRID, Tissue())
+            for x0, y0 in index.coords0.tolist():
+                expected = sound.read(x0, y0, GRID)
+                np.testing.assert_array_equal(damaged.read(x0, y0, GRID), expected)
+        corner = np.array([column, row]) * side
+        touched = ((before.coords0 < corner + side) & (before.coords0 + 64 > corner)).all(1)
+        assert touched.sum() > 9
+        if name == "a.tif":  # its thumbnail is whole, so the choice is the same but for these
+            np.testing.assert_array_equal(index.coords0, before.coords0[~touched])
+            said = f"{touched.sum()} tiles of tissue left out: the file lists tiles without"
+            assert ledger["reason"].startswith(said)
+        else:
+            assert not {*map(tuple, before.coords0[touched])} & {*map(tuple, index.coords0)}
+            assert "tiles of tissue left out" in ledger["reason"]
+
+    @pytest.mark.filterwarnings("ignore:.*read through OpenSlide")
+    def test_glass_that_a_generic_tiff_leaves_out_is_glass(self, small_slide, tmp_path):
+        path = small_slide("a.tif")
+        before = self.index(path, tmp_path)[1]
+        self.without(path, 0, 0)
+        ledger, index = self.index(path, tmp_path / "c")
+        assert ledger["reason"] == ""
+        np.testing.assert_array_equal(index.coords0, before.coords0)

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.order import SlideSampler, Turn, epoch_order, sample_tiles, stable_seed
+from slides.order import (
+    SlideSampler,
+    Turn,
+    epoch_order,
+    sample_tiles,
+    spread_tiles,
+    stable_seed,
+)
 
 seeds = st.integers(0, 2**63)
 epochs = st.integers(0, 10_000)
@@ -94,10 +101,68 @@ def test_known_values():
     assert sample_tiles(1009, 5, 0, 3, "TCGA-05-4244").tolist() == [261, 505, 775, 887, 929]
 
 
+class TestSpread:
+    """Sampling over space: as fair as the uniform draw, and never bunched."""
+
+    def lattice(self, columns, rows, left=0):
+        return np.stack(np.meshgrid(np.arange(columns) + left, np.arange(rows)), -1).reshape(-1, 2)
+
+    @given(counts, st.integers(1, 400), seeds, epochs, names)
+    def test_tiles_are_distinct_sorted_and_as_many_as_asked(self, n, budget, seed, epoch, name):
+        cells = np.random.default_rng(n).integers(-9, 30, (n, 2))  # some in one cell
+        rows = spread_tiles(cells, budget, seed, epoch, name)
+        assert len(rows) == min(n, budget)
+        assert (np.diff(rows) > 0).all()
+        assert not len(rows) or (rows[0] >= 0 and rows[-1] < n)
+        np.testing.assert_array_equal(rows, spread_tiles(cells, budget, seed, epoch, name))
+
+    @pytest.mark.parametrize("budget", [1, 4, 16, 64, 256])
+    def test_each_block_of_a_full_lattice_has_its_one(self, budget):
+        cells = self.lattice(32, 32, left=7)
+        side = 32 // int(budget**0.5)
+        for epoch in range(5):
+            column, row = (cells[spread_tiles(cells, budget, 0, epoch, "a")] - (7, 0)).T // side
+            assert sorted(row * (32 // side) + column) == list(range(budget))
+
+    def test_two_islands_get_what_they_are_worth(self):
+        """A biopsy's cores, 300 and 100 tiles: 12 of 16 and 4, give or take one, every time."""
+        cells = np.concatenate([self.lattice(20, 15), self.lattice(10, 10, left=100)])
+        draws = [spread_tiles(cells, 16, 0, epoch, "a") for epoch in range(200)]
+        small = np.array([(rows >= 300).sum() for rows in draws])
+        assert set(small) <= {3, 4, 5}
+        uniform = [(sample_tiles(400, 16, 0, epoch, "a") >= 300).sum() for epoch in range(200)]
+        assert np.var(uniform) > 4 * np.var(small)
+
+    def test_draws_are_fair_whatever_the_shape(self):
+        """A tile alone is drawn as often as one in a crowd: 300 of 1000 draws, +- 14.5."""
+        cells = np.concatenate([self.lattice(7, 7), [[90, 41]]])
+        hits = np.zeros(50)
+        for epoch in range(1000):
+            hits[spread_tiles(cells, 15, 0, epoch, "a")] += 1
+        assert 235 < hits.min() <= hits.max() < 365
+
+    def test_every_part_of_the_seed_counts_and_the_corner_does_not(self):
+        cells = self.lattice(31, 29)
+        base = spread_tiles(cells, 31, 1, 2, "a")
+        for other in [(2, 2, "a"), (1, 3, "a"), (1, 2, "b"), (2, 1, "a")]:
+            assert not np.array_equal(base, spread_tiles(cells, 31, *other))
+        np.testing.assert_array_equal(base, spread_tiles(cells + (100, 3), 31, 1, 2, "a"))
+
+    def test_known_values(self):
+        rows = spread_tiles(self.lattice(31, 29), 5, 0, 3, "TCGA-05-4244")
+        assert rows.tolist() == [222, 328, 443, 745, 866]
+
+    def test_a_slide_of_many_tiles_and_one_of_none(self):
+        assert len(spread_tiles(self.lattice(500, 400), 1000, 0, 0, "a")) == 1000
+        assert len(spread_tiles(np.empty((0, 2), int), 3, 0, 0, "a")) == 0
+
+
 @pytest.mark.parametrize("budget", [0, -3])
 def test_a_budget_of_nothing_is_refused(budget):
     with pytest.raises(ValueError, match="at least 1"):
         sample_tiles(5, budget, 0, 0, "a")
+    with pytest.raises(ValueError, match="at least 1"):
+        spread_tiles(np.zeros((5, 2), int), budget, 0, 0, "a")
 
 
 class TestSampler:

@@ -22,7 +22,7 @@ from tapfm import backbones
 from tapfm import model as models
 from tapfm.bag import Bag
 from tapfm.cli import main
-from tapfm.predict import OpenTiles, loose_bag, predict_bag
+from tapfm.predict import loose_bag, predict_bag
 
 TILE = 32
 
@@ -132,7 +132,7 @@ def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1000.0))
         streamed = loose_bag(opened, index, len(LABELS), workers=0)
-        whole = torch.cat(list(OpenTiles(opened, index, 0).split(7)))
+        whole = torch.cat(list(loose_bag(opened, index, 0, 0).tiles.split(7)))
     in_memory = Bag("one", "one", whole, len(whole), torch.full((2,), torch.nan), 0)
     a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)
     np.testing.assert_allclose(a.probs_K, b.probs_K, rtol=1e-4)

@@ -1,0 +1,168 @@
+"""Whether reading keeps up: a consumer that takes 100 tiles/s, fed by two cores.
+
+    python -m benchmarks.streaming --demo data/demo/cohort.csv
+
+The consumer stands for a GPU at the speed of a ViT-g on a large card: it sleeps 10 ms for each tile
+it is given, and while it sleeps reading goes on. `busy` is the share of its time after the first
+slide that it slept, and did not wait. CPU time is that of all processes over all tiles taken: a
+tenth of it, in ms, is how many cores reading needs to keep up, and `cores` how many were used.
+Nothing is cached; tiles are 224 px at 0.5 mpp, most from scans of 0.25, so 448 px are decoded and
+reduced for each.
+
+    training    slides read ahead, all tiles augmented (colour too), in the order of an epoch
+    large       the same of four large slides (benchmarks/indexing.py), a draw of 300 tiles each
+    twice       those, two passes over each, as training takes them, with memory for 100 tiles a
+                slide: the others are read again in each pass
+    streamed    validation: all tiles of slide after slide, workers anew for each
+
+All is done twice and the run that waited less in all is the table's. Writes results/streaming.csv
+(a row a run) and the table between the markers in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.indexing import MPP, RUNS, write_large_slide
+from benchmarks.record import RESULTS, facts, rewrite
+from slides.cohort import SlideRow, read_cohort
+from slides.grid import Grid
+from slides.held import SlideTiles
+from slides.index import TileIndex, index_cohort, index_path, read_index
+from slides.order import SlideSampler
+from slides.reader import Slide
+from slides.stream import Augment, BagDataset, SlideLoader
+from slides.tissue import Tissue
+
+RATE = 100  # tiles a second
+CHUNK = 25  # of the consumer
+GRID, TISSUE = Grid(224, 0.5), Tissue()
+SLIDES, LARGE, DRAW, HELD, WORKERS = 20, 4, 300, 100, 2
+
+
+class Opener:
+    """Slides and their indexes, for worker processes."""
+
+    def __init__(self, index_dir: Path):
+        self.index_dir = index_dir
+
+    def __call__(self, row: SlideRow) -> tuple[Slide, TileIndex]:
+        """As `tapfm.data.Opener`."""
+        index = read_index(index_path(self.index_dir, GRID, row.slide_id), GRID, TISSUE)
+        return Slide(row.path, row.mpp, row.slide_id), index
+
+
+def prepare(folder: Path, demo: Path) -> tuple[list[SlideRow], list[SlideRow]]:
+    """The first slides of the demo cohort, and copies of a large one; all indexed."""
+    rows = list(read_cohort(demo).rows)[:SLIDES]
+    path = write_large_slide(folder / "large.tif")
+    large = []
+    for number in range(LARGE):
+        copy = folder / f"large{number}.tif"
+        os.link(path, copy)
+        large.append(SlideRow(f"c{number}", copy.stem, copy, "train", MPP, "", "", ()))
+    index_cohort(rows + large, folder / "index", GRID, TISSUE, 2)
+    return rows, large
+
+
+def bags(rows: list[SlideRow], opener: Opener, passes: int = 1, **options) -> Iterator[Iterable]:
+    """Each slide's tiles, read ahead, as often as they are asked for."""
+    dataset = BagDataset(rows, opener, augment=Augment(colour=0.1), **options)
+    for bag in SlideLoader(dataset, SlideSampler(len(rows)), WORKERS):
+        yield (chunk for _ in range(passes) for chunk in bag.tiles.split(CHUNK))
+
+
+def streamed(rows: list[SlideRow], opener: Opener) -> Iterator[Iterable]:
+    """Each slide's tiles, read when they are asked for."""
+    for row in rows:
+        yield SlideTiles(partial(opener, row), WORKERS).split(CHUNK)
+
+
+def consume(slides: Iterator[Iterable[Tensor]]) -> dict:
+    """Take all tiles at the rate; how long it took, and how much of it was waiting."""
+    count = tiles = 0
+    waited = worked = 0.0
+    cpu, start = cpu_seconds(), time.perf_counter()
+    first, began = 0.0, start
+    for chunks in slides:
+        for chunk in chunks:
+            got = time.perf_counter()
+            if count:
+                waited += got - began
+                worked += len(chunk) / RATE
+            else:
+                first += got - began
+            tiles += len(chunk)
+            time.sleep(len(chunk) / RATE)
+            began = time.perf_counter()
+        count += 1
+    cpu, seconds = cpu_seconds() - cpu, time.perf_counter() - start
+    return {
+        "slides": count, "tiles": tiles, "first_wait_s": first, "waited_s": waited,
+        "busy": worked / (worked + waited), "cpu_ms": 1000 * cpu / tiles, "cores": cpu / seconds,
+    }  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def table(rows: list[dict]) -> str:
+    runs = [[row for row in rows if row["run"] == number] for number in range(RUNS)]
+    best = min(runs, key=lambda run: sum(row["waited_s"] for row in run))
+    about = best[0]
+    text = f"{RATE} tiles/s, {WORKERS} workers. {about['machine']}; {about['date']}, commit "
+    text += f"{about['commit']}; better of two runs.\n\n"
+    text += "| | slides | tiles taken | wait in the first, s | busy after it "
+    text += "| CPU ms a tile | cores |\n|---|---|---|---|---|---|---|"
+    for row in best:
+        text += f"\n| {row['what']} | {row['slides']} | {row['tiles']} | "
+        text += f"{row['first_wait_s']:.2f} | {row['busy']:.1%} | {row['cpu_ms']:.1f} | "
+        text += f"{row['cores']:.2f} |"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.streaming",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--demo", type=Path, default=Path("data/demo/cohort.csv"), help="its table")
+    given = top.parse_args(argv)
+    about, found = facts("cpu"), []
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, large = prepare(Path(scratch), given.demo)
+        opener = Opener(Path(scratch) / "index")
+        for run in range(RUNS):
+            for what, slides in {
+                "training": bags(rows, opener),
+                "large": bags(large, opener, budget=DRAW),
+                "twice": bags(large, opener, 2, budget=DRAW, hold=HELD, workers=WORKERS),
+                "streamed": streamed(rows, opener),
+            }.items():
+                found.append({"run": run, "what": what, **consume(slides), **about})
+                print(found[-1], flush=True)
+    with (RESULTS / "streaming.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in found:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    rewrite("streaming", table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

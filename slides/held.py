@@ -1,0 +1,110 @@
+"""The tiles of one slide, in chunks, as often as asked: the first of them held, the rest read.
+
+Training goes over a slide twice and must see the same pixels. A slide that fits is in host memory;
+one that does not is held as far as the budget goes and read again beyond, which costs time and
+never memory. Tiles are a function of their place alone (`slides.augment`), so what is held, in what
+chunks and by how many processes changes no byte.
+
+Price: `host_budget` for all slides that are held or read ahead, shared out by `tiles_to_hold`; and
+the slots of `stream_chunks`.
+
+Shapes: C tiles of a chunk, H tiles held, S side of a tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from slides.chunks import SlideSource, stream_chunks
+from slides.errors import SlideError
+
+if TYPE_CHECKING:
+    from slides.index import TileIndex
+
+SHARE = 0.5  # of the machine's memory: the rest is the model's, the optimizer's, the page cache's
+LIMITS = (  # of a container, by version of cgroup
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+class SlideTiles:
+    """All tiles of a slide; `split` gives them in index order, the same every time. Pickles.
+
+    Not a dataclass: Lightning takes those in a batch apart.
+
+    Args:
+        open_slide: gives pixels and tiles, at each `split` anew; the pixels are closed after it.
+        workers: reading processes.
+        held: uint8 (H, 3, S, S), the first tiles, as `open_slide`'s pixels would give them.
+        on_fault: told of a slide's fault; where it returns, the fault goes on its way.
+    """
+
+    def __init__(
+        self,
+        open_slide: Callable[[], tuple[SlideSource, TileIndex]],
+        workers: int = 0,
+        held: Tensor | None = None,
+        on_fault: Callable[[SlideError], None] | None = None,
+    ):
+        self.open_slide, self.workers = open_slide, workers
+        self.held, self.on_fault = held, on_fault
+
+    @classmethod
+    def of(cls, source: SlideSource, index: TileIndex, workers: int = 0, **more) -> SlideTiles:
+        """Those of a slide whose pixels and tiles are at hand."""
+        return cls(partial(_both, source, index), workers, **more)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Chunks of `size` tiles; the last may be short.
+
+        Raises:
+            SlideError: a tile cannot be read, unless `on_fault` raises something else.
+        """
+        held = 0 if self.held is None else len(self.held) // size * size
+        try:
+            source, index = self.open_slide()
+            with contextlib.ExitStack() as stack:
+                if close := getattr(source, "close", None):
+                    stack.callback(close)
+                rest = stream_chunks(source, index.part(slice(held, None)), size, self.workers)
+                stack.enter_context(contextlib.closing(rest))
+                for start in range(0, held, size):  # meanwhile the rest is read ahead
+                    yield self.held[start : start + size]
+                for _, tiles_CSS in rest:
+                    yield tiles_CSS
+                    del tiles_CSS  # the caller may be done with it
+        except SlideError as fault:
+            if self.on_fault:
+                self.on_fault(fault)
+            raise
+
+
+def tiles_to_hold(budget: int, size: int, slides: int) -> int:
+    """How many tiles of each slide `budget` bytes hold, with so many slides in memory at a time."""
+    return budget // (slides * 3 * size**2)
+
+
+def host_budget(gigabytes: float | None = None) -> int:
+    """Bytes for tiles in host memory: so many GB, or a half of what this process may have."""
+    return int(SHARE * machine_memory() if gigabytes is None else gigabytes * 1e9)
+
+
+def machine_memory() -> int:
+    """Bytes of memory, of the machine or of the container, whichever has less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            found.append(int(Path(path).read_text()))
+    return min(found)
+
+
+def _both(source: SlideSource, index: TileIndex) -> tuple[SlideSource, TileIndex]:
+    return source, index

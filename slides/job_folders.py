@@ -1,0 +1,70 @@
+"""Where TRIDENT, CLAM, AtlasPatch and hs2p keep a slide's coordinates, and their fingerprint.
+
+    path = find_coordinates("trident_job/20x_256px_0px_overlap", "TCGA-05-4244-01Z-00-DX1.d4ff")
+
+What is in the file is read by `slides.foreign`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from slides.errors import CoordinatesError, all_faults
+
+NAMES = ("{}_patches.h5", "{}.h5", "{}.coordinates.npz")  # TRIDENT; CLAM and AtlasPatch; hs2p
+FOLDERS = ("", "patches", "tiles", "*/patches")
+
+
+def find_coordinates(folder: str | Path, slide_id: str) -> Path:
+    """The coordinate file of a slide in a job directory, or in one of its folders.
+
+    Raises:
+        CoordinatesError: there is none, or there are several (tiles of several sizes): all named.
+    """
+    folder = Path(folder)
+    folders = [
+        each
+        for where in FOLDERS
+        for each in (sorted(folder.glob(where)) if "*" in where else [folder / where])
+    ]
+    every = [each / name.format(slide_id) for each in folders for name in NAMES]
+    found = [path for path in every if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CoordinatesError(
+            f"{slide_id}: no coordinates in {folder}. Looked for "
+            f"{', '.join(name.format(slide_id) for name in NAMES)} there and in "
+            f"{', '.join(where for where in FOLDERS if where)}. Name the folder of the job."
+        )
+    raise CoordinatesError(
+        f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
+        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Name one of the folders."
+    )
+
+
+def find_all(folder: str | Path, slide_ids: Iterable[str]) -> None:
+    """See that each slide has its coordinates.
+
+    Raises:
+        CoordinatesError: some have none, or several: all of them, each with its reason.
+    """
+    faults = []
+    for slide_id in slide_ids:
+        try:
+            find_coordinates(folder, slide_id)
+        except CoordinatesError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise CoordinatesError(all_faults(folder, faults))
+
+
+def coordinates_sha256(path: Path) -> str:
+    """Fingerprint of a coordinate file, and of the json beside it where it is in two parts."""
+    parts = [path, *([path.with_suffix(".meta.json")] if path.suffix == ".npz" else [])]
+    try:
+        return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    except OSError as error:
+        raise CoordinatesError(f"{path}: cannot be read: {error.strerror or error}.") from error
