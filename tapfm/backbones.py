@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tapfm.attention import ClsTap, NoClsAttentionError
 from tapfm.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.registry import LEFT_OUT, ROWS, Backbone
+from tapfm.tail import ClsTail, find_tail
 
 
 def _plain(name: str) -> str:
@@ -79,15 +81,23 @@ class Encoder(nn.Module):
         row: its row.
         recompute: keep only block boundaries for backward (activation checkpointing). The last
             block is cheap and always kept, so that its q and k keep their graph.
+        tail: compute the last block for the CLS token alone where nothing else is read
+            (`tapfm.tail`).
     """
 
-    def __init__(self, vit: nn.Module, row: Backbone, *, recompute: bool = False):
+    def __init__(
+        self, vit: nn.Module, row: Backbone, *, recompute: bool = False, tail: bool = True
+    ):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
         # where timm says it: strategies that look at the tile's colours take it back
         vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": row.stats[0], "std": row.stats[1]}
         # None: no CLS token, no score; such a model is trained with learned attention
         self.tap = ClsTap(vit) if row.prefix_tokens else None
+        self.tail: ClsTail | None = None
+        self.no_tail = f"the feature is {row.feature}" if row.feature != "cls" else "not asked for"
+        if self.tap and row.feature == "cls" and tail:
+            self.tail, self.no_tail = find_tail(vit, self.tap)
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -138,7 +148,13 @@ class Encoder(nn.Module):
 
         Scores are 0, without a graph, where the model has none.
         """
-        return self.read(self.vit.forward_features(self.pixels(tiles_CP)))
+        with self.reading():
+            tokens = self.vit.forward_features(self.pixels(tiles_CP))
+        return self.read(tokens)
+
+    def reading(self) -> AbstractContextManager:
+        """Inside, the last block computes what `read` takes, and no more."""
+        return self.tail or nullcontext()
 
     def pixels(self, tiles_CP: Tensor) -> Tensor:
         """What the model takes."""
@@ -233,7 +249,13 @@ def load(
     vit = build(row, tile_px, drop_path_rate=drop_path)  # said even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
-    return Encoder(vit, row, recompute=recompute)
+    encoder = Encoder(vit, row, recompute=recompute)
+    if encoder.tail is None and encoder.tap and row.feature == "cls":
+        print(
+            f"{row.key}: the last block is computed for every token: {encoder.no_tail}",
+            file=sys.stderr,
+        )
+    return encoder
 
 
 def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> None:

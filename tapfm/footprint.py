@@ -3,7 +3,8 @@
 How: the model runs on fake CUDA tensors, which have shapes but no memory, and what autograd would
 hold is counted for two tiles and for three: the difference is a tile's activations, the rest are
 the bfloat16 copies of the weights that autocast makes. A model's blocks are alike, so this is done
-with two and three blocks and the others are added. Peaks follow from these.
+with two and three blocks and the others are added; the last, of which only the CLS token is
+computed (`tapfm.tail`), is in both. Peaks follow from these.
 
     encode      what rests, the graph of the first chunk, which is kept, and for the next chunk
                 the cast copies and one block's work
@@ -38,6 +39,7 @@ from tapfm.adapt import make_strategy, spell
 from tapfm.backbones import Backbone, Encoder, build
 from tapfm.boundary import Boundary, first_to_learn
 from tapfm.memory import saved_bytes
+from tapfm.tail import unfit
 
 GIB = 2**30
 CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces, fragmentation
@@ -100,13 +102,15 @@ class Footprint:
     Args:
         row: which model; one whose blocks are all alike.
         tile_px: side of the tiles; None is the model's own.
+        tail: as training does it, the last block for the CLS token alone (`tapfm.tail`).
     """
 
-    def __init__(self, row: Backbone, tile_px: int | None = None):
+    def __init__(self, row: Backbone, tile_px: int | None = None, *, tail: bool = True):
         self.row, self.side = row, tile_px or row.tile_px
         with torch.device("meta"):
             self.vit = build(row, tile_px)
         self.depth = len(self.vit.blocks)
+        self.tail = tail and row.feature == "cls" and not unfit(self.vit)
         self._counted: dict[tuple, tuple[int, ...]] = {}
 
     def cost(self, setup: Setup) -> Cost:
@@ -119,7 +123,7 @@ class Footprint:
             largest=largest,
             tile=self.held(setup)[0],
             casts=casts,
-            block=block // self.depth,
+            block=block // max(1, self.depth - self.tail),
             flop=self.flops(setup),
         )
 
@@ -213,7 +217,7 @@ class Footprint:
         self, vit: nn.Module, device: str, dtype: torch.dtype, setup: Setup, tiles: int
     ) -> tuple[Encoder, Tensor]:
         """An encoder without memory, and tiles for it, inside a FakeTensorMode."""
-        encoder = Encoder(vit, self.row, recompute=setup.recompute).train()
+        encoder = Encoder(vit, self.row, recompute=setup.recompute, tail=self.tail).train()
         for module in encoder.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

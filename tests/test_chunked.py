@@ -166,7 +166,7 @@ def test_pass_1_and_the_tap_hold_nothing():
     slide = Slide()
     assert saved_bytes(lambda: encode_bag(slide.encoder, slide.chunks, seed=0, device=CPU)) == 0
     tap = slide.encoder.tap
-    assert tap.q is tap.k is tap.rope is None
+    assert tap.q is tap.k is tap.rope is tap.row is None
 
 
 def flops(function):
