@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -26,8 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tapfm.attention import ClsTap, NoClsAttentionError
 from tapfm.checkpoints import UNUSED, BackboneError, bare, read_weights
+from tapfm.compiled import compile_blocks, padded
 from tapfm.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.tail import ClsTail, find_tail
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _plain(name: str) -> str:
@@ -83,10 +86,17 @@ class Encoder(nn.Module):
             block is cheap and always kept, so that its q and k keep their graph.
         tail: compute the last block for the CLS token alone where nothing else is read
             (`tapfm.tail`).
+        compiled: compile all blocks but the last (`tapfm.compiled`); chunks are then of one size.
     """
 
     def __init__(
-        self, vit: nn.Module, row: Backbone, *, recompute: bool = False, tail: bool = True
+        self,
+        vit: nn.Module,
+        row: Backbone,
+        *,
+        recompute: bool = False,
+        tail: bool = True,
+        compiled: bool = False,
     ):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
@@ -101,6 +111,9 @@ class Encoder(nn.Module):
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+        self.compiled = compiled
+        if compiled:
+            compile_blocks(list(blocks(vit)[:-1]))
         if recompute:
             for block in blocks(vit)[:-1]:
                 _recompute(block)
@@ -131,6 +144,10 @@ class Encoder(nn.Module):
         """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
         with self.autocast(precision):
             return self(tiles_CP.to(self.mean.device, non_blocking=True))
+
+    def sized(self, encode: Encode, chunk: int) -> Encode:
+        """`encode`, with chunks filled up to `chunk` tiles where compiled blocks want one shape."""
+        return padded(encode, chunk) if self.compiled else encode
 
     def autocast(self, precision: str) -> torch.autocast:
         """For one call, each call its own.
@@ -224,6 +241,7 @@ def load(
     *,
     tile_px: int | None = None,
     recompute: bool = False,
+    compiled: bool = False,
     drop_path: float = 0.0,
 ) -> Encoder:
     """An encoder with its weights; prints where they are from, their licence and gate.
@@ -235,6 +253,7 @@ def load(
             ship.
         tile_px: side of the tiles; position embeddings are resampled where it is not the row's.
         recompute: activation checkpointing of all blocks but the last.
+        compiled: torch.compile of all blocks but the last.
         drop_path: stochastic depth rate while training.
 
     Raises:
@@ -249,7 +268,7 @@ def load(
     vit = build(row, tile_px, drop_path_rate=drop_path)  # said even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
-    encoder = Encoder(vit, row, recompute=recompute)
+    encoder = Encoder(vit, row, recompute=recompute, compiled=compiled)
     if encoder.tail is None and encoder.tap and row.feature == "cls":
         print(
             f"{row.key}: the last block is computed for every token: {encoder.no_tail}",

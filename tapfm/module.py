@@ -27,6 +27,7 @@ from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
+from tapfm.compiled import need_compiler
 from tapfm.losses import MaskedBCE
 from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
@@ -63,6 +64,7 @@ class SlideModule(L.LightningModule):
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
         recompute: keep block boundaries only, and compute the rest again for backward.
+        compile: blocks by torch.compile (`tapfm.compiled`): faster, after a wait at the start.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
             exact values are kept: master, residual or offload (`tapfm.masters`).
@@ -85,6 +87,7 @@ class SlideModule(L.LightningModule):
         mpp: float = 0.5,
         chunk: int = 16,
         recompute: bool = False,
+        compile: bool = False,
         precision: Literal["fp32", "bf16", "bf16-true"] = "fp32",
         optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
         temperature: float | None = None,
@@ -111,8 +114,9 @@ class SlideModule(L.LightningModule):
             spell(make_strategy(strategy)), weights,
         )  # fmt: skip
         encoder = backbones.load(
-            model, weights, tile_px=tile_px, recompute=recompute, drop_path=drop_path
-        )
+            model, weights, tile_px=tile_px, recompute=recompute, compiled=compile,
+            drop_path=drop_path,
+        )  # fmt: skip
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
@@ -160,10 +164,14 @@ class SlideModule(L.LightningModule):
             return bag
         return replace(bag, tiles=BoundaryTokens(self.boundary.tokens, bag.tiles, bag.seed))
 
-    def encode_chunk(self, chunk: Tensor) -> Encoded:
-        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary."""
+    def encode_chunk(self, chunk: Tensor, most: int | None = None) -> Encoded:
+        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary.
+
+        `most` tiles fit at once, where that is fewer than a chunk.
+        """
         behind = chunk.is_floating_point()
-        return self.boundary.encode(chunk) if behind else self.slide_model.encode(chunk)
+        encode = self.boundary.encode if behind else self.slide_model.encode
+        return self.slide_model.encoder.sized(encode, most or self.chunk)(chunk)
 
     def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
         """Pass 1, `encode_bag`; once more with half the chunk where memory runs out."""
@@ -196,7 +204,7 @@ class SlideModule(L.LightningModule):
         with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
             try:
                 adapt_bag(
-                    self.encode_chunk,
+                    lambda chunk: self.encode_chunk(chunk, rescue.fits),
                     bag.tiles.split(self.chunk),
                     grad_z_TD,
                     grad_score_T,
@@ -305,6 +313,7 @@ class SlideModule(L.LightningModule):
         Raises:
             SettingError: the trainer's own mixed precision is on, or tiles are to be drawn from an
                 encoder with noise.
+            CompilerError: blocks are to be compiled, and there is no compiler.
         """
         if self.trainer.precision != "32-true":
             raise SettingError(
@@ -317,6 +326,8 @@ class SlideModule(L.LightningModule):
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
+        if self.slide_model.encoder.compiled:
+            need_compiler(self.device)
         unwrap(self)
         self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)
         self.meter = PhaseMeter(self.device)
