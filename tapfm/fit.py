@@ -118,7 +118,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     trainer.callbacks += [
-        RunLog(folder, list(recipe.labels)),
+        RunLog(folder, list(recipe.labels), ["sampling_cosine"] if module.cosine_every else []),
         BestWeights(folder),
         ResumePoint(folder, cli.config.resume_every),
     ]

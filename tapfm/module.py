@@ -35,7 +35,7 @@ from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
 from tapfm.rescue import Rescue
-from tapfm.sampling import chosen, draw_tiles
+from tapfm.sampling import chosen, cosine, draw_tiles, give, taken
 
 
 class SettingError(ValueError):
@@ -72,6 +72,9 @@ class SlideModule(L.LightningModule):
         drop_path: stochastic depth of the encoder while training.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
             that the encoder's is right on average (`tapfm.sampling`); None is all: exact.
+        cosine_every: after so many slides, measure how near the gradient of `backward_tiles` is to
+            that of all tiles, as train/sampling_cosine; it costs pass 2 of all, and two gradients'
+            memory. None is never.
         steps: learning rates and their kin.
     """
 
@@ -93,6 +96,7 @@ class SlideModule(L.LightningModule):
         temperature: float | None = None,
         drop_path: float = 0.0,
         backward_tiles: int | None = None,
+        cosine_every: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):
         super().__init__()
@@ -100,6 +104,11 @@ class SlideModule(L.LightningModule):
             raise SettingError(f"model.chunk must be 1 or more, got {chunk}")
         if backward_tiles is not None and backward_tiles < 1:
             raise SettingError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
+        if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
+            raise SettingError(
+                f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
+                f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
+            )
         if (precision == "bf16-true") != (optimizer != "adamw"):
             raise SettingError(
                 f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
@@ -127,6 +136,7 @@ class SlideModule(L.LightningModule):
             )
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
+        self.cosine_every = cosine_every
         self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -145,8 +155,12 @@ class SlideModule(L.LightningModule):
             self.manual_backward(loss / self.steps.accumulate)
             head_norm = self.update(head_optimizer)
 
+        measured = {}
         with self.meter.phase("adapt"):
-            if self.adapting:
+            if self.adapting and self.compares:
+                grads = z_TD.grad, score_T.grad
+                measured["train/sampling_cosine"] = self.compare(bag, *grads, encoder_optimizer)
+            elif self.adapting:
                 self.adapt(*self.draw(bag, z_TD.grad, score_T.grad), kept)
             encoder_norm = self.update(encoder_optimizer)
 
@@ -156,6 +170,7 @@ class SlideModule(L.LightningModule):
             "train/effective_tiles": effective_tiles(weights_T.detach()),
             "train/head_grad_norm": head_norm,
             "train/encoder_grad_norm": encoder_norm,
+            **measured,
         }
 
     def past_what_is_frozen(self, bag: Bag) -> Bag:
@@ -196,6 +211,23 @@ class SlideModule(L.LightningModule):
         grads = grad_z_TD * weight_T[:, None], grad_score_T * weight_T
         tiles = chosen(bag.tiles.split(self.chunk), weight_T)
         return replace(bag, tiles=tiles), *(grad[rows] for grad in grads)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the slide under way is one of those that `cosine_every` asks for."""
+        return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
+
+    def compare(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, optimizer) -> Tensor:
+        """Pass 2 of some tiles, as ever; and of all, for the cosine of the two gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = taken(parameters)
+        self.adapt(*self.draw(bag, grad_z_TD, grad_score_T), [])
+        drawn = taken(parameters)
+        self.adapt(bag, grad_z_TD, grad_score_T, [])
+        near = cosine(drawn, taken(parameters))
+        give(parameters, before)
+        give(parameters, drawn)
+        return near
 
     def adapt(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]) -> None:
         """Pass 2, `adapt_bag`; in half chunks where memory runs out, unless there is noise."""
