@@ -6,11 +6,12 @@ the bfloat16 copies of the weights that autocast makes. A model's blocks are ali
 with two and three blocks and the others are added; the last, of which only the CLS token is
 computed (`tapfm.tail`), is in both. Peaks follow from these.
 
-    encode      what rests, the graph of the first chunk, which is kept, and for the next chunk
-                the cast copies and one block's work
-    aggregate   what rests, the graph of the first chunk, the features of a bag
-    adapt       what rests, the gradient, what the chunk's forward holds, and the cast copies and
-                one block's work: together, or, where blocks are recomputed, the larger of them
+    encode      what rests, the graph of the first chunk, which is kept (or of the first few), and
+                for the next chunk the cast copies and one block's work
+    aggregate   what rests, what is kept, the features of a bag
+    adapt       what rests, the gradient, what else is kept, what the chunk's forward holds, and
+                the cast copies and one block's work: together, or, where blocks are recomputed,
+                the larger of them
     step        what rests, the gradient, and what the update makes for an instant
 
 What rests are the weights and what the optimizer keeps of those that learn (`tapfm.masters`).
@@ -127,18 +128,19 @@ class Footprint:
             flop=self.flops(setup),
         )
 
-    def peaks(self, setup: Setup, cost: Cost, chunk: int) -> dict[str, float]:
-        """Peak GiB of each phase with `chunk` tiles at once."""
+    def peaks(self, setup: Setup, cost: Cost, chunk: int, keep: int = 1) -> dict[str, float]:
+        """Peak GiB of each phase with `chunk` tiles at once, and graphs of `keep` chunks kept."""
         weight = 2 if setup.precision == "bf16-true" else 4
         resting = weight * cost.parameters + KEPT[setup.optimizer] * cost.trained
         learning = resting + GRADIENT * cost.trained
         work, bag = chunk * cost.block, BAG_COPIES * BAG_TILES * self.row.dim * 4
         both = max if setup.recompute else int.__add__  # one after the other, or together
-        kept = chunk * cost.tile + (0 if setup.recompute else cost.casts)  # first chunk's graph
+        graph = chunk * cost.tile + (0 if setup.recompute else cost.casts)
+        kept, others = keep * graph, max(0, keep - 1) * graph  # others than the one in work
         total = {
             "encode": resting + kept + cost.casts + work,
             "aggregate": resting + kept + bag,
-            "adapt": learning + chunk * cost.tile + both(cost.casts, work),
+            "adapt": learning + others + chunk * cost.tile + both(cost.casts, work),
             "step": learning + AT_ONCE[setup.optimizer] * cost.largest,
         }
         return {phase: total[phase] / GIB + CONTEXT_GIB for phase in PHASES}

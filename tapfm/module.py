@@ -63,6 +63,8 @@ class SlideModule(L.LightningModule):
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
+        keep_chunks: chunks of a slide whose graphs are kept from pass 1, at the memory of as many
+            chunks: they are encoded once, not twice. `tapfm plan` says how many fit.
         recompute: keep block boundaries only, and compute the rest again for backward.
         compile: blocks by torch.compile (`tapfm.compiled`): faster, after a wait at the start.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
@@ -89,6 +91,7 @@ class SlideModule(L.LightningModule):
         tile_px: int = 224,
         mpp: float = 0.5,
         chunk: int = 16,
+        keep_chunks: int = 1,
         recompute: bool = False,
         compile: bool = False,
         precision: Literal["fp32", "bf16", "bf16-true"] = "fp32",
@@ -102,6 +105,8 @@ class SlideModule(L.LightningModule):
         super().__init__()
         if chunk < 1:
             raise SettingError(f"model.chunk must be 1 or more, got {chunk}")
+        if keep_chunks < 0:
+            raise SettingError(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
         if backward_tiles is not None and backward_tiles < 1:
             raise SettingError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
         if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
@@ -136,7 +141,7 @@ class SlideModule(L.LightningModule):
             )
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
-        self.cosine_every = cosine_every
+        self.cosine_every, self.keep_chunks = cosine_every, keep_chunks
         self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -189,7 +194,7 @@ class SlideModule(L.LightningModule):
         return self.slide_model.encoder.sized(encode, most or self.chunk)(chunk)
 
     def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
-        """Pass 1, `encode_bag`; once more with half the chunk where memory runs out."""
+        """Pass 1, `encode_bag`; once more, one graph kept or half the chunk, if memory runs out."""
         while True:
             try:
                 return encode_bag(
@@ -197,10 +202,17 @@ class SlideModule(L.LightningModule):
                     bag.tiles.split(self.chunk),
                     seed=bag.seed,
                     device=self.device,
-                    keep=int(self.adapting and self.backward_tiles is None),
+                    keep=self.keep_chunks if self.adapting and self.backward_tiles is None else 0,
                 )
             except torch.OutOfMemoryError as fault:
-                self.shrink_chunk(self.chunk // 2, fault)
+                if self.keep_chunks <= 1:
+                    self.shrink_chunk(self.chunk // 2, fault)
+            if self.keep_chunks > 1:
+                print(
+                    f"memory ran out with {self.keep_chunks} graphs kept: going on with 1",
+                    flush=True,
+                )
+                self.keep_chunks = 1
 
     def draw(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor) -> tuple[Bag, Tensor, Tensor]:
         """What pass 2 takes: the slide, or `backward_tiles` of it with their gradients weighed."""

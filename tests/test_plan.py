@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm import footprint as counting
@@ -16,6 +17,7 @@ from tapfm import plan as planning
 from tapfm.adapt import make_strategy
 from tapfm.backbones import BackboneError, Encoder, build, find
 from tapfm.boundary import find_boundary
+from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.footprint import PHASES, Cost, Footprint, Setup
 from tapfm.memory import saved_bytes
 from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
@@ -221,6 +223,48 @@ def test_peaks_by_hand():
     for optimizer, resting in steps.items():
         peak = count.peaks(Setup("bf16-true", optimizer), cost, chunk=4)
         assert peak["step"] == pytest.approx(0.9 + resting), optimizer
+
+
+def test_kept_graphs_by_hand():
+    """The example above with three: two more graphs wherever there was one, 4 + 3 GiB each."""
+    cost = Cost(2**30, 2**29, 2**20, tile=2**30, casts=3 * 2**30, block=2**29, flop=0)
+    count = footprint("uni")
+    one, three = (count.peaks(Setup("bf16"), cost, 4, keep) for keep in (1, 3))
+    more = {phase: three[phase] - one[phase] for phase in PHASES}
+    assert more == pytest.approx({"encode": 14, "aggregate": 14, "adapt": 14, "step": 0})
+
+
+def test_what_is_left_of_a_large_card_keeps_graphs():
+    choice = planned("uni", gpu_gib=80.0).choice
+    assert choice.chunk == 64
+    assert choice.keep > 1
+    plan, count = planned("uni", gpu_gib=80.0), footprint("uni")
+    fits, more = (
+        max(count.peaks(choice.setup, choice.cost, choice.chunk, keep).values())
+        for keep in (choice.keep, choice.keep + 1)
+    )
+    assert fits <= plan.usable_gib < more
+    text = plan_table(plan)
+    assert f"--model.chunk 64 --model.keep_chunks {choice.keep}" in text
+    assert f"The first {64 * choice.keep} tiles of a slide are encoded once" in text
+    assert planned("uni", gpu_gib=12.0).choice.keep == 1
+
+
+@pytest.mark.parametrize(
+    ("keep", "recompute", "forwards"), [(9, False, 3.01), (0, False, 4.01), (0, True, 4.97)]
+)
+def test_forwards_that_both_passes_cost(keep, recompute, forwards):
+    """UNI on fake tensors, three chunks, blocks whole; a unit is its published forward."""
+    count, chunks = footprint("uni", tail=False), 3
+    setup, vit = Setup("fp32", recompute=recompute), count._first_blocks(count.depth, "full")
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        encoder, pixels = count._fake(vit, "cpu", torch.float32, setup, tiles=1)
+        same = {"seed": 0, "device": torch.device("cpu")}
+        z, score, kept = encode_bag(encoder, [pixels] * chunks, keep=keep, **same)
+        grads = torch.ones_like(z), torch.ones_like(score)
+        adapt_bag(encoder, [pixels] * chunks, *grads, kept=kept, **same)
+    units = counter.get_total_flops() / chunks / 1e9 / TABLE["uni"][2]
+    assert units == pytest.approx(forwards, abs=0.02)
 
 
 def test_the_chunk_is_the_largest_that_fits():
