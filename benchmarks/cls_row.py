@@ -1,6 +1,10 @@
-"""The CLS row read by the tap against the block's own attention matrix, under the timm installed.
+"""The last block's CLS row and tail against the block's own, under the timm installed.
 
-    python -m benchmarks.cls_row        a table row: largest difference of each family, float32
+    python -m benchmarks.cls_row        a table row each: largest difference of each family
+
+The row is what the tap reads, against the block's own attention matrix, in float32. The tail is
+the last block computed for the CLS token alone: features, scores and the gradients of all
+parameters and of the tiles against those of the whole block, relative, in float64.
 
 Run it under each timm to be claimed, `pip install timm==1.0.15` and so on.
 """
@@ -10,10 +14,11 @@ from __future__ import annotations
 import timm
 import torch
 from timm.layers import SwiGLUPacked
-from torch import nn
+from torch import Tensor, nn
 
 from tapfm.backbones import Encoder
 from tapfm.doctor import cls_row_error
+from tapfm.fingerprint import known_tiles
 from tapfm.registry import Backbone
 
 SIDE, SIZE = 32, {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -30,22 +35,47 @@ FAMILIES = {  # as in the registry: UNI; H-optimus; UNI2-h; Virchow2; H0-mini; D
 }
 
 
+def encoder_of(arch: str, kwargs: dict, tail: bool = True) -> Encoder:
+    """A tiny one, the same every time."""
+    torch.manual_seed(0)
+    vit = timm.create_model(arch, num_classes=0, img_size=SIDE, **SIZE, **kwargs)
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim > 1 and "qkv" in name:
+            nn.init.normal_(parameter, std=0.5)  # or attention is flat and any row is right
+    row = Backbone("tiny", "package", arch, 24, vit.num_prefix_tokens, 0, "", tile_px=SIDE)
+    return Encoder(vit, row, tail=tail).eval()
+
+
+def answers(encoder: Encoder) -> list[Tensor]:
+    """Features, scores, and the gradients of the tiles and of all parameters."""
+    encoder.double()
+    tiles = known_tiles(3, SIDE).double().requires_grad_()
+    z, score = encoder(tiles)
+    (z.sin().sum() + score.cos().sum()).backward()
+    return [z, score, tiles.grad, *(p.grad for p in encoder.parameters())]
+
+
+def tail_difference(arch: str, kwargs: dict) -> float:
+    """Largest of the relative differences, over all that is compared."""
+    tail, whole = (encoder_of(arch, kwargs, tail) for tail in (True, False))
+    assert tail.tail is not None, tail.no_tail
+    pairs = zip(answers(tail), answers(whole), strict=True)
+    # a bias of k has no gradient but rounding: nothing to compare it with
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.norm() > 1e-9)
+
+
 def main() -> None:
-    cells = []
+    rows: dict[str, list[str]] = {"row": [], "tail": []}
     for arch, kwargs in FAMILIES.values():
-        if not timm.is_model(arch):
-            cells.append("not in it")
-            continue
-        torch.manual_seed(0)
-        vit = timm.create_model(arch, num_classes=0, img_size=SIDE, **SIZE, **kwargs)
-        for name, parameter in vit.named_parameters():
-            if parameter.ndim > 1 and "qkv" in name:
-                nn.init.normal_(parameter, std=0.5)  # or attention is flat and any row is right
-        row = Backbone("tiny", "package", arch, 24, vit.num_prefix_tokens, 0, "", tile_px=SIDE)
-        cells.append(f"{cls_row_error(Encoder(vit, row).eval()):.1e}")
-    print("| timm | " + " | ".join(FAMILIES) + " |")
-    print("|---" * (len(FAMILIES) + 1) + "|")
-    print(f"| {timm.__version__} | " + " | ".join(cells) + " |")
+        there = timm.is_model(arch)
+        row = f"{cls_row_error(encoder_of(arch, kwargs)):.1e}" if there else "not in it"
+        tail = f"{tail_difference(arch, kwargs):.1e}" if there else "not in it"
+        rows["row"].append(row)
+        rows["tail"].append(tail)
+    print("| timm |  | " + " | ".join(FAMILIES) + " |")
+    print("|---" * (len(FAMILIES) + 2) + "|")
+    for name, cells in rows.items():
+        print(f"| {timm.__version__} | {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class ClsTap:
         self.rope: Tensor | None = None
         self.q: Tensor | None = None
         self.k: Tensor | None = None
+        self.row: Tensor | None = None
         attn.register_forward_pre_hook(self._see_rope, with_kwargs=True)
         for name, norm in zip("qk", norms, strict=True):
             norm.register_forward_hook(partial(self._see, name))  # a lambda would not be copied
@@ -84,6 +85,7 @@ class ClsTap:
 
     def _see(self, name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
         setattr(self, name, out)
+        self.row = None  # of an earlier pass, should nobody have taken it
 
     @property
     def first_patch(self) -> int:
@@ -92,13 +94,20 @@ class ClsTap:
 
     def take_row(self) -> Tensor:
         """Logits of the CLS row (C, H, N) of the forward pass just made; lets its tensors go."""
+        row_CHN = self.make_row() if self.row is None else self.row
+        self.row = None
+        return row_CHN
+
+    def make_row(self) -> Tensor:
+        """The row of the q and k just seen, for who needs it before it is taken (`tapfm.tail`)."""
         q_CHNE, k_CHNE, rope = self.q, self.k, self.rope
         self.q = self.k = self.rope = None  # or a chunk's q and k would outlive their graph
         if rope is not None:
             first = self.first_patch
             patches = apply_rot_embed_cat(k_CHNE[:, :, first:], rope, half=self.rotate_half)
             k_CHNE = torch.cat([k_CHNE[:, :, :first], patches.to(k_CHNE.dtype)], dim=2)
-        return cls_row(q_CHNE, k_CHNE, self.scale)
+        self.row = cls_row(q_CHNE, k_CHNE, self.scale)
+        return self.row
 
     def take_score(self) -> Tensor:
         """Score (C,) of the forward pass just made: minus the mass on prefix tokens, float32.

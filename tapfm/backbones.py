@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -27,7 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tapfm.attention import ClsTap, NoClsAttentionError
 from tapfm.checkpoints import UNUSED, BackboneError, bare, read_weights
+from tapfm.compiled import compile_blocks, padded
 from tapfm.registry import LEFT_OUT, ROWS, Backbone
+from tapfm.tail import ClsTail, find_tail
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _plain(name: str) -> str:
@@ -95,18 +99,36 @@ class Encoder(nn.Module):
         row: its row.
         recompute: keep only block boundaries for backward (activation checkpointing). The last
             block is cheap and always kept, so that its q and k keep their graph.
+        tail: compute the last block for the CLS token alone where nothing else is read
+            (`tapfm.tail`).
+        compiled: compile all blocks but the last (`tapfm.compiled`); chunks are then of one size.
     """
 
-    def __init__(self, vit: nn.Module, row: Backbone, *, recompute: bool = False):
+    def __init__(
+        self,
+        vit: nn.Module,
+        row: Backbone,
+        *,
+        recompute: bool = False,
+        tail: bool = True,
+        compiled: bool = False,
+    ):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
         # where timm says it: strategies that look at the tile's colours take it back
         vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": row.stats[0], "std": row.stats[1]}
         # None: no CLS token, no score; such a model is trained with learned attention
         self.tap = ClsTap(vit) if row.prefix_tokens else None
+        self.tail: ClsTail | None = None
+        self.no_tail = f"the feature is {row.feature}" if row.feature != "cls" else "not asked for"
+        if self.tap and row.feature == "cls" and tail:
+            self.tail, self.no_tail = find_tail(vit, self.tap)
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+        self.compiled = compiled
+        if compiled:
+            compile_blocks(list(blocks(vit)[:-1]))
         if recompute:
             for block in blocks(vit)[:-1]:
                 _recompute(block)
@@ -138,6 +160,10 @@ class Encoder(nn.Module):
         with self.autocast(precision):
             return self(tiles_CP.to(self.mean.device, non_blocking=True))
 
+    def sized(self, encode: Encode, chunk: int) -> Encode:
+        """`encode`, with chunks filled up to `chunk` tiles where compiled blocks want one shape."""
+        return padded(encode, chunk) if self.compiled else encode
+
     def autocast(self, precision: str) -> torch.autocast:
         """For one call, each call its own.
 
@@ -154,7 +180,13 @@ class Encoder(nn.Module):
 
         Scores are 0, without a graph, where the model has none.
         """
-        return self.read(self.vit.forward_features(self.pixels(tiles_CP)))
+        with self.reading():
+            tokens = self.vit.forward_features(self.pixels(tiles_CP))
+        return self.read(tokens)
+
+    def reading(self) -> AbstractContextManager:
+        """Inside, the last block computes what `read` takes, and no more."""
+        return self.tail or nullcontext()
 
     def pixels(self, tiles_CP: Tensor) -> Tensor:
         """What the model takes."""
@@ -238,6 +270,7 @@ def load(
     *,
     tile_px: int | None = None,
     recompute: bool = False,
+    compiled: bool = False,
     drop_path: float = 0.0,
 ) -> Encoder:
     """An encoder with its weights; prints where they are from, their licence and gate.
@@ -249,6 +282,7 @@ def load(
             ship.
         tile_px: side of the tiles; position embeddings are resampled where it is not the row's.
         recompute: activation checkpointing of all blocks but the last.
+        compiled: torch.compile of all blocks but the last.
         drop_path: stochastic depth rate while training.
 
     Raises:
@@ -263,7 +297,13 @@ def load(
     vit = build(row, tile_px, drop_path_rate=drop_path)  # said even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
-    return Encoder(vit, row, recompute=recompute)
+    encoder = Encoder(vit, row, recompute=recompute, compiled=compiled)
+    if encoder.tail is None and encoder.tap and row.feature == "cls":
+        print(
+            f"{row.key}: the last block is computed for every token: {encoder.no_tail}",
+            file=sys.stderr,
+        )
+    return encoder
 
 
 def _parts(state: Mapping[str, Tensor], row: Backbone) -> Mapping[str, Tensor]:

@@ -78,8 +78,9 @@ class Boundary:
         encoder = self.encoder
         with encoder.autocast(self.precision):
             x_CND = tokens_CND.to(encoder.mean.device, non_blocking=True)
-            for block in encoder.vit.blocks[self.first :]:
-                x_CND = block(x_CND, **self.given)
+            with encoder.reading():
+                for block in encoder.vit.blocks[self.first :]:
+                    x_CND = block(x_CND, **self.given)
             return encoder.read(encoder.vit.norm(x_CND))
 
     def agrees(self) -> bool:

@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class RunLog(Callback):
     it cost, a row a slide, and never is.
     """
 
-    def __init__(self, folder: Path, labels: list[str]):
+    def __init__(self, folder: Path, labels: list[str], further: Sequence[str] = ()):
         each = ["loss", "auroc", *(f"auroc_{label}" for label in labels)]
-        train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm"]
+        train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm", *further]
         lr = ["lr/head", "lr/encoder"]
         columns = [*(f"train/{name}" for name in train), *lr, *(f"val/{name}" for name in each)]
         self.metrics = CsvLog(folder / "metrics.csv", ["step", "epoch", "slide_id", *columns])

@@ -23,6 +23,7 @@ import torch
 from tapfm import __version__
 from tapfm.backbones import BackboneError, Encoder, load
 from tapfm.fingerprint import fingerprint, known_tiles
+from tapfm.tail import TOLERANCE
 
 PACKAGES = (
     "torch", "torchvision", "timm", "lightning", "numpy", "zarr", "h5py", "tifffile", "imagecodecs",
@@ -118,6 +119,12 @@ def examine(encoder: Encoder) -> tuple[Lines, bool]:
         right = worst <= CLS_TOLERANCE
         if not right:
             verdict = f"FAILED: {verdict}. The tile score cannot be trusted."
+    said = f"no: {encoder.no_tail}"
+    if encoder.tail is not None:
+        worst = tail_error(encoder)
+        said = f"yes, differs from the whole block by {worst:.1e}, at most {TOLERANCE:.0e} is right"
+        if worst > TOLERANCE:
+            said, right = f"FAILED: {said}. Features cannot be trusted.", False
     return [
         ("model", f"{row.key}, {row.source}"),
         ("licence", row.licence),
@@ -127,6 +134,7 @@ def examine(encoder: Encoder) -> tuple[Lines, bool]:
         ("input", f"{row.tile_px} px at {row.mpp:g} microns per pixel"),
         *([("elsewhere", row.note)] if row.note else []),
         ("CLS row", verdict),
+        ("CLS tail", said),
         ("fingerprint", fingerprint(encoder)),
     ], right
 
@@ -134,19 +142,32 @@ def examine(encoder: Encoder) -> tuple[Lines, bool]:
 @torch.no_grad()
 def cls_row_error(encoder: Encoder) -> float:
     """Largest difference of the tap's CLS row from the last block's own attention matrix."""
-    tiles = known_tiles(2, encoder.tile_px)
-    encoder.vit.forward_features(encoder.normalise(tiles))  # as trained with: fused
+    pixels = encoder.pixels(known_tiles(2, encoder.tile_px))
+    with encoder.reading():
+        encoder.vit.forward_features(pixels)  # as trained with
     row_CHN = encoder.tap.take_row().softmax(-1)
     attn, caught = encoder.vit.blocks[-1].attn, []
     fused, attn.fused_attn = attn.fused_attn, False
     hook = attn.attn_drop.register_forward_hook(lambda _m, _a, matrix: caught.append(matrix))
     try:
-        encoder(tiles)
+        encoder.vit.forward_features(pixels)  # the whole block
     finally:
         hook.remove()
         attn.fused_attn = fused
-    error = (row_CHN - caught[0][:, :, 0]).abs().max().item()
-    return error if error == error else float("inf")  # nan compares as right with nothing
+    return _worst((row_CHN - caught[0][:, :, 0]).abs().max())
+
+
+@torch.no_grad()
+def tail_error(encoder: Encoder) -> float:
+    """Largest relative difference of features and scores from those with a whole last block."""
+    tiles = known_tiles(2, encoder.tile_px)
+    whole = encoder.read(encoder.vit.forward_features(encoder.pixels(tiles)))
+    pairs = zip(encoder(tiles), whole, strict=True)
+    return _worst(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
+
+
+def _worst(error: torch.Tensor) -> float:
+    return error.item() if error == error else float("inf")  # nan compares as right with nothing
 
 
 def _print(title: str, lines: Lines) -> None:

@@ -118,7 +118,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     trainer.callbacks += [
-        RunLog(folder, list(recipe.labels)),
+        RunLog(folder, list(recipe.labels), ["sampling_cosine"] if module.cosine_every else []),
         BestWeights(folder),
         ResumePoint(folder, cli.config.resume_every),
     ]
@@ -140,7 +140,7 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     if not row.prefix_tokens:
         return None
     setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
-    expected = forecast(row, recipe.tile_px, setup, module.chunk)
+    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.keep_chunks)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
     return expected

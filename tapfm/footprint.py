@@ -3,13 +3,15 @@
 How: the model runs on fake CUDA tensors, which have shapes but no memory, and what autograd would
 hold is counted for two tiles and for three: the difference is a tile's activations, the rest are
 the bfloat16 copies of the weights that autocast makes. A model's blocks are alike, so this is done
-with two and three blocks and the others are added. Peaks follow from these.
+with two and three blocks and the others are added; the last, of which only the CLS token is
+computed (`tapfm.tail`), is in both. Peaks follow from these.
 
-    encode      what rests, the graph of the first chunk, which is kept, and for the next chunk
-                the cast copies and one block's work
-    aggregate   what rests, the graph of the first chunk, the features of a bag
-    adapt       what rests, the gradient, what the chunk's forward holds, and the cast copies and
-                one block's work: together, or, where blocks are recomputed, the larger of them
+    encode      what rests, the graph of the first chunk, which is kept (or of the first few), and
+                for the next chunk the cast copies and one block's work
+    aggregate   what rests, what is kept, the features of a bag
+    adapt       what rests, the gradient, what else is kept, what the chunk's forward holds, and
+                the cast copies and one block's work: together, or, where blocks are recomputed,
+                the larger of them
     step        what rests, the gradient, and what the update makes for an instant
 
 What rests are the weights and what the optimizer keeps of those that learn (`tapfm.masters`).
@@ -38,6 +40,7 @@ from tapfm.adapt import make_strategy, spell
 from tapfm.backbones import Backbone, Encoder, build
 from tapfm.boundary import Boundary, first_to_learn
 from tapfm.memory import saved_bytes
+from tapfm.tail import unfit
 
 GIB = 2**30
 CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces, fragmentation
@@ -100,13 +103,15 @@ class Footprint:
     Args:
         row: which model; one whose blocks are all alike.
         tile_px: side of the tiles; None is the model's own.
+        tail: as training does it, the last block for the CLS token alone (`tapfm.tail`).
     """
 
-    def __init__(self, row: Backbone, tile_px: int | None = None):
+    def __init__(self, row: Backbone, tile_px: int | None = None, *, tail: bool = True):
         self.row, self.side = row, tile_px or row.tile_px
         with torch.device("meta"):
             self.vit = build(row, tile_px)
         self.depth = len(self.vit.blocks)
+        self.tail = tail and row.feature == "cls" and not unfit(self.vit)
         self._counted: dict[tuple, tuple[int, ...]] = {}
 
     def cost(self, setup: Setup) -> Cost:
@@ -119,22 +124,23 @@ class Footprint:
             largest=largest,
             tile=self.held(setup)[0],
             casts=casts,
-            block=block // self.depth,
+            block=block // max(1, self.depth - self.tail),
             flop=self.flops(setup),
         )
 
-    def peaks(self, setup: Setup, cost: Cost, chunk: int) -> dict[str, float]:
-        """Peak GiB of each phase with `chunk` tiles at once."""
+    def peaks(self, setup: Setup, cost: Cost, chunk: int, keep: int = 1) -> dict[str, float]:
+        """Peak GiB of each phase with `chunk` tiles at once, and graphs of `keep` chunks kept."""
         weight = 2 if setup.precision == "bf16-true" else 4
         resting = weight * cost.parameters + KEPT[setup.optimizer] * cost.trained
         learning = resting + GRADIENT * cost.trained
         work, bag = chunk * cost.block, BAG_COPIES * BAG_TILES * self.row.dim * 4
         both = max if setup.recompute else int.__add__  # one after the other, or together
-        kept = chunk * cost.tile + (0 if setup.recompute else cost.casts)  # first chunk's graph
+        graph = chunk * cost.tile + (0 if setup.recompute else cost.casts)
+        kept, others = keep * graph, max(0, keep - 1) * graph  # others than the one in work
         total = {
             "encode": resting + kept + cost.casts + work,
             "aggregate": resting + kept + bag,
-            "adapt": learning + chunk * cost.tile + both(cost.casts, work),
+            "adapt": learning + others + chunk * cost.tile + both(cost.casts, work),
             "step": learning + AT_ONCE[setup.optimizer] * cost.largest,
         }
         return {phase: total[phase] / GIB + CONTEXT_GIB for phase in PHASES}
@@ -213,7 +219,7 @@ class Footprint:
         self, vit: nn.Module, device: str, dtype: torch.dtype, setup: Setup, tiles: int
     ) -> tuple[Encoder, Tensor]:
         """An encoder without memory, and tiles for it, inside a FakeTensorMode."""
-        encoder = Encoder(vit, self.row, recompute=setup.recompute).train()
+        encoder = Encoder(vit, self.row, recompute=setup.recompute, tail=self.tail).train()
         for module in encoder.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -172,7 +172,8 @@ def _chosen(
             yield from ((m, ((m.out_features, True),)) for m, p in zip(linears, "qkv", strict=True)
                         if p in targets)  # fmt: skip
         else:
-            q = block.attn.num_heads * block.attn.head_dim
+            heads = block.attn.num_heads
+            q = heads * getattr(block.attn, "head_dim", linears[0].out_features // (3 * heads))
             kv = (linears[0].out_features - q) // 2  # fewer than q where k and v share heads
             sizes = zip((q, kv, kv), "qkv", strict=True)
             yield linears[0], tuple((size, part in targets) for size, part in sizes)

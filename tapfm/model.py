@@ -108,7 +108,8 @@ class SlideModel(nn.Module):
     @torch.no_grad()
     def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
         """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
-        z_TD, score_T, _ = encode_bag(self.encode, tiles.split(chunk), seed=0, device=self.device)
+        encode = self.encoder.sized(self.encode, chunk)
+        z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
         return self.aggregator(z_TD, score_T)
 
     def trained_state(self) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag
 from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
+from tapfm.compiled import need_compiler
 from tapfm.losses import MaskedBCE
 from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
@@ -34,7 +35,7 @@ from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
 from tapfm.rescue import Rescue
-from tapfm.sampling import chosen, draw_tiles
+from tapfm.sampling import chosen, cosine, draw_tiles, give, taken
 
 
 class SettingError(ValueError):
@@ -62,7 +63,10 @@ class SlideModule(L.LightningModule):
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
+        keep_chunks: chunks of a slide whose graphs are kept from pass 1, at the memory of as many
+            chunks: they are encoded once, not twice. `tapfm plan` says how many fit.
         recompute: keep block boundaries only, and compute the rest again for backward.
+        compile: blocks by torch.compile (`tapfm.compiled`): faster, after a wait at the start.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
             exact values are kept: master, residual or offload (`tapfm.masters`).
@@ -70,6 +74,9 @@ class SlideModule(L.LightningModule):
         drop_path: stochastic depth of the encoder while training.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
             that the encoder's is right on average (`tapfm.sampling`); None is all: exact.
+        cosine_every: after so many slides, measure how near the gradient of `backward_tiles` is to
+            that of all tiles, as train/sampling_cosine; it costs pass 2 of all, and two gradients'
+            memory. None is never.
         steps: learning rates and their kin.
     """
 
@@ -84,19 +91,29 @@ class SlideModule(L.LightningModule):
         tile_px: int = 224,
         mpp: float = 0.5,
         chunk: int = 16,
+        keep_chunks: int = 1,
         recompute: bool = False,
+        compile: bool = False,
         precision: Literal["fp32", "bf16", "bf16-true"] = "fp32",
         optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
         temperature: float | None = None,
         drop_path: float = 0.0,
         backward_tiles: int | None = None,
+        cosine_every: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):
         super().__init__()
         if chunk < 1:
             raise SettingError(f"model.chunk must be 1 or more, got {chunk}")
+        if keep_chunks < 0:
+            raise SettingError(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
         if backward_tiles is not None and backward_tiles < 1:
             raise SettingError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
+        if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
+            raise SettingError(
+                f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
+                f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
+            )
         if (precision == "bf16-true") != (optimizer != "adamw"):
             raise SettingError(
                 f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
@@ -111,8 +128,9 @@ class SlideModule(L.LightningModule):
             spell(make_strategy(strategy)), weights,
         )  # fmt: skip
         encoder = backbones.load(
-            model, weights, tile_px=tile_px, recompute=recompute, drop_path=drop_path
-        )
+            model, weights, tile_px=tile_px, recompute=recompute, compiled=compile,
+            drop_path=drop_path,
+        )  # fmt: skip
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
@@ -123,6 +141,7 @@ class SlideModule(L.LightningModule):
             )
         self.loss = MaskedBCE(pos_weight)
         self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
+        self.cosine_every, self.keep_chunks = cosine_every, keep_chunks
         self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -141,8 +160,12 @@ class SlideModule(L.LightningModule):
             self.manual_backward(loss / self.steps.accumulate)
             head_norm = self.update(head_optimizer)
 
+        measured = {}
         with self.meter.phase("adapt"):
-            if self.adapting:
+            if self.adapting and self.compares:
+                grads = z_TD.grad, score_T.grad
+                measured["train/sampling_cosine"] = self.compare(bag, *grads, encoder_optimizer)
+            elif self.adapting:
                 self.adapt(*self.draw(bag, z_TD.grad, score_T.grad), kept)
             encoder_norm = self.update(encoder_optimizer)
 
@@ -152,6 +175,7 @@ class SlideModule(L.LightningModule):
             "train/effective_tiles": effective_tiles(weights_T.detach()),
             "train/head_grad_norm": head_norm,
             "train/encoder_grad_norm": encoder_norm,
+            **measured,
         }
 
     def past_what_is_frozen(self, bag: Bag) -> Bag:
@@ -160,13 +184,17 @@ class SlideModule(L.LightningModule):
             return bag
         return replace(bag, tiles=BoundaryTokens(self.boundary.tokens, bag.tiles, bag.seed))
 
-    def encode_chunk(self, chunk: Tensor) -> Encoded:
-        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary."""
+    def encode_chunk(self, chunk: Tensor, most: int | None = None) -> Encoded:
+        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary.
+
+        `most` tiles fit at once, where that is fewer than a chunk.
+        """
         behind = chunk.is_floating_point()
-        return self.boundary.encode(chunk) if behind else self.slide_model.encode(chunk)
+        encode = self.boundary.encode if behind else self.slide_model.encode
+        return self.slide_model.encoder.sized(encode, most or self.chunk)(chunk)
 
     def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
-        """Pass 1, `encode_bag`; once more with half the chunk where memory runs out."""
+        """Pass 1, `encode_bag`; once more, one graph kept or half the chunk, if memory runs out."""
         while True:
             try:
                 return encode_bag(
@@ -174,10 +202,17 @@ class SlideModule(L.LightningModule):
                     bag.tiles.split(self.chunk),
                     seed=bag.seed,
                     device=self.device,
-                    keep=int(self.adapting and self.backward_tiles is None),
+                    keep=self.keep_chunks if self.adapting and self.backward_tiles is None else 0,
                 )
             except torch.OutOfMemoryError as fault:
-                self.shrink_chunk(self.chunk // 2, fault)
+                if self.keep_chunks <= 1:
+                    self.shrink_chunk(self.chunk // 2, fault)
+            if self.keep_chunks > 1:
+                print(
+                    f"memory ran out with {self.keep_chunks} graphs kept: going on with 1",
+                    flush=True,
+                )
+                self.keep_chunks = 1
 
     def draw(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor) -> tuple[Bag, Tensor, Tensor]:
         """What pass 2 takes: the slide, or `backward_tiles` of it with their gradients weighed."""
@@ -189,6 +224,23 @@ class SlideModule(L.LightningModule):
         tiles = chosen(bag.tiles.split(self.chunk), weight_T)
         return replace(bag, tiles=tiles), *(grad[rows] for grad in grads)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the slide under way is one of those that `cosine_every` asks for."""
+        return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
+
+    def compare(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, optimizer) -> Tensor:
+        """Pass 2 of some tiles, as ever; and of all, for the cosine of the two gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        before = taken(parameters)
+        self.adapt(*self.draw(bag, grad_z_TD, grad_score_T), [])
+        drawn = taken(parameters)
+        self.adapt(bag, grad_z_TD, grad_score_T, [])
+        near = cosine(drawn, taken(parameters))
+        give(parameters, before)
+        give(parameters, drawn)
+        return near
+
     def adapt(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]) -> None:
         """Pass 2, `adapt_bag`; in half chunks where memory runs out, unless there is noise."""
         if not len(grad_z_TD):
@@ -196,7 +248,7 @@ class SlideModule(L.LightningModule):
         with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
             try:
                 adapt_bag(
-                    self.encode_chunk,
+                    lambda chunk: self.encode_chunk(chunk, rescue.fits),
                     bag.tiles.split(self.chunk),
                     grad_z_TD,
                     grad_score_T,
@@ -305,6 +357,7 @@ class SlideModule(L.LightningModule):
         Raises:
             SettingError: the trainer's own mixed precision is on, or tiles are to be drawn from an
                 encoder with noise.
+            CompilerError: blocks are to be compiled, and there is no compiler.
         """
         if self.trainer.precision != "32-true":
             raise SettingError(
@@ -317,6 +370,8 @@ class SlideModule(L.LightningModule):
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
+        if self.slide_model.encoder.compiled:
+            need_compiler(self.device)
         unwrap(self)
         self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)
         self.meter = PhaseMeter(self.device)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapfm.backbones import Backbone, find
-from tapfm.footprint import CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
+from tapfm.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
 
 KEPT_BACK_GIB, KEPT_BACK = 0.25, 0.02  # of the nominal size: driver, error correction, the desktop
 CHUNK_CAP = 64  # matrix products are large enough to fill a GPU well below it
@@ -48,6 +48,8 @@ class Option:
     cost: Cost
     chunk: int
     """Tiles at once; 0 if not even one (or the number asked for) fits."""
+    keep: int
+    """Chunks whose graphs fit beside one another, up to those of a bag; 1 at least."""
     peak_gib: Mapping[str, float]
     """By phase, at `chunk`, or at the fewest tiles asked for if that is 0."""
     good_gib: float
@@ -130,15 +132,17 @@ def make_plan(
 def _option(footprint: Footprint, setup: Setup, usable: float, wanted: int | None) -> Option:
     cost = footprint.cost(setup)
 
-    def highest(chunk: int) -> float:
-        return max(footprint.peaks(setup, cost, chunk).values())
+    def highest(chunk: int, keep: int = 1) -> float:
+        return max(footprint.peaks(setup, cost, chunk, keep).values())
 
     sizes = range(CHUNK_CAP, 0, -1) if wanted is None else [wanted]
     chunk = next((size for size in sizes if highest(size) <= usable), 0)
+    keeps = range(math.ceil(BAG_TILES / chunk), 1, -1) if chunk else ()
     return Option(
         setup,
         cost,
         chunk,
+        next((keep for keep in keeps if highest(chunk, keep) <= usable), 1),
         footprint.peaks(setup, cost, chunk or wanted or 1),
         good_gib=highest(wanted or GOOD_CHUNK),
         least_gib=highest(wanted or 1),
@@ -213,10 +217,14 @@ def plan_table(plan: Plan) -> str:
     if plan.choice:
         work = plan.choice.cost.flop / 1e12
         speeds = ", ".join(f"{rate / work:.0f} {name}" for name, rate in CARDS.items())
+        chunk, keep = plan.choice.chunk, plan.choice.keep
+        kept = f" --model.keep_chunks {keep}" if keep > 1 else ""
         lines += [
-            f"Train with: {plan.choice.setup.flags} --model.chunk {plan.choice.chunk}",
+            f"Train with: {plan.choice.setup.flags} --model.chunk {chunk}{kept}",
             f"Tiles/s, at rates that are assumed: {speeds}",
         ]
+        if kept:
+            lines.append(f"The first {keep * chunk} tiles of a slide are encoded once, not twice.")
     return "\n".join(lines)
 
 
@@ -227,10 +235,12 @@ def run_plan(model: str, gpu: float, tile_px: int | None) -> int:
     return 0 if plan.choice else 1
 
 
-def forecast(row: Backbone, tile_px: int, setup: Setup, chunk: int) -> dict[str, float]:
+def forecast(
+    row: Backbone, tile_px: int, setup: Setup, chunk: int, keep: int = 1
+) -> dict[str, float]:
     """Peak GiB of each phase under a run's own settings, without the context: as torch counts."""
     footprint = Footprint(row, tile_px)
-    peak = footprint.peaks(setup, footprint.cost(setup), chunk)
+    peak = footprint.peaks(setup, footprint.cost(setup), chunk, keep)
     return {phase: value - CONTEXT_GIB for phase, value in peak.items()}
 
 

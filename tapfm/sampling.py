@@ -8,6 +8,9 @@ tiles. With attention on a few tiles, a tenth of them carries most of the gradie
     weight_T = draw_tiles(grad_z, grad_score, budget=100, seed=...)     0: left out; else 1 / p
     adapt_bag(encode, chosen(chunks, weight_T).split(16), (grad_z * weight)[weight > 0], ...)
 
+How near one slide's estimate is to its exact gradient, `cosine` says, of what was `taken` from the
+parameters after a backward of each kind.
+
 Price: the gradient is an estimate, of a slide whose every tile had a say in the loss. Pass 2 costs
 3 forwards of `budget` tiles instead of all; which tiles these are is asked of the device once.
 Condition: no dropout and no drop-path, whose noise belongs to the chunks of pass 1.
@@ -19,10 +22,13 @@ Shapes: T tiles of a slide, C tiles of a chunk, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Gradients = list[Tensor | None]
+"""Of parameters, in their order; None where there is none."""
 
 
 def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor, budget: int, seed: int) -> Tensor:
@@ -73,3 +79,31 @@ def chosen(chunks_CP: Iterable[Tensor], weight_T: Tensor) -> Tensor:
         rows.append(tiles_CP[places[done : done + len(tiles_CP)].to(tiles_CP.device)])
         done += len(tiles_CP)
     return torch.cat(rows)
+
+
+def taken(parameters: Sequence[nn.Parameter]) -> Gradients:
+    """Their gradients, which they have no longer."""
+    grads = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return grads
+
+
+def give(parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
+    """Add gradients to what the parameters have."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
+def cosine(one: Gradients, other: Gradients) -> Tensor:
+    """Of the angle between two gradients of the same parameters; nan where one is 0."""
+    parts = [
+        torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double()
+        for a, b in zip(one, other, strict=True)
+        if a is not None and b is not None
+    ]
+    if not parts:
+        return torch.tensor(torch.nan)
+    product, left, right = torch.stack(parts).sum(0)
+    return product / (left * right).sqrt()

@@ -18,7 +18,7 @@ def blocks_own_matrix(encoder, tiles):
     attn = encoder.vit.blocks[-1].attn
     attn.fused_attn, caught = False, []
     hook = attn.attn_drop.register_forward_hook(lambda _m, _a, matrix: caught.append(matrix))
-    encoder(tiles)
+    encoder.vit.forward_features(encoder.normalise(tiles))  # all of it, not the tail alone
     hook.remove()
     return caught[0]
 

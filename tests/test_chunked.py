@@ -27,6 +27,7 @@ class Slide:
         self.loss = MaskedBCE([1.0, 2.0, 3.0])
         self.labels_K = torch.tensor([1.0, torch.nan, 0.0])
         self.chunks = random_tiles(tiles).split(chunk)
+        self.encode = self.encoder.sized(self.encoder, chunk)
 
     def loss_of(self, z_TD, score_T):
         return self.loss(self.aggregator(z_TD, score_T)[0], self.labels_K)
@@ -40,12 +41,10 @@ class Slide:
         self.loss_of(torch.cat(z_CD), torch.cat(score_C)).backward()
 
     def two_pass(self, seed=SEED, score_weight=1.0, keep=0):
-        z_TD, score_T, kept = encode_bag(
-            self.encoder, self.chunks, seed=SEED, device=CPU, keep=keep
-        )
+        z_TD, score_T, kept = encode_bag(self.encode, self.chunks, seed=SEED, device=CPU, keep=keep)
         self.loss_of(z_TD, score_T).backward()
         adapt_bag(
-            self.encoder,
+            self.encode,
             self.chunks,
             z_TD.grad,
             score_T.grad,
@@ -166,7 +165,7 @@ def test_pass_1_and_the_tap_hold_nothing():
     slide = Slide()
     assert saved_bytes(lambda: encode_bag(slide.encoder, slide.chunks, seed=0, device=CPU)) == 0
     tap = slide.encoder.tap
-    assert tap.q is tap.k is tap.rope is None
+    assert tap.q is tap.k is tap.rope is tap.row is None
 
 
 def flops(function):

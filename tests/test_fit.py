@@ -13,7 +13,7 @@ import yaml
 from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
-from tapfm import backbones, callbacks
+from tapfm import backbones, callbacks, module
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
@@ -158,6 +158,29 @@ def test_an_optimizer_of_the_strategys_own_has_no_masters(tmp_path, capsys):
     head, encoder = (each["param_groups"][0] for each in state["optimizer_states"])
     assert "amsgrad" in head, "AdamW's"
     assert "amsgrad" not in encoder, "RAdam has none"
+
+
+def test_graphs_that_are_kept_change_nothing(tmp_path, monkeypatch, capsys):
+    """Nor does memory that ends meanwhile: one is kept from then on."""
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    for name, keep in (("none", "0"), ("one", "1"), ("all", "9")):
+        assert main([*fit, "--name", name, "--model.keep_chunks", keep]) == 0
+    real = module.encode_bag
+
+    def small(*args, keep, **kwargs):
+        if keep > 1:
+            raise torch.OutOfMemoryError("no room for two")
+        return real(*args, keep=keep, **kwargs)
+
+    monkeypatch.setattr(module, "encode_bag", small)
+    assert main([*fit, "--name", "tight", "--model.keep_chunks", "9"]) == 0
+    assert capsys.readouterr().out.count("with 9 graphs kept: going on with 1") == 1
+    runs = [load_file(tmp_path / "runs" / n / "best.safetensors") for n in ("none", "all", "tight")]
+    one = load_file(tmp_path / "runs" / "one" / "best.safetensors")
+    assert all(torch.equal(run[key], one[key]) for run in runs for key in one)
+    assert set(pd.read_csv(tmp_path / "runs" / "tight" / "memory.csv")["chunk"]) == {5}
+    assert main([*fit, "--model.keep_chunks", "-1"]) == 2
 
 
 def test_a_backward_of_some_tiles(tmp_path, capsys):

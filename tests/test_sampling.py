@@ -1,11 +1,15 @@
 """A backward of some tiles: right on average, and exact where all are taken."""
 
+import pandas as pd
 import pytest
 import torch
+from cohorts import write_cohort
+from safetensors.torch import load_file
 from tiny import random_tiles, tiny_encoder
 
 from tapfm.chunked import adapt_bag
-from tapfm.sampling import _chances, chosen, draw_tiles
+from tapfm.cli import main
+from tapfm.sampling import _chances, chosen, cosine, draw_tiles, give, taken
 
 CPU = torch.device("cpu")
 T, D = 40, 24
@@ -93,3 +97,57 @@ def test_the_encoders_gradient_is_that_of_the_weighed_tiles():
     )  # fmt: skip
     for p, gradient in zip(encoder.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_cosine_of_what_was_taken_and_given_back():
+    """Against torch's, of all parameters as one vector; one has no gradient."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (5, 7), (3,), (2, 2)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    one, other = (
+        [torch.randn(shape, generator=draw) for shape in shapes[:2]] + [None] for _ in range(2)
+    )
+    for given in (one, other):
+        give(parameters, [g if g is None else g.clone() for g in given])
+    assert parameters[2].grad is None
+    found = taken(parameters)
+    assert all(p.grad is None for p in parameters)
+    for value, a, b in zip(found[:2], one, other, strict=False):
+        torch.testing.assert_close(value, a + b)
+    flat = [torch.cat([g.flatten() for g in each[:2]]) for each in (one, other)]
+    expected = torch.nn.functional.cosine_similarity(*flat, dim=0)
+    assert cosine(one, other).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert cosine(one, one).item() == pytest.approx(1, abs=1e-6)
+    assert cosine([None], [None]).isnan()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "offload"])
+def test_a_run_says_how_near_the_drawn_gradient_is(optimizer, tmp_path):
+    """Every second slide; 1 where all tiles are drawn, less with a few; the run is the same."""
+    fit = ["fit", "--config", str(write_cohort(tmp_path)), "--trainer.max_epochs", "1"]
+    fit += ["--model.drop_path", "0", "--model.optimizer", optimizer]
+    fit += ["--model.precision", "fp32" if optimizer == "adamw" else "bf16-true"]
+    runs = {"quiet": ["3"], "few": ["3", "--model.cosine_every", "2"],
+            "all": ["11", "--model.cosine_every", "2"]}  # fmt: skip
+    for name, tiles in runs.items():
+        assert main([*fit, "--name", name, "--model.backward_tiles", *tiles]) == 0
+    logs = {name: pd.read_csv(tmp_path / "runs" / name / "metrics.csv") for name in runs}
+    column = "train/sampling_cosine"
+    assert column not in logs["quiet"]
+    for name in ("few", "all"):
+        rows = logs[name][logs[name]["train/loss"].notna()]
+        said = rows[column].notna()
+        assert said.tolist() == [step % 2 == 0 for step in rows["step"]]
+    assert logs["all"][column].dropna().min() > 0.999
+    assert 0.1 < logs["few"][column].dropna().min() <= logs["few"][column].dropna().max() < 0.999
+    pd.testing.assert_frame_equal(logs["few"].drop(columns=column), logs["quiet"])
+    weights = [load_file(tmp_path / "runs" / n / "best.safetensors") for n in ("quiet", "few")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_a_cosine_of_nothing_is_refused(tmp_path, capsys):
+    fit = ["fit", "--config", str(write_cohort(tmp_path)), "--model.cosine_every"]
+    assert main([*fit, "2"]) == 2
+    assert "takes model.backward_tiles" in capsys.readouterr().err
+    assert main([*fit, "0", "--model.backward_tiles", "3"]) == 2
+    assert "must be 1 or more" in capsys.readouterr().err

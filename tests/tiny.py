@@ -21,7 +21,15 @@ MAKES = {
 }
 
 
-def tiny_encoder(make="5 prefix", dtype=torch.float64, seed=0, recompute=False, **extra):
+def tiny_encoder(
+    make="5 prefix",
+    dtype=torch.float64,
+    seed=0,
+    recompute=False,
+    tail=True,
+    compiled=False,
+    **extra,
+):
     """A 3-block ViT of width 24 with 3 heads, its weights spread so that attention is not flat."""
     kwargs = {**MAKES[make], **extra}
     arch = kwargs.pop("arch", "vit_tiny_patch16_224")
@@ -41,7 +49,8 @@ def tiny_encoder(make="5 prefix", dtype=torch.float64, seed=0, recompute=False, 
     row = Backbone(
         "tiny", "package", arch, 24, vit.num_prefix_tokens, 0, "", tile_px=TILE, feature=feature
     )
-    return Encoder(vit, row, recompute=recompute).to(dtype)
+    options = {"recompute": recompute, "tail": tail, "compiled": compiled}
+    return Encoder(vit, row, **options).to(dtype)
 
 
 def random_tiles(tiles, seed=1):
