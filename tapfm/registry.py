@@ -306,7 +306,7 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
         "exaonepath": "an architecture of its own, on tiles normalised by Macenko's method",
         "genbio_pathfm": "it joins three one-channel passes and has no CLS attention over a tile",
         "hibou_l": "303.7 M parameters were published and ViT-L/14 with 4 registers has 303.2 M",
-        "keep": "its feature is that of a projection head whose widths were not published",
+        "keep": "it is a vision-language model: `tapfm pathpt` takes it, as `teacher: keep`",
         "musk": "a BEiT-3 of its own package, which timm cannot build",
         "plip": "a CLIP whose feature is a text-aligned projection, which no aggregator here reads",
         "rudolfv2": "an architecture that its publisher keeps in code of his own",
