@@ -11,11 +11,12 @@ from tapfm.adapt import make_strategy
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.network import PathPT
 from tapfm.pathpt.prompts import Prompts
+from tapfm.pathpt.question import Question, TileClass
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.spatial import KERNELS, Mixer, PlaceError, drawn_together, places
 from tapfm.pathpt.tile_loss import balanced_nll, tile_loss
 from tapfm.pathpt.towers import TextError, VisionLanguage, tokenise
-from tapfm.pathpt.train import ImageTower, LabelledSlide, step
+from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train
 from tapfm.pathpt.vote import vote
 from tapfm.pathpt.words import WordTower
 
@@ -317,6 +318,48 @@ def test_end_to_end_is_the_one_graph_gradient():
                 torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
                 trained += mine is pair and bool(one.grad.abs().max() > 1e-9)
     assert trained > 0
+
+
+def test_training_lowers_the_loss_is_repeatable_and_leaves_the_tower_alone():
+    """Tiles of three directions, some of them candidates."""
+    text = tower()
+    generator = torch.Generator().manual_seed(0)
+    truth_N = torch.arange(24) % 3
+    z_Nd = F.one_hot(truth_N, 64).double() * 3
+    z_Nd = F.normalize(z_Nd + torch.randn(24, 64, dtype=torch.float64, generator=generator), dim=1)
+    spots = torch.stack([torch.arange(24) // 5, torch.arange(24) % 5], dim=1)
+    slides = []
+    for subtype in (0, 1):
+        rows = (truth_N == 0) | (truth_N == subtype + 1)
+        labels_N = truth_N[rows].clone()
+        labels_N[:5] = -(subtype + 1)
+        slides.append(LabelledSlide(z_Nd[rows], spots[rows], labels_N, subtype))
+    question = Question(
+        (TileClass("n"), TileClass("a", where={"X": 1}), TileClass("b", where={"X": 0})),
+        ("{}",), context=4, epochs=15, trust_from=0, lr=1e-2,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in text.state_dict().items()}
+
+    def trained(seed):
+        torch.manual_seed(0)
+        model = PathPT(64, Prompts(NAMES, 64, text, "both", context=4)).double()
+        torch.manual_seed(99)
+        losses = train(model, text, slides, question, seed)
+        drawn = torch.rand(1)
+        return model, losses, drawn
+
+    model, losses, drawn = trained(5)
+    assert losses[-1] < 0.5 * losses[0]
+    assert not model.training
+    torch.manual_seed(99)
+    assert torch.equal(drawn, torch.rand(1)), "the caller's random numbers are left as they were"
+    again, same, _ = trained(5)
+    assert same == losses
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert trained(6)[1] != losses
+    for name, value in text.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 # ---------------------------------------------------------------------------- scores
