@@ -3,7 +3,7 @@
 For each number of shots and each draw of that many training slides a subtype: choose zero-shot
 prompts on them, label their tiles, train, and call every test slide. The frozen baselines get the
 same image features and the same slides, and choose rate and epoch on the whole val split, which
-PathPT does not look at. Images of the first draw's tile classes are written too.
+PathPT does not look at. Pictures of tile classes are of the first draw with the most shots.
 
     <out>/report.md, scores.json                    the table, with intervals
     <out>/<shots>_shots/draw_<n>/pathpt.safetensors    and predictions.csv, pathpt_losses.csv
