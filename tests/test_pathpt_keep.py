@@ -10,16 +10,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+import yaml
+from cohorts import write_cohort
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tapfm import cli
 from tapfm.pathpt.keep import load_keep
+from tapfm.pathpt.network import load
 from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.towers import TextError
 
 VISION = {"img_size": 32, "patch_size": 16, "hidden_size": 24, "num_layers": 2, "num_heads": 3,
           "init_values": 0.1, "num_classes": 0}  # fmt: skip
-TEXT = {"vocab_size": 14, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+TEXT = {"vocab_size": 14, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 40, "max_position_embeddings": 64}  # fmt: skip
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "image", "of", "tumour", "##s",
               "normal", "tissue", "histopathology", "."]  # fmt: skip
@@ -35,7 +39,7 @@ def keep(tmp_path_factory):
         "vit_large_patch16_224", num_classes=0, img_size=32, patch_size=16, embed_dim=24, depth=2,
         num_heads=3, init_values=0.1,
     ).eval()  # fmt: skip
-    head = nn.Sequential(nn.Linear(24, 20), nn.GELU(), nn.Linear(20, 20))
+    head = nn.Sequential(nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 24))
     bert = transformers.BertModel(transformers.BertConfig(**TEXT)).eval()
     for module in (visual, head, bert):
         for parameter in module.parameters():
@@ -47,7 +51,7 @@ def keep(tmp_path_factory):
     state |= {"logit_scale": torch.tensor(math.log(1 / 0.04))}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
     config = {"model_type": "keep", "vision_config": VISION, "text_config": TEXT,
-              "projection_dim": 20}  # fmt: skip
+              "projection_dim": 24}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
@@ -75,7 +79,7 @@ def test_both_towers_give_what_their_parts_give(keep):
 
 def test_prompts_learn_through_its_text_tower_and_dropout_stays_off(keep):
     pair = load_keep(str(keep[0])).train()
-    prompts = Prompts(["normal tissue", "tumour"], 20, pair.text, context=5)
+    prompts = Prompts(["normal tissue", "tumour"], 24, pair.text, context=5)
     one, other = prompts(pair.text), prompts(pair.text)
     assert torch.equal(one, other)
     one[:, 0].sum().backward()
@@ -83,13 +87,26 @@ def test_prompts_learn_through_its_text_tower_and_dropout_stays_off(keep):
     assert not any(p.requires_grad for p in pair.parameters())
 
 
+def test_a_question_is_answered_with_it(keep, tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    question = tmp_path / "question.yaml"
+    tumours = [{"name": f"tumour {n}", "where": {"EGFR": n, "KRAS": 0}} for n in (0, 1)]
+    asked = {"teacher": "keep", "weights": str(keep[0]), "templates": ["an image of {}"],
+             "classes": [{"name": "normal tissue"}, *tumours],
+             "shots": [1], "draws": 1, "context": 4, "epochs": 1}  # fmt: skip
+    question.write_text(yaml.safe_dump(asked))
+    given = ["--config", config, "--question", question, "--out", tmp_path / "out", "--drawn", 0]
+    assert cli.main(["pathpt", *(str(each) for each in given)]) == 0
+    assert "hf-hub:Astaxanthin/KEEP, licence MIT" in capsys.readouterr().err
+    *_, recipe, _ = load(tmp_path / "out" / "1_shots" / "draw_0" / "pathpt.safetensors")
+    assert (recipe.images, recipe.dim) == ("keep", 24)
+
+
 def test_what_is_missing_is_named(keep, tmp_path):
     with pytest.raises(TextError, match=r"lacks config.json, model.safetensors, vocab.txt"):
         load_keep(str(tmp_path))
     for file in keep[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    from safetensors.torch import load_file
-
     state = load_file(tmp_path / "model.safetensors")
     del state["visual_head.2.bias"]
     save_file(state, tmp_path / "model.safetensors")

@@ -99,7 +99,7 @@ def run_pathpt(
         called[shots] = {}
         for n, ids in enumerate(tqdm(draws, desc=f"{shots} shots", unit=" draws")):
             here = out / f"{shots}_shots" / f"draw_{n}"
-            show = drawn if (shots, n) == (question.shots[-1], 0) else 0
+            show = drawn if (shots, n) == (max(question.shots), 0) else 0
             chosen = [slides[name] for name in ids]
             answer = one_draw(question, towers, source, prompts, chosen, slides, here, seed + n,
                               chunk, show)  # fmt: skip
