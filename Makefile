@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install labels train test test-all lint format bench clean
+.PHONY: help install labels train pathpt test test-all lint format bench clean
 
 COHORT ?= demo
 # what of the encoder learns: one of configs/strategies, or as the cohort's config says
@@ -47,6 +47,11 @@ train: $(READY) ## the main job: make train [COHORT=demo] [STRATEGY=hiadapter] [
 	$(BIN)/tapfm index $(CONFIG)
 	$(if $(filter-out 1,$(JOBS)),OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j $(JOBS) $(ARMS:%=fit-%)
 	$(BIN)/tapfm test --run $(RUN)
+
+pathpt: $(READY) ## name every tile by learned prompts, from few slides: make pathpt [COHORT=demo] [SEED=0]
+	@if [ $(COHORT) = demo ]; then $(BIN)/tapfm demo; fi
+	$(BIN)/tapfm pathpt --config configs/cohorts/$(COHORT).yaml \
+		--question configs/pathpt/$(COHORT).yaml --out runs/$(COHORT)_pathpt --seed $(SEED)
 
 fit-tapfm: AS_PUBLISHED = --model.steps.head_first 0
 fit-%: $(READY)

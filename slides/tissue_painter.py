@@ -33,6 +33,7 @@ VARIANTS = 40  # different stamps of a cell kind in one specimen
 
 # Compartments of the field map. Tumour is a compartment like any other to the painter.
 _GLASS, _STROMA, _TUMOUR, _LYMPHOID, _GLAND, _LUMEN, _FOAMY = range(7)
+COMPARTMENTS = ("glass", "stroma", "tumour", "lymphoid", "gland", "lumen", "foamy")
 # Haematoxylin and eosin of each compartment's ground, before texture.
 _GROUND = np.array(
     [
@@ -105,6 +106,11 @@ def paint(specimen: Specimen, mpp: float) -> tuple[np.ndarray, np.ndarray]:
     rgb = _develop(amounts, specimen.stain, mpp, rng)
     truth = np.where(field == _TUMOUR, TUMOUR, np.where(field == _GLASS, GLASS, TISSUE))
     return rgb, _enlarge_labels(truth.astype(np.uint8), (h, w))
+
+
+def compartments(specimen: Specimen) -> np.ndarray:
+    """What is where, (h, w) uint8 at `FIELD_UM`, numbers of `COMPARTMENTS`; `paint` paints this."""
+    return _compartments(specimen, np.random.default_rng([specimen.seed, 7002]))
 
 
 # ---------------------------------------------------------------------------- compartments

@@ -185,6 +185,17 @@ def parser() -> argparse.ArgumentParser:
     features.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
     features.set_defaults(do=run_features)
 
+    pathpt = verbs.add_parser("pathpt", help="name every tile by learned prompts, from few slides")
+    pathpt.add_argument("--config", type=Path, action="append", required=True,
+                        help="YAML with a data part")  # fmt: skip
+    pathpt.add_argument("--question", type=Path, required=True, help="YAML of classes and prompts")
+    pathpt.add_argument("--out", type=Path, default=Path("runs/pathpt"), help="(%(default)s)")
+    pathpt.add_argument("--seed", type=int, default=0, help="of draws and training (%(default)s)")
+    pathpt.add_argument("--chunk", type=int, default=16, help="tiles at once (%(default)s)")
+    pathpt.add_argument("--drawn", type=int, default=4, help="test slides to draw (%(default)s)")
+    pathpt.add_argument("--device", default=None, help="cuda or cpu; cuda where there is one")
+    pathpt.set_defaults(do=run_pathpt)
+
     export = verbs.add_parser("export", help="an encoder as a plain timm model, for other tools")
     model_arguments(export)
     export.add_argument("--out", type=Path, required=True, help="folder")
@@ -389,6 +400,21 @@ def run_features(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         precision=arguments.precision,
         chunk=arguments.chunk,
+        device=arguments.device,
+    )
+
+
+def run_pathpt(arguments: argparse.Namespace) -> int:
+    """`tapfm pathpt`."""
+    from tapfm.pathpt.run import run_pathpt
+
+    return run_pathpt(
+        arguments.config,
+        arguments.question,
+        arguments.out,
+        seed=arguments.seed,
+        chunk=arguments.chunk,
+        drawn=arguments.drawn,
         device=arguments.device,
     )
 

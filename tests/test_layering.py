@@ -81,6 +81,15 @@ def test_leaves_know_nothing_of_the_rest(leaf):
     assert "slides" not in tops(path)
 
 
+@pytest.mark.parametrize(
+    "part", ["prompts", "spatial", "pseudo", "vote", "tile_loss", "towers", "network", "scores"]
+)
+def test_what_pathpt_computes_knows_no_slides(part):
+    path = ROOT / "tapfm" / "pathpt" / f"{part}.py"
+    assert not tops(path) & {"slides", "h5py", "lightning"}
+    assert not ours(path) & {"data", "features", "predict", "fit", "module"}
+
+
 def test_module_and_data_meet_in_the_bag_only():
     module, data = ROOT / "tapfm" / "module.py", ROOT / "tapfm" / "data.py"
     assert "slides" not in tops(module)
@@ -118,6 +127,7 @@ def test_nothing_imports_the_command_line():
         "predict",
         "heatmap",
         "features",
+        "pathpt",
         "export",
         "doctor",
     ],

@@ -1,0 +1,113 @@
+"""The model that names tiles: mixer, class vectors, and the cosine between them.
+
+Saved as one safetensors file whose header is the recipe. It holds the class vectors that the
+prompts came to, so that no text tower is needed to use it.
+
+Source: PathPT (arXiv 2508.15904): logits are 10 times the cosine of mixed tile and class vector.
+Differs: features of a vision-only encoder, which are no unit vectors, are standardised first, by
+    the training slides.
+
+Shapes: N tiles, K classes of a tile, d width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tapfm import __version__
+from tapfm.files import replacing
+from tapfm.model import CheckpointError
+from tapfm.pathpt.prompts import Prompts
+from tapfm.pathpt.spatial import Mixer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a saved model is, apart from its weights."""
+
+    classes: tuple[str, ...]
+    """Names of the K classes, normal tissue first."""
+    dim: int
+    """d."""
+    scale: float
+    """Of the cosines."""
+    images: str
+    """The image tower."""
+    fingerprint: str
+    """Of the image tower as published."""
+
+
+class PathPT(nn.Module):
+    """Tiles of a slide to logits (N, K)."""
+
+    def __init__(self, dim: int, prompts: Prompts | None, scale: float = 10.0):
+        super().__init__()
+        self.mixer, self.prompts, self.scale = Mixer(dim), prompts, scale
+        self.register_buffer("mean_d", torch.zeros(dim))
+        self.register_buffer("std_d", torch.ones(dim))
+
+    def standardise(self, slides: Sequence[Tensor]) -> None:
+        """Take mean and deviation of features (N, d) from these slides, each counting the same."""
+        mean_d = torch.stack([z_Nd.double().mean(0) for z_Nd in slides]).mean(0)
+        spread = [(z_Nd.double() - mean_d).square().mean(0) for z_Nd in slides]
+        std_d = torch.stack(spread).mean(0).sqrt()
+        self.mean_d.copy_(mean_d)
+        self.std_d.copy_(torch.where(std_d > 1e-6, std_d, torch.ones_like(std_d)))
+
+    def forward(self, z_Nd: Tensor, places_N2: Tensor, classes_Kd: Tensor) -> Tensor:
+        """Logits of a slide's tiles at their places, against unit class vectors."""
+        z_Nd = F.normalize((z_Nd - self.mean_d) / self.std_d, dim=-1)
+        return self.scale * F.normalize(self.mixer(z_Nd, places_N2), dim=-1) @ classes_Kd.T
+
+
+def save(
+    path: Path, model: PathPT, classes_Kd: Tensor, recipe: Recipe, image: Mapping[str, Tensor]
+) -> None:
+    """Write a model; `path` is whole or not there.
+
+    Args:
+        path: the file.
+        model: its prompts are not written, but what they came to is.
+        classes_Kd: that.
+        recipe: what it is.
+        image: what of the image tower was trained, by name; may be empty.
+    """
+    state = {f"mixer.{key}": value for key, value in model.mixer.state_dict().items()}
+    state |= {"mean_d": model.mean_d, "std_d": model.std_d, "classes_Kd": classes_Kd}
+    state |= {f"image.{key}": value for key, value in image.items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {"tapfm": __version__, **asdict(recipe)}
+    with replacing(path) as partial:
+        save_file(state, partial, {"pathpt": json.dumps(header)})
+
+
+def load(path: Path) -> tuple[PathPT, Tensor, Recipe, dict[str, Tensor]]:
+    """Model in eval mode, class vectors, recipe, and the image tower's trained weights.
+
+    Raises:
+        CheckpointError: no such file, or not one of these.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["pathpt"])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error})."
+        ) from error
+    known = {k: header[k] for k in Recipe.__dataclass_fields__}
+    recipe = Recipe(**{**known, "classes": tuple(known["classes"])})
+    image = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
+    model, classes_Kd = PathPT(recipe.dim, None, recipe.scale), state["classes_Kd"]
+    own = {k: v for k, v in state.items() if not k.startswith("image.") and k != "classes_Kd"}
+    model.load_state_dict(own)
+    return model.eval(), classes_Kd, recipe, image

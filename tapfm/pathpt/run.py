@@ -1,0 +1,243 @@
+"""`tapfm pathpt`: a question about subtypes, answered from few slides, beside frozen baselines.
+
+For each number of shots and each draw of that many training slides a subtype: choose zero-shot
+prompts on them, label their tiles, train, and call every test slide. The frozen baselines get the
+same image features and the same slides, and choose rate and epoch on the whole val split, which
+PathPT does not look at. Pictures of tile classes are of the first draw with the most shots.
+
+    <out>/report.md, scores.json                    the table, with intervals
+    <out>/<shots>_shots/draw_<n>/pathpt.safetensors    and predictions.csv, pathpt_losses.csv
+    <out>/tile_classes/<slide>.png, .geojson        what each tile is called, for people and QuPath
+
+Shapes: N tiles, K classes of a tile, d joint width, S test slides, R draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from slides.cohort import SlideRow, read_cohort
+from tapfm.adapt import make_optimizer, make_strategy
+from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
+from tapfm.config import Source, read_data, read_source
+from tapfm.pathpt import pseudo
+from tapfm.pathpt.few import draw_slides
+from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
+from tapfm.pathpt.network import PathPT, Recipe, save
+from tapfm.pathpt.prompts import Prompts
+from tapfm.pathpt.question import Question, QuestionError, read_question, subtypes
+from tapfm.pathpt.tiles import (
+    Pixels,
+    SlideTiles,
+    Towers,
+    encode_slide,
+    load_towers,
+    opener_of,
+    read_slides,
+)
+from tapfm.pathpt.train import ImageTower, LabelledSlide, train
+from tapfm.pathpt.vote import vote
+
+ZERO, MEAN, GATED, PATHPT, JOINED = (
+    "zero-shot, chosen prompts",
+    "frozen, mean-pool MLP",
+    "frozen, gated attention",
+    "PathPT",
+    "PathPT, end to end",
+)
+BASELINES = {MEAN: fit_mean_pool_mlp, GATED: fit_gated_attention}
+
+
+def run_pathpt(
+    configs: Sequence[Path],
+    question_file: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    chunk: int = 16,
+    drawn: int = 4,
+    device: str | None = None,
+) -> int:
+    """Answer a question of a cohort. Returns 0.
+
+    Args:
+        configs: YAML with a data part, the cohort's.
+        question_file: YAML of the question.
+        out: folder.
+        seed: of draws, training and bootstrap.
+        chunk: tiles on the device at once.
+        drawn: test slides whose tile classes are drawn.
+        device: where to; None is CUDA where there is one.
+
+    Raises:
+        QuestionError: the question, or that it cannot be asked of this cohort.
+        TextError, BackboneError: a tower that cannot be had.
+        SlideError: a slide that cannot be read, where the config does not say to skip it.
+    """
+    question = read_question(question_file)
+    data = read_data(configs)
+    folder = data.get("slides_dir")
+    cohort = read_cohort(Path(data["table"]), question.columns, folder and Path(folder))
+    source = read_source(configs)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    towers = load_towers(question, device)
+    subtype = subtypes(question, question.columns, cohort.rows)
+    rows = [row for row in cohort.rows if subtype[row.slide_id] is not None]
+    few_of(question, rows, subtype, seed)  # what cannot be asked is said before hours of work
+    print(f"{len(rows)} of {len(cohort.rows)} slides have one of the subtypes")
+    slides = read_slides(source, rows, subtype, towers, out, chunk)
+    few = few_of(question, [each.row for each in slides.values()], subtype, seed)
+    test = [each for each in slides.values() if each.row.split == "test"]
+    prompts = [towers.teacher.encode_text(each) for each in question.sentences()]
+    called: dict[int, dict[str, list[list[int]]]] = {}
+    for shots, draws in few.items():
+        called[shots] = {}
+        for n, ids in enumerate(tqdm(draws, desc=f"{shots} shots", unit=" draws")):
+            here = out / f"{shots}_shots" / f"draw_{n}"
+            show = drawn if (shots, n) == (max(question.shots), 0) else 0
+            chosen = [slides[name] for name in ids]
+            answer = one_draw(question, towers, source, prompts, chosen, slides, here, seed + n,
+                              chunk, show)  # fmt: skip
+            for arm, calls_S in answer.items():
+                called[shots].setdefault(arm, []).append(calls_S)
+            write_calls(here / "predictions.csv", question, test, answer)
+    print(write_report(out, question, test, called, BASELINES, seed))
+    return 0
+
+
+def few_of(
+    question: Question, rows: Sequence[SlideRow], subtype: Mapping[str, int | None], seed: int
+) -> dict[int, list[list[str]]]:
+    """Ids of the training slides, by shots and draw.
+
+    Raises:
+        QuestionError: there are too few slides in any split.
+    """
+    for split, fewest in (("test", 2), ("val", 1)):
+        there = {subtype[row.slide_id] for row in rows if row.split == split}
+        if len(there) < fewest:
+            raise QuestionError(
+                f"the {split} split has slides of {len(there)} of the subtypes, and {fewest} or "
+                "more are needed. Split the cohort anew (`tapfm split`), or ask another question."
+            )
+    names = question.names[1:]
+    return {
+        shots: [
+            draw_slides(rows, subtype, names, shots, [seed, shots, n])
+            for n in range(question.draws)
+        ]
+        for shots in question.shots
+    }
+
+
+def one_draw(
+    question: Question,
+    towers: Towers,
+    source: Source,
+    prompts: Sequence[Tensor],
+    chosen: Sequence[SlideTiles],
+    slides: Mapping[str, SlideTiles],
+    here: Path,
+    seed: int,
+    chunk: int,
+    drawn: int,
+) -> dict[str, list[int]]:
+    """What each arm calls each test slide, from these training slides."""
+    test = [each for each in slides.values() if each.row.split == "test"]
+    zero_Kd = pseudo.select(
+        prompts, [each.joint_Nd for each in chosen], [each.subtype for each in chosen], seed
+    )
+    answer = {ZERO: [vote(each.joint_Nd @ zero_Kd.T) for each in test]}
+    answer |= baselines(question, chosen, slides, seed)
+    opener, mark = opener_of(source), towers.mark()
+    arms = [PATHPT] + [JOINED] * (question.strategy is not None)
+    for arm in arms:
+        joined = arm == JOINED
+        few = [
+            LabelledSlide(
+                each.z_Nd,
+                each.places_N2,
+                pseudo.tile_labels(each.joint_Nd, zero_Kd, each.subtype),
+                each.subtype,
+                Pixels(opener, each.row) if joined else None,
+            )
+            for each in chosen
+        ]
+        own = load_towers(question, towers.device) if joined else towers
+        image = image_tower(question, own, chunk) if joined else None
+        model, losses = fit(question, own, few, seed, image)
+        with torch.no_grad():
+            classes_Kd = model.prompts(own.teacher.text)
+        stem = "pathpt_end_to_end" if joined else "pathpt"
+        vit = own.encoder.vit  # where it is not trained, all of it is frozen
+        trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
+        key = own.encoder.row.key
+        recipe = Recipe(tuple(question.names), classes_Kd.shape[1], question.scale, key, mark)
+        save(here / f"{stem}.safetensors", model, classes_Kd, recipe, trained)
+        write_losses(here / f"{stem}_losses.csv", losses)
+        answer[arm] = []
+        for number, each in enumerate(test):
+            with torch.no_grad():
+                z_Nd = each.z_Nd
+                if joined:
+                    z_Nd = encode_slide(own, Pixels(opener, each.row), chunk)
+                logits_NK = model(z_Nd, each.places_N2, classes_Kd)
+            answer[arm].append(vote(logits_NK))
+            if number < drawn and arm == arms[-1]:
+                folder = here.parent.parent / "tile_classes"
+                draw_classes(folder, question, opener, each, logits_NK, answer[arm][-1])
+    return answer
+
+
+def fit(
+    question: Question,
+    towers: Towers,
+    few: Sequence[LabelledSlide],
+    seed: int,
+    image: ImageTower | None,
+) -> tuple[PathPT, list[float]]:
+    """A trained model, and each epoch's loss."""
+    text = towers.teacher.text if question.mode != "embedding" else None
+    dim = few[0].z_Nd.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prompts = Prompts(question.names, dim, text, question.mode, question.init, question.context)
+        model = PathPT(dim, prompts, question.scale).to(towers.device)
+    if towers.student:
+        model.standardise([each.z_Nd for each in few])
+    return model, train(model, text, few, question, seed, image)
+
+
+def image_tower(question: Question, towers: Towers, chunk: int) -> ImageTower:
+    """The image tower with the question's strategy in it."""
+    strategy, vit = make_strategy(question.strategy), towers.encoder.vit
+    strategy.prepare(vit)
+    lr = strategy.lr if question.encoder_lr is None else question.encoder_lr
+    optimizer = make_optimizer(strategy, strategy.parameters(vit, lr, 0.0))
+    towers.encoder.train()  # for a strategy's dropout; `encode_slide` ends it
+    return ImageTower(towers.encode, optimizer, torch.device(towers.device), chunk)
+
+
+def baselines(
+    question: Question, chosen: Sequence[SlideTiles], slides: Mapping[str, SlideTiles], seed: int
+) -> dict[str, list[int]]:
+    """The frozen slide models' calls, from the same slides; val chooses rate and epoch."""
+    names = question.names[1:]
+
+    def bag(each: SlideTiles) -> FeatureBag:
+        y_C = torch.zeros(len(names))
+        y_C[each.subtype] = 1
+        return FeatureBag(each.row.slide_id, each.row.case_id, each.z_Nd.cpu(), y_C)
+
+    val = [bag(each) for each in slides.values() if each.row.split == "val"]
+    test = [bag(each) for each in slides.values() if each.row.split == "test"]
+    few, answer = [bag(each) for each in chosen], {}
+    for arm, fitted in BASELINES.items():
+        model = fitted(few, val, names, seed=seed)
+        answer[arm] = [int(model.predict(each)[0].argmax()) for each in test]
+    return answer

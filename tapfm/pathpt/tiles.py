@@ -1,0 +1,175 @@
+"""The slides of a question as PathPT sees them: features, places, pixels when they are asked for.
+
+Features are those files of `tapfm features` that are there, or are written so; the teacher's head
+takes them into the joint space. With a student, an encoder of its own, both are kept.
+
+Price: one forward pass a tile, once; the features of all the question's slides in memory.
+
+Shapes: N tiles, C tiles of a chunk, D features, d joint width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from slides.cohort import SlideRow
+from slides.errors import SlideError
+from tapfm import backbones
+from tapfm.chunked import encode_bag
+from tapfm.config import Source, index_and_cache
+from tapfm.data import Opener
+from tapfm.features import Extraction, read_features
+from tapfm.fingerprint import state_fingerprint
+from tapfm.pathpt.keep import load_keep
+from tapfm.pathpt.question import Question, QuestionError
+from tapfm.pathpt.spatial import places
+from tapfm.pathpt.towers import VisionLanguage
+from tapfm.pathpt.words import load_demo
+from tapfm.predict import OpenTiles
+
+
+@dataclass(frozen=True)
+class SlideTiles:
+    """One slide of the question."""
+
+    row: SlideRow
+    subtype: int
+    joint_Nd: Tensor
+    """Tiles in the teacher's joint space."""
+    z_Nd: Tensor
+    """Tiles as the learning image tower has them: the same, or another encoder's features."""
+    places_N2: Tensor
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The teacher, and the encoder that learns from it where that is another."""
+
+    teacher: VisionLanguage
+    student: backbones.Encoder | None
+    device: str
+
+    @property
+    def encoder(self) -> backbones.Encoder:
+        """The image tower that features are of."""
+        return self.student or self.teacher.encoder
+
+    def encode(self, tiles_CP: Tensor) -> Tensor:
+        """Tiles to what the model is trained on."""
+        z_CD = self.encoder.encode(tiles_CP)[0]
+        return z_CD if self.student else self.teacher.joint(z_CD)
+
+    def mark(self) -> str:
+        """Fingerprint of the encoder as it is now."""
+        vit = self.encoder.vit
+        return state_fingerprint(self.encoder.row, vit.state_dict(), self.encoder.tile_px)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A slide's tiles, read each time they are asked for."""
+
+    opener: Opener
+    row: SlideRow
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Chunks of `size` tiles."""
+        pixels, index = self.opener(self.row)
+        with pixels:
+            yield from OpenTiles(pixels, index, 0).split(size)
+
+
+def load_towers(question: Question, device: str) -> Towers:
+    """Teacher and student, frozen, on their device."""
+    load = {"demo": lambda _: load_demo(), "keep": load_keep}
+    teacher = load[question.teacher](question.weights).to(device)
+    student = None
+    if question.images:
+        student = backbones.load(question.images, question.image_weights)
+        student.requires_grad_(False).eval().to(device)
+    return Towers(teacher, student, device)
+
+
+def read_slides(
+    source: Source,
+    rows: Sequence[SlideRow],
+    subtype: dict[str, int | None],
+    towers: Towers,
+    out: Path,
+    chunk: int,
+) -> dict[str, SlideTiles]:
+    """Features of every slide, from files of `tapfm features`' layout or written so.
+
+    Raises:
+        QuestionError: tiles of another size than the image tower takes.
+        SlideError: with `on_error: stop`, the first slide's fault; otherwise it is printed.
+    """
+    _, failed = index_and_cache(source)
+    opener, grid = opener_of(source), source.tiles.grid
+    extractions = []
+    for encoder in (towers.teacher.encoder, *([towers.student] if towers.student else [])):
+        if encoder.tile_px != grid.size:
+            raise QuestionError(
+                f"tiles of {grid.size} px, and {encoder.row.key} takes {encoder.tile_px}: set "
+                "data.tiles.tile_px"
+            )
+        mark = state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
+        extractions.append(
+            Extraction(
+                encoder, f"{encoder.row.key}_{mark[:8]}", mark, chunk=chunk, stain=source.stain
+            )
+        )
+    found = {}
+    for row in tqdm(rows, desc="features", unit=" slides"):
+        if row.slide_id in failed:
+            continue
+        try:
+            index, features = opener.index(row), []
+            for each in extractions:
+                path = out / grid.tag / f"features_{each.name}" / f"{row.slide_id}.h5"
+                if each.fault(path, index):
+                    pixels, _ = opener(row)
+                    tiles = OpenTiles(pixels, index, 0 if source.cache_dir else source.workers)
+                    with pixels:
+                        each.write(path, tiles, index, source.tiles.tissue)
+                features.append(read_features(path).to(towers.device))
+        except SlideError as fault:
+            if source.on_error != "skip":
+                raise
+            failed[row.slide_id] = str(fault)
+            continue
+        with torch.no_grad():
+            joint_Nd = towers.teacher.joint(features[0])
+        z_Nd = features[1] if towers.student else joint_Nd
+        spot_N2 = places(index.coords0, grid.step0(index.slide_mpp)).to(towers.device)
+        found[row.slide_id] = SlideTiles(row, subtype[row.slide_id], joint_Nd, z_Nd, spot_N2)
+    for reason in failed.values():
+        print(f"tapfm: left out: {reason}", file=sys.stderr)
+    return found
+
+
+def opener_of(source: Source) -> Opener:
+    """Rows to open slides."""
+    tiles = source.tiles
+    return Opener(
+        source.index_dir, source.cache_dir, tiles.grid, tiles.tissue, source.stain, source.cache_gb
+    )
+
+
+def encode_slide(towers: Towers, tiles: Pixels, chunk: int) -> Tensor:
+    """All tiles of a slide by the image tower as it is now."""
+    towers.encoder.eval()
+
+    def encode(tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
+        z_Cd = towers.encode(tiles_CP)
+        return z_Cd, z_Cd.new_zeros(len(z_Cd))
+
+    device = torch.device(towers.device)
+    return encode_bag(encode, tiles.split(chunk), seed=0, device=device)[0].detach()

@@ -1,0 +1,37 @@
+"""A slide's class from its tiles' classes.
+
+Tiles vote for the class they fit best; normal tissue (class 0) has no say, and the class with most
+votes wins. Where no tile is tumour, or two classes share the most votes, all tiles vote again among
+the tumour classes only.
+
+Source: PathPT (arXiv 2508.15904), its rule for slides.
+Differs: where the second vote is tied too, which the source leaves open, the tied class with the
+    larger mean probability among tumour classes wins.
+
+Shapes: N tiles, K classes of a tile, C = K - 1 subtypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def vote(logits_NK: Tensor) -> int:
+    """The slide's subtype, 0 to C - 1 (tile class less 1)."""
+    subtypes = logits_NK.shape[1] - 1
+    votes_C = torch.bincount(logits_NK.argmax(1), minlength=subtypes + 1)[1:]
+    first = _leaders(votes_C)
+    if votes_C.any() and len(first) == 1:
+        return int(first[0])
+    tumour_NC = logits_NK[:, 1:]
+    second = _leaders(torch.bincount(tumour_NC.argmax(1), minlength=subtypes))
+    if len(second) == 1:
+        return int(second[0])
+    mean_C = tumour_NC.float().softmax(1).mean(0)
+    return int(second[mean_C[second].argmax()])
+
+
+def _leaders(votes_C: Tensor) -> Tensor:
+    """The classes with most votes."""
+    return torch.nonzero(votes_C == votes_C.max()).flatten()
