@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource, stream_chunks
-from slides.cohort import SlideRow, positive_weights, read_cohort
+from slides.cohort import SlideRow, read_cohort
 from slides.errors import CohortError, IndexFileError, SlideError
 from slides.grid import Grid
 from slides.index import TileIndex, index_path, read_index
@@ -31,6 +33,9 @@ from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag, SkippedBag
 from tapfm.config import Source, TileSettings, index_and_cache
+from tapfm.tasks import TASKS, Task, learn_task, spell_task
+
+TaskName = Literal[tuple(TASKS)]
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class SlideData(L.LightningDataModule):
         table: the cohort's CSV, TSV or Parquet file.
         slides_dir: folder that slide paths are relative to; None is the table's.
         labels: label columns to train on; None is all of them.
+        task: what they hold and what is predicted of them, by name, or by name and options:
+            multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
+            with `bins` and `loss` (hazard or cox).
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
         cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
@@ -124,6 +132,7 @@ class SlideData(L.LightningDataModule):
         table: str,
         slides_dir: str | None = None,
         labels: list[str] | None = None,
+        task: TaskName | dict[str, Any] = "multilabel",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -137,7 +146,9 @@ class SlideData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.cohort = read_cohort(Path(table), labels, Path(slides_dir) if slides_dir else None)
+        folder = Path(slides_dir) if slides_dir else None
+        self.cohort = read_cohort(Path(table), labels, folder, task=task)
+        self.asked = task
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
@@ -164,15 +175,23 @@ class SlideData(L.LightningDataModule):
             opener.cache_gb,
         )
 
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the labels."""
-        return list(self.cohort.labels)
+    @cached_property
+    def task(self) -> Task:
+        """What is predicted, with what it takes from the training split."""
+        cohort = self.cohort
+        target_NY = np.array([row.labels for row in cohort.split("train")], np.float32)
+        width = len(cohort.rows[0].labels)
+        return learn_task(self.asked, cohort.labels, cohort.classes, target_NY.reshape(-1, width))
 
     @property
-    def pos_weight(self) -> list[float]:
-        """Negatives over positives of each label, in the training split."""
-        return positive_weights(self.cohort.split("train"))
+    def label_names(self) -> list[str]:
+        """Names of the logits."""
+        return list(self.task.labels)
+
+    @property
+    def task_spec(self) -> dict[str, Any]:
+        """The task as a recipe has it."""
+        return spell_task(self.task)
 
     def prepare_data(self) -> None:
         """Index and cache what is not there yet: one process does, the others wait for it."""

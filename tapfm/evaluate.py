@@ -31,6 +31,7 @@ from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
+from tapfm.outcome_report import write_outcomes
 from tapfm.predict import (
     Prediction,
     predict_all,
@@ -38,6 +39,7 @@ from tapfm.predict import (
     write_weights,
 )
 from tapfm.report import Arm, write_results
+from tapfm.tasks.multilabel import Multilabel
 
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
@@ -71,7 +73,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
         predictions = predict_all(
             model, data.streamed(data.rows(split)), first.model.chunk, folder.name
         )
-        write_predictions(folder / f"predictions_{split}.csv", model.recipe.labels, predictions)
+        write_predictions(folder / f"predictions_{split}.csv", model.task, predictions)
         for each in predictions:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
@@ -81,7 +83,10 @@ def run_test(run: Path, split: str, overlays: int) -> int:
         draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
-    print(write_results(report, split, data.label_names, arms, skipped))
+    if isinstance(data.task, Multilabel):
+        print(write_results(report, split, data.label_names, arms, skipped))
+    else:
+        print(write_outcomes(report, split, data.task, arms, skipped))
     if found:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
         print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
@@ -118,7 +123,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
                 for part in dict.fromkeys(("train", "val", split))
             }
         parts = made[kind]
-        baseline = fit(parts["train"], parts["val"], data.label_names, seed=data.seed)
+        baseline = fit(parts["train"], parts["val"], data.task, seed=data.seed)
         print(f"{title}: {baseline.describe()}")
         predictions = []
         for bag in parts[split]:
@@ -128,7 +133,7 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
                 Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
             )
         name = title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
-        write_predictions(folder / name / f"predictions_{split}.csv", data.label_names, predictions)
+        write_predictions(folder / name / f"predictions_{split}.csv", data.task, predictions)
         arms.append(arm(title, folder / name, predictions, end_to_end=False))
     return arms
 

@@ -17,6 +17,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "backbones": {"attention", "checkpoints", "registry"},
     "aggregators": set(),
     "losses": set(),
+    "cox": set(),
+    "outcomes": {"metrics"},
     "chunked": set(),
     "rescue": {"chunked"},
     "boundary": {"backbones", "bag", "chunked"},
