@@ -20,7 +20,7 @@ from tapfm.baselines import (
     rgb_bag,
 )
 from tapfm.metrics import macro_auroc
-from tapfm.tasks import make_task
+from tapfm.tasks import learn_task, make_task
 
 TASK = make_task({"name": "multilabel"}, ["A", "B"])
 FITS = [fit_mean_pool_mlp, fit_gated_attention]
@@ -220,3 +220,29 @@ def test_rgb_bag_is_six_numbers_a_tile_whatever_the_chunks():
     assert (bag.slide_id, bag.case_id) == ("s", "c")
     whole = rgb_bag("s", "c", [tiles], y)
     torch.testing.assert_close(bag.z_TD, whole.z_TD)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("loss", ["hazard", "cox"])
+def test_times_are_learned_too(fit, loss):
+    """The first feature, of one tile in five, brings the event nearer."""
+
+    def bags(slides, seed):
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for n in range(slides):
+            z = torch.randn(17, 7, generator=generator)
+            time = float(torch.rand(1, generator=generator)) * 10
+            z[:4, 0] += 8 - time
+            y = torch.tensor([time, float(n % 3 > 0), float(n)])
+            found.append(FeatureBag(f"s{n}", f"c{n}", z, y))
+        return found
+
+    train, val = bags(40, 1), bags(20, 2)
+    spec = {"name": "survival", "time": "t", "event": "e", "loss": loss}
+    task = learn_task(spec, (), (), torch.stack([bag.y_K for bag in train]).numpy())
+    baseline = fit(train, val, task, grid=(Candidate(1e-3, 32),), schedule=Schedule(20, 20))
+    assert baseline.val_score > 0.8
+    assert "concordance 0." in baseline.describe()
+    said, _ = baseline.predict(val[0])
+    assert said.shape == (4 if loss == "hazard" else 1,)
