@@ -52,6 +52,13 @@ class SlideRow:
     """Free text, may be empty."""
     labels: tuple[float, ...]
     """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`; for other tasks their numbers."""
+    parts: tuple[SlideRow, ...] = ()
+    """The slides of a bag that is a case (`slides.cases`); its `slide_id` is then the case's."""
+
+    @property
+    def slides(self) -> tuple[SlideRow, ...]:
+        """The slides whose tiles are the bag's: itself, or its parts."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Bag:
     tiles: Tensor
     """uint8 (T, 3, S, S), augmented if the dataset augments."""
     coords0: np.ndarray
-    """int64 (T, 2), level-0 corners of these tiles."""
+    """int64 (T, 2), level-0 corners of these tiles, each in its own slide."""
     labels: Tensor
     """float32 (K,), nan where unknown."""
     turn: Turn
@@ -153,6 +153,20 @@ class BagDataset(Dataset):
             raise fault from error
 
     def _read(self, row: SlideRow, turn: Turn) -> Bag:
+        """The bag of a slide, or of a case: its slides one after the other."""
+        parts = []
+        for slide in row.slides:
+            try:
+                parts.append(self._tiles(slide, turn))
+            except Exception as error:
+                raise named_fault(error, slide.slide_id) from error
+        tiles, coords0 = zip(*parts, strict=True)
+        tiles_TCSS = torch.cat(tiles) if len(tiles) > 1 else tiles[0]
+        labels_K = torch.tensor(row.labels, dtype=torch.float32)
+        return Bag(row.slide_id, row.case_id, tiles_TCSS, np.concatenate(coords0), labels_K, turn)
+
+    def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor, np.ndarray]:
+        """The tiles of one slide that an epoch takes, and their corners."""
         source, index = self.open_slide(row)
         try:
             if not len(index.coords0):
@@ -170,8 +184,7 @@ class BagDataset(Dataset):
         if self.augment is not None:
             generator = slide_generator(self.seed, turn.epoch, row.slide_id)
             tiles_TCSS = augment(tiles_TCSS, generator, **vars(self.augment))
-        labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, tiles_TCSS, index.coords0[chosen], labels_K, turn)
+        return tiles_TCSS, index.coords0[chosen]
 
 
 class _FaultsAsItems(Dataset):

@@ -8,7 +8,7 @@ Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from slides.cache import CachedSlide
+from slides.cases import gather
 from slides.chunks import SlideSource, stream_chunks
 from slides.cohort import SlideRow, read_cohort
 from slides.errors import CohortError, IndexFileError, SlideError
@@ -75,13 +76,13 @@ class Opener:
 
 @dataclass(frozen=True)
 class CohortTiles:
-    """All tiles of a slide of a cohort, read chunk by chunk each time they are asked for."""
+    """All tiles of a slide or case, read chunk by chunk each time they are asked for."""
 
     data: SlideData
     row: SlideRow
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles in index order.
+        """Chunks of `size` tiles, slide by slide in index order; a slide's last is short.
 
         Raises:
             SkippedBag: the slide cannot be read and `on_error` is `skip`; it has been listed.
@@ -91,10 +92,11 @@ class CohortTiles:
         # The cache is quicker to read than a process is to start.
         workers = 0 if opener.cache_dir else self.data.workers
         try:
-            source, index = opener(self.row)
-            with source:
-                for _, tiles_CSS in stream_chunks(source, index, size, workers):
-                    yield tiles_CSS
+            for row in self.row.slides:
+                source, index = opener(row)
+                with source:
+                    for _, tiles_CSS in stream_chunks(source, index, size, workers):
+                        yield tiles_CSS
         except SlideError as fault:
             if self.data.on_error != "skip":
                 raise
@@ -112,6 +114,8 @@ class SlideData(L.LightningDataModule):
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
+        bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
+            slides of a patient in one bag.
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
         cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
@@ -133,6 +137,7 @@ class SlideData(L.LightningDataModule):
         slides_dir: str | None = None,
         labels: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
+        bags: Literal["slide", "case"] = "slide",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -148,7 +153,9 @@ class SlideData(L.LightningDataModule):
         super().__init__()
         folder = Path(slides_dir) if slides_dir else None
         self.cohort = read_cohort(Path(table), labels, folder, task=task)
-        self.asked = task
+        self.asked, self.bags = task, bags
+        if bags == "case":
+            gather(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
@@ -179,7 +186,8 @@ class SlideData(L.LightningDataModule):
     def task(self) -> Task:
         """What is predicted, with what it takes from the training split."""
         cohort = self.cohort
-        target_NY = np.array([row.labels for row in cohort.split("train")], np.float32)
+        rows = self.gathered(cohort.split("train"))
+        target_NY = np.array([row.labels for row in rows], np.float32)
         width = len(cohort.rows[0].labels)
         return learn_task(self.asked, cohort.labels, cohort.classes, target_NY.reshape(-1, width))
 
@@ -198,8 +206,12 @@ class SlideData(L.LightningDataModule):
         _, failed = index_and_cache(self.source)
         self.skipped.update(failed)
 
+    def gathered(self, rows: Sequence[SlideRow]) -> list[SlideRow]:
+        """A row a bag: the slides, or their cases."""
+        return gather(rows, self.cohort.labels) if self.bags == "case" else list(rows)
+
     def rows(self, split: str) -> list[SlideRow]:
-        """The slides of a split that have tiles; those without are skipped or raise, as asked."""
+        """The bags of a split; slides without tiles are skipped or raise, as asked."""
         rows = []
         for row in self.cohort.split(split):
             try:
@@ -209,7 +221,7 @@ class SlideData(L.LightningDataModule):
                 if self.on_error != "skip":
                     raise
                 self.skipped[row.slide_id] = str(fault)
-        return rows
+        return self.gathered(rows)
 
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""
@@ -253,14 +265,14 @@ class SlideData(L.LightningDataModule):
         return self.streamed(self.rows("test"))
 
     def streamed(self, rows: list[SlideRow]) -> DataLoader:
-        """Slides in the table's order, all tiles, read as the model asks for them."""
+        """Bags in the table's order, all tiles, read as the model asks for them."""
         bags = [self.bag(row) for row in rows]
         return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
 
     def bag(self, row: SlideRow) -> Bag:
-        """One slide, all tiles, not yet read."""
+        """One slide or case, all tiles, not yet read."""
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        count = len(self.opener.index(row).coords0)
+        count = sum(len(self.opener.index(slide).coords0) for slide in row.slides)
         return Bag(row.slide_id, row.case_id, CohortTiles(self, row), count, labels_K, seed=0)
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
-from tapfm.data import SlideData
+from tapfm.data import CohortTiles, SlideData
 from tapfm.features import Extraction, read_features
 from tapfm.fingerprint import adapted_fingerprint
 from tapfm.fit import CONFIG, Cli, read_config
@@ -64,6 +66,7 @@ def run_test(run: Path, split: str, overlays: int) -> int:
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device)
+    bags = {row.slide_id: row for row in data.rows(split)}
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
     found = {}
@@ -74,13 +77,14 @@ def run_test(run: Path, split: str, overlays: int) -> int:
             model, data.streamed(data.rows(split)), first.model.chunk, folder.name
         )
         write_predictions(folder / f"predictions_{split}.csv", model.task, predictions)
-        for each in predictions:
+        arms.append(arm(f"end to end, {folder.name}", folder, predictions, end_to_end=True))
+        slides = slide_by_slide(data, bags, predictions)
+        for each in slides:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-        arms.append(arm(f"end to end, {folder.name}", folder, predictions, end_to_end=True))
-        if each_slide := tile_auroc(data, predictions, truth):
+        if each_slide := tile_auroc(data, slides, truth):
             found[folder.name] = float(np.mean(list(each_slide.values())))
-        draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
+        draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
     if isinstance(data.task, Multilabel):
@@ -103,13 +107,15 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
     features = folder / opener.grid.tag / f"features_{name}"
-    rows = {row.slide_id: row for row in data.cohort.rows}
 
     def frozen(bag: Bag) -> FeatureBag:
-        path, index = features / f"{bag.slide_id}.h5", opener.index(rows[bag.slide_id])
-        if extraction.fault(path, index):
-            extraction.write(path, bag.tiles, index, opener.tissue)
-        return FeatureBag(bag.slide_id, bag.case_id, read_features(path), bag.labels_K)
+        z_TD = []
+        for row in bag.tiles.row.slides:
+            path, index = features / f"{row.slide_id}.h5", opener.index(row)
+            if extraction.fault(path, index):
+                extraction.write(path, CohortTiles(data, row), index, opener.tissue)
+            z_TD.append(read_features(path))
+        return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
     def rgb(bag: Bag) -> FeatureBag:
         return rgb_bag(bag.slide_id, bag.case_id, bag.tiles.split(chunk), bag.labels_K)
@@ -147,6 +153,21 @@ def feature_bags(
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags
+
+
+def slide_by_slide(
+    data: SlideData, bags: dict[str, SlideRow], predictions: list[Prediction]
+) -> list[Prediction]:
+    """Each slide's own tile weights; those of a case sum to 1 over all its slides."""
+    found = []
+    for each in predictions:
+        slides, done = bags[each.slide_id].slides, 0
+        for row in slides:
+            count = len(data.opener.index(row).coords0)
+            weights_T = each.weights_T[done : done + count]
+            found.append(replace(each, slide_id=row.slide_id, weights_T=weights_T))
+            done += count
+    return found
 
 
 def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:
