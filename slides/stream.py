@@ -174,15 +174,14 @@ class BagDataset(Dataset):
                     f"{row.slide_id}: its index has no tile. Loosen the tissue thresholds and "
                     "index it again, or leave it out."
                 )
-            chosen = sample_tiles(
-                len(index.coords0), self.budget, self.seed, turn.epoch, row.slide_id
-            )
+            drawn_as = f"{row.slide_id}#{turn.visit}" if turn.visit else row.slide_id
+            chosen = sample_tiles(len(index.coords0), self.budget, self.seed, turn.epoch, drawn_as)
             tiles_TCSS = read_tiles(source, index, chosen)
         finally:
             if close := getattr(source, "close", None):
                 close()  # a cohort's worth of open files and decoder caches would add up
         if self.augment is not None:
-            generator = slide_generator(self.seed, turn.epoch, row.slide_id)
+            generator = slide_generator(self.seed, turn.epoch, drawn_as)
             tiles_TCSS = augment(tiles_TCSS, generator, **vars(self.augment))
         return tiles_TCSS, index.coords0[chosen]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from slides.balance import balanced_order
 from slides.cache import CachedSlide
 from slides.cases import gather
 from slides.chunks import SlideSource, stream_chunks
@@ -114,6 +115,8 @@ class SlideData(L.LightningDataModule):
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
+        sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
+            with equal chances (`slides.balance`), and the loss does not weigh classes then.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
             slides of a patient in one bag.
         index_dir: where `tapfm index` wrote the tiles.
@@ -138,6 +141,7 @@ class SlideData(L.LightningDataModule):
         labels: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
+        sampler: Literal["shuffled", "balanced"] = "shuffled",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -153,7 +157,7 @@ class SlideData(L.LightningDataModule):
         super().__init__()
         folder = Path(slides_dir) if slides_dir else None
         self.cohort = read_cohort(Path(table), labels, folder, task=task)
-        self.asked, self.bags = task, bags
+        self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
         if bags == "case":
             gather(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
@@ -186,10 +190,9 @@ class SlideData(L.LightningDataModule):
     def task(self) -> Task:
         """What is predicted, with what it takes from the training split."""
         cohort = self.cohort
-        rows = self.gathered(cohort.split("train"))
-        target_NY = np.array([row.labels for row in rows], np.float32)
-        width = len(cohort.rows[0].labels)
-        return learn_task(self.asked, cohort.labels, cohort.classes, target_NY.reshape(-1, width))
+        target_NY = targets(self.gathered(cohort.split("train")), len(cohort.rows[0].labels))
+        task = learn_task(self.asked, cohort.labels, cohort.classes, target_NY)
+        return task.unweighted() if self.balanced else task
 
     @property
     def label_names(self) -> list[str]:
@@ -228,7 +231,11 @@ class SlideData(L.LightningDataModule):
         rows = self.rows("train")
         if not rows:
             raise ValueError("the train split has no slide that can be read; see the ledger")
-        self.sampler = SlideSampler(len(rows), self.seed, *self.place)
+        order = None
+        if self.balanced:
+            families = self.task.strata(targets(rows, self.task.width))
+            order = balanced_order(rows, families, self.seed)
+        self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
         bags = BagDataset(
             rows,
             self.opener,
@@ -301,6 +308,11 @@ class SlideData(L.LightningDataModule):
     def trained(self, turn: Turn) -> None:
         """A slide's step is done: resuming begins after it."""
         self.sampler.trained(turn)
+
+
+def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
+    """What is known of each bag, (N, Y)."""
+    return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
 
 
 def _as_it_is(item):

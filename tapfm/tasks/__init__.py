@@ -70,6 +70,12 @@ class Task(Protocol):
     def spell(self, target_Y: np.ndarray) -> list[str]:
         """A target as the table has it, blank where unknown."""
 
+    def unweighted(self) -> Task:
+        """The same, with a loss that takes every slide as it comes."""
+
+    def strata(self, target_NY: np.ndarray) -> list[tuple[float, list[np.ndarray]]]:
+        """Families of groups of slides to be drawn evenly from, see `slides.balance`."""
+
     def measure(
         self, target_NY: np.ndarray, said_NP: np.ndarray, times_BN: np.ndarray
     ) -> dict[str, dict[str, np.ndarray]]:

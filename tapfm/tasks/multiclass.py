@@ -5,7 +5,7 @@ Shapes: N slides, K classes, B draws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -69,6 +69,14 @@ class Multiclass:
     def spell(self, target_Y):
         """Name of the class, or blank."""
         return ["" if np.isnan(target_Y[0]) else self.labels[int(target_Y[0])]]
+
+    def unweighted(self):
+        """All classes count the same."""
+        return replace(self, weight=(1.0,) * len(self.labels))
+
+    def strata(self, target_NY):
+        """The classes."""
+        return [(1.0, [np.flatnonzero(target_NY[:, 0] == k) for k in range(len(self.labels))])]
 
     def measure(self, target_NY, said_NP, times_BN):
         """AUROC of each class, their mean, and how often the likeliest class is right."""

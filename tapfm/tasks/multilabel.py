@@ -6,7 +6,7 @@ Shapes: N slides, K labels, B draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -59,6 +59,17 @@ class Multilabel:
     def spell(self, target_Y):
         """1, 0 or blank."""
         return ["" if np.isnan(value) else str(int(value)) for value in target_Y]
+
+    def unweighted(self):
+        """Positives count as negatives do."""
+        return replace(self, pos_weight=())
+
+    def strata(self, target_NY):
+        """Positives and negatives of each label; the chance of a label falls with its positives."""
+        return [
+            (max((y_N == 1).sum(), 1) ** -0.5, [np.flatnonzero(y_N == side) for side in (1, 0)])
+            for y_N in target_NY.T
+        ]
 
     def measure(self, target_NY, said_NP, times_BN):
         """AUROC of each label, and their mean."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tapfm.losses import MaskedMSE
 from tapfm.outcomes import mean_of_defined, pearson, r2, spearman
 
+QUARTERS = 4
 FIGURES = {"r2": r2, "pearson": pearson, "spearman": spearman}
 
 
@@ -74,6 +75,19 @@ class Regression:
     def spell(self, target_Y):
         """The number, or blank."""
         return ["" if np.isnan(value) else f"{value:.7g}" for value in target_Y]
+
+    def unweighted(self):
+        """Nothing is weighted."""
+        return self
+
+    def strata(self, target_NY):
+        """The quarters of each target."""
+        families = []
+        for y_N in target_NY.T:
+            known = np.flatnonzero(~np.isnan(y_N))
+            rising = known[np.argsort(y_N[known], kind="stable")]
+            families.append((1.0, np.array_split(rising, QUARTERS)))
+        return families
 
     def measure(self, target_NY, said_NP, times_BN):
         """R², Pearson's and Spearman's correlation of each target, and their means."""

@@ -105,6 +105,14 @@ class Survival:
         time, event = target_Y[:2]
         return ["", ""] if np.isnan(time) else [f"{time:.7g}", str(int(event))]
 
+    def unweighted(self):
+        """Nothing is weighted."""
+        return self
+
+    def strata(self, target_NY):
+        """Events, and cases last seen without one."""
+        return [(1.0, [np.flatnonzero(target_NY[:, 1] == side) for side in (1, 0)])]
+
     def measure(self, target_NY, said_NP, times_BN):
         """Harrell's C, and AUROC at the training split's median event time."""
         time_N, event_N, risk_N = target_NY[:, 0], target_NY[:, 1], said_NP[:, 0]
