@@ -67,11 +67,8 @@ def _tree(rows: Sequence[SlideRow], group: Sequence[int]) -> list[list[list[int]
 
 
 def _draw(trees: list, ends: np.ndarray, places: int, seed: int, epoch: int) -> np.ndarray:
-    bits = (
-        np.random.PCG64(stable_seed("balanced", seed, int(epoch)))
-        .random_raw(places * LEVELS)
-        .reshape(places, LEVELS)
-    )
+    seed = stable_seed("balanced", seed, int(epoch))
+    bits = np.random.PCG64(seed).random_raw(places * LEVELS).reshape(places, LEVELS)
     order = []
     for first, *others in (bits >> np.uint64(11)) * 2.0**-53:  # in [0, 1)
         _, branch = trees[min(int(np.searchsorted(ends, first, side="right")), len(trees) - 1)]

@@ -128,8 +128,14 @@ class Baseline:
     @torch.no_grad()
     def predict(self, bag: FeatureBag) -> tuple[Tensor, Tensor | None]:
         """What the task says (P,), and tile weights (T,) if the model has any."""
+        logits_K, weights_T = self.logits(bag)
+        return self.task.predict(logits_K), weights_T
+
+    @torch.no_grad()
+    def logits(self, bag: FeatureBag) -> tuple[Tensor, Tensor | None]:
+        """Logits (K,), and tile weights (T,) if the model has any."""
         logits_NK, weights = self.model([(bag.z_TD - self.mean_D) / self.std_D])
-        return self.task.predict(logits_NK[0]), weights[0]
+        return logits_NK[0], weights[0]
 
     def describe(self) -> str:
         """One line for the log."""

@@ -119,6 +119,8 @@ class SlideData(L.LightningDataModule):
             with equal chances (`slides.balance`), and the loss does not weigh classes then.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
             slides of a patient in one bag.
+        pool: what `tapfm test` takes for a case where bags are slides: `mean` or `max` of its
+            slides' logits; `union` leaves bags as they are.
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
         cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
@@ -141,6 +143,7 @@ class SlideData(L.LightningDataModule):
         labels: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
+        pool: Literal["union", "mean", "max"] = "union",
         sampler: Literal["shuffled", "balanced"] = "shuffled",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
@@ -158,7 +161,13 @@ class SlideData(L.LightningDataModule):
         folder = Path(slides_dir) if slides_dir else None
         self.cohort = read_cohort(Path(table), labels, folder, task=task)
         self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
-        if bags == "case":
+        self.pool = pool
+        if bags == "case" and pool != "union":
+            raise CohortError(
+                f"data.pool {pool} is of slides, and data.bags: case has one bag a case already. "
+                "Leave one of them out."
+            )
+        if bags == "case" or pool != "union":
             gather(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
@@ -36,6 +37,7 @@ from tapfm.model import CheckpointError
 from tapfm.outcome_report import write_outcomes
 from tapfm.predict import (
     Prediction,
+    pool_cases,
     predict_all,
     write_predictions,
     write_weights,
@@ -76,9 +78,10 @@ def run_test(run: Path, split: str, overlays: int) -> int:
         predictions = predict_all(
             model, data.streamed(data.rows(split)), first.model.chunk, folder.name
         )
+        slides = slide_by_slide(data, bags, predictions)
+        predictions = by_case(data, split, predictions)
         write_predictions(folder / f"predictions_{split}.csv", model.task, predictions)
         arms.append(arm(f"end to end, {folder.name}", folder, predictions, end_to_end=True))
-        slides = slide_by_slide(data, bags, predictions)
         for each in slides:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
@@ -133,11 +136,13 @@ def frozen_arms(cli: Cli, folder: Path, split: str, device: str) -> list[Arm]:
         print(f"{title}: {baseline.describe()}")
         predictions = []
         for bag in parts[split]:
-            probs_K, weights_T = baseline.predict(bag)
-            weights = np.empty(0) if weights_T is None else np.asarray(weights_T)
+            logits_K, weights_T = baseline.logits(bag)
+            weights = np.empty(0) if weights_T is None else weights_T.numpy()
+            said, known = baseline.task.predict(logits_K).numpy(), bag.y_K.numpy()
             predictions.append(
-                Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
+                Prediction(bag.slide_id, bag.case_id, known, said, weights, logits_K.numpy())
             )
+        predictions = by_case(data, split, predictions)
         name = title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
         write_predictions(folder / name / f"predictions_{split}.csv", data.task, predictions)
         arms.append(arm(title, folder / name, predictions, end_to_end=False))
@@ -168,6 +173,14 @@ def slide_by_slide(
             found.append(replace(each, slide_id=row.slide_id, weights_T=weights_T))
             done += count
     return found
+
+
+def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
+    """Slides' logits pooled over their cases, where `data.pool` says so."""
+    if data.pool == "union":
+        return predictions
+    cases = gather(data.cohort.split(split), data.cohort.labels)
+    return pool_cases(predictions, data.task, data.pool, cases)
 
 
 def arm(title: str, folder: Path, predictions: list[Prediction], *, end_to_end: bool) -> Arm:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Prediction:
     """What the task says: one sigmoid a label, or as many numbers as `Task.said` names."""
     weights_T: np.ndarray
     """Tile weights, summing to 1."""
+    logits_K: np.ndarray | None = None
+    """What `probs_K` was made of, for `pool_cases`."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
@@ -60,6 +63,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         bag.labels_K.numpy(),
         model.task.predict(logits_K).cpu().numpy(),
         weights_T.cpu().numpy(),
+        logits_K.cpu().numpy(),
     )
 
 
@@ -74,6 +78,35 @@ def predict_all(
                 predictions.append(predict_bag(model, bag, chunk))
             bar.update(bag.count)
     return predictions
+
+
+def pool_cases(
+    predictions: Sequence[Prediction], task: Task, pool: str, cases: Sequence[SlideRow]
+) -> list[Prediction]:
+    """A prediction a case, from the mean or the largest of its slides' logits.
+
+    Args:
+        predictions: of slides.
+        task: says what the pooled logits mean.
+        pool: `mean` or `max`.
+        cases: rows of `slides.cases.gather`, for what is known of each; a case of which no slide
+            was predicted is left out.
+    """
+    logits = defaultdict(list)
+    for each in predictions:
+        logits[each.case_id].append(torch.as_tensor(each.logits_K))
+    pooled = []
+    for case in cases:
+        if each := logits.get(case.case_id):
+            slides_SK = torch.stack(each)
+            pooled_K = slides_SK.mean(0) if pool == "mean" else slides_SK.amax(0)
+            known_K = np.array(case.labels, np.float32)
+            said = task.predict(pooled_K).numpy()
+            none = np.empty(0)  # a case has no weights of its own
+            pooled.append(
+                Prediction(case.case_id, case.case_id, known_K, said, none, pooled_K.numpy())
+            )
+    return pooled
 
 
 def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction]) -> None:

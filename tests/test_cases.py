@@ -13,10 +13,13 @@ from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import CohortError
 from slides.stream import Augment, BagDataset
+from tapfm import model as models
 from tapfm.aggregators import make_aggregator
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.cli import main
 from tapfm.fit import read_config
+from tapfm.predict import Prediction, pool_cases
+from tapfm.tasks import make_task
 
 NAN = float("nan")
 
@@ -131,3 +134,42 @@ def test_from_fit_to_test_a_row_is_a_case(paired):
     assert 0.01 < sums["s10"] < 0.99
     assert sums["s12"] == pytest.approx(1, abs=1e-5)
     assert len(list((runs / "union" / "overlays_test").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_logits_of_slides_pooled(pool):
+    task = make_task({"name": "multilabel"}, ["A", "B"])
+    logits = {"a": [1.0, -2.0], "b": [0.0, 0.0], "d": [3.0, -4.0]}
+    rows = [row("a", "c1", 1.0, NAN), row("b", "c2", 0.0, 0.0), row("d", "c1", 1.0, 1.0)]
+    slides = [
+        Prediction(each.slide_id, each.case_id, np.array(each.labels), np.zeros(2), np.ones(3),
+                   np.array(logits[each.slide_id]))
+        for each in rows
+    ]  # fmt: skip
+    first, second = pool_cases(slides, task, pool, gather(rows, ["A", "B"]))
+    expected = np.array([2.0, -3.0] if pool == "mean" else [3.0, -2.0])
+    np.testing.assert_allclose(first.probs_K, 1 / (1 + np.exp(-expected)))
+    assert (first.slide_id, first.labels_K.tolist()) == ("c1", [1, 1])
+    np.testing.assert_allclose(second.probs_K, 0.5)
+
+
+def test_bags_of_cases_have_nothing_left_to_pool(paired, capsys):
+    assert main(["fit", "--config", str(paired), "--data.pool", "max"]) == 2
+    assert "data.pool max is of slides" in capsys.readouterr().err
+
+
+def test_slides_are_trained_and_cases_tested(paired):
+    """Each row of the table is the mean of the logits of its slides."""
+    runs = paired.parent / "pooled"
+    how = ["--run_dir", str(runs), "--data.bags", "slide", "--data.pool", "mean"]
+    fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1", "--name", "slides"]
+    assert main([*fit, *how]) == 0
+    assert main(["test", "--run", str(runs), "--overlays", "0"]) == 0
+    table = pd.read_csv(runs / "slides" / "predictions_test.csv")
+    assert table["slide_id"].tolist() == ["c10", "c12", "c13"]
+    assert len(list((runs / "slides" / "weights_test").glob("*.h5"))) == 4
+    model = models.load(runs / "slides" / "best.safetensors")
+    data = read_config(["--config", str(runs / "slides" / "config.yaml")]).datamodule
+    two = [model(data.bag(each).tiles, 16)[0].item() for each in data.cohort.split("test")[:2]]
+    expected = 1 / (1 + np.exp(-np.mean(two)))
+    assert table["p_KRAS"][0] == pytest.approx(expected, abs=2e-6)

@@ -100,6 +100,7 @@ def predict(folder, run):
 
 def test_classes(painted):
     arms, run_dir = run(painted, "classes", "multiclass", ["grade"])
+    assert main(["index", "--config", str(painted / "classes.yaml")]) == 0
     assert len(arms) == 4
     ours = arms["end to end, run"]["figures"]["macro"]
     assert ours["auroc"]["value"] > 0.85
