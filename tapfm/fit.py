@@ -114,7 +114,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         print(
             f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
             f"at {module.encoder_lr:g}; "
-            f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
+            f"aggregator {recipe.aggregator}; predicts {', '.join(module.task.truth)}; "
             f"chunks of {module.chunk} tiles in {recipe.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]

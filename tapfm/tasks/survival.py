@@ -64,11 +64,11 @@ class Survival:
         if loss == "cox":
             return cls(("log_relative_hazard",), time, event, (), horizon, loss)
         edges = np.quantile(seen, np.arange(1, bins) / bins)
-        if len(np.unique(edges)) < bins - 1 or edges[0] <= 0:
+        filled = len(np.unique(np.searchsorted(edges, seen, side="right")))
+        if filled < bins:
             raise ValueError(
-                f"{len(seen)} events of the training split fall on too few different times for "
-                f"{bins} bins (their edges would be {', '.join(f'{x:g}' for x in edges)}). Ask "
-                "for fewer bins, or for loss: cox"
+                f"the training split's {len(seen)} events fall into {filled} of {bins} bins, and a "
+                "bin without an event teaches nothing. Ask for fewer bins, or for loss: cox"
             )
         labels = tuple(f"hazard_{number + 1}" for number in range(bins))
         return cls(labels, time, event, tuple(float(x) for x in edges), horizon, loss)
