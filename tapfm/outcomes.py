@@ -33,6 +33,7 @@ import numpy as np
 from tapfm.metrics import Interval
 
 LEVEL = 0.95
+FLAT = 1e-24  # of the sum of squares: what rounding leaves of a spread that is none
 BLOCK = 2_000_000  # numbers of a block of pairs of slides: 16 MB
 
 
@@ -60,9 +61,8 @@ def one_against_rest(is_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) ->
 def r2(y_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
     """1 - squared error / squared distance from the mean of the draw, (B,)."""
     y_N, said_N, times_BN = _known(y_N, said_N, times_BN)
-    away_BN = y_N - _ratio(times_BN @ y_N, times_BN.sum(1))[:, None]
-    left_B = times_BN @ np.square(y_N - said_N)
-    return 1 - _ratio(left_B, (times_BN * np.square(away_BN)).sum(1))
+    _, spread_B = _centred(np.broadcast_to(y_N, times_BN.shape), times_BN)
+    return 1 - _ratio(times_BN @ np.square(y_N - said_N), spread_B)
 
 
 def pearson(y_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
@@ -164,14 +164,15 @@ def _midranks(x_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
 
 
 def _correlation(x_BN: np.ndarray, y_BN: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    total_B = times_BN.sum(1)
-    x_BN, y_BN = (
-        each - _ratio((times_BN * each).sum(1), total_B)[:, None] for each in (x_BN, y_BN)
-    )
-    both_B, x_B, y_B = (
-        (times_BN * product).sum(1) for product in (x_BN * y_BN, x_BN * x_BN, y_BN * y_BN)
-    )
-    return _ratio(both_B, np.sqrt(x_B * y_B))
+    (x_BN, x_B), (y_BN, y_B) = _centred(x_BN, times_BN), _centred(y_BN, times_BN)
+    return _ratio((times_BN * x_BN * y_BN).sum(1), np.sqrt(x_B * y_B))
+
+
+def _centred(x_BN: np.ndarray, times_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances from each draw's mean, and the sum of their squares: 0 where nothing varies."""
+    away_BN = x_BN - _ratio((times_BN * x_BN).sum(1), times_BN.sum(1))[:, None]
+    spread_B, size_B = ((times_BN * np.square(each)).sum(1) for each in (away_BN, x_BN))
+    return away_BN, np.where(spread_B > FLAT * size_B, spread_B, 0)
 
 
 def _uncensored(time_N: np.ndarray, event_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
