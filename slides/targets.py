@@ -210,7 +210,7 @@ class Times:
 
     def read(self, cells, splits):
         """See `Columns`. The third number is the row's own, by which a bank of risks knows it."""
-        times, events = ({}, {})
+        times, events = {}, {}
         faults = []
         for row, text in cells.known(0).items():
             times[row] = _finite(text)
