@@ -196,7 +196,7 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
     data: SlideData = settings.datamodule
     chunk, model = settings.model.chunk, models.load(folder / BEST)
     predictions = predict_all(model, data.streamed(data.rows("test")), chunk, name)
-    write_predictions(folder / PREDICTIONS, data.label_names, predictions)
+    write_predictions(folder / PREDICTIONS, data.task, predictions)
     labels, arm = read_arm(name, folder / PREDICTIONS, end_to_end=True)
     tiles = data.streamed(data.rows("val")[:1])
     bag = next(iter(tiles))

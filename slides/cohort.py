@@ -4,10 +4,11 @@
     mpp, stain, site                        optional
     every other column                      a label, unless the labels are named
 
-A label is 1, 0 or unknown. A blank cell or NA is *unknown*: it becomes nan, is masked in the loss
-and the metrics, and is never counted as 0. A table is read whole and every fault in it is reported
-in one `CohortError`, each with its row (as a spreadsheet numbers them: the header is row 1) and its
-remedy, so that one round of mending is enough.
+A label is 1, 0 or unknown, or what else the task takes (`slides.targets`). A blank cell or NA is
+*unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0. A table
+is read whole and every fault in it is reported in one `CohortError`, each with its row (as a
+spreadsheet numbers them: the header is row 1) and its remedy, so that one round of mending is
+enough.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from slides.errors import CohortError, all_faults
+from slides.errors import CohortError, all_faults, some_rows
 from slides.grid import MPP_RANGE
+from slides.targets import UNKNOWN, Cells, make_columns
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("case_id", "slide_id", "slide_path", "split")
 OPTIONAL = ("mpp", "stain", "site")
-UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
-KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-LISTED = 8  # rows or values spelled out in one line of the report before "and n more"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,14 @@ class SlideRow:
     site: str
     """Free text, may be empty."""
     labels: tuple[float, ...]
-    """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`."""
+    """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`; for other tasks their numbers."""
+    parts: tuple[SlideRow, ...] = ()
+    """The slides of a bag that is a case (`slides.cases`); its `slide_id` is then the case's."""
+
+    @property
+    def slides(self) -> tuple[SlideRow, ...]:
+        """The slides whose tiles are the bag's: itself, or its parts."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ class Cohort:
     """A table that was read and found sound."""
 
     labels: tuple[str, ...]
-    """Names of the labels."""
+    """Names of the label columns."""
     rows: tuple[SlideRow, ...]
     """The slides, in the table's order."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes that a multi-class label counts, in order."""
 
     def split(self, name: str) -> tuple[SlideRow, ...]:
         """The slides of one split, in the table's order; may be empty."""
@@ -84,7 +93,8 @@ class Cohort:
             + [None if math.isnan(value) else value for value in r.labels]
             for r in self.rows
         ]
-        text = json.dumps([self.labels, rows], ensure_ascii=True, separators=(",", ":"))
+        names = [self.labels, self.classes] if self.classes else self.labels
+        text = json.dumps([names, rows], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -93,6 +103,7 @@ def read_cohort(
     labels: Sequence[str] | None = None,
     slides_dir: Path | None = None,
     both_classes: Collection[str] = SPLITS,
+    task: str | Mapping[str, Any] = "multilabel",
 ) -> Cohort:
     """Read a CSV, TSV or Parquet table and refuse it if anything in it is wrong.
 
@@ -101,24 +112,27 @@ def read_cohort(
         labels: the label columns, in this order; None takes every column that is not one of the
             seven named above.
         slides_dir: where relative slide paths start; None is the table's own folder.
-        both_classes: splits in which each label must have a known 0 and a known 1, if the split
-            has any slide at all. Give () for a table that is only predicted on.
+        both_classes: splits in which each label must have a known 0 and a known 1 (or what else
+            the task needs), if the split has any slide at all. Give () for a table that is only
+            predicted on.
+        task: what the label columns hold, by name, or by name and options: `slides.targets`.
 
     Raises:
         CohortError: all the faults of the table.
     """
     table = Path(table)
     header, records = read_table(table)
+    columns = make_columns(task)
+    free = [name for name in header if name and name not in REQUIRED + OPTIONAL]
+    labels = columns.choose(labels, free)
     faults = _header_faults(header, labels)
-    if labels is None:
-        labels = [name for name in header if name and name not in REQUIRED + OPTIONAL]
-    present = [name for name in labels if name in header]
 
     base = Path(slides_dir) if slides_dir is not None else table.parent
     if not records:
         faults.append("there is no row below the header: add a row for each slide")
     rows: dict[int, SlideRow] = {}
-    bad_labels: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    texts: dict[int, list[str]] = {}
+    present = [name for name in labels if name in header]
     for number, cells in records:
         if len(cells) != len(header):
             faults.append(
@@ -127,35 +141,18 @@ def read_cohort(
             )
             continue
         record = dict(zip(header, cells, strict=True))
-        rows[number] = _row(number, record, base, present, faults, bad_labels)
+        rows[number] = _row(number, record, base, faults)
+        texts[number] = [record[name] for name in present]
 
-    faults += _label_faults(bad_labels, len(records))
-    faults += _duplicates(rows, header)
-    faults += _cases_in_two_splits(rows)
-    sound = [name for name in present if name not in bad_labels]
-    faults += _one_class(rows.values(), present, sound, both_classes)
+    splits = {number: row.split for number, row in rows.items()}
+    faults += _duplicates(rows, header) + _cases_in_two_splits(rows)
+    if len(present) == len(labels) or columns.apart:
+        values = columns.read(Cells(present, texts, splits), both_classes)
+        faults += values.faults
     if faults:
         raise CohortError(all_faults(table, faults))
-    return Cohort(tuple(labels), tuple(rows.values()))
-
-
-def positive_weights(rows: Iterable[SlideRow]) -> list[float]:
-    """Negatives per positive of each label, on known labels. Give it the training split only.
-
-    Raises:
-        CohortError: a label has no known positive or no known negative among these slides.
-    """
-    weights = []
-    for index, values in enumerate(zip(*(row.labels for row in rows), strict=True), start=1):
-        positives, negatives = values.count(1.0), values.count(0.0)
-        if not positives or not negatives:
-            raise CohortError(
-                f"label {index} of the cohort has {positives} known positive and {negatives} known "
-                "negative training slides, and its loss cannot be weighted: training needs both. "
-                "Leave the label out, or add slides."
-            )
-        weights.append(negatives / positives)
-    return weights
+    each = (replace(row, labels=values.rows[number]) for number, row in rows.items())
+    return Cohort(tuple(labels), tuple(each), values.classes)
 
 
 def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -230,8 +227,8 @@ def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]
     return faults
 
 
-def _row(number, record, base, labels, faults, bad_labels) -> SlideRow:
-    """One row; what is wrong with it is added to `faults` and `bad_labels`."""
+def _row(number, record, base, faults) -> SlideRow:
+    """One row but for its labels; what is wrong with it is added to `faults`."""
     for name in REQUIRED:
         if record.get(name, "-") == "":
             faults.append(f"row {number}: {name} is blank: fill it in, or remove the row")
@@ -262,13 +259,6 @@ def _row(number, record, base, labels, faults, bad_labels) -> SlideRow:
                 f"and {MPP_RANGE[1]:g}, or leave it blank to take it from the slide"
             )
 
-    values = []
-    for name in labels:
-        text = record[name]
-        unknown = text.lower() in UNKNOWN
-        if not unknown and text not in KNOWN:
-            bad_labels[name].append((number, text))
-        values.append(math.nan if unknown else KNOWN.get(text, math.nan))
     return SlideRow(
         record.get("case_id", ""),
         slide_id,
@@ -277,7 +267,7 @@ def _row(number, record, base, labels, faults, bad_labels) -> SlideRow:
         mpp,
         record.get("stain", ""),
         record.get("site", ""),
-        tuple(values),
+        (),
     )
 
 
@@ -286,26 +276,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _label_faults(bad_labels: dict[str, list[tuple[int, str]]], rows: int) -> list[str]:
-    """One line a cell, but one line a column where most cells are wrong: it is no label then."""
-    faults = []
-    for name, cells in bad_labels.items():
-        if len(cells) > LISTED and 2 * len(cells) > rows:
-            values = list(dict.fromkeys(repr(value) for _, value in cells))
-            faults.append(
-                f"column {name!r}: {len(cells)} of {rows} rows are neither 0, 1 nor unknown (they "
-                f"say {_some(values)}; {_rows([n for n, _ in cells])}): if it is no label, "
-                "name the labels you want; if it is one, write 1, 0 or leave the cell blank"
-            )
-            continue
-        for number, value in cells:
-            faults.append(
-                f"row {number}: label {name!r} is {value!r}: write 1, 0, or leave it blank if it "
-                "is unknown"
-            )
-    return faults
 
 
 def _duplicates(rows: dict[int, SlideRow], header: list[str]) -> list[str]:
@@ -322,7 +292,7 @@ def _duplicates(rows: dict[int, SlideRow], header: list[str]) -> list[str]:
         for value, where in numbers.items():
             if len(where) > 1:
                 faults.append(
-                    f"{_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
+                    f"{some_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
                 )
     return faults
 
@@ -334,38 +304,8 @@ def _cases_in_two_splits(rows: dict[int, SlideRow]) -> list[str]:
             cases[row.case_id][row.split].append(number)
     return [
         f"case {case} is in "
-        + " and ".join(f"{split} ({_rows(where)})" for split, where in splits.items())
+        + " and ".join(f"{split} ({some_rows(where)})" for split, where in splits.items())
         + ": put all slides of a case in one split"
         for case, splits in cases.items()
         if len(splits) > 1
     ]
-
-
-def _one_class(rows, labels: list[str], sound: list[str], splits: Collection[str]) -> list[str]:
-    faults = []
-    rows = list(rows)
-    for split in splits:
-        members = [row for row in rows if row.split == split]
-        for index, name in enumerate(labels):
-            values = [row.labels[index] for row in members]
-            positives, negatives = values.count(1.0), values.count(0.0)
-            if members and name in sound and not (positives and negatives):
-                lacking = " or ".join(
-                    word for word, n in (("1", positives), ("0", negatives)) if not n
-                )
-                faults.append(
-                    f"label {name!r} in split {split}: {positives} slides are 1, {negatives} are 0,"
-                    f" {len(values) - positives - negatives} unknown: no {lacking}, and the split "
-                    "needs both: move cases between splits, or leave the label out"
-                )
-    return faults
-
-
-def _rows(numbers: list[int]) -> str:
-    return ("row " if len(numbers) == 1 else "rows ") + _some(numbers)
-
-
-def _some(values: list) -> str:
-    """The first few, and how many more: 2, 3, 5 and 40 more."""
-    head = ", ".join(str(value) for value in values[:LISTED])
-    return head + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")

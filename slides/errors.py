@@ -66,6 +66,20 @@ class SplitError(ValueError):
     """A split cannot be made, or one that was read leaks or does not fit the cohort."""
 
 
+LISTED = 8  # rows or values spelled out in one line before "and n more"
+
+
+def some(values: list) -> str:
+    """The first few, and how many more: 2, 3, 5 and 40 more."""
+    head = ", ".join(str(value) for value in values[:LISTED])
+    return head + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")
+
+
+def some_rows(numbers: list[int]) -> str:
+    """Rows of a table."""
+    return ("row " if len(numbers) == 1 else "rows ") + some(numbers)
+
+
 def all_faults(where: object, faults: list[str]) -> str:
     """The message of an error that lists everything: how many faults, then each on its line."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"

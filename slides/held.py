@@ -1,4 +1,4 @@
-"""The tiles of one slide, in chunks, as often as asked: the first of them held, the rest read.
+"""The tiles of a slide, in chunks, as often as asked: the first of them held, the rest read.
 
 Training goes over a slide twice and must see the same pixels. A slide that fits is in host memory;
 one that does not is held as far as the budget goes and read again beyond, which costs time and
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from slides.chunks import SlideSource, stream_chunks
@@ -85,6 +86,36 @@ class SlideTiles:
             if self.on_fault:
                 self.on_fault(fault)
             raise
+
+    def pin_memory(self) -> SlideTiles:
+        """What is held, page-locked."""
+        self.held = None if self.held is None else self.held.pin_memory()
+        return self
+
+
+class JoinedTiles:
+    """The tiles of several slides, one slide after the other."""
+
+    def __init__(self, parts: Sequence[Tensor | SlideTiles]):
+        self.parts = tuple(parts)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Chunks of `size` tiles; the last of each slide may be short. See `SlideTiles`."""
+        for part in self.parts:
+            yield from part.split(size)
+
+    def pin_memory(self) -> JoinedTiles:
+        """What is held, page-locked."""
+        return JoinedTiles([part.pin_memory() for part in self.parts])
+
+
+def joined(parts: Sequence[Tensor | SlideTiles]) -> Tensor | SlideTiles | JoinedTiles:
+    """The tiles of several slides as those of one; in one piece where all of them are held."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat(list(parts))
+    return JoinedTiles(parts)
 
 
 def tiles_to_hold(budget: int, size: int, slides: int) -> int:

@@ -12,7 +12,9 @@ so with `SlideSampler.trained`, and resuming starts there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +30,8 @@ class Turn(NamedTuple):
     """Place in the epoch's order, from 0."""
     slide: int
     """Number of the slide in the cohort's split."""
+    visit: int = 0
+    """How often this epoch's order had the slide before: other tiles are drawn each time."""
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -99,8 +103,17 @@ class SlideSampler:
     `set_epoch` itself.
     """
 
-    def __init__(self, n: int, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        n: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        order: Callable[[int], np.ndarray] | None = None,
+    ):
+        """`order` gives the n slides of an epoch, a pure function; None is `epoch_order`."""
         self.n, self.seed, self.rank, self.world = n, seed, rank, world
+        self.order = order or partial(epoch_order, n, seed)
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -113,9 +126,13 @@ class SlideSampler:
 
     def __iter__(self) -> Iterator[Turn]:
         epoch, start = self.epoch, self.start
-        order = epoch_order(self.n, self.seed, epoch)
+        order, visits, had = self.order(epoch), [], Counter()
+        for slide in order:
+            visits.append(had[slide])
+            had[slide] += 1
         for position in range(start + self.rank, self.turns, self.world):
-            yield Turn(epoch, position, int(order[position % self.n]))
+            place = position % self.n
+            yield Turn(epoch, position, int(order[place]), visits[place])
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the epoch that is under way already is left where it is."""

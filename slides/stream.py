@@ -28,7 +28,7 @@ from slides.augment import AugmentedSlide, draw_change
 from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles, stream_chunks
 from slides.cohort import SlideRow
 from slides.errors import NoTissueError, SlideError
-from slides.held import SlideTiles
+from slides.held import JoinedTiles, SlideTiles, joined
 from slides.order import (
     SAMPLINGS,
     SlideSampler,
@@ -69,10 +69,10 @@ class Bag:
 
     slide_id: str
     case_id: str
-    tiles: Tensor | SlideTiles
-    """uint8 (T, 3, S, S), augmented if the dataset augments; both kinds `split` into chunks."""
+    tiles: Tensor | SlideTiles | JoinedTiles
+    """uint8 (T, 3, S, S), augmented if the dataset augments; all kinds `split` into chunks."""
     coords0: np.ndarray
-    """int64 (T, 2), level-0 corners of these tiles."""
+    """int64 (T, 2), level-0 corners of these tiles, each in its own slide."""
     labels: Tensor
     """float32 (K,), nan where unknown."""
     turn: Turn
@@ -83,10 +83,7 @@ class Bag:
 
     def pin_memory(self) -> Bag:
         """Page-locked tiles, so that their copies to a GPU can overlap with work."""
-        if isinstance(self.tiles, Tensor):
-            return replace(self, tiles=self.tiles.pin_memory())
-        self.tiles.held = self.tiles.held.pin_memory()
-        return self
+        return replace(self, tiles=self.tiles.pin_memory())
 
 
 @dataclass
@@ -178,6 +175,19 @@ class BagDataset(Dataset):
             raise fault from error
 
     def _read(self, row: SlideRow, turn: Turn) -> Bag:
+        """The bag of a slide, or of a case: its slides one after the other."""
+        parts = []
+        for slide in row.slides:
+            try:
+                parts.append(self._tiles(slide, turn))
+            except Exception as error:
+                raise named_fault(error, slide.slide_id) from error
+        tiles, coords0 = zip(*parts, strict=True)
+        coords0, labels_K = np.concatenate(coords0), torch.tensor(row.labels, dtype=torch.float32)
+        return Bag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn)
+
+    def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray]:
+        """The tiles of one slide that an epoch takes, and their corners."""
         source, index = self.open_slide(row)
         try:
             if not len(index.coords0):
@@ -185,9 +195,10 @@ class BagDataset(Dataset):
                     f"{row.slide_id}: its index has no tile. Loosen the tissue thresholds and "
                     "index it again, or leave it out."
                 )
-            chosen = index.part(self._rows(index, row.slide_id, turn.epoch))
+            drawn_as = f"{row.slide_id}#{turn.visit}" if turn.visit else row.slide_id
+            chosen = index.part(self._rows(index, drawn_as, turn.epoch))
             if self.augment is not None:
-                generator = slide_generator(self.seed, turn.epoch, row.slide_id)
+                generator = slide_generator(self.seed, turn.epoch, drawn_as)
                 change = draw_change(len(chosen), generator, **vars(self.augment))
                 source = AugmentedSlide(source, chosen.coords0, change)
             elsewhere = get_worker_info() is not None
@@ -197,11 +208,10 @@ class BagDataset(Dataset):
                 close()  # a cohort's worth of open files and decoder caches would add up
         if len(tiles) < len(chosen):
             tiles = SlideTiles.of(source, chosen, self.workers, held=tiles)
-        labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, tiles, chosen.coords0, labels_K, turn)
+        return tiles, chosen.coords0
 
-    def _rows(self, index: TileIndex, slide_id: str, epoch: int) -> np.ndarray:
-        place = self.budget, self.seed, epoch, slide_id
+    def _rows(self, index: TileIndex, drawn_as: str, epoch: int) -> np.ndarray:
+        place = self.budget, self.seed, epoch, drawn_as
         if self.sampling == "spatial":
             return spread_tiles(index.coords0 // index.size0, *place)
         return sample_tiles(len(index), *place)

@@ -37,7 +37,7 @@ class Bag:
     count: int
     """T, the number of tiles."""
     labels_K: Tensor
-    """float32: 0, 1, or nan where unknown."""
+    """float32: 0, 1, or nan where unknown; of other tasks the target's numbers."""
     seed: int
     """Seeds dropout and drop-path: a function of run seed, epoch and slide."""
     turn: tuple[int, int, int] | None = None

@@ -4,9 +4,9 @@
     gated attention    Linear, GELU on each tile, then learned attention (ABMIL)
 
 A run that cannot say whether tuning beats these is not finished, so they are fitted with care: the
-same splits and tiles as the run, features standardised by the training split, unknown labels
-masked, positives weighted from the training split, and learning rate, width and epoch chosen by
-macro AUROC on validation, validation loss where that ties. Nothing reads the test split. The same
+same splits, tiles, task and loss as the run, features standardised by the training split, and
+learning rate, width and epoch chosen on validation by macro AUROC (or what the task says),
+validation loss where that ties. Nothing reads the test split. The same
 seed gives the same model on one machine.
 
 A third row costs nothing and guards against a shortcut: the same attention on six numbers a tile,
@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.aggregators import make_aggregator
-from tapfm.losses import MaskedBCE
-from tapfm.metrics import macro_auroc
+from tapfm.tasks import Task, watched
 
 BATCH = 8  # slides an update: steadier than one, still tens of updates an epoch
 WEIGHT_DECAY = 1e-2
@@ -48,7 +47,7 @@ class FeatureBag:
     z_TD: Tensor
     """float32, a row a tile."""
     y_K: Tensor
-    """float32: 0, 1, or nan where unknown."""
+    """float32: 0, 1, or nan where unknown; of other tasks the target's numbers."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +121,34 @@ class Baseline:
     chosen: Candidate
     epoch: int
     """The epoch kept, from 0."""
-    val_auroc: float
-    """Validation macro AUROC of that epoch; nan where no label has both classes there."""
+    val_score: float
+    """Validation macro AUROC (or what the task says) of that epoch; nan where undefined there."""
+    task: Task
 
     @torch.no_grad()
     def predict(self, bag: FeatureBag) -> tuple[Tensor, Tensor | None]:
-        """Probabilities (K,), and tile weights (T,) if the model has any."""
+        """What the task says (P,), and tile weights (T,) if the model has any."""
+        logits_K, weights_T = self.logits(bag)
+        return self.task.predict(logits_K), weights_T
+
+    @torch.no_grad()
+    def logits(self, bag: FeatureBag) -> tuple[Tensor, Tensor | None]:
+        """Logits (K,), and tile weights (T,) if the model has any."""
         logits_NK, weights = self.model([(bag.z_TD - self.mean_D) / self.std_D])
-        return logits_NK[0].sigmoid(), weights[0]
+        return logits_NK[0], weights[0]
 
     def describe(self) -> str:
         """One line for the log."""
         return (
             f"chosen on validation: lr {self.chosen.lr:g}, width {self.chosen.width}, "
-            f"epoch {self.epoch + 1}, macro AUROC {self.val_auroc:.3f}"
+            f"epoch {self.epoch + 1}, {self.task.title} {self.val_score:.3f}"
         )
 
 
 def fit_mean_pool_mlp(
     train: Sequence[FeatureBag],
     val: Sequence[FeatureBag],
-    labels: Sequence[str],
+    task: Task,
     seed: int = 0,
     grid: Sequence[Candidate] = MEAN_POOL_GRID,
     schedule: Schedule = MEAN_POOL_SCHEDULE,
@@ -150,34 +156,34 @@ def fit_mean_pool_mlp(
     """The mean-pool MLP.
 
     Args:
-        train: fitted on, and the source of standardisation and of positive weights.
+        train: fitted on, and the source of standardisation.
         val: chooses candidate and epoch.
-        labels: K names, for messages.
+        task: what is learned of them.
         seed: of weights, order and dropout.
         grid: candidates.
         schedule: for each candidate.
 
     Raises:
-        ValueError: a label has one class only in `train`, or bags are empty or of unequal width.
+        ValueError: bags are empty or of unequal width, or targets are not the task's.
     """
-    check_bags(train, val, labels)
+    check_bags(train, val, task)
     parts = pooled(train), pooled(val)
     with _undisturbed(train[0].z_TD.device):
-        return _select(MeanPoolMLP, *parts, labels, seed, grid, schedule)
+        return _select(MeanPoolMLP, *parts, task, seed, grid, schedule)
 
 
 def fit_gated_attention(
     train: Sequence[FeatureBag],
     val: Sequence[FeatureBag],
-    labels: Sequence[str],
+    task: Task,
     seed: int = 0,
     grid: Sequence[Candidate] = GATED_GRID,
     schedule: Schedule = GATED_SCHEDULE,
 ) -> Baseline:
     """Gated-attention MIL. See `fit_mean_pool_mlp` for the arguments."""
-    check_bags(train, val, labels)
+    check_bags(train, val, task)
     with _undisturbed(train[0].z_TD.device):
-        return _select(GatedAttention, train, val, labels, seed, grid, schedule)
+        return _select(GatedAttention, train, val, task, seed, grid, schedule)
 
 
 def pooled(bags: Sequence[FeatureBag]) -> list[FeatureBag]:
@@ -205,7 +211,7 @@ def _select(
     make: Callable[..., nn.Module],
     train: Sequence[FeatureBag],
     val: Sequence[FeatureBag],
-    labels: Sequence[str],
+    task: Task,
     seed: int,
     grid: Sequence[Candidate],
     schedule: Schedule,
@@ -214,19 +220,19 @@ def _select(
     mean_D, std_D = bag_statistics(train)
     train_z, val_z = ([(b.z_TD - mean_D) / std_D for b in split] for split in (train, val))
     train_y, val_y = (torch.stack([bag.y_K for bag in split]) for split in (train, val))
-    loss = MaskedBCE(positive_weights(train_y, labels)).to(mean_D.device)
     best: Baseline | None = None
     best_score = (-math.inf, -math.inf)
     for candidate in grid:
         stale = 0
         own_score = (-math.inf, -math.inf)
-        for epoch, model in _epochs(make, train_z, train_y, loss, seed, candidate, schedule):
-            auroc, score = _score(model, val_z, val_y, loss)
+        loss = task.loss().to(mean_D.device)
+        for epoch, model in _epochs(make, train_z, train_y, task, loss, seed, candidate, schedule):
+            value, score = _score(model, val_z, val_y, task, loss)
             stale = 0 if score > own_score else stale + 1
             own_score = max(own_score, score)
             if best is None or score > best_score:
                 best_score = score
-                best = Baseline(deepcopy(model), mean_D, std_D, candidate, epoch, auroc)
+                best = Baseline(deepcopy(model), mean_D, std_D, candidate, epoch, value, task)
             if stale >= schedule.patience:
                 break
     assert best is not None, "an empty grid"
@@ -237,35 +243,39 @@ def _epochs(
     make: Callable[..., nn.Module],
     bags: Sequence[Tensor],
     y_NK: Tensor,
-    loss: MaskedBCE,
+    task: Task,
+    loss: nn.Module,
     seed: int,
     candidate: Candidate,
     schedule: Schedule,
 ) -> Iterator[tuple[int, nn.Module]]:
     """The model after each epoch, ready to predict."""
     torch.manual_seed(seed)
-    model = make(bags[0].shape[-1], y_NK.shape[-1], candidate.width).to(y_NK.device)
+    model = make(bags[0].shape[-1], len(task.labels), candidate.width).to(y_NK.device)
     optimizer = torch.optim.AdamW(model.parameters(), candidate.lr, weight_decay=WEIGHT_DECAY)
     for epoch in range(schedule.epochs):
         model.train()
+        loss.train()
         for batch in torch.randperm(len(bags)).split(BATCH):
             logits_NK, _ = model([bags[n] for n in batch])
             optimizer.zero_grad(set_to_none=True)
             loss(logits_NK, y_NK[batch.to(y_NK.device)]).backward()
             optimizer.step()
+        loss.eval()
         yield epoch, model.eval()
 
 
 @torch.no_grad()
 def _score(
-    model: nn.Module, bags: Sequence[Tensor], y_NK: Tensor, loss: MaskedBCE
+    model: nn.Module, bags: Sequence[Tensor], y_NK: Tensor, task: Task, loss: nn.Module
 ) -> tuple[float, tuple[float, float]]:
-    """Macro AUROC, and what is maximised: that, then minus the loss."""
+    """The task's figure, and what is maximised: that, then minus the loss."""
     logits_NK, _ = model(bags)
-    auroc = macro_auroc(y_NK.cpu().numpy(), logits_NK.float().cpu().numpy())
+    said_NP = task.predict(logits_NK.double()).cpu().numpy()
+    value = watched(task, y_NK.cpu().numpy(), said_NP)[task.selects]
     minus_loss = -float(loss(logits_NK, y_NK))
     finite = minus_loss if math.isfinite(minus_loss) else -math.inf
-    return auroc, (0.0 if math.isnan(auroc) else auroc, finite)
+    return value, (0.0 if math.isnan(value) else value, finite)
 
 
 def bag_statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
@@ -280,24 +290,7 @@ def bag_statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
     return mean_D.float(), torch.where(constant, torch.ones_like(std_D), std_D).float()
 
 
-def positive_weights(y_NK: Tensor, labels: Sequence[str]) -> list[float]:
-    """Known negatives over known positives of each label."""
-    weights = []
-    for label, y_N in zip(labels, y_NK.T, strict=True):
-        positives, negatives = int((y_N == 1).sum()), int((y_N == 0).sum())
-        if not positives or not negatives:
-            raise ValueError(
-                f"{label}: {positives} known positive and {negatives} known negative training "
-                "slides; a baseline needs both. Were slides skipped? Add slides, or leave the "
-                "label out."
-            )
-        weights.append(negatives / positives)
-    return weights
-
-
-def check_bags(
-    train: Sequence[FeatureBag], val: Sequence[FeatureBag], labels: Sequence[str]
-) -> None:
+def check_bags(train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Task) -> None:
     """Refuse bags that nothing can be fitted to, by name."""
     if not train or not val:
         raise ValueError(
@@ -310,10 +303,10 @@ def check_bags(
                 f"{bag.slide_id}: features of shape {tuple(bag.z_TD.shape)}, but one tile or more "
                 f"of {dim} features is needed"
             )
-        if bag.y_K.shape != (len(labels),):
+        if bag.y_K.shape != (task.width,):
             raise ValueError(
-                f"{bag.slide_id}: {bag.y_K.numel()} labels, but {len(labels)} are named: "
-                f"{', '.join(labels)}"
+                f"{bag.slide_id}: {bag.y_K.numel()} labels, but {task.width} are named: "
+                f"{', '.join(task.truth)}"
             )
         if not bag.z_TD.isfinite().all():
             raise ValueError(

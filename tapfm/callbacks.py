@@ -54,8 +54,8 @@ class RunLog(Callback):
     it cost, a row a slide, and never is.
     """
 
-    def __init__(self, folder: Path, labels: list[str], further: Sequence[str] = ()):
-        each = ["loss", "auroc", *(f"auroc_{label}" for label in labels)]
+    def __init__(self, folder: Path, figures: list[str], further: Sequence[str] = ()):
+        each = ["loss", *figures]
         train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm", *further]
         lr = ["lr/head", "lr/encoder"]
         columns = [*(f"train/{name}" for name in train), *lr, *(f"val/{name}" for name in each)]
@@ -124,24 +124,24 @@ class RunLog(Callback):
 
 
 class BestWeights(Callback):
-    """best.safetensors: the model of the best validation macro AUROC so far.
+    """best.safetensors: the model of the best validation macro AUROC so far (`Task.selects`).
 
     A small split is soon ranked perfectly, by weights that are not yet sure of it: of two models
-    with the same AUROC the one of lower loss is better.
+    with the same figure the one of lower loss is better.
     """
 
-    def __init__(self, folder: Path):
-        self.path, self.best = folder / BEST, (-math.inf, -math.inf)
+    def __init__(self, folder: Path, figure: str = "auroc"):
+        self.path, self.best, self.figure = folder / BEST, (-math.inf, -math.inf), figure
 
     def on_validation_end(self, trainer, module) -> None:
         """Save when better."""
         found = trainer.callback_metrics
-        auroc, loss = (float(found.get(f"val/{name}", math.nan)) for name in ("auroc", "loss"))
-        score = tuple(-math.inf if math.isnan(value) else value for value in (auroc, -loss))
+        figure, loss = (float(found.get(f"val/{name}", math.nan)) for name in (self.figure, "loss"))
+        score = tuple(-math.inf if math.isnan(value) else value for value in (figure, -loss))
         if trainer.is_global_zero and (score > self.best or not self.path.exists()):
             self.best = max(self.best, score)
             facts = {
-                "val_auroc": auroc,
+                f"val_{self.figure}": figure,
                 "epoch": trainer.current_epoch,
                 "fingerprint": adapted_fingerprint(module.slide_model),
                 **module.provenance,
@@ -191,7 +191,7 @@ class Progress(TQDMProgressBar):
     """Lightning's bar without the version number."""
 
     def get_metrics(self, trainer, module):
-        """Loss, tiles/s, validation AUROC."""
+        """Loss, tiles/s, the validation figure that the best weights are chosen by."""
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
         return metrics

@@ -78,7 +78,12 @@ def read_source(configs: Sequence[Path]) -> Source:
     if stain not in (None, *METHODS):
         raise ConfigError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     return Source(
-        read_cohort(Path(data["table"]), data.get("labels"), folder and Path(folder)).rows,
+        read_cohort(
+            Path(data["table"]),
+            data.get("labels"),
+            folder and Path(folder),
+            task=data.get("task") or "multilabel",
+        ).rows,
         Path(data.get("index_dir", "data/index")),
         Path(cache) if cache else None,
         settings,

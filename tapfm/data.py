@@ -8,21 +8,25 @@ Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from slides.balance import balanced_order
 from slides.cache import CachedSlide
+from slides.cases import gather
 from slides.chunks import SlideSource
-from slides.cohort import SlideRow, positive_weights, read_cohort
+from slides.cohort import SlideRow, read_cohort
 from slides.errors import CohortError, IndexFileError, SlideError
 from slides.grid import Grid
-from slides.held import SlideTiles, host_budget, tiles_to_hold
+from slides.held import JoinedTiles, SlideTiles, host_budget, joined, tiles_to_hold
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
 from slides.reader import Slide
@@ -31,8 +35,10 @@ from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
 from tapfm.bag import Bag, SkippedBag
 from tapfm.config import ConfigError, Source, TileSettings, index_and_cache
+from tapfm.tasks import TASKS, Task, learn_task, spell_task
 
 PREFETCH = 2  # training slides that each worker reads ahead
+TaskName = Literal[tuple(TASKS)]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,15 @@ class Opener:
                     raise
         return (StainedSlide(source, index, self.stain) if self.stain else source), index
 
+    def tiles(
+        self,
+        row: SlideRow,
+        workers: int = 0,
+        on_fault: Callable[[SlideError], None] | None = None,
+    ) -> SlideTiles:
+        """All tiles of a slide, read chunk by chunk each time they are asked for."""
+        return SlideTiles(partial(self, row), workers, on_fault=on_fault)
+
 
 class SlideData(L.LightningDataModule):
     """A cohort as Lightning asks for it.
@@ -77,6 +92,15 @@ class SlideData(L.LightningDataModule):
         table: the cohort's CSV, TSV or Parquet file.
         slides_dir: folder that slide paths are relative to; None is the table's.
         labels: label columns to train on; None is all of them.
+        task: what they hold and what is predicted of them, by name, or by name and options:
+            multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
+            with `bins` and `loss` (hazard or cox).
+        sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
+            with equal chances (`slides.balance`), and the loss does not weigh classes then.
+        bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
+            slides of a patient in one bag.
+        pool: what `tapfm test` takes for a case where bags are slides: `mean` or `max` of its
+            slides' logits; `union` leaves bags as they are.
         index_dir: where `tapfm index` wrote the tiles.
         cache_dir: where decoded tiles are kept; None reads the slides each time.
         cache_gb: what `cache_dir` may take, of this cohort and others; slides that do not fit are
@@ -101,6 +125,10 @@ class SlideData(L.LightningDataModule):
         table: str,
         slides_dir: str | None = None,
         labels: list[str] | None = None,
+        task: TaskName | dict[str, Any] = "multilabel",
+        bags: Literal["slide", "case"] = "slide",
+        pool: Literal["union", "mean", "max"] = "union",
+        sampler: Literal["shuffled", "balanced"] = "shuffled",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -116,7 +144,17 @@ class SlideData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.cohort = read_cohort(Path(table), labels, Path(slides_dir) if slides_dir else None)
+        folder = Path(slides_dir) if slides_dir else None
+        self.cohort = read_cohort(Path(table), labels, folder, task=task)
+        self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
+        self.pool = pool
+        if bags == "case" and pool != "union":
+            raise CohortError(
+                f"data.pool {pool} is of slides, and data.bags: case has one bag a case already. "
+                "Leave one of them out."
+            )
+        if bags == "case" or pool != "union":
+            gather(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
@@ -146,23 +184,35 @@ class SlideData(L.LightningDataModule):
             opener.cache_gb,
         )
 
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the labels."""
-        return list(self.cohort.labels)
+    @cached_property
+    def task(self) -> Task:
+        """What is predicted, with what it takes from the training split."""
+        cohort = self.cohort
+        target_NY = targets(self.gathered(cohort.split("train")), len(cohort.rows[0].labels))
+        task = learn_task(self.asked, cohort.labels, cohort.classes, target_NY)
+        return task.unweighted() if self.balanced else task
 
     @property
-    def pos_weight(self) -> list[float]:
-        """Negatives over positives of each label, in the training split."""
-        return positive_weights(self.cohort.split("train"))
+    def label_names(self) -> list[str]:
+        """Names of the logits."""
+        return list(self.task.labels)
+
+    @property
+    def task_spec(self) -> dict[str, Any]:
+        """The task as a recipe has it."""
+        return spell_task(self.task)
 
     def prepare_data(self) -> None:
         """Index and cache what is not there yet: one process does, the others wait for it."""
         _, failed = index_and_cache(self.source)
         self.skipped.update(failed)
 
+    def gathered(self, rows: Sequence[SlideRow]) -> list[SlideRow]:
+        """A row a bag: the slides, or their cases."""
+        return gather(rows, self.cohort.labels) if self.bags == "case" else list(rows)
+
     def rows(self, split: str) -> list[SlideRow]:
-        """The slides of a split that have tiles; those without are skipped or raise, as asked."""
+        """The bags of a split; slides without tiles are skipped or raise, as asked."""
         rows = []
         for row in self.cohort.split(split):
             try:
@@ -172,14 +222,18 @@ class SlideData(L.LightningDataModule):
                 if self.on_error != "skip":
                     raise
                 self.skipped[row.slide_id] = str(fault)
-        return rows
+        return self.gathered(rows)
 
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""
         rows = self.rows("train")
         if not rows:
             raise ValueError("the train split has no slide that can be read; see the ledger")
-        self.sampler = SlideSampler(len(rows), self.seed, *self.place)
+        order = None
+        if self.balanced:
+            families = self.task.strata(targets(rows, self.task.width))
+            order = balanced_order(rows, families, self.seed)
+        self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
         bags = BagDataset(
             rows,
             self.opener,
@@ -196,11 +250,12 @@ class SlideData(L.LightningDataModule):
 
     def hold(self, rows: list[SlideRow]) -> int:
         """Tiles of a training slide that are held in memory; says so where that is not all."""
-        slides = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
+        bags = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
+        slides = bags * max(len(row.slides) for row in rows)
         processes = self.trainer.num_devices if self.trainer else 1  # of this machine
         budget = host_budget(self.host_gb) // processes
         hold = tiles_to_hold(budget, self.tiles.tile_px, slides)
-        most = max(len(self.opener.index(row)) for row in rows)
+        most = max(len(self.opener.index(slide)) for row in rows for slide in row.slides)
         if hold < min(most, self.tiles_per_slide or most):
             print(
                 f"data.host_gb: {budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides "
@@ -239,18 +294,20 @@ class SlideData(L.LightningDataModule):
         return self.streamed(self.rows("test"))
 
     def streamed(self, rows: list[SlideRow]) -> DataLoader:
-        """Slides in the table's order, all tiles, read as the model asks for them."""
+        """Bags in the table's order, all tiles, read as the model asks for them."""
         bags = [self.bag(row) for row in rows]
         return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
 
     def bag(self, row: SlideRow) -> Bag:
-        """One slide, all tiles, not yet read."""
+        """One slide or case, all tiles, not yet read."""
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        count = len(self.opener.index(row).coords0)
-        tiles = SlideTiles(
-            partial(self.opener, row), self.streaming_workers, on_fault=partial(self.skip, row)
-        )
-        return Bag(row.slide_id, row.case_id, tiles, count, labels_K, seed=0)
+        count = sum(len(self.opener.index(slide).coords0) for slide in row.slides)
+        return Bag(row.slide_id, row.case_id, self.all_tiles(row), count, labels_K, seed=0)
+
+    def all_tiles(self, row: SlideRow) -> SlideTiles | JoinedTiles:
+        """Those of a slide or case, read chunk by chunk each time they are asked for."""
+        how = self.streaming_workers, partial(self.skip, row)
+        return joined([self.opener.tiles(slide, *how) for slide in row.slides])
 
     def skip(self, row: SlideRow, fault: SlideError) -> None:
         """List a slide that broke while it was read, where such slides are to be left out.
@@ -292,6 +349,11 @@ class SlideData(L.LightningDataModule):
     def trained(self, turn: Turn) -> None:
         """A slide's step is done: resuming begins after it."""
         self.sampler.trained(turn)
+
+
+def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
+    """What is known of each bag, (N, Y)."""
+    return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
 
 
 def _as_it_is(item):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from slides.cases import gather
+from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
@@ -33,14 +36,17 @@ from tapfm.heatmap import overlay_png
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
+from tapfm.outcome_report import write_outcomes
 from tapfm.page import write_page
 from tapfm.predict import (
     Prediction,
+    pool_cases,
     predict_all,
     write_predictions,
     write_weights,
 )
 from tapfm.report import END_TO_END, Arm, write_results
+from tapfm.tasks.multilabel import Multilabel
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
@@ -73,6 +79,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device, features)
+    bags = {row.slide_id: row for row in data.rows(split)}
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
     groups = {
@@ -84,20 +91,25 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
         check_same_data(folder, folders[0])
         of = {}
         for part in dict.fromkeys(("val", split)):
-            bags, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
-            of[part] = predict_all(model, bags, first.model.chunk, name)
-            write_predictions(folder / f"predictions_{part}.csv", model.recipe.labels, of[part])
-        predictions = of[split]
-        for each in predictions:
+            parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
+            predictions = predict_all(model, parts, first.model.chunk, name)
+            if part == split:
+                slides = slide_by_slide(data, bags, predictions)
+            of[part] = by_case(data, part, predictions)
+            write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
+        arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
+        for each in slides:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-        arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
-        if each_slide := tile_auroc(data, predictions, truth):
+        if each_slide := tile_auroc(data, slides, truth):
             found[folder.name] = float(np.mean(list(each_slide.values())))
-        draw_overlays(data, predictions[:overlays], folder / f"overlays_{split}")
+        draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
-    print(write_results(report, split, data.label_names, arms, skipped, groups=groups))
+    if isinstance(data.task, Multilabel):
+        print(write_results(report, split, data.label_names, arms, skipped, groups=groups))
+    else:
+        print(write_outcomes(report, split, data.task, arms, skipped))
     if found:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
         print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
@@ -117,13 +129,17 @@ def frozen_arms(
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
     extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
     features = (shared or folder) / opener.grid.tag / f"features_{name}"
-    rows = {row.slide_id: row for row in data.cohort.rows}
+    parts = dict.fromkeys(("train", "val", split))
+    rows = {row.slide_id: row for part in parts for row in data.rows(part)}
 
     def frozen(bag: Bag) -> FeatureBag:
-        path, index = features / f"{bag.slide_id}.h5", opener.index(rows[bag.slide_id])
-        if extraction.fault(path, index):
-            extraction.write(path, bag.tiles, index, opener.tissue)
-        return FeatureBag(bag.slide_id, bag.case_id, read_features(path), bag.labels_K)
+        z_TD = []
+        for row in rows[bag.slide_id].slides:
+            path, index = features / f"{row.slide_id}.h5", opener.index(row)
+            if extraction.fault(path, index):
+                extraction.write(path, data.all_tiles(row), index, opener.tissue)
+            z_TD.append(read_features(path))
+        return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
     def rgb(bag: Bag) -> FeatureBag:
         return rgb_bag(bag.slide_id, bag.case_id, bag.tiles.split(chunk), bag.labels_K)
@@ -131,19 +147,19 @@ def frozen_arms(
     kinds: dict[str, Callable[[Bag], FeatureBag]] = {"frozen": frozen, "rgb": rgb}
     arms, made = [], {}
     for title, kind, fit in FROZEN:
+        if fit is fit_linear_probe and not isinstance(data.task, Multilabel):
+            continue
         if kind not in made:
-            made[kind] = {
-                part: feature_bags(data, part, kind, kinds[kind])
-                for part in dict.fromkeys(("train", "val", split))
-            }
-        parts = made[kind]
-        baseline = fit(parts["train"], parts["val"], data.label_names, seed=data.seed)
+            made[kind] = {part: feature_bags(data, part, kind, kinds[kind]) for part in parts}
+        bags = made[kind]
+        baseline = fit(bags["train"], bags["val"], data.task, seed=data.seed)
         print(f"{title}: {baseline.describe()}")
         name = row_folder(title)
         of = {}
         for part in dict.fromkeys(("val", split)):
-            of[part] = [predict_features(baseline, bag) for bag in parts[part]]
-            write_predictions(folder / name / f"predictions_{part}.csv", data.label_names, of[part])
+            said = [predict_features(baseline, bag) for bag in bags[part]]
+            of[part] = by_case(data, part, said)
+            write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
         arms.append(arm(title, folder / name, of, split, end_to_end=False))
     return arms
 
@@ -155,9 +171,10 @@ def row_folder(title: str) -> str:
 
 def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
     """What a baseline says of a slide."""
-    probs_K, weights_T = baseline.predict(bag)
-    weights = np.empty(0) if weights_T is None else np.asarray(weights_T)
-    return Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), np.asarray(probs_K), weights)
+    logits_K, weights_T = baseline.logits(bag)
+    weights = np.empty(0) if weights_T is None else weights_T.numpy()
+    said_P = baseline.task.predict(logits_K).numpy()
+    return Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), said_P, weights, logits_K.numpy())
 
 
 def feature_bags(
@@ -169,6 +186,29 @@ def feature_bags(
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags
+
+
+def slide_by_slide(
+    data: SlideData, bags: dict[str, SlideRow], predictions: list[Prediction]
+) -> list[Prediction]:
+    """Each slide's own tile weights; those of a case sum to 1 over all its slides."""
+    found = []
+    for each in predictions:
+        slides, done = bags[each.slide_id].slides, 0
+        for row in slides:
+            count = len(data.opener.index(row).coords0)
+            weights_T = each.weights_T[done : done + count]
+            found.append(replace(each, slide_id=row.slide_id, weights_T=weights_T))
+            done += count
+    return found
+
+
+def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
+    """Slides' logits pooled over their cases, where `data.pool` says so."""
+    if data.pool == "union":
+        return predictions
+    cases = gather(data.cohort.split(split), data.cohort.labels)
+    return pool_cases(predictions, data.task, data.pool, cases)
 
 
 def arm(

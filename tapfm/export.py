@@ -26,6 +26,7 @@ from tapfm import __version__
 from tapfm.backbones import BackboneError, Encoder
 from tapfm.files import replacing
 from tapfm.model import load_encoder
+from tapfm.tasks import make_task
 
 PLAIN = (bool, int, float, str)
 SPELT = ((SwiGLUPacked, "timm.layers.SwiGLUPacked"), (nn.SiLU, "torch.nn.SiLU"))
@@ -162,12 +163,13 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
     classes = {k: v for k, v in given.items() if not isinstance(v, PLAIN)}
     header = provenance["adapted"]
     stain = (header or {}).get("stain")
+    predicted = make_task(header["task"], header["labels"]).truth if header else ()
     name = f"{row.key}_{provenance['fingerprint'][:8]}" if header else row.key
     named = {"model_name": row.arch, "checkpoint_path": f"{folder}/model.safetensors", **given}
     eva = EVA_BY_FUNCTION if classes else EVA.format(arguments=json.dumps(named))
     return README.format(
         name=name,
-        title=f"{row.key} adapted to {', '.join(header['labels'])}" if header else row.key,
+        title=f"{row.key} adapted to {', '.join(predicted)}" if header else row.key,
         version=__version__,
         terms=row.terms,
         tile_px=side,

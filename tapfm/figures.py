@@ -87,8 +87,10 @@ def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     return figure
 
 
-def curves_figure(arms: Sequence[Arm]) -> Figure:
-    """Loss, validation AUROC and effective tiles against slides seen."""
+def curves_figure(
+    arms: Sequence[Arm], figure_name: str = "auroc", title: str = "macro AUROC", chance: float = 0.5
+) -> Figure:
+    """Loss, validation AUROC (or what the task chooses by) and effective tiles, by slides seen."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
     curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
     figure, axes = _figure(3)
@@ -100,7 +102,7 @@ def curves_figure(arms: Sequence[Arm]) -> Figure:
         for axis, column, look in [
             (axes[0], "train/loss", thin),
             (axes[0], "val/loss", dots),
-            (axes[1], "val/auroc", dots),
+            (axes[1], f"val/{figure_name}", dots),
             (axes[2], "train/effective_tiles", line),
         ]:
             if column in curves[row]:
@@ -109,9 +111,9 @@ def curves_figure(arms: Sequence[Arm]) -> Figure:
                     *(smoothed if column.startswith("train/") else curves[row][column]), **look
                 )
     axes[0].set_title("loss (marked: validation; thin: training, smoothed)", fontsize=9)
-    axes[1].set_title("validation macro AUROC", fontsize=9)
+    axes[1].set_title(f"validation {title}", fontsize=9)
     axes[2].set_title("effective tiles of a slide, 1 / sum w² (smoothed)", fontsize=9)
-    axes[1].axhline(0.5, color="0.7", linewidth=1)
+    axes[1].axhline(chance, color="0.7", linewidth=1)
     for axis in axes:
         axis.set_xlabel("slides seen")
     titles = [arms[row].title for row in rows]

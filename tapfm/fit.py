@@ -33,6 +33,7 @@ from tapfm.footprint import CONTEXT_GIB, Setup
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
 from tapfm.processes import part
+from tapfm.tasks import watched
 
 CONFIG = "config.yaml"
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
@@ -54,7 +55,7 @@ class Cli(LightningCLI):
         parser.link_arguments("data.tiles.tile_px", "model.tile_px")
         parser.link_arguments("data.tiles.mpp", "model.mpp")
         parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
-        parser.link_arguments("data.pos_weight", "model.pos_weight", apply_on="instantiate")
+        parser.link_arguments("data.task_spec", "model.task", apply_on="instantiate")
         parser.set_defaults(
             {
                 "seed_everything": 0,
@@ -113,13 +114,17 @@ def run_fit(arguments: Sequence[str]) -> int:
         print(
             f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
             f"at {module.encoder_lr:g}; "
-            f"aggregator {recipe.aggregator}; labels {', '.join(recipe.labels)}; "
+            f"aggregator {recipe.aggregator}; predicts {', '.join(module.task.truth)}; "
             f"chunks of {module.chunk} tiles in {recipe.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     trainer.callbacks += [
-        RunLog(folder, list(recipe.labels), ["sampling_cosine"] if module.cosine_every else []),
-        BestWeights(folder),
+        RunLog(
+            folder,
+            list(watched(module.task)),
+            ["sampling_cosine"] if module.cosine_every else [],
+        ),
+        BestWeights(folder, module.task.selects),
         ResumePoint(folder, cli.config.resume_every),
     ]
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
@@ -130,7 +135,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         return 0
     if expected:
         print(compare(expected, folder / "memory.csv"))
-    print(f"{folder / BEST}: the weights of the best validation macro AUROC")
+    print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
     return 0
 
 

@@ -23,8 +23,9 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from tapfm.baselines import FeatureBag, bag_statistics, check_bags, pooled, positive_weights
+from tapfm.baselines import FeatureBag, bag_statistics, check_bags, pooled
 from tapfm.metrics import auroc, macro_auroc
+from tapfm.tasks.multilabel import Multilabel
 
 STRENGTHS = tuple(np.logspace(-5, 2, 15).tolist())  # C of scikit-learn: 1 over the L2 penalty
 
@@ -39,47 +40,58 @@ class LinearProbe:
     std_D: Tensor
     chosen: tuple[float, ...]
     """C of each label."""
-    val_auroc: float
+    val_score: float
     """Validation macro AUROC; nan where no label has both classes there."""
+    task: Multilabel
 
     def predict(self, bag: FeatureBag) -> tuple[Tensor, None]:
         """Probabilities (K,); no tile weights."""
+        return self.task.predict(self.logits(bag)[0]), None
+
+    def logits(self, bag: FeatureBag) -> tuple[Tensor, None]:
+        """Logits (K,); no tile weights."""
         x_D = (bag.z_TD.mean(0) - self.mean_D) / self.std_D
-        return (self.weight_KD @ x_D + self.bias_K).sigmoid(), None
+        return self.weight_KD @ x_D + self.bias_K, None
 
     def describe(self) -> str:
         """One line for the log."""
         strengths = ", ".join(f"{strength:.1g}" for strength in self.chosen)
-        return f"chosen on validation: C {strengths}, macro AUROC {self.val_auroc:.3f}"
+        return f"chosen on validation: C {strengths}, macro AUROC {self.val_score:.3f}"
 
 
 def fit_linear_probe(
     train: Sequence[FeatureBag],
     val: Sequence[FeatureBag],
-    labels: Sequence[str],
+    task: Multilabel,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
 ) -> LinearProbe:
     """The linear probe.
 
     Args:
-        train: fitted on, and the source of standardisation and of positive weights.
+        train: fitted on, and the source of standardisation.
         val: chooses the strength of each label.
-        labels: K names, for messages.
+        task: what is learned, with the weight of a positive of each label.
         seed: not used: the problem is convex.
         strengths: candidates for C.
 
     Raises:
         ValueError: a label has one class only in `train`, or bags are empty or of unequal width.
     """
-    check_bags(train, val, labels)
+    check_bags(train, val, task)
     train, val = pooled(train), pooled(val)
     mean_D, std_D = bag_statistics(train)
     (x_ND, y_NK), (val_x_ND, val_y_NK) = (_arrays(part, mean_D, std_D) for part in (train, val))
-    weights = positive_weights(torch.stack([bag.y_K for bag in train]), labels)
     found = []
-    for k, weight in enumerate(weights):
+    for k, weight in enumerate(task.pos_weight or [1.0] * len(task.labels)):
         known_N = ~np.isnan(y_NK[:, k])
+        if len(np.unique(y_NK[known_N, k])) < 2:
+            positives, negatives = (int((y_NK[:, k] == side).sum()) for side in (1, 0))
+            raise ValueError(
+                f"{task.labels[k]}: {positives} known positive and {negatives} known negative "
+                "training slides; a probe needs both. Were slides skipped? Add slides, or leave "
+                "the label out."
+            )
         best = None
         for strength in strengths:
             model = LogisticRegression(C=strength, class_weight={0: 1, 1: weight}, max_iter=10_000)
@@ -97,6 +109,7 @@ def fit_linear_probe(
         std_D,
         chosen,
         macro_auroc(val_y_NK, logits_NK),
+        task,
     )
 
 

@@ -29,6 +29,7 @@ from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.files import replacing
 from tapfm.fingerprint import fingerprint
+from tapfm.tasks import make_task
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
 
@@ -60,6 +61,8 @@ class Recipe:
     """Name and options of the strategy."""
     weights: str | None = None
     """Where the base encoder came from: a path, `hub`, `random`, or None, the package."""
+    task: Mapping[str, Any] = field(default_factory=lambda: {"name": "multilabel"})
+    """What is predicted, with what came from the training split: `tapfm.tasks.spell_task`."""
 
 
 class SlideModel(nn.Module):
@@ -79,6 +82,7 @@ class SlideModel(nn.Module):
         if recipe.precision not in PRECISIONS:
             raise ValueError(f"precision: {recipe.precision!r} is none of {', '.join(PRECISIONS)}")
         self.recipe, self.encoder = recipe, encoder
+        self.task = make_task(recipe.task, recipe.labels)
         self.strategy = make_strategy(recipe.strategy)
         self.strategy.prepare(encoder.vit)
         self.aggregator = make_aggregator(

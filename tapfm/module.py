@@ -11,6 +11,7 @@ Shapes: T tiles of a slide, D features, K labels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,6 @@ import lightning as L
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_auroc
 
 from tapfm import backbones
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
@@ -28,7 +28,6 @@ from tapfm.bag import Bag, SkippedBag
 from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.compiled import need_compiler
-from tapfm.losses import MaskedBCE
 from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
@@ -36,6 +35,7 @@ from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
 from tapfm.rescue import Rescue
 from tapfm.sampling import chosen, cosine, draw_tiles, give, taken
+from tapfm.tasks import watched
 
 
 class SettingError(ValueError):
@@ -53,8 +53,8 @@ class SlideModule(L.LightningModule):
     """One slide per step: update the slide model, then the encoder.
 
     Args:
-        labels: names of the labels (the cohort's).
-        pos_weight: negatives over positives of each label (the training split's).
+        labels: names of the logits (the task's).
+        task: what is predicted, and what the training split says of it (the data's).
         model: key of the foundation model.
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
         aggregator: tapfm, gated or tapfm_gated.
@@ -83,7 +83,7 @@ class SlideModule(L.LightningModule):
     def __init__(
         self,
         labels: list[str],
-        pos_weight: list[float],
+        task: dict[str, Any],
         model: str = "demo_vit",
         weights: str | None = None,
         aggregator: Literal["tapfm", "gated", "tapfm_gated"] = "tapfm_gated",
@@ -125,7 +125,7 @@ class SlideModule(L.LightningModule):
             weights = str(Path(weights).resolve())  # to be found again from anywhere
         recipe = Recipe(
             model, aggregator, tuple(labels), tile_px, mpp, temperature, precision,
-            spell(make_strategy(strategy)), weights,
+            spell(make_strategy(strategy)), weights, task,
         )  # fmt: skip
         encoder = backbones.load(
             model, weights, tile_px=tile_px, recompute=recompute, compiled=compile,
@@ -139,7 +139,8 @@ class SlideModule(L.LightningModule):
                 f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
                 "Leave model.optimizer and bf16-true out."
             )
-        self.loss = MaskedBCE(pos_weight)
+        self.task = self.slide_model.task
+        self.loss = self.task.loss()
         self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
         self.cosine_every, self.keep_chunks = cosine_every, keep_chunks
         self.recompute, self.optimizer = recompute, optimizer
@@ -387,28 +388,25 @@ class SlideModule(L.LightningModule):
         self.validated.append((labels_K.cpu(), logits_K.cpu(), loss.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Mean loss, AUROC of each label, and their mean: what the best weights are chosen by."""
+        """Mean loss, and the task's figures: the first is what the best weights are chosen by."""
         validated = [slide for share in gather(self.validated) for slide in share]
         self.validated.clear()
         if not validated:
             raise ValueError("validation: no slide of the val split could be read; see the ledger")
         labels_NK, logits_NK, loss_N = (torch.stack(each) for each in zip(*validated, strict=True))
-        figures = {"val/loss": loss_N.mean()}
-        for k, name in enumerate(self.slide_model.recipe.labels):
-            known_N = ~labels_NK[:, k].isnan()
-            y_N = labels_NK[known_N, k].int()
-            if 0 < y_N.sum() < len(y_N):
-                figures[f"val/auroc_{name}"] = binary_auroc(logits_NK[known_N, k].sigmoid(), y_N)
-        each = [value for name, value in figures.items() if name.startswith("val/auroc_")]
-        if each:
-            figures["val/auroc"] = torch.stack(each).mean()
+        said_NP = self.task.predict(logits_NK.double())
+        figures = {"loss": float(loss_N.mean())}
+        figures |= watched(self.task, labels_NK.numpy(), said_NP.numpy())
         for name, value in figures.items():
-            self.log(name, value, prog_bar=name == "val/auroc", sync_dist=True)
+            if not math.isnan(value):
+                shown = name == self.task.selects
+                self.log(f"val/{name}", value, prog_bar=shown, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """What resuming needs beside optimizers and loops; frozen weights are at their source."""
         checkpoint["slides_seen"], checkpoint["chunk"] = self.slides_seen, self.chunk
         trained = {f"slide_model.{key}" for key in self.slide_model.trained_state()}
+        trained |= {f"loss.{key}" for key in self.loss.state_dict()}  # what it remembers
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in state if key in trained}
 

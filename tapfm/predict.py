@@ -1,4 +1,4 @@
-"""What a model says of a slide: probabilities, and which tiles it looked at.
+"""What a model says of a slide: probabilities (values, risks), and which tiles it looked at.
 
 All tiles, streamed: pixels in memory are those of a few chunks, on the GPU those of one. What grows
 with the slide is a feature vector and two numbers a tile, in host memory (6 kB a tile for a ViT-g,
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from tapfm.bag import Bag, SkippedBag
 from tapfm.files import replacing
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
+from tapfm.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Prediction:
     slide_id: str
     case_id: str
     labels_K: np.ndarray
-    """0, 1, or nan where unknown."""
+    """0, 1, or nan where unknown; of other tasks the target's numbers."""
     probs_K: np.ndarray
-    """One sigmoid a label."""
+    """What the task says: one sigmoid a label, or as many numbers as `Task.said` names."""
     weights_T: np.ndarray
     """Tile weights, summing to 1."""
+    logits_K: np.ndarray | None = None
+    """What `probs_K` was made of, for `pool_cases`."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
@@ -58,8 +62,9 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         bag.slide_id,
         bag.case_id,
         bag.labels_K.numpy(),
-        logits_K.sigmoid().cpu().numpy(),
+        model.task.predict(logits_K).cpu().numpy(),
         weights_T.cpu().numpy(),
+        logits_K.cpu().numpy(),
     )
 
 
@@ -76,17 +81,55 @@ def predict_all(
     return predictions
 
 
-def write_predictions(path: Path, labels: Sequence[str], predictions: Sequence[Prediction]) -> None:
-    """A CSV row a slide: slide_id, case_id, then `<label>` (blank if unknown) and `p_<label>`."""
-    header = ["slide_id", "case_id", *(f"{p}{label}" for label in labels for p in ("", "p_"))]
+def pool_cases(
+    predictions: Sequence[Prediction], task: Task, pool: str, cases: Sequence[SlideRow]
+) -> list[Prediction]:
+    """A prediction a case, from the mean or the largest of its slides' logits.
+
+    Args:
+        predictions: of slides.
+        task: says what the pooled logits mean.
+        pool: `mean` or `max`.
+        cases: rows of `slides.cases.gather`, for what is known of each; a case of which no slide
+            was predicted is left out.
+    """
+    logits = defaultdict(list)
+    for each in predictions:
+        logits[each.case_id].append(torch.as_tensor(each.logits_K))
+    pooled = []
+    for case in cases:
+        if each := logits.get(case.case_id):
+            slides_SK = torch.stack(each)
+            pooled_K = slides_SK.mean(0) if pool == "mean" else slides_SK.amax(0)
+            known_K = np.array(case.labels, np.float32)
+            said = task.predict(pooled_K).numpy()
+            none = np.empty(0)  # a case has no weights of its own
+            pooled.append(
+                Prediction(case.case_id, case.case_id, known_K, said, none, pooled_K.numpy())
+            )
+    return pooled
+
+
+def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction]) -> None:
+    """A CSV row a slide: slide_id, case_id, then what is known (blank if not) and what is said.
+
+    These take turns where there is one of each: `<label>`, `p_<label>`.
+    """
+    turns = len(task.truth) == len(task.said)
+
+    def columns(truth: Sequence[str], said: Sequence[str]) -> list[str]:
+        return [each for pair in zip(truth, said, strict=True) for each in pair] if turns else [
+            *truth, *said
+        ]  # fmt: skip
+
+    header = ["slide_id", "case_id", *columns(task.truth, task.said)]
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for each in predictions:
-            row = [each.slide_id, each.case_id]
-            for label, prob in zip(each.labels_K, each.probs_K, strict=True):
-                row += ["" if np.isnan(label) else int(label), f"{prob:.6f}"]
-            writer.writerow(row)
+            said = [f"{value:.6f}" for value in each.probs_K]
+            known = task.spell(each.labels_K)
+            writer.writerow([each.slide_id, each.case_id, *columns(known, said)])
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
@@ -143,7 +186,7 @@ def predict_slides(
                 index = index_slide(slide, grid, tissue)
                 stain = facts.get("stain")  # as in training, too
                 source = StainedSlide(slide, index, stain) if stain else slide
-                bag = loose_bag(source, index, len(recipe.labels), workers)
+                bag = loose_bag(source, index, model.task.width, workers)
                 prediction = predict_bag(model, bag, chunk)
                 write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
                 if draw:
@@ -154,15 +197,16 @@ def predict_slides(
             continue
         predictions.append(prediction)
         said = ", ".join(
-            f"{k} {p:.3f}" for k, p in zip(recipe.labels, prediction.probs_K, strict=True)
+            f"{name.removeprefix('p_')} {value:.3f}"
+            for name, value in zip(model.task.said, prediction.probs_K, strict=True)
         )
         tqdm.write(f"{row.slide_id}: {bag.count} tiles; {said}")
-    write_predictions(out / "predictions.csv", recipe.labels, predictions)
+    write_predictions(out / "predictions.csv", model.task, predictions)
     return 2 if failed else 0
 
 
 def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
-    """A slide that belongs to no cohort."""
+    """A slide that belongs to no cohort: `labels` unknown numbers are its target."""
     tiles = SlideTiles.of(slide, index, workers)
     unknown_K = torch.full((labels,), torch.nan)
     return Bag(index.slide_id, index.slide_id, tiles, len(index), unknown_K, seed=0)

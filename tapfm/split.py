@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cohort import KNOWN, OPTIONAL, REQUIRED, UNKNOWN, read_table
+from slides.cohort import OPTIONAL, REQUIRED, read_table
 from slides.errors import SplitError, all_faults
 from slides.reader import slide_stem
 from slides.split_files import (
@@ -34,6 +34,7 @@ from slides.splits import (
     kfold,
     monte_carlo,
 )
+from slides.targets import KNOWN, UNKNOWN
 from slides.tcga import site_of
 from tapfm.files import replacing
 

@@ -6,12 +6,9 @@ table to the weights, and never 0.
 
 import math
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from slides.cohort import SPLITS, Cohort, SlideRow, positive_weights, read_cohort
+from slides.cohort import SPLITS, SlideRow, read_cohort
 from slides.errors import CohortError
 
 HEADER = ["case_id", "slide_id", "slide_path", "split", "mpp", "stain", "site", "EGFR", "KRAS"]
@@ -373,32 +370,3 @@ def test_the_hash_is_of_the_table_not_of_the_disk(write, tmp_path):
         changed.add(read_cohort(write(with_cell(row, column, value))).sha256)
     assert len(changed | {first}) == 5
     assert read_cohort(write(sound_table()), ["KRAS", "EGFR"]).sha256 != first
-
-
-def rows_of(labels_NK):
-    return [
-        SlideRow("c", f"s{n}", None, "train", None, "", "", tuple(y))
-        for n, y in enumerate(labels_NK)
-    ]
-
-
-@given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, math.nan])] * 2), min_size=1, max_size=40))
-def test_positive_weights_are_negatives_per_positive_of_the_known(labels_NK):
-    labels = np.array(labels_NK)
-    positives, negatives = np.nansum(labels, axis=0), np.nansum(1 - labels, axis=0)
-    if positives.all() and negatives.all():
-        assert positive_weights(rows_of(labels_NK)) == (negatives / positives).tolist()
-    else:
-        with pytest.raises(CohortError, match="known positive"):
-            positive_weights(rows_of(labels_NK))
-
-
-def test_unknown_labels_do_not_weigh():
-    known = [(1.0,), (0.0,), (0.0,)]
-    assert positive_weights(rows_of(known)) == [2.0]
-    assert positive_weights(rows_of([*known, (math.nan,), (math.nan,)])) == [2.0]
-
-
-def test_no_labels_no_weights():
-    assert positive_weights(rows_of([(), ()])) == []
-    assert Cohort((), ()).split("train") == ()

@@ -20,6 +20,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "backbones": {"attention", "checkpoints", "compiled", "registry", "tail"},
     "aggregators": set(),
     "losses": set(),
+    "cox": set(),
+    "outcomes": {"bootstrap"},
     "chunked": set(),
     "rescue": {"chunked"},
     "boundary": {"backbones", "bag", "chunked"},

@@ -28,7 +28,7 @@ from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.network import load
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes
 from tapfm.pathpt.spatial import places
-from tapfm.pathpt.tiles import Pixels, opener_of
+from tapfm.pathpt.tiles import opener_of
 from tapfm.pathpt.words import load_demo
 
 SMALL = {
@@ -103,7 +103,7 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
     opener, slide = opener_of(source), next(r for r in source.rows if r.slide_id == "s12")
     index = opener.index(slide)
     with torch.no_grad():
-        z_Nd = teacher.encode_image(torch.cat(list(Pixels(opener, slide).split(16))))
+        z_Nd = teacher.encode_image(torch.cat(list(opener.tiles(slide).split(16))))
         logits_NK = model(z_Nd, places(index.coords0, index.size0), classes_Kd)
     np.testing.assert_allclose(p_NK, logits_NK.softmax(1), atol=1e-5)
     assert (out / "tile_classes" / "s12.png").exists()

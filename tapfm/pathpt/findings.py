@@ -15,20 +15,20 @@ import numpy as np
 from torch import Tensor
 
 from slides.reader import Slide
+from tapfm.bootstrap import Interval
 from tapfm.data import Opener
 from tapfm.files import replacing
 from tapfm.heatmap import overlay_png, write_geojson
-from tapfm.metrics import Interval
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
-from tapfm.pathpt.tiles import SlideTiles
+from tapfm.pathpt.tiles import EncodedSlide
 
 
 def draw_classes(
     folder: Path,
     question: Question,
     opener: Opener,
-    each: SlideTiles,
+    each: EncodedSlide,
     logits_NK: Tensor,
     called: int,
 ) -> None:
@@ -48,7 +48,7 @@ def draw_classes(
 
 
 def write_calls(
-    path: Path, question: Question, test: Sequence[SlideTiles], answer: Mapping[str, list[int]]
+    path: Path, question: Question, test: Sequence[EncodedSlide], answer: Mapping[str, list[int]]
 ) -> None:
     """A row a test slide: what it is and what each arm calls it."""
     names = question.names[1:]
@@ -70,7 +70,7 @@ def write_losses(path: Path, losses: Sequence[float]) -> None:
 def write_report(
     out: Path,
     question: Question,
-    test: Sequence[SlideTiles],
+    test: Sequence[EncodedSlide],
     called: Mapping[int, Mapping[str, list[list[int]]]],
     frozen: Collection[str],
     seed: int,

@@ -32,8 +32,7 @@ from tapfm.pathpt.network import PathPT, Recipe, save
 from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.question import Question, QuestionError, read_question, subtypes
 from tapfm.pathpt.tiles import (
-    Pixels,
-    SlideTiles,
+    EncodedSlide,
     Towers,
     encode_slide,
     load_towers,
@@ -42,6 +41,7 @@ from tapfm.pathpt.tiles import (
 )
 from tapfm.pathpt.train import ImageTower, LabelledSlide, train
 from tapfm.pathpt.vote import vote
+from tapfm.tasks.multilabel import Multilabel
 
 ZERO, MEAN, GATED, PATHPT, JOINED = (
     "zero-shot, chosen prompts",
@@ -140,8 +140,8 @@ def one_draw(
     towers: Towers,
     source: Source,
     prompts: Sequence[Tensor],
-    chosen: Sequence[SlideTiles],
-    slides: Mapping[str, SlideTiles],
+    chosen: Sequence[EncodedSlide],
+    slides: Mapping[str, EncodedSlide],
     here: Path,
     seed: int,
     chunk: int,
@@ -164,7 +164,7 @@ def one_draw(
                 each.places_N2,
                 pseudo.tile_labels(each.joint_Nd, zero_Kd, each.subtype),
                 each.subtype,
-                Pixels(opener, each.row) if joined else None,
+                opener.tiles(each.row) if joined else None,
             )
             for each in chosen
         ]
@@ -185,7 +185,7 @@ def one_draw(
             with torch.no_grad():
                 z_Nd = each.z_Nd
                 if joined:
-                    z_Nd = encode_slide(own, Pixels(opener, each.row), chunk)
+                    z_Nd = encode_slide(own, opener.tiles(each.row), chunk)
                 logits_NK = model(z_Nd, each.places_N2, classes_Kd)
             answer[arm].append(vote(logits_NK))
             if number < drawn and arm == arms[-1]:
@@ -224,12 +224,15 @@ def image_tower(question: Question, towers: Towers, chunk: int) -> ImageTower:
 
 
 def baselines(
-    question: Question, chosen: Sequence[SlideTiles], slides: Mapping[str, SlideTiles], seed: int
+    question: Question,
+    chosen: Sequence[EncodedSlide],
+    slides: Mapping[str, EncodedSlide],
+    seed: int,
 ) -> dict[str, list[int]]:
     """The frozen slide models' calls, from the same slides; val chooses rate and epoch."""
     names = question.names[1:]
 
-    def bag(each: SlideTiles) -> FeatureBag:
+    def bag(each: EncodedSlide) -> FeatureBag:
         y_C = torch.zeros(len(names))
         y_C[each.subtype] = 1
         return FeatureBag(each.row.slide_id, each.row.case_id, each.z_Nd.cpu(), y_C)
@@ -237,7 +240,8 @@ def baselines(
     val = [bag(each) for each in slides.values() if each.row.split == "val"]
     test = [bag(each) for each in slides.values() if each.row.split == "test"]
     few, answer = [bag(each) for each in chosen], {}
+    task = Multilabel.learn(tuple(names), (), torch.stack([each.y_K for each in few]).numpy())
     for arm, fitted in BASELINES.items():
-        model = fitted(few, val, names, seed=seed)
+        model = fitted(few, val, task, seed=seed)
         answer[arm] = [int(model.predict(each)[0].argmax()) for each in test]
     return answer

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapfm.metrics import LEVEL, Interval, bootstrap_cases
+from tapfm.bootstrap import LEVEL, Interval, bootstrap_cases
 
 METRICS = ("balanced_accuracy", "weighted_f1")
 

@@ -11,7 +11,7 @@ Shapes: N tiles, C tiles of a chunk, D features, d joint width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from tapfm import backbones
+from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.config import Source, index_and_cache
 from tapfm.data import Opener
@@ -32,11 +33,10 @@ from tapfm.pathpt.question import Question, QuestionError
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.towers import VisionLanguage
 from tapfm.pathpt.words import load_demo
-from tapfm.predict import OpenTiles
 
 
 @dataclass(frozen=True)
-class SlideTiles:
+class EncodedSlide:
     """One slide of the question."""
 
     row: SlideRow
@@ -72,20 +72,6 @@ class Towers:
         return state_fingerprint(self.encoder.row, vit.state_dict(), self.encoder.tile_px)
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A slide's tiles, read each time they are asked for."""
-
-    opener: Opener
-    row: SlideRow
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles."""
-        pixels, index = self.opener(self.row)
-        with pixels:
-            yield from OpenTiles(pixels, index, 0).split(size)
-
-
 def load_towers(question: Question, device: str) -> Towers:
     """Teacher and student, frozen, on their device."""
     load = {"demo": lambda _: load_demo(), "keep": load_keep}
@@ -104,7 +90,7 @@ def read_slides(
     towers: Towers,
     out: Path,
     chunk: int,
-) -> dict[str, SlideTiles]:
+) -> dict[str, EncodedSlide]:
     """Features of every slide, from files of `tapfm features`' layout or written so.
 
     Raises:
@@ -135,10 +121,8 @@ def read_slides(
             for each in extractions:
                 path = out / grid.tag / f"features_{each.name}" / f"{row.slide_id}.h5"
                 if each.fault(path, index):
-                    pixels, _ = opener(row)
-                    tiles = OpenTiles(pixels, index, 0 if source.cache_dir else source.workers)
-                    with pixels:
-                        each.write(path, tiles, index, source.tiles.tissue)
+                    workers = 0 if source.cache_dir else source.workers
+                    each.write(path, opener.tiles(row, workers), index, source.tiles.tissue)
                 features.append(read_features(path).to(towers.device))
         except SlideError as fault:
             if source.on_error != "skip":
@@ -149,7 +133,7 @@ def read_slides(
             joint_Nd = towers.teacher.joint(features[0])
         z_Nd = features[1] if towers.student else joint_Nd
         spot_N2 = places(index.coords0, grid.step0(index.slide_mpp)).to(towers.device)
-        found[row.slide_id] = SlideTiles(row, subtype[row.slide_id], joint_Nd, z_Nd, spot_N2)
+        found[row.slide_id] = EncodedSlide(row, subtype[row.slide_id], joint_Nd, z_Nd, spot_N2)
     for reason in failed.values():
         print(f"tapfm: left out: {reason}", file=sys.stderr)
     return found
@@ -163,7 +147,7 @@ def opener_of(source: Source) -> Opener:
     )
 
 
-def encode_slide(towers: Towers, tiles: Pixels, chunk: int) -> Tensor:
+def encode_slide(towers: Towers, tiles: Tiles, chunk: int) -> Tensor:
     """All tiles of a slide by the image tower as it is now."""
     towers.encoder.eval()
 

@@ -1,0 +1,315 @@
+"""What the label columns of a cohort table may hold, by task.
+
+    multilabel    any number of columns of 1, 0 or unknown; the default
+    multiclass    one column of class names
+    regression    any number of columns of numbers
+    survival      two columns: a time from 0 on, and whether the event was seen (1, 0)
+
+Each kind reads the text of its columns into numbers, nan where unknown, and says what is wrong with
+them: cells that it cannot read, each with its row, and splits in which nothing could be learned or
+measured. Nothing here is computed from the values but the names of the classes: what training
+needs besides comes from the training split, see `tapfm.tasks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from slides.errors import CohortError, some, some_rows
+
+UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
+KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+MANY = 8  # cells of a column that are each a fault of their own
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The text of the label columns."""
+
+    names: Sequence[str]
+    """Of the columns."""
+    texts: Mapping[int, Sequence[str]]
+    """Row number -> a text a column."""
+    splits: Mapping[int, str]
+    """Row number -> split."""
+
+    def known(self, column: int) -> dict[int, str]:
+        """Row number -> text, where it is not unknown."""
+        each = {number: texts[column] for number, texts in self.texts.items()}
+        return {number: text for number, text in each.items() if text.lower() not in UNKNOWN}
+
+    def of(self, split: str) -> list[int]:
+        """Rows of a split."""
+        return [number for number, each in self.splits.items() if each == split]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What they say."""
+
+    rows: Mapping[int, tuple[float, ...]]
+    """Row number -> numbers, nan where unknown."""
+    faults: list[str]
+    classes: tuple[str, ...] = ()
+    """Names of the classes, where the numbers count them."""
+
+
+class Columns(Protocol):
+    """What a task asks of the table."""
+
+    apart: ClassVar[bool]
+    """Whether a column can be read where another is missing."""
+
+    def choose(self, asked: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
+        """Names of the columns.
+
+        Args:
+            asked: the labels that the user names; None if they do not.
+            free: columns without a meaning of their own.
+
+        Raises:
+            CohortError: these are not columns for the task.
+        """
+
+    def read(self, cells: Cells, splits: Collection[str]) -> Values:
+        """Numbers and faults; `splits` are those in which values must vary, if they have slides."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Columns of 1, 0 or unknown."""
+
+    apart: ClassVar = True
+
+    def choose(self, asked, free):
+        """Those asked for, or all."""
+        return free if asked is None else asked
+
+    def read(self, cells, splits):
+        """See `Columns`."""
+        numbers, bad = _numbers(cells, KNOWN.get)
+        faults = []
+        for name, wrong in bad.items():
+            faults += _unreadable(
+                name, wrong, len(cells.texts), "neither 0, 1 nor unknown",
+                "write 1, 0, or leave it blank if it is unknown",
+                "name the labels you want; if it is one, write 1, 0 or leave the cell blank",
+            )  # fmt: skip
+        for split in splits:
+            rows = cells.of(split)
+            for column, name in enumerate(cells.names):
+                values = [numbers[number][column] for number in rows]
+                if rows and name not in bad:
+                    faults += _one_class(name, split, values)
+        return Values(numbers, faults)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """One column of class names. Their numbers count them in alphabetical order."""
+
+    apart: ClassVar = False
+
+    def choose(self, asked, free):
+        """The one asked for, or the only one there is."""
+        names = list(free if asked is None else asked)
+        if len(names) != 1:
+            raise CohortError(
+                f"task multiclass takes one column of class names, not {len(names)} "
+                f"({some(names) or 'none'}): name it with data.labels: [COLUMN]"
+            )
+        return names
+
+    def read(self, cells, splits):
+        """See `Columns`."""
+        known, (name,) = cells.known(0), cells.names
+        classes = sorted(set(known.values()), key=_order)
+        number = {text: float(place) for place, text in enumerate(classes)}
+        rows = {row: (number.get(known.get(row), math.nan),) for row in cells.texts}
+        faults = []
+        if len(classes) < 2:
+            faults.append(
+                f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "
+                "needs two or more"
+            )
+        alike = defaultdict(list)
+        for text in classes:
+            alike["".join(filter(str.isalnum, text.lower()))].append(repr(text))
+        faults += [
+            f"column {name!r}: {' and '.join(texts)} look like one class: spell it one way"
+            for texts in alike.values()
+            if len(texts) > 1
+        ]
+        for split in splits:
+            members = cells.of(split)
+            there = {known[row] for row in members if row in known}
+            lacking = [text for text in classes if text not in there]
+            if members and lacking and len(classes) > 1:
+                faults.append(
+                    f"column {name!r} in split {split}: no slide of class {some(lacking)}, and "
+                    "every class is needed in every split: move cases between splits, merge "
+                    "classes, or leave those slides' cells blank"
+                )
+        return Values(rows, faults, tuple(classes))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Columns of finite numbers or unknown."""
+
+    apart: ClassVar = True
+
+    def choose(self, asked, free):
+        """Those asked for, or all."""
+        return free if asked is None else asked
+
+    def read(self, cells, splits):
+        """See `Columns`."""
+        numbers, bad = _numbers(cells, _finite)
+        faults = []
+        for name, wrong in bad.items():
+            faults += _unreadable(
+                name, wrong, len(cells.texts), "not numbers",
+                "write a number with a decimal point, or leave it blank if it is unknown",
+                "name the targets you want with data.labels",
+            )  # fmt: skip
+        for split in splits:
+            rows = cells.of(split)
+            for column, name in enumerate(cells.names):
+                values = {numbers[number][column] for number in rows}
+                values = sorted(value for value in values if not math.isnan(value))
+                if rows and name not in bad and len(values) < 2:
+                    found = f"always {values[0]:g}" if values else "never known"
+                    faults.append(
+                        f"target {name!r} in split {split} is {found}: it must vary there. Move "
+                        "cases between splits, or leave the target out"
+                    )
+        return Values(numbers, faults)
+
+
+@dataclass(frozen=True)
+class Times:
+    """A time, and whether the event was seen then (1) or the case was last seen without it (0)."""
+
+    time: str
+    event: str
+    apart: ClassVar = False
+
+    def choose(self, asked, free):
+        """The two columns."""
+        if asked is not None:
+            raise CohortError(
+                "task survival takes its columns from data.task (time and event): leave "
+                "data.labels out"
+            )
+        return (self.time, self.event)
+
+    def read(self, cells, splits):
+        """See `Columns`. The third number is the row's own, by which a bank of risks knows it."""
+        times, events = {}, {}
+        faults = []
+        for row, text in cells.known(0).items():
+            times[row] = _finite(text)
+            if times[row] is None or times[row] < 0:
+                faults.append(
+                    f"row {row}: {self.time} is {text!r}: write a time of 0 or more, or leave it "
+                    "blank if it is unknown"
+                )
+        for row, text in cells.known(1).items():
+            events[row] = KNOWN.get(text.split(":")[0])  # cBioPortal writes 1:DECEASED
+            if events[row] is None:
+                faults.append(
+                    f"row {row}: {self.event} is {text!r}: write 1 if the event was seen, 0 if the "
+                    "case was last seen without it, or leave it blank if it is unknown"
+                )
+        rows = {}
+        for row in cells.texts:
+            pair = times.get(row), events.get(row)
+            known = None not in pair
+            rows[row] = (*(pair if known else (math.nan, math.nan)), float(row))
+        for split in splits if not faults else ():
+            members = [rows[row] for row in cells.of(split)]
+            seen = [time for time, event, _ in members if event == 1]
+            if members and not any(time > min(seen) for time, _, _ in members if seen):
+                faults.append(
+                    f"split {split} has {len(seen)} events and no case that was seen for longer "
+                    "than the first of them: nothing can be compared. Move cases between splits"
+                )
+        return Values(rows, faults)
+
+
+COLUMNS = {"multilabel": Labels, "multiclass": Classes, "regression": Numbers, "survival": Times}
+
+
+def make_columns(task: str | Mapping[str, Any]) -> Columns:
+    """Of a task by name, or by name and options; options that are no columns' are not looked at.
+
+    Raises:
+        CohortError: no such task, or survival without its columns.
+    """
+    options = {"name": task} if isinstance(task, str) else dict(task)
+    kind = COLUMNS.get(options.get("name"))
+    if kind is None:
+        raise CohortError(f"data.task {options.get('name')!r} is none of {', '.join(COLUMNS)}")
+    if kind is not Times:
+        return kind()
+    if not all(isinstance(options.get(key), str) for key in ("time", "event")):
+        raise CohortError(
+            "data.task survival needs its columns: {name: survival, time: COLUMN, event: COLUMN}"
+        )
+    return Times(options["time"], options["event"])
+
+
+def _numbers(cells: Cells, read) -> tuple[dict[int, tuple[float, ...]], dict[str, list]]:
+    """Row -> numbers, and column -> the (row, text) that `read` gives None for."""
+    rows, bad = {}, defaultdict(list)
+    for row, texts in cells.texts.items():
+        values = []
+        for name, text in zip(cells.names, texts, strict=True):
+            value = math.nan if text.lower() in UNKNOWN else read(text)
+            if value is None:
+                bad[name].append((row, text))
+            values.append(math.nan if value is None else value)
+        rows[row] = tuple(values)
+    return rows, bad
+
+
+def _unreadable(name: str, wrong: list, rows: int, what: str, remedy: str, choice: str):
+    """A fault a cell, but one a column where most cells are wrong: it is no label then."""
+    if len(wrong) > MANY and 2 * len(wrong) > rows:
+        values = list(dict.fromkeys(repr(text) for _, text in wrong))
+        return [
+            f"column {name!r}: {len(wrong)} of {rows} rows are {what} (they say {some(values)}; "
+            f"{some_rows([row for row, _ in wrong])}): if it is no label, {choice}"
+        ]
+    return [f"row {row}: label {name!r} is {text!r}: {remedy}" for row, text in wrong]
+
+
+def _one_class(name: str, split: str, values: list[float]) -> list[str]:
+    positives, negatives = values.count(1.0), values.count(0.0)
+    if positives and negatives:
+        return []
+    lacking = " or ".join(word for word, n in (("1", positives), ("0", negatives)) if not n)
+    return [
+        f"label {name!r} in split {split}: {positives} slides are 1, {negatives} are 0, "
+        f"{len(values) - positives - negatives} unknown: no {lacking}, and the split "
+        "needs both: move cases between splits, or leave the label out"
+    ]
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _order(text: str) -> tuple[int, float, str]:
+    """Numbers by size, before names by letter."""
+    value = _finite(text)
+    return (1, 0.0, text) if value is None else (0, value, text)

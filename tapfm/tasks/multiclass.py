@@ -1,0 +1,94 @@
+"""One class of several, by name. With two classes: binary, with names.
+
+Shapes: N slides, K classes, B draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from tapfm.losses import MaskedCrossEntropy
+from tapfm.outcomes import accuracy, balanced_accuracy, mean_of_defined, one_against_rest
+
+
+@dataclass(frozen=True)
+class Multiclass:
+    """See `tapfm.tasks.Task`."""
+
+    labels: tuple[str, ...]
+    """Names of the classes."""
+    column: str
+    """Of the table."""
+    weight: tuple[float, ...]
+    """Of each class: slides of the training split over K times those of the class."""
+
+    options: ClassVar = ()
+    selects: ClassVar = "auroc"
+    title: ClassVar = "macro AUROC, one against the rest"
+
+    @classmethod
+    def learn(cls, names, classes, target_NY):
+        """See `tapfm.tasks.learn_task`."""
+        count_K = [int((target_NY[:, 0] == k).sum()) for k in range(len(classes))]
+        lacking = [name for name, count in zip(classes, count_K, strict=True) if not count]
+        if lacking:
+            raise ValueError(
+                f"{names[0]} has no training slide of class {', '.join(lacking)}: were they "
+                "skipped? Add slides, or merge classes."
+            )
+        total = sum(count_K)
+        return cls(classes, names[0], tuple(total / (len(classes) * count) for count in count_K))
+
+    @property
+    def truth(self):
+        """One column."""
+        return (self.column,)
+
+    @property
+    def width(self):
+        """The number of the class."""
+        return 1
+
+    @property
+    def said(self):
+        """A probability a class."""
+        return tuple(f"p_{name}" for name in self.labels)
+
+    def loss(self) -> nn.Module:
+        """Weighted cross-entropy."""
+        return MaskedCrossEntropy(self.weight)
+
+    def predict(self, logits_NK: Tensor) -> Tensor:
+        """Softmax over classes."""
+        return logits_NK.softmax(-1)
+
+    def spell(self, target_Y):
+        """Name of the class, or blank."""
+        return ["" if np.isnan(target_Y[0]) else self.labels[int(target_Y[0])]]
+
+    def unweighted(self):
+        """All classes count the same."""
+        return replace(self, weight=(1.0,) * len(self.labels))
+
+    def strata(self, target_NY):
+        """The classes."""
+        return [(1.0, [np.flatnonzero(target_NY[:, 0] == k) for k in range(len(self.labels))])]
+
+    def measure(self, target_NY, said_NP, times_BN):
+        """AUROC of each class, their mean, and how often the likeliest class is right."""
+        class_N, draws = target_NY[:, 0], len(times_BN)
+        each = {}
+        for k, name in enumerate(self.labels):
+            is_N = np.where(np.isnan(class_N), np.nan, class_N == k)
+            each[name] = {"auroc": one_against_rest(is_N, said_NP[:, k], times_BN)}
+        said_N = said_NP.argmax(1)
+        macro = {
+            "auroc": mean_of_defined([figures["auroc"] for figures in each.values()], draws),
+            "balanced_accuracy": balanced_accuracy(class_N, said_N, times_BN),
+            "accuracy": accuracy(class_N, said_N, times_BN),
+        }
+        return {"macro": macro, **each}

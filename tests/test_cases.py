@@ -1,0 +1,175 @@
+"""A case is the tiles of all its slides in one bag, exactly, in training and after it."""
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from cohorts import write_cohort
+from tiny import tiny_encoder
+
+from slides.cases import gather
+from slides.cohort import SlideRow
+from slides.errors import CohortError
+from slides.stream import Augment, BagDataset
+from tapfm import model as models
+from tapfm.aggregators import make_aggregator
+from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.cli import main
+from tapfm.fit import read_config
+from tapfm.predict import Prediction, pool_cases
+from tapfm.tasks import make_task
+
+NAN = float("nan")
+
+
+def row(slide, case, *labels):
+    return SlideRow(case, slide, None, "train", None, "", "", labels)
+
+
+def test_what_slides_say_is_said_of_the_case():
+    rows = [row("a", "c1", 1.0, NAN), row("b", "c2", 0.0, 0.0), row("d", "c1", NAN, NAN)]
+    first, second = gather(rows, ["A", "B"])
+    assert (first.slide_id, first.case_id) == ("c1", "c1")
+    assert [part.slide_id for part in first.slides] == ["a", "d"]
+    assert first.labels[0] == 1
+    assert np.isnan(first.labels[1])
+    assert second.labels == (0, 0)
+
+
+def test_slides_that_contradict_each_other_are_named():
+    rows = [row("a", "c1", 1.0, 0.0), row("d", "c1", 0.0, NAN), row("e", "c2", 1.0, 1.0)]
+    with pytest.raises(CohortError, match="case c1: its slides a, d differ in A: give them one"):
+        gather(rows, ["A", "B"])
+
+
+def test_numbers_of_rows_are_no_labels():
+    """What survival adds behind its columns differs from slide to slide."""
+    (case,) = gather([row("a", "c1", 5.0, 1.0, 2.0), row("b", "c1", 5.0, 1.0, 3.0)], ["t", "e"])
+    assert case.labels == (5, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory):
+    """The tiny cohort with every second case given the next slide of its split; its config."""
+    folder = tmp_path_factory.mktemp("cases")
+    config = write_cohort(folder, bags="case", labels=["KRAS"])
+    table = pd.read_csv(folder / "cohort.csv")
+    for one, other in ((0, 1), (4, 5), (10, 11)):
+        table.loc[other, "case_id"] = table.loc[one, "case_id"]
+        table.loc[[one, other], "KRAS"] = table.loc[one, "KRAS"]
+    table.to_csv(folder / "cohort.csv", index=False)
+    said = yaml.safe_load(config.read_text())
+    said["model"] |= {"strategy": "norm_only", "drop_path": 0.0}
+    config.write_text(yaml.safe_dump(said))
+    return config
+
+
+@pytest.fixture(scope="module")
+def data(paired):
+    data = read_config(["--config", str(paired)]).datamodule
+    data.prepare_data()
+    return data
+
+
+def test_a_bag_is_its_slides_one_after_the_other(data):
+    """The same tiles as each slide's own bag, drawn and augmented the same way."""
+    case = data.rows("train")[0]
+    assert [part.slide_id for part in case.slides] == ["s0", "s1"]
+    how = {"budget": 7, "seed": 5, "augment": Augment(colour=0.1)}
+    whole = BagDataset([case], data.opener, **how)[0]
+    parts = [BagDataset([part], data.opener, **how)[0] for part in case.slides]
+    assert torch.equal(whole.tiles, torch.cat([part.tiles for part in parts]))
+    np.testing.assert_array_equal(whole.coords0, np.concatenate([p.coords0 for p in parts]))
+    assert (whole.slide_id, whole.case_id) == ("c0", "c0")
+    assert len(data.rows("train")) == 5
+
+
+def test_streamed_it_is_the_same_tiles_whatever_the_chunks(data):
+    case = data.rows("train")[0]
+    bag = data.bag(case)
+    expected = BagDataset([case], data.opener)[0].tiles
+    for size in (3, 16, 1000):
+        assert torch.equal(torch.cat(list(bag.tiles.split(size))), expected)
+    assert bag.count == len(expected)
+
+
+def test_two_passes_over_the_union_are_the_gradient_of_one_graph(data):
+    case = data.rows("train")[0]
+    tiles = BagDataset([case], data.opener, budget=4)[0].tiles
+    encoder = tiny_encoder()
+    torch.manual_seed(0)
+    aggregator = make_aggregator("tapfm_gated", 24, 1).double()
+    z_TD, score_T = encoder.encode(tiles)
+    aggregator(z_TD, score_T)[0].sum().backward()
+    expected = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    for size in (3, 5):  # the union's chunks run over the border of its slides
+        encoder.zero_grad()
+        how = {"seed": 0, "device": torch.device("cpu")}
+        z_TD, score_T, kept = encode_bag(encoder.encode, tiles.split(size), **how)
+        aggregator(z_TD, score_T)[0].sum().backward()
+        adapt_bag(encoder.encode, tiles.split(size), z_TD.grad, score_T.grad, kept=kept, **how)
+        found = [p.grad for p in encoder.parameters() if p.grad is not None]
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_from_fit_to_test_a_row_is_a_case(paired):
+    fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1"]
+    assert main([*fit, "--name", "union"]) == 0
+    runs = paired.parent / "runs"
+    assert main(["test", "--run", str(runs), "--overlays", "4"]) == 0
+    metrics = pd.read_csv(runs / "union" / "metrics.csv")
+    assert sorted(metrics["slide_id"].dropna()) == ["c0", "c2", "c3", "c4", "c6"]
+    for folder in (runs / "union", runs / "frozen" / "frozen_gated_attention"):
+        table = pd.read_csv(folder / "predictions_test.csv")
+        assert table["slide_id"].tolist() == ["c10", "c12", "c13"]
+    sums = {}
+    for path in (runs / "union" / "weights_test").glob("*.h5"):
+        with h5py.File(path) as file:
+            assert len(file["weights"]) == len(file["coords"])
+            sums[path.stem] = file["weights"][:].sum()
+    assert sums["s10"] + sums["s11"] == pytest.approx(1, abs=1e-5)
+    assert 0.01 < sums["s10"] < 0.99
+    assert sums["s12"] == pytest.approx(1, abs=1e-5)
+    assert len(list((runs / "union" / "overlays_test").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_logits_of_slides_pooled(pool):
+    task = make_task({"name": "multilabel"}, ["A", "B"])
+    logits = {"a": [1.0, -2.0], "b": [0.0, 0.0], "d": [3.0, -4.0]}
+    rows = [row("a", "c1", 1.0, NAN), row("b", "c2", 0.0, 0.0), row("d", "c1", 1.0, 1.0)]
+    slides = [
+        Prediction(each.slide_id, each.case_id, np.array(each.labels), np.zeros(2), np.ones(3),
+                   np.array(logits[each.slide_id]))
+        for each in rows
+    ]  # fmt: skip
+    first, second = pool_cases(slides, task, pool, gather(rows, ["A", "B"]))
+    expected = np.array([2.0, -3.0] if pool == "mean" else [3.0, -2.0])
+    np.testing.assert_allclose(first.probs_K, 1 / (1 + np.exp(-expected)))
+    assert (first.slide_id, first.labels_K.tolist()) == ("c1", [1, 1])
+    np.testing.assert_allclose(second.probs_K, 0.5)
+
+
+def test_bags_of_cases_have_nothing_left_to_pool(paired, capsys):
+    assert main(["fit", "--config", str(paired), "--data.pool", "max"]) == 2
+    assert "data.pool max is of slides" in capsys.readouterr().err
+
+
+def test_slides_are_trained_and_cases_tested(paired):
+    """Each row of the table is the mean of the logits of its slides."""
+    runs = paired.parent / "pooled"
+    how = ["--run_dir", str(runs), "--data.bags", "slide", "--data.pool", "mean"]
+    fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1", "--name", "slides"]
+    assert main([*fit, *how]) == 0
+    assert main(["test", "--run", str(runs), "--overlays", "0"]) == 0
+    table = pd.read_csv(runs / "slides" / "predictions_test.csv")
+    assert table["slide_id"].tolist() == ["c10", "c12", "c13"]
+    assert len(list((runs / "slides" / "weights_test").glob("*.h5"))) == 4
+    model = models.load(runs / "slides" / "best.safetensors")
+    data = read_config(["--config", str(runs / "slides" / "config.yaml")]).datamodule
+    two = [model(data.bag(each).tiles, 16)[0].item() for each in data.cohort.split("test")[:2]]
+    expected = 1 / (1 + np.exp(-np.mean(two)))
+    assert table["p_KRAS"][0] == pytest.approx(expected, abs=2e-6)
