@@ -44,7 +44,7 @@ def trace(encoder, tiles):
         block.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
         block.register_forward_hook(lambda _m, _a, out: made.append(out))
     encoder.vit.norm.register_forward_pre_hook(lambda _m, args: last.append(args[0]))
-    encoder(tiles)
+    encoder.vit.forward_features(encoder.pixels(tiles))  # of all tokens
     return given, made, last[0]
 
 
@@ -79,7 +79,9 @@ def test_the_score_leaves_prompts_out(make):
     encoder, tiles = adapted(make), random_tiles(3)
     prefix, attn, caught = encoder.vit.num_prefix_tokens, encoder.vit.blocks[-1].attn, []
     attn.fused_attn = False
-    attn.attn_drop.register_forward_hook(lambda _m, _a, matrix: caught.append(matrix))
+    hook = attn.attn_drop.register_forward_hook(lambda _m, _a, matrix: caught.append(matrix))
+    encoder.vit.forward_features(encoder.pixels(tiles))  # the whole block
+    hook.remove()
     _, score = encoder(tiles)
     row = caught[0][:, :, 0]
     on_prefix, on_patches = row[..., :prefix].sum(-1), row[..., prefix + 6 :].sum(-1)
