@@ -114,23 +114,23 @@ def evaluate(
         ValueError: shapes disagree, a label is neither 0, 1 nor nan, or a score is nan.
     """
     y_NK, p_NK = _checked(labels, y_NK, cases_N, p_NK)
-    times_BN = _with_point(cases_N, draws, seed)
+    times_BN = with_point(cases_N, draws, seed)
     figures_KMB = [_metrics(y_NK[:, k], p_NK[:, k], times_BN) for k in range(len(labels))]
     found: dict[str, dict] = {}
     for k, label in enumerate(labels):
         roc_B, pr_B = figures_KMB[k]
         known_N = ~np.isnan(y_NK[:, k])
         found[label] = {
-            "auroc": _interval(roc_B),
-            "auprc": _interval(pr_B),
+            "auroc": interval(roc_B),
+            "auprc": interval(pr_B),
             "positives": int(y_NK[known_N, k].sum()),
             "known": int(known_N.sum()),
         }
     averaged = [k for k in range(len(labels)) if not math.isnan(found[labels[k]]["auroc"].value)]
     roc_B, pr_B = (_mean([figures_KMB[k][m] for k in averaged], len(times_BN)) for m in (0, 1))
     found[MACRO] = {
-        "auroc": _interval(roc_B),
-        "auprc": _interval(pr_B),
+        "auroc": interval(roc_B),
+        "auprc": interval(pr_B),
         "positives": sum(found[label]["positives"] for label in labels),
         "known": sum(found[label]["known"] for label in labels),
         "labels": [labels[k] for k in averaged],
@@ -153,7 +153,7 @@ def paired_difference(
         label or "macro" to the difference. See `evaluate` for the arguments.
     """
     y_NK, pa_NK, pb_NK = _checked(labels, y_NK, cases_N, pa_NK, pb_NK)
-    times_BN = _with_point(cases_N, draws, seed)
+    times_BN = with_point(cases_N, draws, seed)
     gain_KB = [
         _metrics(y_NK[:, k], pa_NK[:, k], times_BN)[0]
         - _metrics(y_NK[:, k], pb_NK[:, k], times_BN)[0]
@@ -161,7 +161,7 @@ def paired_difference(
     ]
     defined = [gain_B for gain_B in gain_KB if not math.isnan(gain_B[0])]
     gains = dict(zip(labels, gain_KB, strict=True)) | {MACRO: _mean(defined, len(times_BN))}
-    return {name: _interval(gain_B) for name, gain_B in gains.items()}
+    return {name: interval(gain_B) for name, gain_B in gains.items()}
 
 
 def _metrics(
@@ -207,7 +207,7 @@ def _once(y_N: np.ndarray) -> np.ndarray:
     return np.ones((1, len(y_N)), np.uint16)
 
 
-def _with_point(cases_N: Sequence[str], draws: int, seed: int) -> np.ndarray:
+def with_point(cases_N: Sequence[str], draws: int, seed: int) -> np.ndarray:
     """The slides as they are, then the draws: row 0 gives the value, the others its interval."""
     return np.concatenate([_once(cases_N), bootstrap_cases(cases_N, draws, seed)])
 
@@ -216,7 +216,8 @@ def _mean(figures: list[np.ndarray], length: int) -> np.ndarray:
     return np.mean(figures, axis=0) if figures else np.full(length, np.nan)
 
 
-def _interval(figure_B: np.ndarray) -> Interval:
+def interval(figure_B: np.ndarray) -> Interval:
+    """The first value with the percentiles of the others, those that are defined."""
     value, drawn_B = float(figure_B[0]), figure_B[1:]
     drawn_B = drawn_B[~np.isnan(drawn_B)]
     if math.isnan(value) or not len(drawn_B):
