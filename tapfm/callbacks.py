@@ -123,24 +123,24 @@ class RunLog(Callback):
 
 
 class BestWeights(Callback):
-    """best.safetensors: the model of the best validation macro AUROC so far.
+    """best.safetensors: the model of the best validation macro AUROC, or other figure, so far.
 
     A small split is soon ranked perfectly, by weights that are not yet sure of it: of two models
-    with the same AUROC the one of lower loss is better.
+    with the same figure the one of lower loss is better.
     """
 
-    def __init__(self, folder: Path):
-        self.path, self.best = folder / BEST, (-math.inf, -math.inf)
+    def __init__(self, folder: Path, by: str = "auroc"):
+        self.path, self.by, self.best = folder / BEST, by, (-math.inf, -math.inf)
 
     def on_validation_end(self, trainer, module) -> None:
         """Save when better."""
         found = trainer.callback_metrics
-        auroc, loss = (float(found.get(f"val/{name}", math.nan)) for name in ("auroc", "loss"))
-        score = tuple(-math.inf if math.isnan(value) else value for value in (auroc, -loss))
+        figure, loss = (float(found.get(f"val/{name}", math.nan)) for name in (self.by, "loss"))
+        score = tuple(-math.inf if math.isnan(value) else value for value in (figure, -loss))
         if trainer.is_global_zero and (score > self.best or not self.path.exists()):
             self.best = max(self.best, score)
             facts = {
-                "val_auroc": auroc,
+                f"val_{self.by}": figure,
                 "epoch": trainer.current_epoch,
                 "fingerprint": adapted_fingerprint(module.slide_model),
                 **module.provenance,
