@@ -28,6 +28,7 @@ from tapfm.files import replacing
 from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import Cli, prepare_folder, program, read_config
 from tapfm.model import SlideModel
+from tapfm.module import SettingError
 from tapfm.tile_baselines import Probe, features, fit_probe
 from tapfm.tile_data import TileData
 from tapfm.tile_module import TileModule
@@ -71,8 +72,17 @@ class TileLog(RunLog):
 
 
 def run_fit_tiles(arguments: Sequence[str]) -> int:
-    """Fit the baselines, train, report on val and, where there is one, test. Returns 0."""
+    """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
+
+    Raises:
+        SettingError: several processes were asked for.
+    """
     cli = read_config(arguments, TileCli)
+    if cli.trainer.world_size > 1:
+        raise SettingError(
+            f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "
+            "Set trainer.devices: 1."
+        )
     prepare_folder(cli)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probes = fit_probes(cli, frozen_features(cli, device))

@@ -29,7 +29,7 @@ from torch import Tensor
 from tapfm.adapt import spell
 from tapfm.aggregators import TILES
 from tapfm.chunked import chunk_rng
-from tapfm.module import ChunkError, SettingError, SlideModule, StrategyName
+from tapfm.module import ChunkError, SlideModule, StrategyName
 from tapfm.optim import Steps
 from tapfm.prototypes import PrototypeLoss
 from tapfm.tile_batch import TileBatch
@@ -163,19 +163,6 @@ class TileModule(SlideModule):
         self.log("val/loss", loss)
         self.log("val/f1", macro_f1(y_N, said_N, classes), prog_bar=True)
         self.log("val/balanced_accuracy", balanced_accuracy(y_N, said_N, classes))
-
-    def on_fit_start(self) -> None:
-        """As for slides.
-
-        Raises:
-            SettingError: as for slides, or several processes.
-        """
-        if self.trainer.world_size > 1:
-            raise SettingError(
-                f"fit-tiles trains in one process, and the trainer has {self.trainer.world_size}. "
-                "Set trainer.devices: 1."
-            )
-        super().on_fit_start()
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """What a slide's run keeps, and the prototypes."""
