@@ -95,26 +95,34 @@ def trainable(strategy: str) -> int:
     return sum(p.numel() for p in vit.parameters() if p.requires_grad)
 
 
-def summary(strategies: list[str], seeds: list[int], run: Path) -> dict:
-    """Figures of every row, a strategy's as means over its seeds, in the same draws."""
-    found, times_BN, reference = {}, None, None
-    cells = {RGB: [(strategies[0], seeds[0], RGB)], PROBE: [(strategies[0], seeds[0], PROBE)]}
-    cells |= {name: [(name, s, f"adapted, {name}_{s}") for s in seeds] for name in strategies}
-    rows = {title: [_predictions(run, *cell) for cell in each] for title, each in cells.items()}
-    cases, y_N, classes, _ = rows[PROBE][0]
+def summary(seeds: dict[str, list[int]], run: Path) -> dict:
+    """What the table is of: every row's figures, a strategy's as means over its seeds.
+
+    Args:
+        seeds: of each strategy, those that are done.
+        run: folder of the runs.
+    """
+    first = next((name, each[0]) for name, each in seeds.items())
+    cells = {title: [(*first, title)] for title in (RGB, PROBE)}  # frozen: the same in every run
+    cells |= {name: [(name, s, f"adapted, {name}_{s}") for s in each] for name, each in
+              seeds.items()}  # fmt: skip
+    said = {title: [_predictions(run, *cell) for cell in each] for title, each in cells.items()}
+    cases, y_N, classes, _ = said[PROBE][0]
     times_BN = with_point(cases, DRAWS, 0)
-    for title, each in rows.items():
+    found = {}
+    for title, each in said.items():
         tables = [confusions(y_N, p_NK.argmax(1), len(classes), times_BN) for *_, p_NK in each]
         found[title] = {name: [figures_of(table)[name] for table in tables] for name in FIGURES}
     reference = found[PROBE]["f1"][0]
-    return {
+    rows = {
         title: {
             **{name: vars(interval(np.mean(by_seed, 0))) for name, by_seed in each.items()},
             "f1_by_seed": [float(figure_B[0]) for figure_B in each["f1"]],
             "f1_minus_probe": vars(interval(np.mean(each["f1"], 0) - reference)),
         }
         for title, each in found.items()
-    } | {"tiles": len(y_N), "blocks": len(set(cases))}
+    }
+    return {"rows": rows, "tiles": len(y_N), "blocks": len(set(cases))}
 
 
 def _predictions(run: Path, strategy: str, seed: int, title: str) -> tuple:
@@ -133,8 +141,6 @@ def table(result: dict) -> str:
     lines = ["| model | macro F1 [95 %] | each seed | minus probe [95 %] | balanced accuracy | "
              "trained parameters | processor s a run |", "|---" * 7 + "|"]  # fmt: skip
     for title, row in result["rows"].items():
-        if not isinstance(row, dict):
-            continue
         cost = result["cells"].get(title)
         said = [f"{cost['parameters']:,}", f"{np.mean(cost['seconds']):.0f}"] if cost else ["", ""]
         gain = _cell(row["f1_minus_probe"], "+") if title != PROBE else ""
@@ -143,10 +149,9 @@ def table(result: dict) -> str:
             f"| {title} | {_cell(row['f1'])} | {each} | {gain} | "
             f"{row['balanced_accuracy']['value']:.3f} | {' | '.join(said)} |"
         )
-    rows = result["rows"]
-    draws = rows[PROBE]["f1"]["draws"]
+    draws = result["rows"][PROBE]["f1"]["draws"]
     lines.append(
-        f"\n{rows['tiles']} test tiles in {rows['blocks']} spatial blocks; {draws} of {DRAWS} "
+        f"\n{result['tiles']} test tiles in {result['blocks']} spatial blocks; {draws} of {DRAWS} "
         f"draws had every class; {result['epochs']} epochs; one thread. {result['machine']}; "
         f"{result['date']}, commit {result['commit']}, torch {result['torch']}, timm "
         f"{result['timm']}.\n"
@@ -169,11 +174,12 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="run nothing")
     known = parser.parse_args()
     torch.set_num_threads(1)
-    prepare()
     done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    if done.get("epochs") != known.epochs:
-        done = {"epochs": known.epochs, "cells": {}}
-    done |= facts("cpu")
+    if not known.table:
+        prepare()
+        if done.get("epochs") != known.epochs:
+            done = {"epochs": known.epochs, "cells": {}}
+        done |= facts("cpu")
     for seed in known.seeds if not known.table else ():
         for strategy in known.strategies:
             cell = done["cells"].setdefault(strategy, {"seconds": [], "seeds": []})
@@ -183,7 +189,9 @@ def main() -> int:
             cell["seeds"].append(seed)
             cell["parameters"] = trainable(strategy)
             RESULT.write_text(json.dumps(done, indent=1) + "\n")
-    done["rows"] = summary(known.strategies, known.seeds, known.run)
+    done |= summary(
+        {name: sorted(cell["seeds"]) for name, cell in done["cells"].items()}, known.run
+    )
     RESULT.write_text(json.dumps(done, indent=1) + "\n")
     rewrite("real_tiles", table(done))
     return 0
