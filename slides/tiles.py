@@ -122,7 +122,8 @@ def read_tiles(
         rows, known = _from_table(source)
     if case_pattern is not None:
         rows, known = _cases_by_name(source, rows, case_pattern), True
-    rows = [row if row.case_id else replace(row, case_id=str(row.path)) for row in rows]
+    root = source if source.is_dir() else source.parent
+    rows = [row if row.case_id else replace(row, case_id=_within(root, row.path)) for row in rows]
     faults = _case_faults(rows)
     if faults:
         raise CohortError(all_faults(source, faults))
@@ -235,6 +236,10 @@ def _cases_by_name(source: Path, rows: list[TileRow], pattern: str) -> list[Tile
             f"{pattern!r}, the first is {lost[0]}"
         )
     return [replace(row, case_id=match.group(1)) for row, match in zip(rows, found, strict=True)]
+
+
+def _within(root: Path, path: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def _case_faults(rows: list[TileRow]) -> list[str]:

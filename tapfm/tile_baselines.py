@@ -31,6 +31,10 @@ STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # inverse of the penal
 ITERATIONS = 1000
 
 
+class ProbeError(ValueError):
+    """Features that nothing can be fitted on."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """A fitted classifier of features."""
@@ -74,12 +78,13 @@ def fit_probe(
         class_weight: of each class.
 
     Raises:
-        ValueError: features that are nan or infinite.
+        ProbeError: features that are nan or infinite.
     """
     for z_ND, _ in (train, val):
         if not np.isfinite(z_ND).all():
-            raise ValueError(
-                "frozen features hold nan or infinity: encode in bf16 or fp32, not fp16"
+            raise ProbeError(
+                "the frozen features hold nan or infinity: set model.precision: fp32, or give "
+                "other weights"
             )
     best, best_score = None, (-np.inf, -np.inf)
     for strength in STRENGTHS:

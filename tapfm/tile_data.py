@@ -23,6 +23,7 @@ from slides.order import Turn, epoch_order
 from slides.splits import FRACTIONS
 from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator, stable_seed
 from slides.tiles import TileRow, read_tile, read_tiles
+from tapfm.config import ConfigError
 from tapfm.tile_batch import TileBatch
 
 
@@ -110,7 +111,7 @@ class TileData(L.LightningDataModule):
     ):
         super().__init__()
         if batch < 1:
-            raise ValueError(f"data.batch must be 1 or more, got {batch}")
+            raise ConfigError(f"data.batch must be 1 or more, got {batch}")
         self.tiles = read_tiles(Path(source), case_pattern, fractions, seed)
         self.tile_px, self.mpp, self.batch, self.workers = tile_px, mpp, batch, workers
         self.balance, self.seed = balance, seed

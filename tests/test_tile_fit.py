@@ -21,7 +21,7 @@ from tapfm import model as models
 from tapfm.adapt import StrategyError
 from tapfm.cli import main
 from tapfm.memory import PhaseMeter
-from tapfm.tile_baselines import fit_probe
+from tapfm.tile_baselines import ProbeError, fit_probe
 from tapfm.tile_batch import TileBatch
 from tapfm.tile_data import TileData
 from tapfm.tile_fit import PROBE, RGB, predict_tiles
@@ -194,11 +194,19 @@ def test_a_killed_run_ends_as_one_never_killed(cohort, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_features_that_are_nan_are_refused():
+    z_ND, y_N = np.full((4, 3), np.nan), np.arange(4) % 2
+    with pytest.raises(ProbeError, match="hold nan or infinity: set model"):
+        fit_probe((z_ND, y_N), (z_ND, y_N), 2, [1.0, 1.0])
+
+
 def test_faults_end_with_a_message(tmp_path, capsys):
     tiles = write_tiles(tmp_path / "tiles")
     assert main(arguments(tiles / "nowhere", tmp_path)) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--data.tile_px", "48")) == 2
     assert "32 x 32 px, but tiles of 48 px were asked for" in capsys.readouterr().err
+    assert main(arguments(tiles, tmp_path, "--data.batch", "0")) == 2
+    assert "data.batch must be 1 or more, got 0" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--trainer.devices", "2")) == 2
     assert "fit-tiles trains in one process" in capsys.readouterr().err

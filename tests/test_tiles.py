@@ -1,5 +1,7 @@
 """Labelled tiles: a table or folder is read as it stands, and no case is in two parts."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,6 +99,9 @@ class TestFolders:
         touch(tmp_path, "CRC-VAL-HE-7K/ADI/ADI-TCGA-C.tif", "CRC-VAL-HE-7K/TUM/TUM-TCGA-D.tif")
         found = read_tiles(tmp_path, fractions=(0.8, 0.2, 0.1), seed=3)
         assert not found.cases_known, "its files name no patient"
+        moved = shutil.copytree(tmp_path, tmp_path / "elsewhere")
+        assert read_tiles(moved, fractions=(0.8, 0.2, 0.1), seed=3).sha256 == found.sha256
+        shutil.rmtree(moved)
         assert {r.path.parent.parent.name for r in found.part("test")} == {"CRC-VAL-HE-7K"}
         for part, count in (("train", 8), ("val", 2)):
             labels = [r.label for r in found.part(part)]
