@@ -127,6 +127,11 @@ def batch_of(classes=3):
 def test_a_step_is_one_backward_of_the_weighed_loss(loss, monkeypatch):
     """Gradients against plain autograd, with the prototypes as they are after their update."""
     module, batch = module_of(loss=loss), batch_of()
+    with torch.no_grad():  # a head sure enough, at 0.91, to move prototypes
+        z_CD, _ = module.slide_model.encoder(batch.tiles_CP)
+        sure_CK = 3 * F.one_hot(batch.labels_C, 3).float()
+        module.start_head((torch.linalg.pinv(z_CD) @ sure_CK).T, torch.zeros(3))
+    old_KD = module.prototype_loss.prototypes_KD.clone() if loss == "ppcl" else None
     taken = {}
 
     def keep(optimizer):
@@ -148,6 +153,9 @@ def test_a_step_is_one_backward_of_the_weighed_loss(loss, monkeypatch):
     total = (each_C * weight_C).sum() / weight_C.sum()
     assert said["train/loss"].item() == pytest.approx(total.item(), rel=1e-5)
     if loss == "ppcl":
+        towards_KD = F.normalize(F.one_hot(batch.labels_C, 3).float().T @ z_CD.detach(), dim=1)
+        moved_KD = F.normalize(old_KD + towards_KD, dim=1)
+        torch.testing.assert_close(module.prototype_loss.prototypes_KD, moved_KD, rtol=0, atol=1e-4)
         extra = module.prototype_loss(z_CD, batch.labels_C)
         assert said["train/ppcl"].item() == pytest.approx(extra.item(), rel=1e-3)
         total = total + extra
