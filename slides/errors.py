@@ -42,6 +42,10 @@ class UnreadableRegionError(SlideError):
     """The slide opens but some of its pixels cannot be decoded."""
 
 
+class TileError(SlideError):
+    """A labelled tile cannot be read, or is of another size than the others."""
+
+
 class IndexSettingsError(SlideError):
     """An index on disk was made with other settings than those asked for."""
 

@@ -101,6 +101,28 @@ class Aggregator(nn.Module):
         return self.head(self.norm(bag_D)), weights_T
 
 
+class TileHead(nn.Module):
+    """In an aggregator's place where labels are of tiles: class logits of each tile by itself.
+
+    Args:
+        dim: feature width D.
+        labels: number of classes K.
+    """
+
+    score_temperature = None  # it does not look at the CLS score
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)  # while training; who trains it sets how much
+        self.head = nn.Linear(dim, labels)
+
+    def forward(self, z_TD: Tensor) -> Tensor:
+        """Logits (T, K)."""
+        return self.head(self.dropout(z_TD))
+
+
+TILES = "tiles"
+"""Name of `TileHead` in a recipe."""
 AGGREGATORS = {
     "tapfm": {"gate": False, "score_temperature": 0.1},
     "gated": {"gate": True, "score_temperature": None},
@@ -111,12 +133,20 @@ AGGREGATORS = {
 
 def make_aggregator(
     name: str, dim: int, labels: int, temperature: float | None = None
-) -> Aggregator:
-    """One of `AGGREGATORS` by name; `temperature` of the CLS score, None for the aggregator's own.
+) -> Aggregator | TileHead:
+    """One of `AGGREGATORS` by name, or `TILES`.
+
+    Args:
+        name: which.
+        dim: feature width D.
+        labels: number of labels K.
+        temperature: of the CLS score; None is the aggregator's own.
 
     Raises:
         ValueError: no such name.
     """
+    if name == TILES:
+        return TileHead(dim, labels)
     if name not in AGGREGATORS:
         raise ValueError(f"aggregator: {name!r} is none of {', '.join(AGGREGATORS)}")
     settings = dict(AGGREGATORS[name])

@@ -124,7 +124,7 @@ class RunLog(Callback):
 
 
 class BestWeights(Callback):
-    """best.safetensors: the model of the best validation macro AUROC so far (`Task.selects`).
+    """best.safetensors: the model of the best validation figure so far, such as macro AUROC.
 
     A small split is soon ranked perfectly, by weights that are not yet sure of it: of two models
     with the same figure the one of lower loss is better.

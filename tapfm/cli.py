@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tapfm.fit import run_fit
 
             return run_fit(argv[1:])
+        if argv[:1] == ["fit-tiles"]:
+            from tapfm.tile_fit import run_fit_tiles
+
+            return run_fit_tiles(argv[1:])
         arguments = parser().parse_args(argv)
         return arguments.do(arguments)
     except Exception as error:
@@ -120,6 +124,12 @@ def parser() -> argparse.ArgumentParser:
 
     fit = verbs.add_parser("fit", help="train; `tapfm fit --help` lists every key", add_help=False)
     fit.set_defaults(do=None)
+    tiles = verbs.add_parser(
+        "fit-tiles",
+        help="train on labelled tiles, and compare; `tapfm fit-tiles --help` lists every key",
+        add_help=False,
+    )
+    tiles.set_defaults(do=None)
 
     test = verbs.add_parser("test", help="runs against frozen baselines, with intervals")
     test.add_argument("--run", type=Path, required=True, help="folder of the cohort's runs")

@@ -25,6 +25,7 @@ from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
+from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
@@ -74,6 +75,11 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
     if not folders:
         raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
+    for folder in folders:
+        if models.read_recipe(folder / BEST)[0].aggregator == TILES:
+            raise CheckpointError(
+                f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
+            )
     # the baselines' encoder is as it came, whatever the run's strategy puts into it
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule

@@ -42,8 +42,19 @@ DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change betw
 class Cli(LightningCLI):
     """Lightning's CLI with the keys of a run."""
 
+    kinds = SlideModule, SlideData
+    verb = "fit"
+
     def add_arguments_to_parser(self, parser):
         """`run_dir`, `name`, `resume_every`; labels and tile geometry come from the data."""
+        self.add_run_arguments(parser)
+        parser.link_arguments("data.tiles.tile_px", "model.tile_px")
+        parser.link_arguments("data.tiles.mpp", "model.mpp")
+        parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
+        parser.link_arguments("data.task_spec", "model.task", apply_on="instantiate")
+
+    def add_run_arguments(self, parser) -> None:
+        """What every task has."""
         parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
         parser.add_argument(
             "--name", default=None, help="folder of this run; None: aggregator, strategy"
@@ -52,10 +63,6 @@ class Cli(LightningCLI):
             "--resume_every", type=int, default=50, help="slides between resume points"
         )
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("data.tiles.tile_px", "model.tile_px")
-        parser.link_arguments("data.tiles.mpp", "model.mpp")
-        parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
-        parser.link_arguments("data.task_spec", "model.task", apply_on="instantiate")
         parser.set_defaults(
             {
                 "seed_everything": 0,
@@ -83,21 +90,20 @@ class Cli(LightningCLI):
         make_strategy(self.config.model.strategy)
 
 
-def read_config(arguments: Sequence[str]) -> Cli:
+def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
     """Model, data and trainer as the arguments say."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and what we print ourselves
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():  # Lightning's CLI against newer jsonargparse: not the user's
         warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
-        return Cli(
-            SlideModule,
-            SlideData,
+        return kind(
+            *kind.kinds,
             args=list(arguments),
             run=False,
             save_config_callback=None,
             trainer_defaults={"callbacks": [Progress()]},
             seed_everything_default=0,
-            parser_kwargs={"prog": "tapfm fit", "default_env": False},
+            parser_kwargs={"prog": f"tapfm {kind.verb}", "default_env": False},
         )
 
 
@@ -173,12 +179,19 @@ def prepare_folder(cli: Cli) -> None:
 
 def provenance(data: SlideData) -> dict[str, Any]:
     """What a saved model says of its making."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cohort_sha256": data.cohort.sha256,
         "tissue": asdict(data.tiles.tissue),
         "stain": data.opener.stain,
+        **program(),
+    }
+
+
+def program() -> dict[str, Any]:
+    """Commit and versions of what is running."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
         "commit": commit or "unknown",
         "versions": {"tapfm": __version__, "torch": torch.__version__,
                      "lightning": L.__version__, "python": platform.python_version()},

@@ -32,6 +32,7 @@ from slides.reader import Slide
 from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
+from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
 from tapfm.files import replacing
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
@@ -172,6 +173,11 @@ def predict_slides(
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = model.recipe
+    if recipe.aggregator == TILES:
+        raise models.CheckpointError(
+            f"{path}: was trained on labelled tiles and says nothing of a slide. Its encoder is "
+            "for `tapfm features` and `tapfm export`."
+        )
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)

@@ -9,8 +9,8 @@ averaged over tiles:
 Prototypes are no parameters. Before each loss `update` adds to every prototype the direction of its
 class's features, those that the classifier is sure of, weighted by how sure.
 
-Used where tiles have labels. A slide's label says nothing of one tile, so no task of tapfm calls
-it: a training loop on labelled tiles adds it to its cross-entropy.
+Used where tiles have labels (`tapfm fit-tiles`, `model.loss: ppcl`); a slide's label says nothing
+of one tile.
 
 Source: Liu et al. 2026 (HiAdapter, IEEE TMI), the "pathology prototypical contrastive loss" in the
     form of its authors' published code, whose weights of 1e-5 and 1e-6 leave it no say.

@@ -41,6 +41,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "prototypes": set(),
     "lowrank": {"surgery"},
     "bag": set(),
+    "tile_batch": set(),
+    "tile_metrics": {"metrics"},
 }
 
 
@@ -98,6 +100,14 @@ def test_module_and_data_meet_in_the_bag_only():
     assert "data" not in ours(module)
     assert not ours(data) & {"module", "adapt"}
     assert "bag" in ours(module) & ours(data)
+
+
+def test_module_and_data_of_tiles_meet_in_the_batch_only():
+    module, data = ROOT / "tapfm" / "tile_module.py", ROOT / "tapfm" / "tile_data.py"
+    assert "slides" not in tops(module)
+    assert not ours(module) & {"tile_data", "data"}
+    assert not ours(data) & {"tile_module", "module", "adapt"}
+    assert "tile_batch" in ours(module) & ours(data)
 
 
 def test_strategies_do_not_know_each_other():

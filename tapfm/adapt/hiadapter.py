@@ -25,8 +25,8 @@ Differs: optical density is that of the tile, not of the normalised input; norms
     passes agree; registers are prefix tokens too; both parts start at 0. The authors cut their two
     maps (nuclei, all else) offline by a network and thresholds; here colour deconvolution makes a
     haematoxylin and an eosin map of the tile itself. Layers that the code makes and never uses
-    (0.04 M on a ViT-L) are left out. The prototype loss needs labels of tiles and so has no place
-    in a slide's task: it is `tapfm.prototypes`.
+    (0.04 M on a ViT-L) are left out. The prototype loss needs labels of tiles: it is
+    `tapfm.prototypes`, and comes with this strategy in `tapfm fit-tiles`.
 
 Shapes: C tiles of a chunk, N tokens (n patches), D width, E places of the stem's output, W width of
     the stain part, M stains, R bottleneck.
