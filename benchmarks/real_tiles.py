@@ -28,8 +28,8 @@ import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
+from tapfm.bootstrap import Interval, difference, interval, with_point
 from tapfm.cli import main as tapfm
-from tapfm.metrics import Interval, interval, with_point
 from tapfm.tile_fit import PROBE, RGB
 from tapfm.tile_metrics import FIGURES, confusions, figures_of
 
@@ -118,7 +118,7 @@ def summary(seeds: dict[str, list[int]], run: Path) -> dict:
         title: {
             **{name: vars(interval(np.mean(by_seed, 0))) for name, by_seed in each.items()},
             "f1_by_seed": [float(figure_B[0]) for figure_B in each["f1"]],
-            "f1_minus_probe": vars(interval(np.mean(each["f1"], 0) - reference)),
+            "f1_minus_probe": vars(difference(np.mean(each["f1"], 0) - reference)),
         }
         for title, each in found.items()
     }

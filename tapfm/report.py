@@ -50,11 +50,12 @@ from textwrap import wrap
 
 import numpy as np
 
+from tapfm.bootstrap import Interval
 from tapfm.details import describe, sections
 from tapfm.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.files import replacing
 from tapfm.heatmap import save_figure
-from tapfm.metrics import MACRO, Interval, evaluate, paired_difference
+from tapfm.metrics import MACRO, evaluate, paired_difference
 
 END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
 FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked

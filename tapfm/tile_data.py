@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slides.augment import augment
+from slides.augment import draw_change
 from slides.order import Turn, epoch_order
 from slides.splits import FRACTIONS
 from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator, stable_seed
@@ -73,7 +73,8 @@ class TileDataset(Dataset):
         tile_1P = torch.from_numpy(read_tile(row.path, self.side))[None]
         if self.how is None:
             return tile_1P
-        return augment(tile_1P, slide_generator(self.seed, epoch, row.path.name), **vars(self.how))
+        generator = slide_generator(self.seed, epoch, row.path.name)
+        return draw_change(1, generator, **vars(self.how))(tile_1P)
 
 
 class TileData(L.LightningDataModule):

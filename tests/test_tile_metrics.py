@@ -13,7 +13,7 @@ from sklearn.metrics import (
 )
 
 from tapfm import tile_metrics
-from tapfm.metrics import bootstrap_cases
+from tapfm.bootstrap import bootstrap_cases
 from tapfm.tile_metrics import difference, evaluate_tiles
 
 CLASSES = ["fat", "mucus", "stroma"]
