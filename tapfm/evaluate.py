@@ -88,8 +88,13 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     bags = {row.slide_id: row for row in data.rows(split)}
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
-    groups = {
-        kind: {row.slide_id: getattr(row, kind) for row in data.cohort.rows} for kind in GROUPS
+    groups = {  # of slides, and of cases: that of their last slide
+        kind: {
+            name: getattr(row, kind)
+            for row in data.cohort.rows
+            for name in (row.case_id, row.slide_id)
+        }
+        for kind in GROUPS
     }
     found = {}
     for folder in folders:

@@ -12,9 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tifffile
+# Before torch is loaded, here and in what tests start: models this small gain nothing from a second
+# thread, and on a busy machine two that wait for each other take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import tifffile  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
