@@ -16,9 +16,9 @@ from pathlib import Path
 # thread, and on a busy machine two that wait for each other take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import tifffile  # noqa: E402
+import numpy as np
+import pytest
+import tifffile
 
 ROOT = Path(__file__).parent.parent
 
