@@ -95,7 +95,7 @@ class TileModule(SlideModule):
             drop_path=drop_path,
             steps=steps,
         )
-        self.loss = None  # of slides
+        self.loss = torch.nn.Module()  # of slides: none, and nothing to keep of it
         self.head = head
         if head == "random":  # a probe was fitted without, and would lose its way
             self.slide_model.aggregator.dropout.p = HEAD_DROPOUT
