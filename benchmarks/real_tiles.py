@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
-from tapfm.bootstrap import Interval, difference, interval, with_point
+from tapfm.bootstrap import Interval, percentiles, with_point
 from tapfm.cli import main as tapfm
 from tapfm.tile_fit import PROBE, RGB
 from tapfm.tile_metrics import FIGURES, confusions, figures_of
@@ -116,9 +116,9 @@ def summary(seeds: dict[str, list[int]], run: Path) -> dict:
     reference = found[PROBE]["f1"][0]
     rows = {
         title: {
-            **{name: vars(interval(np.mean(by_seed, 0))) for name, by_seed in each.items()},
+            **{name: vars(percentiles(np.mean(by_seed, 0))) for name, by_seed in each.items()},
             "f1_by_seed": [float(figure_B[0]) for figure_B in each["f1"]],
-            "f1_minus_probe": vars(difference(np.mean(each["f1"], 0) - reference)),
+            "f1_minus_probe": vars(percentiles(np.mean(each["f1"], 0) - reference)),
         }
         for title, each in found.items()
     }

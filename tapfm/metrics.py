@@ -27,10 +27,11 @@ import numpy as np
 from tapfm.bootstrap import (
     Interval,
     bootstrap_cases,
-    difference,
     interval,
     mean_of,
+    mean_of_defined,
     once,
+    percentiles,
     with_point,
 )
 
@@ -143,9 +144,9 @@ def paired_difference(
         - auroc_draws(y_NK[:, k], pb_NK[:, k], times_BN)
         for k in range(len(labels))
     ]
-    defined = [gain_B for gain_B in gain_KB if not math.isnan(gain_B[0])]
-    gains = dict(zip(labels, gain_KB, strict=True)) | {MACRO: mean_of(defined, len(times_BN))}
-    return {name: difference(gain_B) for name, gain_B in gains.items()}
+    gains = dict(zip(labels, gain_KB, strict=True))
+    gains[MACRO] = mean_of_defined(gain_KB, len(times_BN))
+    return {name: percentiles(gain_B) for name, gain_B in gains.items()}
 
 
 def _metrics(

@@ -18,13 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
-import numpy as np
-
-from tapfm.bootstrap import Interval, bootstrap_cases
+from tapfm.bootstrap import Interval, percentiles, with_point
 from tapfm.figures import curves_figure
 from tapfm.files import replacing
 from tapfm.heatmap import save_figure
-from tapfm.outcomes import interval
 from tapfm.report import FEW_DRAWS, Arm, _aligned, _aligned_text, _markdown, _plain, _write
 from tapfm.tasks import Task
 
@@ -49,14 +46,12 @@ def write_outcomes(
     arms, missed = _aligned(arms)
     skipped = [*skipped, *((s, r) for s, r in missed if s not in {slide for slide, _ in skipped})]
     cases, target_NY = arms[0].case_ids, arms[0].y_NK
-    times_BN = np.concatenate(
-        [np.ones((1, len(cases))), bootstrap_cases(cases, draws, seed)]
-    ).astype(float)
+    times_BN = with_point(cases, draws, seed).astype(float)
     drawn = {arm.title: task.measure(target_NY, arm.p_NK, times_BN) for arm in arms}
     reference = _best_frozen(task, arms, drawn)
     gains = {
         arm.title: {
-            group: interval(figures[task.selects] - drawn[reference][group][task.selects])
+            group: percentiles(figures[task.selects] - drawn[reference][group][task.selects])
             for group, figures in drawn[arm.title].items()
         }
         for arm in arms
@@ -64,7 +59,7 @@ def write_outcomes(
     }
     figures = {
         title: {
-            group: {name: interval(figure_B) for name, figure_B in each.items()}
+            group: {name: percentiles(figure_B) for name, figure_B in each.items()}
             for group, each in groups.items()
         }
         for title, groups in drawn.items()

@@ -26,13 +26,8 @@ Shapes: N slides, B draws, K classes, G groups of equal values, U times.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from tapfm.bootstrap import Interval
-
-LEVEL = 0.95
 FLAT = 1e-24  # of the sum of squares: what rounding leaves of a spread that is none
 BLOCK = 2_000_000  # numbers of a block of pairs of slides: 16 MB
 
@@ -116,22 +111,6 @@ def time_auc(
     early_BN = times_BN * ((time_N <= horizon) & (event_N == 1))
     weight_BN = early_BN / np.maximum(_uncensored(time_N, event_N, times_BN), 1e-300)
     return _outranks(risk_N, weight_BN, times_BN * (time_N > horizon))
-
-
-def interval(figure_B: np.ndarray) -> Interval:
-    """The value of row 0, and percentiles of the draws that follow it."""
-    value, drawn_B = float(figure_B[0]), figure_B[1:]
-    drawn_B = drawn_B[~np.isnan(drawn_B)]
-    if math.isnan(value) or not len(drawn_B):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(drawn_B))
-
-
-def mean_of_defined(figures: list[np.ndarray], draws: int) -> np.ndarray:
-    """Mean, in every draw, of the figures that are defined on the slides as they are (row 0)."""
-    defined = [figure_B for figure_B in figures if not math.isnan(figure_B[0])]
-    return np.mean(defined, axis=0) if defined else np.full(draws, np.nan)
 
 
 def _known(*arrays: np.ndarray) -> list[np.ndarray]:

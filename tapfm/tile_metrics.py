@@ -18,8 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapfm.bootstrap import Interval, interval, with_point
-from tapfm.bootstrap import difference as gain
+from tapfm.bootstrap import Interval, percentiles, with_point
 from tapfm.metrics import BLOCK, evaluate, paired_difference
 
 FIGURES = ("f1", "balanced_accuracy")
@@ -79,7 +78,7 @@ def evaluate_tiles(
     y_N, p_NK = np.asarray(y_N), np.asarray(p_NK, float)
     times_BN = with_point(cases_N, draws, seed)
     tables_BKK = confusions(y_N, p_NK.argmax(1), len(classes), times_BN)
-    found = {name: interval(each_B) for name, each_B in figures_of(tables_BKK).items()}
+    found = {name: percentiles(each_B) for name, each_B in figures_of(tables_BKK).items()}
     ranked = evaluate(list(classes), np.eye(len(classes))[y_N], p_NK, cases_N, draws, seed)
     table_KK = tables_BKK[0]
     hits_K, true_K, said_K = np.diag(table_KK), table_KK.sum(1), table_KK.sum(0)
@@ -119,7 +118,7 @@ def difference(
         figures_of(confusions(y_N, np.asarray(p_NK).argmax(1), len(classes), times_BN))
         for p_NK in (pa_NK, pb_NK)
     )
-    gains = {name: gain(a[name] - b[name]) for name in FIGURES}
+    gains = {name: percentiles(a[name] - b[name]) for name in FIGURES}
     one_hot_NK = np.eye(len(classes))[y_N]
     ranked = paired_difference(list(classes), one_hot_NK, pa_NK, pb_NK, cases_N, draws, seed)
     return {**gains, "auroc": ranked["macro"]}

@@ -118,7 +118,8 @@ def _notes(result: dict, figures: dict[str, dict]) -> list[str]:
     of_cases = f" of {result['cases']} cases" if result["cases"] else ""
     notes = [
         f"{result['split']} split: {result['tiles']} tiles{of_cases}. Intervals: 95 %, percentiles "
-        f"of {result['draws']} bootstrap draws of whole cases; differences are paired."
+        f"of {result['draws']} bootstrap draws of whole cases, for AUROC symmetric on the logit "
+        "scale; differences are paired."
     ]
     if not result["cases"]:
         notes.append(

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score, roc_auc_score
 
-from tapfm.bootstrap import bootstrap_cases
+from tapfm.bootstrap import bootstrap_cases, mean_of_defined, percentiles
 from tapfm.outcomes import (
     accuracy,
     balanced_accuracy,
     concordance,
-    interval,
-    mean_of_defined,
     one_against_rest,
     pearson,
     r2,
@@ -185,7 +183,7 @@ def test_what_does_not_vary_is_undefined_and_nothing_at_all_too():
 def test_a_draw_without_a_class_is_left_out_of_the_interval():
     y = np.array([0.0, 0, 1, 1])
     times = np.array([[1, 1, 1, 1], [4, 0, 0, 0], [1, 1, 2, 0], [0, 2, 1, 1]], float)
-    found = interval(one_against_rest(y, np.array([0.1, 0.3, 0.2, 0.9]), times))
+    found = percentiles(one_against_rest(y, np.array([0.1, 0.3, 0.2, 0.9]), times))
     assert found.value == 0.75
     assert found.draws == 2
     assert found.low == pytest.approx(np.quantile([0.5, 0.5], 0.025))

@@ -8,7 +8,7 @@ the test cases: an interval says how sure the test set makes us of that mean. A 
 lacks a subtype is left out, so that all average the same subtypes.
 
 Source: definitions as scikit-learn's `balanced_accuracy_score` and `f1_score(average="weighted")`;
-    the bootstrap is that of `tapfm.metrics`.
+    the bootstrap is that of `tapfm.bootstrap`.
 
 Shapes: S test slides, R draws of training slides, B bootstrap draws, C subtypes.
 """
@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapfm.bootstrap import LEVEL, Interval, bootstrap_cases
+from tapfm.bootstrap import Interval, percentiles, with_point
 
 METRICS = ("balanced_accuracy", "weighted_f1")
+DRAWS = 2000
 
 
 def evaluate(
@@ -37,7 +38,7 @@ def evaluate(
         seed: of the bootstrap.
     """
     figures_MB = _figures(truth_S, called_RS, cases_S, seed)
-    return {m: _interval(each_B) for m, each_B in zip(METRICS, figures_MB, strict=True)}
+    return {m: percentiles(each_B) for m, each_B in zip(METRICS, figures_MB, strict=True)}
 
 
 def difference(
@@ -49,13 +50,12 @@ def difference(
 ) -> dict[str, Interval]:
     """One's figures less the other's, in the same bootstrap draws."""
     one_MB, other_MB = (_figures(truth_S, each, cases_S, seed) for each in (one_RS, other_RS))
-    return {m: _interval(each_B) for m, each_B in zip(METRICS, one_MB - other_MB, strict=True)}
+    return {m: percentiles(each_B) for m, each_B in zip(METRICS, one_MB - other_MB, strict=True)}
 
 
 def _figures(truth_S, called_RS, cases_S, seed: int) -> np.ndarray:
     """(2, B + 1), the slides as they are first; nan where a draw lacks a subtype."""
-    once = np.ones((1, len(truth_S)))
-    times_BS = np.concatenate([once, bootstrap_cases(cases_S, seed=seed)])
+    times_BS = with_point(cases_S, DRAWS, seed)
     subtypes = np.unique(truth_S)
     each_RMB = []
     for called_S in np.atleast_2d(called_RS):
@@ -69,11 +69,3 @@ def _figures(truth_S, called_RS, cases_S, seed: int) -> np.ndarray:
         f1_B[(there_BC == 0).any(1)] = math.nan
         each_RMB.append([recall_B, f1_B])
     return np.mean(each_RMB, axis=0)
-
-
-def _interval(figure_B: np.ndarray) -> Interval:
-    value, drawn_B = float(figure_B[0]), figure_B[1:][~np.isnan(figure_B[1:])]
-    if not len(drawn_B):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(drawn_B))

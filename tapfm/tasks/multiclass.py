@@ -11,8 +11,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedCrossEntropy
-from tapfm.outcomes import accuracy, balanced_accuracy, mean_of_defined, one_against_rest
+from tapfm.outcomes import accuracy, balanced_accuracy, one_against_rest
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedBCE
-from tapfm.outcomes import mean_of_defined, one_against_rest
+from tapfm.outcomes import one_against_rest
 
 
 @dataclass(frozen=True)
