@@ -30,8 +30,9 @@ from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
 from tapfm.bootstrap import Interval, percentiles, with_point
 from tapfm.cli import main as tapfm
+from tapfm.confusions import averages, confusions
 from tapfm.tile_fit import PROBE, RGB
-from tapfm.tile_metrics import FIGURES, confusions, figures_of
+from tapfm.tile_metrics import FIGURES
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))
@@ -112,7 +113,7 @@ def summary(seeds: dict[str, list[int]], run: Path) -> dict:
     found = {}
     for title, each in said.items():
         tables = [confusions(y_N, p_NK.argmax(1), len(classes), times_BN) for *_, p_NK in each]
-        found[title] = {name: [figures_of(table)[name] for table in tables] for name in FIGURES}
+        found[title] = {name: [averages(table)[name] for table in tables] for name in FIGURES}
     reference = found[PROBE]["f1"][0]
     rows = {
         title: {

@@ -31,6 +31,7 @@ import numpy as np
 
 LEVEL = 0.95
 Z = 1.959963984540054  # of LEVEL, two-sided
+BLOCK = 2_000_000  # numbers of a block of draws: 16 MB of float64, near the cache, whatever N is
 
 
 @dataclass(frozen=True)

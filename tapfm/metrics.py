@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tapfm.bootstrap import (
+    BLOCK,
     Interval,
     bootstrap_cases,
     interval,
@@ -41,7 +42,6 @@ __all__ = [
 ]  # fmt: skip
 
 MACRO = "macro"
-BLOCK = 2_000_000  # elements of a (B, N) block: 16 MB of float64, near the cache, whatever N is
 
 
 def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
