@@ -28,9 +28,10 @@ import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
-from tapfm.bootstrap import Interval, percentiles, with_point
+from tapfm.bootstrap import percentiles, with_point
 from tapfm.cli import main as tapfm
 from tapfm.confusions import averages, confusions
+from tapfm.tables import interval
 from tapfm.tile_fit import PROBE, RGB
 from tapfm.tile_metrics import FIGURES
 
@@ -144,10 +145,10 @@ def table(result: dict) -> str:
     for title, row in result["rows"].items():
         cost = result["cells"].get(title)
         said = [f"{cost['parameters']:,}", f"{np.mean(cost['seconds']):.0f}"] if cost else ["", ""]
-        gain = _cell(row["f1_minus_probe"], "+") if title != PROBE else ""
+        gain = interval(row["f1_minus_probe"], sign="+") if title != PROBE else ""
         each = ", ".join(f"{value:.3f}" for value in row["f1_by_seed"]) if cost else ""
         lines.append(
-            f"| {title} | {_cell(row['f1'])} | {each} | {gain} | "
+            f"| {title} | {interval(row['f1'])} | {each} | {gain} | "
             f"{row['balanced_accuracy']['value']:.3f} | {' | '.join(said)} |"
         )
     draws = result["rows"][PROBE]["f1"]["draws"]
@@ -158,11 +159,6 @@ def table(result: dict) -> str:
         f"{result['timm']}.\n"
     )
     return "\n".join(lines)
-
-
-def _cell(figure: dict, sign: str = "") -> str:
-    shown = Interval(**figure)
-    return f"{shown.value:{sign}.3f} [{shown.low:{sign}.3f}, {shown.high:{sign}.3f}]"
 
 
 def main() -> int:

@@ -174,7 +174,7 @@ def headline(metrics: Mapping) -> list[str]:
     return list(found)[:HEADLINE]
 
 
-def interval(found: Mapping | None, draws: int, sign: str = "") -> str:
+def interval(found: Mapping | None, draws: int = 0, sign: str = "") -> str:
     """`0.900 [0.848, 0.945]`; marked where it stands on few draws."""
     if not found:
         return ""
