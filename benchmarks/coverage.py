@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import norm
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.bootstrap import bootstrap_cases, difference, interval, once
+from tapfm.bootstrap import bootstrap_cases, interval, once, percentiles
 from tapfm.delong import delong
 from tapfm.metrics import auroc_draws
 
@@ -84,7 +84,7 @@ def simulate(
         times = [once(y_N), bootstrap_cases(case_N.astype(str), draws, seed), without_CN]
         a, b = (auroc_draws(y_N, p_N, np.concatenate(times)) for p_N in p_2N)
         drawn = a[1 : draws + 1]
-        report, gain = interval(a[: draws + 1]), difference((a - b)[: draws + 1])
+        report, gain = interval(a[: draws + 1]), percentiles((a - b)[: draws + 1])
         closed = delong(y_N, p_2N[0], case_N)
         spans = {
             "report": (report.low, report.high),

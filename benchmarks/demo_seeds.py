@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
+from tapfm.tables import interval
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "demo.yaml"
@@ -105,7 +106,7 @@ def table(results: dict) -> str:
                 name + (" (best frozen)" if name == result["reference"] else ""),
                 interval(auroc["macro"]),
                 *(f"{auroc[label]['value']:.3f}" for label in labels),
-                interval(gain, "+") if gain else "",
+                interval(gain, sign="+"),
                 f"{tile:.3f}" if tile else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -119,12 +120,6 @@ def table(results: dict) -> str:
             f"commit {result['commit']}, torch {result['torch']}, timm {result['timm']}.\n"
         )
     return "\n".join(lines)
-
-
-def interval(figure: dict, sign: str = "") -> str:
-    """A figure and its 95 % interval."""
-    value, low, high = (format(figure[key], f"{sign}.3f") for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 if __name__ == "__main__":

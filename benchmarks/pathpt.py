@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
+from tapfm.tables import interval
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -70,8 +71,8 @@ def table(results: dict) -> str:
         for shots, arms in result["shots"].items():
             for arm, figures in arms.items():
                 gain = figures.get("minus_best_frozen", {}).get("balanced_accuracy")
-                cells = [cohort, shots, arm, said(figures["balanced_accuracy"])]
-                cells += [said(figures["weighted_f1"]), said(gain, "+") if gain else ""]
+                cells = [cohort, shots, arm, interval(figures["balanced_accuracy"])]
+                cells += [interval(figures["weighted_f1"]), interval(gain, sign="+")]
                 lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for cohort, result in results.items():
@@ -83,12 +84,6 @@ def table(results: dict) -> str:
             f"torch {result['torch']}, timm {result['timm']}.\n"
         )
     return "\n".join(lines)
-
-
-def said(figure: dict, sign: str = "") -> str:
-    """A figure and its interval."""
-    value, low, high = (format(figure[key], f"{sign}.3f") for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 if __name__ == "__main__":

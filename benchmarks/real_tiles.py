@@ -28,10 +28,12 @@ import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
-from tapfm.bootstrap import Interval, difference, interval, with_point
+from tapfm.bootstrap import percentiles, with_point
 from tapfm.cli import main as tapfm
+from tapfm.confusions import averages, confusions
+from tapfm.tables import interval
 from tapfm.tile_fit import PROBE, RGB
-from tapfm.tile_metrics import FIGURES, confusions, figures_of
+from tapfm.tile_metrics import FIGURES
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))
@@ -112,13 +114,13 @@ def summary(seeds: dict[str, list[int]], run: Path) -> dict:
     found = {}
     for title, each in said.items():
         tables = [confusions(y_N, p_NK.argmax(1), len(classes), times_BN) for *_, p_NK in each]
-        found[title] = {name: [figures_of(table)[name] for table in tables] for name in FIGURES}
+        found[title] = {name: [averages(table)[name] for table in tables] for name in FIGURES}
     reference = found[PROBE]["f1"][0]
     rows = {
         title: {
-            **{name: vars(interval(np.mean(by_seed, 0))) for name, by_seed in each.items()},
+            **{name: vars(percentiles(np.mean(by_seed, 0))) for name, by_seed in each.items()},
             "f1_by_seed": [float(figure_B[0]) for figure_B in each["f1"]],
-            "f1_minus_probe": vars(difference(np.mean(each["f1"], 0) - reference)),
+            "f1_minus_probe": vars(percentiles(np.mean(each["f1"], 0) - reference)),
         }
         for title, each in found.items()
     }
@@ -143,10 +145,10 @@ def table(result: dict) -> str:
     for title, row in result["rows"].items():
         cost = result["cells"].get(title)
         said = [f"{cost['parameters']:,}", f"{np.mean(cost['seconds']):.0f}"] if cost else ["", ""]
-        gain = _cell(row["f1_minus_probe"], "+") if title != PROBE else ""
+        gain = interval(row["f1_minus_probe"], sign="+") if title != PROBE else ""
         each = ", ".join(f"{value:.3f}" for value in row["f1_by_seed"]) if cost else ""
         lines.append(
-            f"| {title} | {_cell(row['f1'])} | {each} | {gain} | "
+            f"| {title} | {interval(row['f1'])} | {each} | {gain} | "
             f"{row['balanced_accuracy']['value']:.3f} | {' | '.join(said)} |"
         )
     draws = result["rows"][PROBE]["f1"]["draws"]
@@ -157,11 +159,6 @@ def table(result: dict) -> str:
         f"{result['timm']}.\n"
     )
     return "\n".join(lines)
-
-
-def _cell(figure: dict, sign: str = "") -> str:
-    shown = Interval(**figure)
-    return f"{shown.value:{sign}.3f} [{shown.low:{sign}.3f}, {shown.high:{sign}.3f}]"
 
 
 def main() -> int:

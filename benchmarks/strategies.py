@@ -32,7 +32,7 @@ from statistics import mean
 import torch
 import yaml
 
-from benchmarks.demo_seeds import CONFIG, ROOT, interval, prepare
+from benchmarks.demo_seeds import CONFIG, ROOT, prepare
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm import cli
 from tapfm import model as models
@@ -46,6 +46,7 @@ from tapfm.metrics import MACRO, evaluate, paired_difference
 from tapfm.model import SlideModel
 from tapfm.predict import predict_all, write_predictions
 from tapfm.report import Arm, read_arm
+from tapfm.tables import interval
 
 RESULT = RESULTS / "strategies.json"
 FROZEN = "frozen"  # the cell of the baselines, which the others are set against
@@ -298,7 +299,7 @@ def row(before: list[str], found: list[dict | None], behind: list[str]) -> str:
     """Of the table: AUROC with its interval of each seed that is there, and their mean."""
     macro = [each and each[MACRO] for each in found]
     middle = mean(each["value"] for each in macro if each)
-    cells = [interval(each) if each else "" for each in macro]
+    cells = [interval(each) for each in macro]
     return "| " + " | ".join([*before, *cells, f"{middle:.3f}", *behind]) + " |"
 
 

@@ -31,6 +31,7 @@ import numpy as np
 
 LEVEL = 0.95
 Z = 1.959963984540054  # of LEVEL, two-sided
+BLOCK = 2_000_000  # numbers of a block of draws: 16 MB of float64, near the cache, whatever N is
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ def with_point(cases_N: Sequence[str], draws: int, seed: int) -> np.ndarray:
     return np.concatenate([once(cases_N), bootstrap_cases(cases_N, draws, seed)])
 
 
+def mean_of_defined(figures: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """`mean_of` those that are defined on the slides as they are (row 0)."""
+    return mean_of([figure_B for figure_B in figures if not math.isnan(figure_B[0])], length)
+
+
 def mean_of(figures: Sequence[np.ndarray], length: int) -> np.ndarray:
     """Their mean in every draw; nan if there are none, and in a draw that lacks one of them."""
     return np.mean(figures, axis=0) if len(figures) else np.full(length, np.nan)
@@ -84,8 +90,8 @@ def interval(figure_B: np.ndarray) -> Interval:
     return Interval(value, *ends, len(drawn_B))
 
 
-def difference(figure_B: np.ndarray) -> Interval:
-    """Of a difference of two figures, from the same draws of both. See `interval`."""
+def percentiles(figure_B: np.ndarray) -> Interval:
+    """Of a difference, from the same draws of both, or of a figure of any range: see `interval`."""
     return _percentiles(*_split(figure_B))
 
 

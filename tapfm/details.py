@@ -28,6 +28,7 @@ from tapfm.calibration import (
 )
 from tapfm.delong import delong, delong_difference
 from tapfm.metrics import MACRO, auroc_draws
+from tapfm.plain_table import markdown, span
 from tapfm.thresholds import FIGURES, RULES, choose_threshold, figures_at
 
 FEW_CASES = 10  # of either class; below it no interval is to be trusted
@@ -171,7 +172,7 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
     if any(found["operating_points"] for found in rows.values()):
         lines = [
             [label if first else "", title, _number(point["threshold"]),
-             *(_span(point[name]) for name in FIGURES)]
+             *(span(point[name], undefined="") for name in FIGURES)]
             for label in names
             for first, (title, point) in _numbered(
                 (title, found["operating_points"][label]["balanced"])
@@ -183,13 +184,13 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
         parts.append(
             "## Yes or no\n\nAt the threshold of the highest balanced accuracy on the validation "
             "split, frozen; metrics_*.json has those of the highest F1 and of 90 % specificity.\n\n"
-            + _grid([head, *lines])
+            + markdown([head, *lines])
         )
     lines = [
         [label if first else "", title]
         + [_number(mend and mend["ece"]) for mend in (one["raw"], one["temperature"], one["platt"])]
-        + [_span(one["raw"] and one["raw"]["brier"])]
-        + [_span((one["platt"] or one["raw"] or {}).get("brier"))]
+        + [span(one["raw"] and one["raw"]["brier"], undefined="")]
+        + [span((one["platt"] or one["raw"] or {}).get("brier"), undefined="")]
         for label in names
         for first, (title, one) in _numbered(
             (title, found["calibration"][label]) for title, found in rows.items()
@@ -201,7 +202,7 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
         "## Calibration\n\nExpected calibration error in 10 bins of equal width, as predicted and "
         "after a temperature or Platt's scaling fitted on validation. The loss makes "
         "both classes weigh the same, so raw probabilities are not frequencies.\n\n"
-        + _grid([head, *lines])
+        + markdown([head, *lines])
     )
     lines = [
         [label if first else "", title, f"{one['positive_cases']}/{one['negative_cases']}",
@@ -215,20 +216,21 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
     head = ["label", "model", "cases +/-", "AUROC [95 %]", "minus *", "p"]
     parts.append(
         "## DeLong\n\nClosed form, slides of a case taken together; paired test against the best "
-        "frozen row. p is of one comparison, not of all that are here.\n\n" + _grid([head, *lines])
+        "frozen row. p is of one comparison, not of all that are here.\n\n"
+        + markdown([head, *lines])
     )
     for kind in dict.fromkeys(kind for found in rows.values() for kind in found["subgroups"]):
         groups = next(iter(rows.values()))["subgroups"][kind]
         lines = [
             [name if first else "", label, f"{one['positive_cases']}/{one['negative_cases']}"]
-            + [_span(found["subgroups"][kind][name]["labels"][label]["auroc"])
+            + [span(found["subgroups"][kind][name]["labels"][label]["auroc"], undefined="")
                for found in rows.values()]
             for name, group in groups.items()
             for first, (label, one) in _numbered(group["labels"].items())
         ]  # fmt: skip
         parts.append(
             f"## By {kind}\n\nAUROC [95 %] where a group has {FEW_CASES} cases of either class; "
-            "else its counts alone.\n\n" + _grid([[kind, "label", "cases +/-", *rows], *lines])
+            "else its counts alone.\n\n" + markdown([[kind, "label", "cases +/-", *rows], *lines])
         )
     return "\n\n".join(parts) + "\n"
 
@@ -242,14 +244,3 @@ def _number(value: float | None, sign: str = "") -> str:
     if value is None or math.isnan(value):
         return ""
     return format(value, sign if sign.endswith("g") else f"{sign}.3f")
-
-
-def _span(found) -> str:
-    if found is None or math.isnan(found.value):
-        return ""
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def _grid(table: list[list[str]]) -> str:
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    return "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])

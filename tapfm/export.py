@@ -24,7 +24,7 @@ from torch import nn
 
 from tapfm import __version__
 from tapfm.backbones import BackboneError, Encoder
-from tapfm.files import replacing
+from tapfm.files import replacing, write_json, write_text
 from tapfm.model import load_encoder
 from tapfm.tasks import make_task
 
@@ -109,16 +109,11 @@ def run_export(model: str, weights: str | None, out: Path) -> int:
         "adapted": header or None,
     }
     state = {name: value.contiguous() for name, value in encoder.vit.state_dict().items()}
-    said = json.dumps(provenance, indent=1) + "\n"
     with replacing(out / "model.safetensors") as partial:
         save_file(state, partial, {"format": "pt", "tapfm": json.dumps(provenance)})
-    for name, text in (
-        ("config.json", json.dumps(timm_config(encoder), indent=1) + "\n"),
-        ("provenance.json", said),
-        ("README.md", readme(encoder, provenance, out)),
-    ):
-        with replacing(out / name) as partial:
-            partial.write_text(text)
+    write_json(out / "config.json", timm_config(encoder))
+    write_json(out / "provenance.json", provenance)
+    write_text(out / "README.md", readme(encoder, provenance, out))
     print(f"{out}: model.safetensors, config.json, provenance.json; README.md says how to load it")
     print(f"{row.key}: {row.terms}, which goes with the weights", file=sys.stderr)
     return 0

@@ -60,7 +60,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
         arms: predictions of the same slides.
     """
     figure, axes = _figure(len(labels))
-    styles = _styles(arms)
+    styles = arm_styles(arms)
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         roc_axis(axis, k, label, arms, styles)
     axes[0].set_ylabel("true positive rate")
@@ -71,7 +71,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
 def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
     figure, axes = _figure(len(labels))
-    styles = [style | {"markersize": 4.5} for style in _styles(arms)]
+    styles = [style | {"markersize": 4.5} for style in arm_styles(arms)]
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
         for row, arm in enumerate(arms):
@@ -94,7 +94,7 @@ def curves_figure(
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
     curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
     figure, axes = _figure(3)
-    styles = _styles(arms)
+    styles = arm_styles(arms)
     for row in rows:
         dots = styles[row] | {"markersize": 4.5}
         line = styles[row] | {"linewidth": 1.4}
@@ -106,7 +106,7 @@ def curves_figure(
             (axes[2], "train/effective_tiles", line),
         ]:
             if column in curves[row]:
-                smoothed = _smoothed(*curves[row][column])
+                smoothed = smoothed_curve(*curves[row][column])
                 axis.plot(
                     *(smoothed if column.startswith("train/") else curves[row][column]), **look
                 )
@@ -181,7 +181,7 @@ def _roc(y_N: np.ndarray, p_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rates[0], rates[1]
 
 
-def _smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smoothed_curve(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means over a twentieth of the run: one slide's loss says little."""
     width = max(1, len(values) // 20)
     if width == 1:
@@ -198,7 +198,7 @@ def _number(text: str | None) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _styles(arms: Sequence[Arm]) -> list[dict]:
+def arm_styles(arms: Sequence[Arm]) -> list[dict]:
     """How each arm is drawn, the same in every panel and picture."""
     styles = []
     for row, arm in enumerate(arms):

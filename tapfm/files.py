@@ -1,5 +1,43 @@
-"""Files that are whole or not there; the writing itself is `slides.files`."""
+"""Files that are whole or not there: text, JSON, CSV; the renaming itself is `slides.files`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
 
 from slides.files import replacing
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "write_csv", "write_json", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8; folders are made."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Dataclasses, such as intervals, as objects, and nan as null."""
+    write_text(path, json.dumps(_plain(value), indent=1) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """A line a row, as many cells as the header has."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

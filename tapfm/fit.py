@@ -28,7 +28,7 @@ from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.config import ConfigError
 from tapfm.data import SlideData
-from tapfm.files import replacing
+from tapfm.files import write_text
 from tapfm.footprint import CONTEXT_GIB, Setup
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
@@ -173,8 +173,7 @@ def prepare_folder(cli: Cli) -> None:
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "
                 "Give another --name or --run_dir, or delete that folder to start anew."
             )
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(text)
+    write_text(folder / CONFIG, text)
 
 
 def provenance(data: SlideData) -> dict[str, Any]:

@@ -13,7 +13,6 @@ in it, so the same input gives the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from slides.mutations import Calls, disagreements, read_calls
 from slides.split_files import csv_text
 from slides.splits import FRACTIONS, balance, fixed_split, gather_cases
 from tapfm import __version__
-from tapfm.files import replacing
+from tapfm.files import write_json, write_text
 
 NAMED = 12  # cases spelled out in one line
 
@@ -119,12 +118,8 @@ def run_labels(
         "profiled_list": _file(profiled) if profiled not in (None, "all") else profiled,
         **how,
     }
-    for path, written in (
-        (out, text),
-        (out.with_name(out.name + ".labels.json"), json.dumps(record, indent=1) + "\n"),
-    ):
-        with replacing(path) as partial:
-            partial.write_text(written, encoding="utf-8")
+    write_text(out, text)
+    write_json(out.with_name(out.name + ".labels.json"), record)
     print(f"{out}: {text.count(chr(10)) - 1} rows; {out.name}.labels.json says where from")
     return 0
 

@@ -25,12 +25,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from tapfm.bootstrap import (
+    BLOCK,
     Interval,
     bootstrap_cases,
-    difference,
     interval,
     mean_of,
+    mean_of_defined,
     once,
+    percentiles,
     with_point,
 )
 
@@ -40,7 +42,6 @@ __all__ = [
 ]  # fmt: skip
 
 MACRO = "macro"
-BLOCK = 2_000_000  # elements of a (B, N) block: 16 MB of float64, near the cache, whatever N is
 
 
 def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
@@ -143,9 +144,9 @@ def paired_difference(
         - auroc_draws(y_NK[:, k], pb_NK[:, k], times_BN)
         for k in range(len(labels))
     ]
-    defined = [gain_B for gain_B in gain_KB if not math.isnan(gain_B[0])]
-    gains = dict(zip(labels, gain_KB, strict=True)) | {MACRO: mean_of(defined, len(times_BN))}
-    return {name: difference(gain_B) for name, gain_B in gains.items()}
+    gains = dict(zip(labels, gain_KB, strict=True))
+    gains[MACRO] = mean_of_defined(gain_KB, len(times_BN))
+    return {name: percentiles(gain_B) for name, gain_B in gains.items()}
 
 
 def _metrics(

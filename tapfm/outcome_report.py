@@ -11,21 +11,17 @@ that rows are compared by, and whose paired difference to the best frozen row is
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
-import numpy as np
-
-from tapfm.bootstrap import Interval, bootstrap_cases
+from tapfm.bootstrap import percentiles, with_point
 from tapfm.figures import curves_figure
-from tapfm.files import replacing
+from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import save_figure
-from tapfm.outcomes import interval
-from tapfm.report import FEW_DRAWS, Arm, _aligned, _aligned_text, _markdown, _plain, _write
+from tapfm.plain_table import FEW_DRAWS, ruled, span
+from tapfm.report import Arm, aligned_arms, results_page
 from tapfm.tasks import Task
 
 
@@ -46,17 +42,14 @@ def write_outcomes(
     Raises:
         ValueError: as there.
     """
-    arms, missed = _aligned(arms)
-    skipped = [*skipped, *((s, r) for s, r in missed if s not in {slide for slide, _ in skipped})]
+    arms, skipped = aligned_arms(arms, skipped)
     cases, target_NY = arms[0].case_ids, arms[0].y_NK
-    times_BN = np.concatenate(
-        [np.ones((1, len(cases))), bootstrap_cases(cases, draws, seed)]
-    ).astype(float)
+    times_BN = with_point(cases, draws, seed).astype(float)
     drawn = {arm.title: task.measure(target_NY, arm.p_NK, times_BN) for arm in arms}
     reference = _best_frozen(task, arms, drawn)
     gains = {
         arm.title: {
-            group: interval(figures[task.selects] - drawn[reference][group][task.selects])
+            group: percentiles(figures[task.selects] - drawn[reference][group][task.selects])
             for group, figures in drawn[arm.title].items()
         }
         for arm in arms
@@ -64,7 +57,7 @@ def write_outcomes(
     }
     figures = {
         title: {
-            group: {name: interval(figure_B) for name, figure_B in each.items()}
+            group: {name: percentiles(figure_B) for name, figure_B in each.items()}
             for group, each in groups.items()
         }
         for title, groups in drawn.items()
@@ -95,10 +88,10 @@ def write_outcomes(
         figure = curves_figure(arms, task.selects, task.title, chance)
         pictures.append(save_figure(figure, folder / "curves.png"))
     _write_said(folder / f"predictions_{split}.csv", task, arms)
-    _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
-    _write(folder / "report.md", _markdown(split, table, notes, pictures))
+    write_json(folder / f"metrics_{split}.json", result)
+    write_text(folder / "report.md", results_page(split, table, notes, pictures))
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
-    return "\n".join([*_aligned_text(table), "", *wrapped])
+    return "\n".join([*ruled(table), "", *wrapped])
 
 
 def _best_frozen(task: Task, arms: Sequence[Arm], drawn: dict) -> str | None:
@@ -121,23 +114,11 @@ def _table(task: Task, figures: dict, gains: dict, reference: str | None, draws:
     for group in groups:
         for row, (title, each) in enumerate(figures.items()):
             mark = " *" if title == reference else ""
-            cells = [_cell(each[group].get(name), draws) for name in names]
+            cells = [span(each[group].get(name), draws) for name in names]
             gain = gains.get(title, {}).get(group)
             name = group if row == 0 else ""
-            table.append([name, title + mark, *cells, _cell(gain, draws, "+")])
+            table.append([name, title + mark, *cells, span(gain, draws, "+")])
     return table
-
-
-def _cell(figure: Interval | None, draws: int, sign: str = "") -> str:
-    if figure is None:
-        return ""
-    if math.isnan(figure.value):
-        return "undefined"
-    if not figure.draws:
-        return f"{figure.value:{sign}.3f} [no interval]"
-    few = " †" if figure.draws < FEW_DRAWS * draws else ""
-    numbers = (f"{x:{sign}.3f}" for x in (figure.value, figure.low, figure.high))
-    return "{} [{}, {}]".format(*numbers) + few
 
 
 def _notes(task: Task, result: dict, figures: dict) -> list[str]:
@@ -174,10 +155,10 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
 
 def _write_said(path: Path, task: Task, arms: Sequence[Arm]) -> None:
     header = [f"{name} ({arm.title})" for arm in arms for name in task.said]
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["slide_id", "case_id", *task.truth, *header])
-        for n, slide in enumerate(arms[0].slide_ids):
-            said = [f"{value:.6f}" for arm in arms for value in arm.p_NK[n]]
-            known = task.spell(arms[0].y_NK[n])
-            writer.writerow([slide, arms[0].case_ids[n], *known, *said])
+    rows = [
+        [slide, case, *task.spell(y_Y)] + [f"{value:.6f}" for arm in arms for value in arm.p_NK[n]]
+        for n, (slide, case, y_Y) in enumerate(
+            zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
+        )
+    ]
+    write_csv(path, ["slide_id", "case_id", *task.truth, *header], rows)

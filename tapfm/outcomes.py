@@ -1,8 +1,5 @@
-"""How well classes, values and times were predicted, for many draws of the slides at once.
+"""How well values and times were predicted, for many draws of the slides at once.
 
-    accuracy             share of slides whose class was said
-    balanced_accuracy    the same within each class, averaged over classes
-    one_against_rest     AUROC of a class among the others
     r2                   share of the variance that is explained; below 0 is worse than the mean
     pearson, spearman    correlation of values, of midranks
     concordance          Harrell's C: of two cases that can be compared, the chance that the one
@@ -10,10 +7,9 @@
     time_auc             AUROC of an event before a horizon against being seen for longer, cases
                          weighted by the inverse chance of not being censored before
 
-A draw is a vector of how often each slide takes part, as `tapfm.metrics.bootstrap_cases` gives it.
-Every figure is computed from such weights, and has a value for each draw; nan where the draw leaves
-it undefined (a class is missing, nothing varies, nothing can be compared). Tied predictions count
-one half wherever two are compared.
+A draw is a vector of how often each slide takes part, as `tapfm.bootstrap` gives it. Every figure
+is computed from such weights, and has a value for each draw; nan where the draw leaves it undefined
+(nothing varies, nothing can be compared). Tied predictions count one half where two are compared.
 
 Two cases can be compared where the earlier time is an event's; of two equal times, where one is an
 event and the other is not: it was seen for longer.
@@ -21,41 +17,16 @@ event and the other is not: it was seen for longer.
 Source: Harrell et al. 1996 (Stat Med 15:361); Uno et al. 2007 (JASA 102:527) for the weights of
     `time_auc`; definitions as scikit-learn's, scipy's and scikit-survival's, ties included.
 
-Shapes: N slides, B draws, K classes, G groups of equal values, U times.
+Shapes: N slides, B draws, G groups of equal values, U times.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from tapfm.bootstrap import Interval
+from tapfm.bootstrap import BLOCK
 
-LEVEL = 0.95
 FLAT = 1e-24  # of the sum of squares: what rounding leaves of a spread that is none
-BLOCK = 2_000_000  # numbers of a block of pairs of slides: 16 MB
-
-
-def accuracy(class_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """Share of the slides of known class that are said to be of it, (B,)."""
-    known_N = ~np.isnan(class_N)
-    right_N = known_N & (class_N == said_N)
-    return _ratio(times_BN @ right_N.astype(float), times_BN @ known_N.astype(float))
-
-
-def balanced_accuracy(class_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """Mean over the classes among these slides; nan in a draw that lacks one of them, (B,)."""
-    classes = np.unique(class_N[~np.isnan(class_N)])
-    each = [
-        accuracy(np.where(class_N == name, class_N, np.nan), said_N, times_BN) for name in classes
-    ]
-    return np.mean(each, axis=0) if each else np.full(len(times_BN), np.nan)
-
-
-def one_against_rest(is_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """AUROC of 1 against 0 (nan is left out), (B,)."""
-    return _outranks(p_N, times_BN * (is_N == 1), times_BN * (is_N == 0))
 
 
 def r2(y_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
@@ -116,22 +87,6 @@ def time_auc(
     early_BN = times_BN * ((time_N <= horizon) & (event_N == 1))
     weight_BN = early_BN / np.maximum(_uncensored(time_N, event_N, times_BN), 1e-300)
     return _outranks(risk_N, weight_BN, times_BN * (time_N > horizon))
-
-
-def interval(figure_B: np.ndarray) -> Interval:
-    """The value of row 0, and percentiles of the draws that follow it."""
-    value, drawn_B = float(figure_B[0]), figure_B[1:]
-    drawn_B = drawn_B[~np.isnan(drawn_B)]
-    if math.isnan(value) or not len(drawn_B):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(drawn_B))
-
-
-def mean_of_defined(figures: list[np.ndarray], draws: int) -> np.ndarray:
-    """Mean, in every draw, of the figures that are defined on the slides as they are (row 0)."""
-    defined = [figure_B for figure_B in figures if not math.isnan(figure_B[0])]
-    return np.mean(defined, axis=0) if defined else np.full(draws, np.nan)
 
 
 def _known(*arrays: np.ndarray) -> list[np.ndarray]:

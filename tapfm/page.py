@@ -22,7 +22,7 @@ import yaml
 from tapfm import __version__
 from tapfm.cards import case_cards
 from tapfm.figures import read_curves
-from tapfm.files import replacing
+from tapfm.files import write_text
 from tapfm.panels import BINS, cost_panels, key, label_panels, training_panels
 from tapfm.report import Arm
 from tapfm.runs import Run, read_arms, read_metrics, read_runs
@@ -92,8 +92,7 @@ def write_page(run: Path, split: str) -> Path:
         contents="".join(links),
         body="\n".join(body),
     )
-    with replacing(report / PAGE) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(report / PAGE, text)
     return report / PAGE
 
 

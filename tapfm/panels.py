@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapfm.figures import _smoothed, _styles, read_curves, roc_axis
+from tapfm.figures import arm_styles, read_curves, roc_axis, smoothed_curve
 from tapfm.tables import Html
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 
 def label_panels(labels: Sequence[str], arms: Sequence[Arm]) -> dict[str, list[Html]]:
     """Panels of each label, by what they show."""
-    styles = _styles(arms)
+    styles = arm_styles(arms)
     drawn: dict[str, list[Html]] = {"ROC": [], "Precision and recall": [], "Calibration": []}
     for k, label in enumerate(labels):
         for (kind, panels), draw in zip(
@@ -102,7 +102,7 @@ def reliability_axis(
 def training_panels(arms: Sequence[Arm]) -> list[Html]:
     """Loss, what was measured in validation, effective tiles; none without a metrics.csv."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
-    curves, styles = {row: read_curves(arms[row].metrics_csv) for row in rows}, _styles(arms)
+    curves, styles = {row: read_curves(arms[row].metrics_csv) for row in rows}, arm_styles(arms)
     columns = {column for found in curves.values() for column in found}
     known = {column for _, group in CURVES for column in group}
     further = [  # a mean, not its labels
@@ -116,7 +116,7 @@ def training_panels(arms: Sequence[Arm]) -> list[Html]:
             for column in (column for column in group if column in found):
                 if column.startswith("train/"):
                     thin = {"linewidth": 1, "alpha": 0.6} if len(group) > 1 else {"linewidth": 1.4}
-                    axis.plot(*_smoothed(*found[column]), **styles[row] | thin)
+                    axis.plot(*smoothed_curve(*found[column]), **styles[row] | thin)
                 else:
                     axis.plot(*found[column], **styles[row] | {"markersize": 4.5})
         axis.set_title(title)
@@ -137,7 +137,7 @@ def cost_panels(arms: Sequence[Arm], logs: Mapping[str, Path]) -> list[Html]:
         logs: title of an arm to its memory.csv.
     """
     costs = [read_curves(logs[arm.title]) if arm.title in logs else {} for arm in arms]
-    styles = _styles(arms)
+    styles = arm_styles(arms)
     whose = "GPU" if any("encode_allocated_gib" in found for found in costs) else "process"
     unit = "allocated_gib" if whose == "GPU" else "rss_gib"
     phases = tuple(f"{phase}_{unit}" for phase in ("encode", "aggregate", "adapt"))
@@ -145,7 +145,7 @@ def cost_panels(arms: Sequence[Arm], logs: Mapping[str, Path]) -> list[Html]:
     def speed(axis: Axes) -> None:
         for found, style in zip(costs, styles, strict=True):
             if "tiles_per_s" in found:
-                axis.plot(*_smoothed(*found["tiles_per_s"]), **style | {"linewidth": 1.4})
+                axis.plot(*smoothed_curve(*found["tiles_per_s"]), **style | {"linewidth": 1.4})
         axis.set_title("tiles per second (smoothed)", fontsize=9)
         axis.set(xlabel="slides seen", ylim=(0, None))
 
@@ -171,7 +171,7 @@ def key(arms: Sequence[Arm], shown: Container[str] | None = None) -> Html:
         shown: titles of those that the panels have; None is all.
     """
     lines = []
-    for arm, style in zip(arms, _styles(arms), strict=True):
+    for arm, style in zip(arms, arm_styles(arms), strict=True):
         if shown is not None and arm.title not in shown:
             continue
         stroke = THEME.get(style["color"].lower(), style["color"])

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tapfm.bootstrap import Interval, difference, interval, mean_of, with_point
+from tapfm.bootstrap import Interval, interval, mean_of, percentiles, with_point
 from tapfm.metrics import MACRO, auroc_draws
 
 KINDS = ("pooled", "within_folds")
@@ -65,7 +65,7 @@ class Row:
     def minus(self, other: Row) -> dict[str, dict[str, Interval]]:
         """Kind, then label or "macro": this row's AUROC less the other's."""
         return {
-            kind: {name: difference(a - other.drawn[kind][name]) for name, a in each.items()}
+            kind: {name: percentiles(a - other.drawn[kind][name]) for name, a in each.items()}
             for kind, each in self.drawn.items()
         }
 

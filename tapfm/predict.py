@@ -9,7 +9,6 @@ Shapes: T tiles of a slide, K labels, D features.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
-from tapfm.files import replacing
+from tapfm.files import replacing, write_csv
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
 from tapfm.tasks import Task
@@ -124,13 +123,12 @@ def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction])
         ]  # fmt: skip
 
     header = ["slide_id", "case_id", *columns(task.truth, task.said)]
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for each in predictions:
-            said = [f"{value:.6f}" for value in each.probs_K]
-            known = task.spell(each.labels_K)
-            writer.writerow([each.slide_id, each.case_id, *columns(known, said)])
+    rows = [
+        [each.slide_id, each.case_id]
+        + columns(task.spell(each.labels_K), [f"{value:.6f}" for value in each.probs_K])
+        for each in predictions
+    ]
+    write_csv(path, header, rows)
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:

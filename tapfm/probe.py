@@ -20,7 +20,6 @@ Shapes: N tiles, D features, T tiles of a slide, K labels.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -37,7 +36,7 @@ from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.data import SlideData
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.figures import probe_figure
-from tapfm.files import replacing
+from tapfm.files import write_csv
 from tapfm.fit import read_config
 from tapfm.heatmap import save_figure
 from tapfm.module import SlideModule
@@ -102,7 +101,9 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
         for pair in zip(cls, cls_by_block(model, tiles, module.chunk), strict=True)
     ]
     found = describe(gradients, drift)
-    write_csv(out / "probe.csv", found)
+    rows = [["" if v != v else f"{v:.6g}" if isinstance(v, float) else v for v in astuple(part)]
+            for part in found]  # fmt: skip
+    write_csv(out / "probe.csv", [each.name for each in fields(Part)], rows)
     n = suggest([part.relative for part in found if part.name.startswith("block")])
     save_figure(probe_figure(found, n), out / "probe.png")
     said = (
@@ -240,18 +241,6 @@ def describe(gradients: Sequence[Part], drift: Sequence[float]) -> list[Part]:
     """The parts with the drift of the blocks."""
     of = {f"block {number}": value for number, value in enumerate(drift)}
     return [replace(part, drift=of.get(part.name, math.nan)) for part in gradients]
-
-
-def write_csv(path: Path, found: Sequence[Part]) -> None:
-    """A row a part; blank where there is no figure."""
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([each.name for each in fields(Part)])
-        for part in found:
-            row = astuple(part)
-            writer.writerow(
-                ["" if v != v else f"{v:.6g}" if isinstance(v, float) else v for v in row]
-            )
 
 
 def report(found: Sequence[Part], n: int, said: str) -> str:

@@ -41,24 +41,23 @@ Shapes: N slides, K labels.
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 
-from tapfm.bootstrap import Interval
 from tapfm.details import describe, sections
 from tapfm.figures import curves_figure, reliability_figure, roc_figure
-from tapfm.files import replacing
+from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import save_figure
 from tapfm.metrics import MACRO, evaluate, paired_difference
+from tapfm.plain_table import FEW_DRAWS, markdown, ruled, span
 
+ONE_CLASS = "one class only"
 END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
-FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def write_results(
             or no slide that all predicted.
     """
     labels = list(labels)
-    arms, missed = _aligned(arms)
-    skipped = [*skipped, *((s, r) for s, r in missed if s not in {slide for slide, _ in skipped})]
+    arms, skipped = aligned_arms(arms, skipped)
     y_NK, cases = arms[0].y_NK, arms[0].case_ids
     figures = {arm.title: evaluate(labels, y_NK, arm.p_NK, cases, draws, seed) for arm in arms}
     reference = _reference(arms, figures)
@@ -190,18 +188,22 @@ def write_results(
     if any(arm.metrics_csv for arm in arms):
         drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
     _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
-    _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
+    write_json(folder / f"metrics_{split}.json", result)
     notes = [*notes, *_left_out(result)]
-    _write(
-        folder / "report.md",
-        _markdown(split, table, notes, drawn) + "\n" + sections(labels, behind),
-    )
+    text = results_page(split, table, notes, drawn) + "\n" + sections(labels, behind)
+    write_text(folder / "report.md", text)
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
-    return "\n".join([*_aligned_text(table), "", *wrapped])
+    return "\n".join([*ruled(table), "", *wrapped])
 
 
-def _aligned(arms: Sequence[Arm]) -> tuple[list[Arm], list[tuple[str, str]]]:
-    """The arms on the slides they share, in one order; the other slides with their reason."""
+def aligned_arms(
+    arms: Sequence[Arm], skipped: Sequence[tuple[str, str]] = ()
+) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """The arms on the slides they share, in one order; skipped slides and the others, with reasons.
+
+    Raises:
+        ValueError: see `write_results`.
+    """
     titles = [arm.title for arm in arms]
     if not arms or len(set(titles)) < len(titles):
         raise ValueError(f"a report needs rows with different titles, got {titles}")
@@ -236,7 +238,8 @@ def _aligned(arms: Sequence[Arm]) -> tuple[list[Arm], list[tuple[str, str]]]:
                 f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
                 "they run on different cohort tables? Run the older one again."
             )
-    return found, missed
+    told = {slide for slide, _ in skipped}
+    return found, [*skipped, *(each for each in missed if each[0] not in told)]
 
 
 def _reference(arms: Sequence[Arm], figures: dict) -> Arm | None:
@@ -261,22 +264,12 @@ def _table(labels, arms, figures, gains, reference, draws) -> list[list[str]]:
                     label if first else "",
                     count if first else "",
                     arm.title + mark,
-                    _cell(found["auroc"], draws),
-                    _cell(found["auprc"], draws),
-                    _cell(gain[label], draws, "+") if gain else "",
+                    span(found["auroc"], draws, undefined=ONE_CLASS),
+                    span(found["auprc"], draws, undefined=ONE_CLASS),
+                    span(gain and gain[label], draws, "+", ONE_CLASS),
                 ]
             )
     return table
-
-
-def _cell(interval: Interval, draws: int, sign: str = "") -> str:
-    if math.isnan(interval.value):
-        return "one class only"
-    if not interval.draws:
-        return f"{interval.value:{sign}.3f} [no interval]"
-    few = " †" if interval.draws < FEW_DRAWS * draws else ""
-    numbers = (f"{x:{sign}.3f}" for x in (interval.value, interval.low, interval.high))
-    return "{} [{}, {}]".format(*numbers) + few
 
 
 def _notes(result: dict, arms, figures, reference) -> list[str]:
@@ -324,51 +317,22 @@ def _left_out(result: dict) -> list[str]:
     return [f"{len(rows)} slides left out:", *rows]
 
 
-def _aligned_text(table: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    rule = "-" * max(len(line) for line in lines)
-    grouped = []
-    for row, line in zip(table, lines, strict=True):
-        grouped += [rule, line] if row[0] and row is not table[0] else [line]
-    return grouped
-
-
-def _markdown(split: str, table: list[list[str]], notes: list[str], drawn: list[Path]) -> str:
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    rows.insert(1, "|---" * len(table[0]) + "|")
+def results_page(split: str, table: list[list[str]], notes: list[str], drawn: list[Path]) -> str:
+    """report.md: the table, what must be known to read it, the pictures."""
     listed = [f"- {note.strip()}" if note.startswith("  ") else f"{note}\n" for note in notes]
     pictures = [f"![{path.stem}]({path.name})" for path in drawn]
-    text = "\n".join(["\n".join(rows).replace(" * |", " \\* |"), "", *listed, "", *pictures])
+    text = "\n".join([markdown(table).replace(" * |", " \\* |"), "", *listed, "", *pictures])
     return f"# Results, {split} split\n\n" + text.replace("\n* ", "\n\\* ") + "\n"
 
 
 def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[Arm]) -> None:
     columns = [(f"p_{label} ({arm.title})", arm.p_NK[:, k]) for arm in arms
                for k, label in enumerate(labels)]  # fmt: skip
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["slide_id", "case_id", *labels, *(name for name, _ in columns)])
-        for n, slide in enumerate(arms[0].slide_ids):
-            known = ["" if math.isnan(y) else int(y) for y in arms[0].y_NK[n]]
-            probs = [f"{p_N[n]:.6f}" for _, p_N in columns]
-            writer.writerow([slide, arms[0].case_ids[n], *known, *probs])
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _plain(value):
-    """For JSON: intervals as objects, nan as null."""
-    if isinstance(value, Interval):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    rows = [
+        [slide, case, *("" if math.isnan(y) else int(y) for y in y_K)]
+        + [f"{p_N[n]:.6f}" for _, p_N in columns]
+        for n, (slide, case, y_K) in enumerate(
+            zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
+        )
+    ]
+    write_csv(path, ["slide_id", "case_id", *labels, *(name for name, _ in columns)], rows)

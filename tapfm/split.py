@@ -36,7 +36,7 @@ from slides.splits import (
 )
 from slides.targets import KNOWN, UNKNOWN
 from slides.tcga import site_of
-from tapfm.files import replacing
+from tapfm.files import write_text
 
 
 def run_split(
@@ -94,8 +94,7 @@ def run_split(
     if single and (len(splits) > 1 or list(formats) != ["table"]):
         raise SplitError(f"{out}: several files do not go into one: name a folder")
     for path, text in _files(table, out, records, labels, case_of, splits, formats).items():
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, text)
     print(f"{out}: written")
     return 0
 

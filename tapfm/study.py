@@ -34,9 +34,9 @@ from typing import Any
 import yaml
 
 from tapfm.config import ConfigError, index_and_cache, read_data, read_source
-from tapfm.files import replacing
+from tapfm.files import write_json, write_text
 from tapfm.split import run_split
-from tapfm.study_table import FINISHED, RUN, plain, summary, write_csv
+from tapfm.study_table import FINISHED, RUN, summary, write_figures
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features
@@ -149,9 +149,8 @@ def run_study(study: Study) -> int:
             if fault:
                 failed[str(cell)] = fault
     text, result = summary(study, cells, failed)
-    with replacing(out / "study.json") as partial:
-        partial.write_text(json.dumps(plain(result), indent=1) + "\n")
-    write_csv(out / "study.csv", result)
+    write_json(out / "study.json", result)
+    write_figures(out / "study.csv", result)
     print(text)
     print(f"{out}: study.json, study.csv")
     return 2 if failed else 0
@@ -178,8 +177,7 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
     elif study.folds is not None:
         run_split(table, out / "folds", data.get("labels"), folds=study.folds,
                   seed=study.fold_seed, preserve_sites=study.preserve_sites)  # fmt: skip
-    with replacing(about) as partial:
-        partial.write_text(yaml.safe_dump(fixed, sort_keys=False))
+    write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]
     return [out / "folds" / f"{table.stem}_{n}.csv" for n in range(study.folds)]
@@ -220,8 +218,7 @@ def run_cell(cell: Cell, out: Path) -> str | None:
         if fault:
             print(f"{cell}: {verb} failed: {fault}", file=sys.stderr, flush=True)
             return f"{verb}: {fault}"
-    with replacing(cell.folder / FINISHED) as partial:
-        partial.write_text(json.dumps({"seconds": seconds}) + "\n")
+    write_text(cell.folder / FINISHED, json.dumps({"seconds": seconds}) + "\n")
     print(f"{cell}: fit {seconds['fit']} s, test {seconds['test']} s", flush=True)
     return None
 

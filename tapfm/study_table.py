@@ -6,20 +6,19 @@ reads what finished cells left on disk, so the table can be had while others sti
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tapfm.bootstrap import Interval
 from tapfm.evaluate import row_folder
-from tapfm.files import replacing
+from tapfm.files import write_csv
 from tapfm.metrics import MACRO
+from tapfm.plain_table import aligned, span
 from tapfm.pooling import Fold, Pool, pool
-from tapfm.report import read_arm
+from tapfm.report import ONE_CLASS, read_arm
 
 if TYPE_CHECKING:
     from tapfm.study import Cell, Study
@@ -105,14 +104,18 @@ def _text(
         pooled, deviation = arm["figures"]["pooled"], arm["deviation_of_seeds"]
         gains = [arm["differences"].get(other) for other in (best, first)]
         table.append(
-            [title + mark, _span(pooled[MACRO]), *(_number(pooled[name].value) for name in labels)]
+            [
+                title + mark,
+                span(pooled[MACRO], undefined=ONE_CLASS),
+                *(_number(pooled[name].value) for name in labels),
+            ]
             + [_number(arm["figures"]["within_folds"][MACRO].value)]
             + [f"{len(arm['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
-            + [_span(gain["pooled"][MACRO], "+") if gain else "" for gain in gains]
+            + [
+                span(gain and gain["pooled"][MACRO], sign="+", undefined=ONE_CLASS)
+                for gain in gains
+            ]
         )
-    widths = [max(len(row[n]) for row in table) for n in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-             for row in table]  # fmt: skip
     dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
     notes = [
         "",
@@ -126,47 +129,29 @@ def _text(
     short = [f"{title}: {len(arm['seeds'])} of {seeds} seeds have every fold; the "
              "others are left out" for title, arm in result["arms"].items()
              if len(arm["seeds"]) < seeds]  # fmt: skip
-    return "\n".join([*lines, *notes, *short, *why])
+    return "\n".join([*aligned(table), *notes, *short, *why])
 
 
-def write_csv(path: Path, result: Mapping) -> None:
+def write_figures(path: Path, result: Mapping) -> None:
     """study.csv: a row a model and label."""
     spans = [f"{name}_{end}" for name in ("auroc", "minus_frozen", "minus_first")
              for end in ("value", "low", "high")]  # fmt: skip
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model", "end_to_end", "seeds", "label", *spans, "auroc_within_folds"])
-        for title, arm in result["arms"].items():
-            for label in arm.get("figures", {}).get("pooled", {}):
-                cells = _ends(arm["figures"]["pooled"][label])
-                for other in (result["reference"], result["first"]):
-                    gain = arm["differences"].get(other)
-                    cells += _ends(gain["pooled"][label]) if gain else [""] * 3
-                within = _ends(arm["figures"]["within_folds"][label])[0]
-                writer.writerow([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells,
-                                 within])  # fmt: skip
+    rows = []
+    for title, arm in result["arms"].items():
+        for label in arm.get("figures", {}).get("pooled", {}):
+            cells = _ends(arm["figures"]["pooled"][label])
+            for other in (result["reference"], result["first"]):
+                gain = arm["differences"].get(other)
+                cells += _ends(gain["pooled"][label]) if gain else [""] * 3
+            within = _ends(arm["figures"]["within_folds"][label])[0]
+            rows.append([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells, within])
+    header = ["model", "end_to_end", "seeds", "label", *spans, "auroc_within_folds"]
+    write_csv(path, header, rows)
 
 
 def _ends(found: Interval) -> list[str]:
     return ["" if math.isnan(x) else f"{x:.6f}" for x in (found.value, found.low, found.high)]
 
 
-def _span(found: Interval, sign: str = "") -> str:
-    if math.isnan(found.value):
-        return "one class only"
-    return "{} [{}, {}]".format(*(f"{x:{sign}.3f}" for x in (found.value, found.low, found.high)))
-
-
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def plain(value):
-    """For JSON: intervals as objects, nan as null."""
-    if isinstance(value, Interval):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from slides.errors import SlideError
 from slides.reader import Slide
-from tapfm.files import replacing
+from tapfm.files import replacing, write_json
 from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
     except SlideError as error:
         raise NoPicturesError(str(error)) from error
     facts["weights_sha256"] = digest
-    with replacing(folder / "case.json") as partial:  # last: pictures that have it are whole
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "case.json", facts)  # last: pictures that have it are whole
     return Pictures(folder, facts)
 
 

@@ -9,11 +9,13 @@ Text is escaped unless it is `Html`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
+from tapfm import plain_table
+from tapfm.bootstrap import Interval
 from tapfm.metrics import MACRO
-from tapfm.report import FEW_DRAWS
 
 NAMES = {
     "auroc": "AUROC",
@@ -172,18 +174,13 @@ def headline(metrics: Mapping) -> list[str]:
     return list(found)[:HEADLINE]
 
 
-def interval(found: Mapping | None, draws: int, sign: str = "") -> str:
+def interval(found: Mapping | None, draws: int = 0, sign: str = "") -> str:
     """`0.900 [0.848, 0.945]`; marked where it stands on few draws."""
     if not found:
         return ""
-    if found.get("value") is None:
-        return "not defined"
-    if found.get("low") is None:
-        return f"{found['value']:{sign}.3f} [no interval]"
-    counted = found.get("draws")
-    few = " †" if counted is not None and counted < FEW_DRAWS * draws else ""
-    numbers = (f"{found[key]:{sign}.3f}" for key in ("value", "low", "high"))
-    return "{} [{}, {}]".format(*numbers) + few
+    ends = (math.nan if found.get(key) is None else found[key] for key in ("value", "low", "high"))
+    counted = 0 if found.get("low") is None else found.get("draws", math.inf)
+    return plain_table.span(Interval(*ends, counted), draws, sign, "not defined")
 
 
 def _cell(text: str) -> str:

@@ -22,6 +22,8 @@ import math
 
 import numpy as np
 
+from tapfm.confusions import confusions, f1s, recalls
+
 RULES = ("balanced", "f1", "specificity_90")
 FIGURES = ("balanced_accuracy", "sensitivity", "specificity", "f1")
 SPECIFICITY = 0.90
@@ -37,16 +39,16 @@ def choose_threshold(y_N: np.ndarray, p_N: np.ndarray, rule: str) -> float:
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is none of {', '.join(RULES)}")
-    y_N, p_N = np.asarray(y_N, float), np.asarray(p_N, float)
-    positive_N, negative_N = y_N == 1, y_N == 0
-    if not positive_N.any() or not negative_N.any():
+    y_N, p_N = _known(y_N, p_N)
+    count_2 = np.bincount(y_N, minlength=2)
+    if not count_2.all():
         return math.nan
-    scores = np.unique(p_N[positive_N | negative_N])[::-1]
+    scores = np.unique(p_N)[::-1]
     between = (scores[1:] + scores[:-1]) / 2
     thresholds_G = np.concatenate([[np.nextafter(scores[0], np.inf)], between, scores[-1:]])
-    called_GN = p_N >= thresholds_G[:, None]
-    found = _figures(*((called_GN & own).sum(1) for own in (positive_N, negative_N)),
-                     positive_N.sum(), negative_N.sum())  # fmt: skip
+    below = [np.searchsorted(np.sort(p_N[y_N == k]), thresholds_G) for k in (0, 1)]
+    below_G2 = np.stack(below, axis=1)
+    found = _figures(np.stack([below_G2, count_2 - below_G2], axis=2))
     if rule == "specificity_90":
         held_G = found["specificity"] >= SPECIFICITY - 1e-12
         return float(thresholds_G[held_G][-1])  # calling none holds it
@@ -65,22 +67,21 @@ def figures_at(
         p_N: scores.
         times_BN: how often each slide takes part in each draw, see `tapfm.bootstrap`.
     """
-    y_N, called_N, times_BN = (
-        np.asarray(y_N, float),
-        np.asarray(p_N) >= threshold,
-        times_BN.astype(float),
-    )
-    positive_N, negative_N = y_N == 1, y_N == 0
-    count = [times_BN @ own for own in (positive_N & called_N, negative_N & called_N,
-                                        positive_N, negative_N)]  # fmt: skip
-    found = _figures(*count)
-    defined_B = (count[2] > 0) & (count[3] > 0) & (not math.isnan(threshold))
+    y_N, p_N, times_BN = _known(y_N, p_N, times_BN)
+    counts_B22 = confusions(y_N, p_N >= threshold, 2, times_BN)
+    defined_B = counts_B22.any(2).all(1) & (not math.isnan(threshold))
+    found = _figures(counts_B22)
     return {name: np.where(defined_B, value_B, np.nan) for name, value_B in found.items()}
 
 
-def _figures(hits, false, positives, negatives) -> dict[str, np.ndarray]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sensitivity, specificity = hits / positives, 1 - false / negatives
-        f1 = 2 * hits / (positives + hits + false)
-    balanced = (sensitivity + specificity) / 2
-    return dict(zip(FIGURES, (balanced, sensitivity, specificity, f1), strict=True))
+def _known(y_N: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Slides of a known label, which become 0 and 1."""
+    known_N = ~np.isnan(np.asarray(y_N, float))
+    return [np.asarray(y_N)[known_N].astype(int), *(np.asarray(a)[..., known_N] for a in arrays)]
+
+
+def _figures(counts_G22: np.ndarray) -> dict[str, np.ndarray]:
+    specificity_G, sensitivity_G = recalls(counts_G22).T
+    balanced_G = (sensitivity_G + specificity_G) / 2
+    figures = balanced_G, sensitivity_G, specificity_G, f1s(counts_G22)[:, 1]
+    return dict(zip(FIGURES, figures, strict=True))

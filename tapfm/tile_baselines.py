@@ -24,8 +24,9 @@ from torch import Tensor
 
 from tapfm.backbones import Encoder
 from tapfm.baselines import rgb_bag
+from tapfm.bootstrap import once
+from tapfm.confusions import averages, confusions
 from tapfm.tile_batch import TileBatch
-from tapfm.tile_metrics import macro_f1
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # inverse of the penalty's weight
 ITERATIONS = 1000
@@ -98,7 +99,8 @@ def fit_probe(
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(*train)
         p_NK = model.predict_proba(val[0])
-        f1 = macro_f1(val[1], p_NK.argmax(1), classes)
+        table_1KK = confusions(val[1], p_NK.argmax(1), classes, once(val[1]))
+        f1 = float(averages(table_1KK)["f1"][0])
         score = f1, -log_loss(val[1], p_NK, labels=range(classes))
         if score > best_score:
             best, best_score = Probe(model, strength, f1), score

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from tapfm.adapt import spell
 from tapfm.aggregators import TILES
+from tapfm.bootstrap import once
 from tapfm.chunked import chunk_rng
+from tapfm.confusions import averages, confusions
 from tapfm.module import ChunkError, SlideModule, StrategyName
 from tapfm.optim import Steps
 from tapfm.prototypes import PrototypeLoss
 from tapfm.tile_batch import TileBatch
-from tapfm.tile_metrics import balanced_accuracy, macro_f1
 
 HEAD_DROPOUT = 0.5
 
@@ -95,7 +96,7 @@ class TileModule(SlideModule):
             drop_path=drop_path,
             steps=steps,
         )
-        self.loss = None  # of slides
+        self.loss = torch.nn.Module()  # of slides: none, and nothing to keep of it
         self.head = head
         if head == "random":  # a probe was fitted without, and would lose its way
             self.slide_model.aggregator.dropout.p = HEAD_DROPOUT
@@ -159,10 +160,10 @@ class TileModule(SlideModule):
         self.validated.clear()
         loss = F.cross_entropy(logits_NK, labels_N, self.class_weight_K.cpu())
         y_N, said_N = labels_N.numpy(), logits_NK.argmax(1).numpy()
-        classes = logits_NK.shape[1]
+        figures = averages(confusions(y_N, said_N, logits_NK.shape[1], once(y_N)))
         self.log("val/loss", loss)
-        self.log("val/f1", macro_f1(y_N, said_N, classes), prog_bar=True)
-        self.log("val/balanced_accuracy", balanced_accuracy(y_N, said_N, classes))
+        self.log("val/f1", float(figures["f1"][0]), prog_bar=True)
+        self.log("val/balanced_accuracy", float(figures["balanced_accuracy"][0]))
 
     def on_save_checkpoint(self, checkpoint) -> None:
         """What a slide's run keeps, and the prototypes."""

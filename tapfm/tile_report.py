@@ -11,21 +11,17 @@ Shapes: N tiles, K classes.
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from slides.tiles import TileRow
-from tapfm.bootstrap import Interval
-from tapfm.files import replacing
+from tapfm.files import write_csv, write_json, write_text
+from tapfm.plain_table import FEW_DRAWS, aligned, markdown, span
 from tapfm.tile_metrics import difference, evaluate_tiles
 
-FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
 HEADER = ("model", "macro F1 [95 %]", "balanced accuracy [95 %]", "macro AUROC [95 %]",
           "F1 minus probe [95 %]")  # fmt: skip
 
@@ -93,32 +89,24 @@ def write_tile_results(
     lines = [HEADER]
     for arm in arms:
         found, gain = figures[arm.title], gains.get(arm.title)
-        cells = [_cell(found[name], draws) for name in ("f1", "balanced_accuracy", "auroc")]
-        lines.append((arm.title, *cells, _cell(gain["f1"], draws, "+") if gain else ""))
+        cells = [span(found[name], draws) for name in ("f1", "balanced_accuracy", "auroc")]
+        lines.append((arm.title, *cells, span(gain["f1"], draws, "+") if gain else ""))
     notes = _notes(result, figures)
     by_class = [_by_class(arm.title, figures[arm.title], draws) for arm in arms]
     tables = [_confusion(arm.title, classes, figures[arm.title]["confusion"]) for arm in arms[1:]]
-    text = [f"# Results, {split} split", _markdown(lines), *notes, *by_class, *tables]
-    _write(folder / "report.md", "\n\n".join(text) + "\n")
-    _write(folder / f"metrics_{split}.json", json.dumps(_plain(result), indent=1) + "\n")
+    text = [f"# Results, {split} split", markdown(lines), *notes, *by_class, *tables]
+    write_text(folder / "report.md", "\n\n".join(text) + "\n")
+    write_json(folder / f"metrics_{split}.json", result)
     _write_predictions(folder / f"predictions_{split}.csv", classes, tiles, arms)
-    return "\n".join([*_aligned(lines), "", *notes])
-
-
-def _cell(figure: Interval, draws: int, sign: str = "") -> str:
-    if math.isnan(figure.value):
-        return "undefined"
-    if not figure.draws:
-        return f"{figure.value:{sign}.3f} [no interval]"
-    numbers = (f"{x:{sign}.3f}" for x in (figure.value, figure.low, figure.high))
-    return "{} [{}, {}]".format(*numbers) + (" †" if figure.draws < FEW_DRAWS * draws else "")
+    return "\n".join([*aligned(lines), "", *notes])
 
 
 def _notes(result: dict, figures: dict[str, dict]) -> list[str]:
     of_cases = f" of {result['cases']} cases" if result["cases"] else ""
     notes = [
         f"{result['split']} split: {result['tiles']} tiles{of_cases}. Intervals: 95 %, percentiles "
-        f"of {result['draws']} bootstrap draws of whole cases; differences are paired."
+        f"of {result['draws']} bootstrap draws of whole cases, for AUROC symmetric on the logit "
+        "scale; differences are paired."
     ]
     if not result["cases"]:
         notes.append(
@@ -142,27 +130,14 @@ def _by_class(title: str, found: dict, draws: int) -> str:
     lines = [("class", "tiles", "precision", "recall", "F1", "AUROC [95 %]")]
     for name, each in found["classes"].items():
         numbers = (f"{each[key]:.3f}" for key in ("precision", "recall", "f1"))
-        lines.append((name, str(each["tiles"]), *numbers, _cell(each["auroc"], draws)))
-    return f"## {title}\n\n" + _markdown(lines).replace(" nan |", " |")
+        lines.append((name, str(each["tiles"]), *numbers, span(each["auroc"], draws)))
+    return f"## {title}\n\n" + markdown(lines).replace(" nan |", " |")
 
 
 def _confusion(title: str, classes: Sequence[str], table_KK: list[list[int]]) -> str:
     lines = [("is \\ said", *classes)]
     lines += [(name, *map(str, row)) for name, row in zip(classes, table_KK, strict=True)]
-    return f"## Confusions of {title}\n\n" + _markdown(lines)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    return f"## Confusions of {title}\n\n" + markdown(lines)
 
 
 def _write_predictions(
@@ -170,24 +145,8 @@ def _write_predictions(
 ) -> None:
     names = [f"p_{name} ({arm.title})" for arm in arms for name in classes]
     p_NX = np.concatenate([arm.p_NK for arm in arms], axis=1)
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "case_id", "label", *names])
-        for row, p_X in zip(tiles, p_NX, strict=True):
-            writer.writerow([row.path, row.case_id, row.label, *(f"{p:.6f}" for p in p_X)])
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _plain(value):
-    """For JSON: intervals as objects, nan as null."""
-    if isinstance(value, Interval):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    rows = [
+        [row.path, row.case_id, row.label, *(f"{p:.6f}" for p in p_X)]
+        for row, p_X in zip(tiles, p_NX, strict=True)
+    ]
+    write_csv(path, ["path", "case_id", "label", *names], rows)

@@ -22,6 +22,8 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "losses": set(),
     "cox": set(),
     "outcomes": {"bootstrap"},
+    "confusions": {"bootstrap"},
+    "plain_table": {"bootstrap"},
     "chunked": set(),
     "rescue": {"chunked"},
     "boundary": {"backbones", "bag", "chunked"},
@@ -33,7 +35,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "metrics": {"bootstrap"},
     "pooling": {"bootstrap", "metrics"},
     "delong": set(),
-    "thresholds": set(),
+    "thresholds": {"confusions"},
     "calibration": set(),
     "memory": set(),
     "surgery": {"optim"},
@@ -42,7 +44,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "lowrank": {"surgery"},
     "bag": set(),
     "tile_batch": set(),
-    "tile_metrics": {"bootstrap", "metrics"},
+    "tile_metrics": {"bootstrap", "confusions", "metrics"},
 }
 
 

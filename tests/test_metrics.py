@@ -15,7 +15,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from tapfm import metrics
-from tapfm.bootstrap import interval
+from tapfm.bootstrap import interval, mean_of_defined, percentiles
 from tapfm.metrics import (
     Interval,
     auprc,
@@ -158,6 +158,16 @@ def test_draws_of_one_class_are_left_out_and_counted():
     assert found["common"]["auroc"].draws > 950
     assert found["macro"]["auroc"].draws <= found["rare"]["auroc"].draws
     assert 0 <= found["rare"]["auroc"].low <= found["rare"]["auroc"].high <= 1
+
+
+def test_percentiles_are_of_the_draws_that_have_the_figure():
+    y, p = np.array([0.0, 0, 1, 1]), np.array([0.1, 0.3, 0.2, 0.9])
+    times = np.array([[1, 1, 1, 1], [4, 0, 0, 0], [1, 1, 2, 0], [0, 2, 1, 1]])
+    drawn = metrics.auroc_draws(y, p, times)
+    assert percentiles(drawn) == Interval(0.75, 0.5, 0.5, 2)
+    never = np.full(4, np.nan)
+    assert mean_of_defined([drawn, never], 4) == pytest.approx(drawn, nan_ok=True)
+    assert np.isnan(mean_of_defined([never], 4)).all()
 
 
 def test_a_label_of_one_class_is_undefined_and_macro_says_it_left_it_out():

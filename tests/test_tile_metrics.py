@@ -12,7 +12,6 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from tapfm import tile_metrics
 from tapfm.bootstrap import bootstrap_cases
 from tapfm.tile_metrics import difference, evaluate_tiles
 
@@ -43,9 +42,7 @@ def test_as_scikit_learn():
         assert found["classes"][name]["auroc"].value == pytest.approx(one)
 
 
-@pytest.mark.parametrize("block", [1, 1000])
-def test_intervals_are_those_of_the_loop(monkeypatch, block):
-    monkeypatch.setattr(tile_metrics, "BLOCK", block)
+def test_intervals_are_those_of_the_loop():
     y_N, p_NK, cases = example()
     q_NK = example(seed=1)[1]
     found = evaluate_tiles(CLASSES, y_N, p_NK, cases, draws=40, seed=5)

@@ -5,23 +5,20 @@ Shapes: N tiles, K classes of a tile, S test slides, R draws.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from slides.reader import Slide
-from tapfm.bootstrap import Interval
 from tapfm.data import Opener
-from tapfm.files import replacing
+from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import overlay_png, write_geojson
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.tiles import EncodedSlide
+from tapfm.plain_table import markdown, span
 
 
 def draw_classes(
@@ -52,19 +49,17 @@ def write_calls(
 ) -> None:
     """A row a test slide: what it is and what each arm calls it."""
     names = question.names[1:]
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["slide_id", "case_id", "subtype", *answer])
-        for s, each in enumerate(test):
-            calls = [names[calls_S[s]] for calls_S in answer.values()]
-            rows.writerow([each.row.slide_id, each.row.case_id, names[each.subtype], *calls])
+    rows = [
+        [each.row.slide_id, each.row.case_id, names[each.subtype]]
+        + [names[calls_S[s]] for calls_S in answer.values()]
+        for s, each in enumerate(test)
+    ]
+    write_csv(path, ["slide_id", "case_id", "subtype", *answer], rows)
 
 
 def write_losses(path: Path, losses: Sequence[float]) -> None:
     """A row an epoch."""
-    with replacing(path) as partial:
-        lines = [f"{epoch},{loss:.6f}" for epoch, loss in enumerate(losses)]
-        partial.write_text("\n".join(["epoch,loss", *lines]) + "\n")
+    write_csv(path, ["epoch", "loss"], ((n, f"{loss:.6f}") for n, loss in enumerate(losses)))
 
 
 def write_report(
@@ -87,8 +82,8 @@ def write_report(
     """
     truth_S = np.array([each.subtype for each in test])
     cases_S = [each.row.case_id for each in test]
-    titles = "shots", "model", "balanced accuracy [95 %]", "weighted F1 [95 %]", "minus best frozen"
-    lines = [f"| {' | '.join(titles)} [95 %] |", "|---" * len(titles) + "|"]
+    lines = [["shots", "model", "balanced accuracy [95 %]", "weighted F1 [95 %]",
+              "minus best frozen [95 %]"]]  # fmt: skip
     scores: dict = {
         "subtypes": {n: int((truth_S == s).sum()) for s, n in enumerate(question.names[1:])},
         "slides": len(test), "cases": len(set(cases_S)), "draws": question.draws, "shots": {},
@@ -100,30 +95,23 @@ def write_report(
         best = max(frozen, key=lambda arm: found[arm]["balanced_accuracy"].value)
         told = scores["shots"][str(shots)] = {}
         for arm, figures in found.items():
-            told[arm] = {m: asdict(figure) for m, figure in figures.items()}
-            gain = ""
+            told[arm] = dict(figures)
+            gain = None
             if arm not in frozen:
                 gains = difference(
                     truth_S, np.array(arms[arm]), np.array(arms[best]), cases_S, seed
                 )
-                told[arm]["minus_best_frozen"] = {m: asdict(g) for m, g in gains.items()}
-                gain = _said(gains["balanced_accuracy"], "+")
+                told[arm]["minus_best_frozen"] = gains
+                gain = gains["balanced_accuracy"]
             title = arm + (" (best frozen)" if arm == best else "")
-            cells = [_said(figures[m]) for m in ("balanced_accuracy", "weighted_f1")]
-            lines.append("| " + " | ".join([str(shots), title, *cells, gain]) + " |")
+            cells = [span(figures[m]) for m in ("balanced_accuracy", "weighted_f1")]
+            lines.append([str(shots), title, *cells, span(gain, sign="+")])
     counts = ", ".join(f"{count} {name}" for name, count in scores["subtypes"].items())
-    lines += [
-        "",
-        f"{len(test)} test slides of {scores['cases']} cases: {counts}. Figures are means over "
-        f"{question.draws} draws of the training slides; intervals by case.",
-    ]
-    table = "\n".join(lines) + "\n"
-    for name, text in (("report.md", table), ("scores.json", json.dumps(scores, indent=1) + "\n")):
-        with replacing(out / name) as partial:
-            partial.write_text(text)
+    table = (
+        f"{markdown(lines)}\n\n{len(test)} test slides of {scores['cases']} cases: {counts}. "
+        f"Figures are means over {question.draws} draws of the training slides; intervals by "
+        "case.\n"
+    )
+    write_text(out / "report.md", table)
+    write_json(out / "scores.json", scores)
     return table
-
-
-def _said(figure: Interval, sign: str = "") -> str:
-    value, low, high = (format(n, f"{sign}.3f") for n in (figure.value, figure.low, figure.high))
-    return f"{value} [{low}, {high}]"

@@ -7,22 +7,22 @@ Few-shot figures are means over the draws of training slides, taken within each 
 the test cases: an interval says how sure the test set makes us of that mean. A bootstrap draw that
 lacks a subtype is left out, so that all average the same subtypes.
 
-Source: definitions as scikit-learn's `balanced_accuracy_score` and `f1_score(average="weighted")`;
-    the bootstrap is that of `tapfm.metrics`.
+The figures are those of `tapfm.confusions`, the bootstrap that of `tapfm.bootstrap`.
 
 Shapes: S test slides, R draws of training slides, B bootstrap draws, C subtypes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from tapfm.bootstrap import LEVEL, Interval, bootstrap_cases
+from tapfm.bootstrap import Interval, percentiles, with_point
+from tapfm.confusions import averages, confusions
 
 METRICS = ("balanced_accuracy", "weighted_f1")
+DRAWS = 2000
 
 
 def evaluate(
@@ -36,8 +36,8 @@ def evaluate(
         cases_S: each slide's case.
         seed: of the bootstrap.
     """
-    figures_MB = _figures(truth_S, called_RS, cases_S, seed)
-    return {m: _interval(each_B) for m, each_B in zip(METRICS, figures_MB, strict=True)}
+    found = _figures(truth_S, called_RS, cases_S, seed)
+    return {m: percentiles(each_B) for m, each_B in found.items()}
 
 
 def difference(
@@ -48,32 +48,16 @@ def difference(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """One's figures less the other's, in the same bootstrap draws."""
-    one_MB, other_MB = (_figures(truth_S, each, cases_S, seed) for each in (one_RS, other_RS))
-    return {m: _interval(each_B) for m, each_B in zip(METRICS, one_MB - other_MB, strict=True)}
+    one, other = (_figures(truth_S, each, cases_S, seed) for each in (one_RS, other_RS))
+    return {m: percentiles(one[m] - other[m]) for m in METRICS}
 
 
-def _figures(truth_S, called_RS, cases_S, seed: int) -> np.ndarray:
-    """(2, B + 1), the slides as they are first; nan where a draw lacks a subtype."""
-    once = np.ones((1, len(truth_S)))
-    times_BS = np.concatenate([once, bootstrap_cases(cases_S, seed=seed)])
-    subtypes = np.unique(truth_S)
-    each_RMB = []
-    for called_S in np.atleast_2d(called_RS):
-        is_SC, said_SC = (np.asarray(each)[:, None] == subtypes for each in (truth_S, called_S))
-        there_BC, called_BC = times_BS @ is_SC, times_BS @ said_SC
-        right_BC = times_BS @ (is_SC & said_SC)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            recall_B = (right_BC / there_BC).mean(1)
-            f1_BC = 2 * right_BC / (there_BC + called_BC)
-        f1_B = (f1_BC * there_BC).sum(1) / there_BC.sum(1)
-        f1_B[(there_BC == 0).any(1)] = math.nan
-        each_RMB.append([recall_B, f1_B])
-    return np.mean(each_RMB, axis=0)
-
-
-def _interval(figure_B: np.ndarray) -> Interval:
-    value, drawn_B = float(figure_B[0]), figure_B[1:][~np.isnan(figure_B[1:])]
-    if not len(drawn_B):
-        return Interval(value, math.nan, math.nan, 0)
-    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(drawn_B))
+def _figures(truth_S, called_RS, cases_S, seed: int) -> dict[str, np.ndarray]:
+    """Of the slides as they are, then of every bootstrap draw (1 + B,)."""
+    times_BS = with_point(cases_S, DRAWS, seed)
+    classes = int(max(np.max(truth_S), np.max(called_RS))) + 1
+    each = [
+        averages(confusions(truth_S, called_S, classes, times_BS))
+        for called_S in np.atleast_2d(called_RS)
+    ]
+    return {m: np.mean([found[m] for found in each], axis=0) for m in METRICS}

@@ -11,8 +11,10 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tapfm.bootstrap import mean_of_defined
+from tapfm.confusions import averages, confusions
 from tapfm.losses import MaskedCrossEntropy
-from tapfm.outcomes import accuracy, balanced_accuracy, mean_of_defined, one_against_rest
+from tapfm.metrics import auroc_draws
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,16 @@ class Multiclass:
         each = {}
         for k, name in enumerate(self.labels):
             is_N = np.where(np.isnan(class_N), np.nan, class_N == k)
-            each[name] = {"auroc": one_against_rest(is_N, said_NP[:, k], times_BN)}
-        said_N = said_NP.argmax(1)
+            each[name] = {"auroc": auroc_draws(is_N, said_NP[:, k], times_BN)}
+        known_N = ~np.isnan(class_N)
+        said = averages(
+            confusions(
+                class_N[known_N], said_NP[known_N].argmax(1), len(self.labels), times_BN[:, known_N]
+            )
+        )
         macro = {
             "auroc": mean_of_defined([figures["auroc"] for figures in each.values()], draws),
-            "balanced_accuracy": balanced_accuracy(class_N, said_N, times_BN),
-            "accuracy": accuracy(class_N, said_N, times_BN),
+            "balanced_accuracy": said["balanced_accuracy"],
+            "accuracy": said["accuracy"],
         }
         return {"macro": macro, **each}

@@ -12,8 +12,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedBCE
-from tapfm.outcomes import mean_of_defined, one_against_rest
+from tapfm.metrics import auroc_draws
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Multilabel:
     def measure(self, target_NY, said_NP, times_BN):
         """AUROC of each label, and their mean."""
         each = {
-            label: one_against_rest(target_NY[:, k], said_NP[:, k], times_BN)
+            label: auroc_draws(target_NY[:, k], said_NP[:, k], times_BN)
             for k, label in enumerate(self.labels)
         }
         macro = {"auroc": mean_of_defined(list(each.values()), len(times_BN))}

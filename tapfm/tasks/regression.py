@@ -15,8 +15,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedMSE
-from tapfm.outcomes import mean_of_defined, pearson, r2, spearman
+from tapfm.outcomes import pearson, r2, spearman
 
 QUARTERS = 4
 FIGURES = {"r2": r2, "pearson": pearson, "spearman": spearman}
