@@ -92,7 +92,7 @@ def test_a_cell_fits_and_tests_beside_the_baselines(bench, monkeypatch, tmp_path
         folder.mkdir(parents=True)
         assert bench.run_cell(name, 5, arguments) == 0
         found[name] = json.loads((folder / "cell.json").read_text())
-    assert len(found["frozen"]["arms"]) == 3
+    assert len(found["frozen"]["arms"]) == 4
     cell = found["last_n@1e-3"]
     assert cell["lr"] == 1e-3
     assert cell["parameters"] == 198_272 + 256, "a block of the demo encoder, and the final norm"
