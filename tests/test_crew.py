@@ -112,6 +112,15 @@ def test_slides_that_are_left_or_read_at_the_same_time_are_right_too():
         assert next(left)[0] == 2
 
 
+def test_from_the_middle_of_a_slide_on_nothing_is_read_in_vain():
+    crew, sources = crew_of(2)
+    with crew:
+        assert [start for start, _ in crew.chunks(0, 5, first=10)] == [10, 15, 20]
+        for number in (1, 2, 3, 4):
+            assert taken(crew, number, 5) == alone(number, COUNTS[number], 5)
+    assert [source.reads.value for source in sources] == [13, *COUNTS[1:]]
+
+
 def test_processes_live_over_all_slides():
     crew, _ = crew_of(2)
     seen = set()
