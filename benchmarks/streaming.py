@@ -13,7 +13,7 @@ reduced for each.
     large       the same of four large slides (benchmarks/indexing.py), a draw of 300 tiles each
     twice       those, two passes over each, as training takes them, with memory for 100 tiles a
                 slide: the others are read again in each pass
-    streamed    validation: all tiles of slide after slide, workers anew for each
+    streamed    validation: all tiles of slide after slide, by one crew of workers (slides.crew)
 
 All is done twice and the run that waited less in all is the table's. Writes results/streaming.csv
 (a row a run) and the table between the markers in README.md.
@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks.indexing import MPP, RUNS, write_large_slide
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.cohort import SlideRow, read_cohort
+from slides.crew import Crew
 from slides.grid import Grid
 from slides.held import SlideTiles
 from slides.index import TileIndex, index_cohort, index_path, read_index
@@ -43,6 +44,7 @@ from slides.order import SlideSampler
 from slides.reader import Slide
 from slides.stream import Augment, BagDataset, SlideLoader
 from slides.tissue import Tissue
+from slides.workers import Listed
 
 RATE = 100  # tiles a second
 CHUNK = 25  # of the consumer
@@ -83,9 +85,12 @@ def bags(rows: list[SlideRow], opener: Opener, passes: int = 1, **options) -> It
 
 
 def streamed(rows: list[SlideRow], opener: Opener) -> Iterator[Iterable]:
-    """Each slide's tiles, read when they are asked for."""
-    for row in rows:
-        yield SlideTiles(partial(opener, row), WORKERS).split(CHUNK)
+    """Each slide's tiles, the next one's read while this one's are taken."""
+    crew = Crew(WORKERS)
+    slides = [SlideTiles(Listed.of(partial(opener, row), opener(row)[1]), crew) for row in rows]
+    with crew:
+        for tiles in slides:
+            yield tiles.split(CHUNK)
 
 
 def consume(slides: Iterator[Iterable[Tensor]]) -> dict:

@@ -1,29 +1,15 @@
-"""The tiles of one slide: all at once (`read_tiles`), or chunk by chunk (`stream_chunks`).
+"""Pixels of tiles, read one after the other: `read_tiles`; and what may go wrong on the way.
 
-`stream_chunks` reads every tile of a slide, however many, in a fixed amount of memory: worker
-processes write into slots of shared memory that are made once and used over and over. Chunk number
-n is read by worker n % workers into slot n % slots, so chunks come in order and nothing is pickled
-but three numbers a chunk. The processes are our own and not a DataLoader's, because a DataLoader
-tells of a killed worker by a signal that lands anywhere in the caller's code.
-
-Price: workers * prefetch chunks of shared memory and one that is handed out; one copy a chunk.
-
-Shapes: N slots, T tiles of a slide, C tiles of a chunk, S side of a tile.
+Shapes: T tiles of a slide, S side of a tile.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import traceback
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 from slides.errors import SlideError, UnreadableRegionError
@@ -31,8 +17,6 @@ from slides.grid import Grid
 
 if TYPE_CHECKING:
     from slides.index import TileIndex
-
-ORPHAN_CHECK_S = 5.0  # how often an idle worker looks whether its parent still lives
 
 
 class SlideSource(Protocol):
@@ -82,135 +66,12 @@ def read_tiles(
     tiles_TCSS = torch.empty(shape, dtype=torch.uint8)
     if shared and len(coords0):
         tiles_TCSS.share_memory_()
-    _read_into(tiles_TCSS.numpy(), source, index, coords0)
+    read_into(tiles_TCSS.numpy(), source, index, coords0)
     return tiles_TCSS
 
 
-def stream_chunks(
-    source: SlideSource, index: TileIndex, chunk: int, workers: int = 0, prefetch: int = 2
-) -> Iterator[tuple[int, Tensor]]:
-    """All tiles of a slide in index order: (number of the first, uint8 (C, 3, S, S)).
-
-    A chunk handed out is the caller's to keep.
-
-    Args:
-        source: the slide; inherited by the workers under `fork`, pickled under `spawn`.
-        index: its tiles.
-        chunk: tiles of a chunk; the last may be short.
-        workers: reading processes; 0 reads in this one, when a chunk is asked for.
-        prefetch: chunks each worker may be ahead.
-
-    Raises:
-        SlideError: a tile cannot be read; names the slide.
-        WorkerDiedError: a worker was killed; names the slide.
-    """
-    for name, value, least in (
-        ("chunk", chunk, 1),
-        ("workers", workers, 0),
-        ("prefetch", prefetch, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    starts = range(0, len(index.coords0), chunk)
-    if workers and len(starts) > 1:
-        stream = _stream_ahead(source, index, starts, min(workers, len(starts)), prefetch)
-        next(stream)  # the workers begin now, whenever the first chunk is asked for
-        return stream
-    return _stream_here(source, index, starts)
-
-
-def _stream_here(source, index: TileIndex, starts: range) -> Iterator[tuple[int, Tensor]]:
-    for start in starts:
-        try:
-            tiles_CSS = read_tiles(source, index, slice(start, start + starts.step))
-        except Exception as error:
-            raise named_fault(error, index.slide_id) from error
-        yield start, tiles_CSS
-        del tiles_CSS  # the caller may be done with it: do not hold it while reading the next
-
-
-def _stream_ahead(
-    source, index: TileIndex, starts: range, workers: int, prefetch: int
-) -> Iterator[tuple[int, Tensor]]:
-    size, slots = index.grid.size, min(workers * prefetch, len(starts))
-    slots_NC = torch.empty((slots, starts.step, 3, size, size), dtype=torch.uint8).share_memory_()
-    context = torch.multiprocessing.get_context()
-    crew = []
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, slots_NC, source, index, starts.step, os.getpid())
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            theirs.close()  # the worker has its own; this one would leak a descriptor a slide
-            crew.append((process, ours))
-        for number in range(slots):
-            _ask(crew, number, slots, starts)
-        yield 0, slots_NC[:0]
-        for number, start in enumerate(starts):
-            length = _await(crew, number, index.slide_id)
-            tiles_CSS = slots_NC[number % slots, :length].clone()
-            if number + slots < len(starts):
-                _ask(crew, number + slots, slots, starts)  # the slot is free again
-            yield start, tiles_CSS
-            del tiles_CSS
-    finally:
-        for process, _ in crew:
-            process.kill()  # it writes nothing that could be left half-written
-        for process, ours in crew:
-            process.join()
-            ours.close()
-
-
-def _ask(crew: list, number: int, slots: int, starts: range) -> None:
-    with contextlib.suppress(OSError):  # a dead worker is reported when its chunk is awaited
-        crew[number % len(crew)][1].send((number % slots, starts[number]))
-
-
-def _await(crew: list, number: int, slide_id: str) -> int:
-    """How many tiles the chunk has, once it is in its slot."""
-    process, ours = crew[number % len(crew)]
-    wait([ours, process.sentinel])
-    try:
-        reply = ours.recv() if ours.poll() else None
-    except (EOFError, OSError):
-        reply = None
-    if reply is None:
-        process.join()
-        code = process.exitcode
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise WorkerDiedError.of([slide_id], how)
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
-
-
-def _work(
-    theirs: Connection, slots_NC: Tensor, source, index: TileIndex, chunk: int, parent: int
-) -> None:
-    """A worker's life: read the chunk asked for into its slot, say how long it is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)  # each worker is one of several
-    slots_NCSS = slots_NC.numpy()
-    while os.getppid() == parent:  # a parent killed outright cannot end its workers
-        if not theirs.poll(ORPHAN_CHECK_S):
-            continue
-        try:
-            slot, start = theirs.recv()
-            coords0 = index.coords0[start : start + chunk]
-            try:
-                _read_into(slots_NCSS[slot, : len(coords0)], source, index, coords0)
-                theirs.send(len(coords0))
-            except Exception as error:
-                fault = named_fault(error, index.slide_id)
-                if not isinstance(fault, SlideError):  # a bug: its place in the code matters
-                    fault = RuntimeError(f"{fault}\n{traceback.format_exc()}")
-                theirs.send(fault)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return
-
-
-def _read_into(tiles_TCSS: np.ndarray, source, index: TileIndex, coords0: np.ndarray) -> None:
+def read_into(tiles_TCSS: np.ndarray, source, index: TileIndex, coords0: np.ndarray) -> None:
+    """The tiles at these corners, into memory that is there: uint8 (T, 3, S, S)."""
     size = index.grid.size
     for tile_CSS, (x0, y0) in zip(tiles_TCSS, coords0.tolist(), strict=True):
         tile = source.read(x0, y0, index.grid)

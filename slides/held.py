@@ -6,7 +6,7 @@ never memory. Tiles are a function of their place alone (`slides.augment`), so w
 chunks and by how many processes changes no byte.
 
 Price: `host_budget` for all slides that are held or read ahead, shared out by `tiles_to_hold`; and
-the slots of `stream_chunks`.
+the slots of `slides.crew`.
 
 Shapes: C tiles of a chunk, H tiles held, S side of a tile.
 """
@@ -16,15 +16,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from slides.chunks import SlideSource, stream_chunks
+from slides.chunks import SlideSource
+from slides.crew import Crew
 from slides.errors import SlideError
+from slides.workers import Listed
 
 if TYPE_CHECKING:
     from slides.index import TileIndex
@@ -42,26 +43,27 @@ class SlideTiles:
     Not a dataclass: Lightning takes those in a batch apart.
 
     Args:
-        open_slide: gives pixels and tiles, at each `split` anew; the pixels are closed after it.
-        workers: reading processes.
-        held: uint8 (H, 3, S, S), the first tiles, as `open_slide`'s pixels would give them.
+        slide: gives pixels and tiles when it is read.
+        crew: who reads them; where it has further slides, those of the next `SlideTiles` that are
+            made of it are read ahead (`slides.crew`).
+        held: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
         on_fault: told of a slide's fault; where it returns, the fault goes on its way.
     """
 
     def __init__(
         self,
-        open_slide: Callable[[], tuple[SlideSource, TileIndex]],
-        workers: int = 0,
+        slide: Listed,
+        crew: Crew,
         held: Tensor | None = None,
         on_fault: Callable[[SlideError], None] | None = None,
     ):
-        self.open_slide, self.workers = open_slide, workers
+        self.crew, self.number, self.count = crew, crew.add(slide), slide.count
         self.held, self.on_fault = held, on_fault
 
     @classmethod
     def of(cls, source: SlideSource, index: TileIndex, workers: int = 0, **more) -> SlideTiles:
-        """Those of a slide whose pixels and tiles are at hand."""
-        return cls(partial(_both, source, index), workers, **more)
+        """Those of a slide whose pixels and tiles are at hand, with a crew of its own."""
+        return cls(Listed.at_hand(source, index), Crew(workers), **more)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Chunks of `size` tiles; the last may be short.
@@ -71,12 +73,7 @@ class SlideTiles:
         """
         held = 0 if self.held is None else len(self.held) // size * size
         try:
-            source, index = self.open_slide()
-            with contextlib.ExitStack() as stack:
-                if close := getattr(source, "close", None):
-                    stack.callback(close)
-                rest = stream_chunks(source, index.part(slice(held, None)), size, self.workers)
-                stack.enter_context(contextlib.closing(rest))
+            with contextlib.closing(self.crew.chunks(self.number, size, held)) as rest:
                 for start in range(0, held, size):  # meanwhile the rest is read ahead
                     yield self.held[start : start + size]
                 for _, tiles_CSS in rest:
@@ -98,6 +95,11 @@ class JoinedTiles:
 
     def __init__(self, parts: Sequence[Tensor | SlideTiles]):
         self.parts = tuple(parts)
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return sum(len(part) if isinstance(part, Tensor) else part.count for part in self.parts)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Chunks of `size` tiles; the last of each slide may be short. See `SlideTiles`."""
@@ -135,7 +137,3 @@ def machine_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
             found.append(int(Path(path).read_text()))
     return min(found)
-
-
-def _both(source: SlideSource, index: TileIndex) -> tuple[SlideSource, TileIndex]:
-    return source, index

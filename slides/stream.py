@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from slides.augment import AugmentedSlide, draw_change
-from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles, stream_chunks
+from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles
 from slides.cohort import SlideRow
+from slides.crew import stream_chunks
 from slides.errors import NoTissueError, SlideError
 from slides.held import JoinedTiles, SlideTiles, joined
 from slides.order import (
@@ -76,6 +77,12 @@ class Bag:
     labels: Tensor
     """float32 (K,), nan where unknown."""
     turn: Turn
+
+    def on_fault(self, told: Callable[[SlideError], None]) -> None:
+        """Who is told of a fault in tiles that are read as they are asked for: `SlideTiles`."""
+        for part in self.tiles.parts if isinstance(self.tiles, JoinedTiles) else [self.tiles]:
+            if isinstance(part, SlideTiles):
+                part.on_fault = told
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Bag:
         """Only the labels move: tiles go to the device chunk by chunk, never the whole slide."""

@@ -5,7 +5,8 @@ Shapes: T tiles of a slide, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,15 @@ class SkippedBag(Exception):
     Raised by `Tiles.split` where the run was told to skip such slides; whoever gave the tiles has
     noted the slide and its fault.
     """
+
+
+@contextmanager
+def too_late_to_skip() -> Iterator[None]:
+    """Where something has learned from the slide, and its fault is an error after all."""
+    try:
+        yield
+    except SkippedBag as skipped:
+        raise (skipped.__cause__ or skipped) from None
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class RunLog(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """A row in each file, the same figures to TensorBoard, tiles/s to the progress bar."""
+        if not outputs:
+            return  # the slide was skipped
         figures = {name: float(value) for name, value in outputs.items()}
         for name, optimizer in zip(("lr/head", "lr/encoder"), module.optimizers(), strict=True):
             figures[name] = optimizer.param_groups[0]["lr"]
@@ -168,6 +170,8 @@ class ResumePoint(Checkpoint):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """The last slide of an epoch is left to `on_train_epoch_end`, after validation."""
+        if not outputs:
+            return  # the slide was skipped
         trainer.datamodule.trained(batch.turn)
         due = self.every and module.slides_seen % self.every == 0
         between_updates = module.slides_seen % module.steps.accumulate == 0

@@ -8,7 +8,7 @@ Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,22 +17,23 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from slides.balance import balanced_order
 from slides.cache import CachedSlide
 from slides.cases import gather
 from slides.chunks import SlideSource
 from slides.cohort import SlideRow, read_cohort
+from slides.crew import Crew
 from slides.errors import CohortError, IndexFileError, SlideError
 from slides.grid import Grid
-from slides.held import JoinedTiles, SlideTiles, host_budget, joined, tiles_to_hold
+from slides.held import SlideTiles, host_budget, joined, tiles_to_hold
 from slides.index import TileIndex, index_path, read_index
 from slides.order import SlideSampler, Turn, stable_seed
 from slides.reader import Slide
 from slides.stain import StainedSlide, refuse_other_stains
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.tissue import Tissue
+from slides.workers import Listed
 from tapfm.bag import Bag, SkippedBag
 from tapfm.config import ConfigError, Source, TileSettings, index_and_cache
 from tapfm.tasks import TASKS, Task, learn_task, spell_task
@@ -78,11 +79,29 @@ class Opener:
     def tiles(
         self,
         row: SlideRow,
-        workers: int = 0,
+        workers: int | Crew = 0,
         on_fault: Callable[[SlideError], None] | None = None,
     ) -> SlideTiles:
-        """All tiles of a slide, read chunk by chunk each time they are asked for."""
-        return SlideTiles(partial(self, row), workers, on_fault=on_fault)
+        """All tiles of a slide, read chunk by chunk each time they are asked for.
+
+        `workers` may be the crew of several slides, see `SlideTiles`.
+        """
+        crew = workers if isinstance(workers, Crew) else Crew(workers)
+        return SlideTiles(Listed.of(partial(self, row), self.index(row)), crew, on_fault=on_fault)
+
+
+class Streamed:
+    """Bags in a row; while they are gone through, the next one's tiles are read ahead."""
+
+    def __init__(self, bags: Sequence[Bag], crew: Crew):
+        self.bags, self.crew = bags, crew
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __iter__(self) -> Iterator[Bag]:
+        with self.crew:
+            yield from self.bags
 
 
 class SlideData(L.LightningDataModule):
@@ -113,10 +132,11 @@ class SlideData(L.LightningDataModule):
         stain_jitter: strength of the slide-shared change of haematoxylin and eosin in training.
         sampling: `uniform` draws tiles wherever they are, `spatial` spreads them over the slide.
         host_gb: memory for tiles of training slides that are held or read ahead; of a slide that
-            does not fit, the rest is read again in each pass, and a fault in it stops the run.
-            None is half of the machine's.
+            does not fit, the rest is read again in each pass. None is half of the machine's.
         workers: reading processes.
-        on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it.
+        on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it. What
+            comes up in the second pass over a training slide (see `host_gb`), or where several
+            processes train together, stops the run all the same.
         seed: of order, tiles and augmentation.
     """
 
@@ -266,7 +286,7 @@ class SlideData(L.LightningDataModule):
 
     @property
     def streaming_workers(self) -> int:
-        """Processes for slides that are read as they are used."""
+        """Processes for a slide that is read by itself as it is used."""
         return 0 if self.opener.cache_dir else self.workers  # it is quicker than one is to start
 
     @property
@@ -274,7 +294,7 @@ class SlideData(L.LightningDataModule):
         """This process among those that train together: its number, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Streamed:
         """Slides of the val split, all tiles, streamed; each process takes its share.
 
         Raises:
@@ -289,35 +309,31 @@ class SlideData(L.LightningDataModule):
             )
         return self.streamed(rows[rank::world])
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> Streamed:
         """Slides of the test split, all tiles, streamed."""
         return self.streamed(self.rows("test"))
 
-    def streamed(self, rows: list[SlideRow]) -> DataLoader:
+    def streamed(self, rows: list[SlideRow]) -> Streamed:
         """Bags in the table's order, all tiles, read as the model asks for them."""
-        bags = [self.bag(row) for row in rows]
-        return DataLoader(bags, batch_size=None, collate_fn=_as_it_is)
+        crew = Crew(self.workers)
+        return Streamed([self.bag(row, crew) for row in rows], crew)
 
-    def bag(self, row: SlideRow) -> Bag:
-        """One slide or case, all tiles, not yet read."""
+    def bag(self, row: SlideRow, crew: Crew | None = None) -> Bag:
+        """One slide or case, all tiles, read when asked for, by this crew or one of its own."""
+        how = crew or self.streaming_workers, partial(self.skip, row.slide_id)
+        tiles = joined([self.opener.tiles(slide, *how) for slide in row.slides])
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        count = sum(len(self.opener.index(slide).coords0) for slide in row.slides)
-        return Bag(row.slide_id, row.case_id, self.all_tiles(row), count, labels_K, seed=0)
+        return Bag(row.slide_id, row.case_id, tiles, tiles.count, labels_K, seed=0)
 
-    def all_tiles(self, row: SlideRow) -> SlideTiles | JoinedTiles:
-        """Those of a slide or case, read chunk by chunk each time they are asked for."""
-        how = self.streaming_workers, partial(self.skip, row)
-        return joined([self.opener.tiles(slide, *how) for slide in row.slides])
-
-    def skip(self, row: SlideRow, fault: SlideError) -> None:
+    def skip(self, slide_id: str, fault: SlideError) -> None:
         """List a slide that broke while it was read, where such slides are to be left out.
 
         Raises:
             SkippedBag: it is left out.
         """
         if self.on_error == "skip":
-            self.skipped[row.slide_id] = str(fault)
-            raise SkippedBag(row.slide_id) from fault
+            self.skipped[slide_id] = str(fault)
+            raise SkippedBag(slide_id) from fault
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
         """Tiles stay in host memory; the engine moves a chunk at a time."""
@@ -335,6 +351,8 @@ class SlideData(L.LightningDataModule):
                 )
             self.skipped[batch.slide_id] = batch.reason
             return None
+        if self.place[1] == 1:  # others would wait for a slide that this one leaves out
+            batch.on_fault(partial(self.skip, batch.slide_id))
         seed = stable_seed("chunks", self.seed, batch.turn.epoch, batch.slide_id) % 2**63
         return Bag(
             batch.slide_id,
@@ -354,7 +372,3 @@ class SlideData(L.LightningDataModule):
 def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
     """What is known of each bag, (N, Y)."""
     return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
-
-
-def _as_it_is(item):
-    return item

@@ -144,11 +144,11 @@ def frozen_arms(
     rows = {row.slide_id: row for part in parts for row in data.rows(part)}
 
     def frozen(bag: Bag) -> FeatureBag:
-        z_TD = []
-        for row in rows[bag.slide_id].slides:
+        z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
+        for row, tiles in zip(rows[bag.slide_id].slides, parts, strict=True):
             path, index = features / f"{row.slide_id}.h5", opener.index(row)
             if extraction.fault(path, index):
-                extraction.write(path, data.all_tiles(row), index, opener.tissue)
+                extraction.write(path, tiles, index, opener.tissue)
             z_TD.append(read_features(path))
         return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 

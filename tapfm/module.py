@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tapfm import backbones
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
-from tapfm.bag import Bag, SkippedBag
+from tapfm.bag import Bag, SkippedBag, too_late_to_skip
 from tapfm.boundary import BoundaryTokens, find_boundary
 from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.compiled import need_compiler
@@ -147,13 +147,16 @@ class SlideModule(L.LightningModule):
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def training_step(self, bag: Bag, index: int) -> dict[str, Tensor]:
+    def training_step(self, bag: Bag, index: int) -> dict[str, Tensor] | None:
         """One slide: encode, update the slide model, adapt the encoder chunk by chunk."""
         head_optimizer, encoder_optimizer = self.optimizers()
 
-        with self.meter.phase("encode"):
-            bag = self.past_what_is_frozen(bag)
-            z_TD, score_T, kept = self.encode(bag)
+        try:
+            with self.meter.phase("encode"):
+                bag = self.past_what_is_frozen(bag)
+                z_TD, score_T, kept = self.encode(bag)
+        except SkippedBag:
+            return None  # nothing has learned from it
 
         with self.meter.phase("aggregate"):
             logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T)
@@ -162,7 +165,7 @@ class SlideModule(L.LightningModule):
             head_norm = self.update(head_optimizer)
 
         measured = {}
-        with self.meter.phase("adapt"):
+        with self.meter.phase("adapt"), too_late_to_skip():
             if self.adapting and self.compares:
                 grads = z_TD.grad, score_T.grad
                 measured["train/sampling_cosine"] = self.compare(bag, *grads, encoder_optimizer)

@@ -16,7 +16,8 @@ from sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 from slides import cache
 from slides.cache import CHUNK, CachedSlide, build_cache, cache_path
 from slides.cache_cohort import cache_cohort
-from slides.chunks import read_tiles, stream_chunks
+from slides.chunks import read_tiles
+from slides.crew import stream_chunks
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
 from slides.index import index_cohort, index_path, read_index

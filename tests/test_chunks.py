@@ -15,8 +15,9 @@ import pytest
 import torch
 from sources import SIZE, Source, expected_tiles, make_index
 
-from slides import chunks
-from slides.chunks import WorkerDiedError, read_tiles, stream_chunks
+from slides import workers as processes
+from slides.chunks import WorkerDiedError, read_tiles
+from slides.crew import stream_chunks
 from slides.errors import NotASlideError, SlideError, UnreadableRegionError
 
 TILES = 23  # prime: the last chunk is always short
@@ -175,7 +176,7 @@ def test_no_worker_outlives_its_stream():
 
 def test_no_worker_outlives_its_parent(monkeypatch):
     """A parent killed outright runs no clean-up: workers look for themselves."""
-    monkeypatch.setattr(chunks, "ORPHAN_CHECK_S", 0.1)
+    monkeypatch.setattr(processes, "ORPHAN_CHECK_S", 0.1)
     theirs, ours = multiprocessing.Pipe()
 
     def parent():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH_IN_SLIDES = {"stream.py", "chunks.py", "held.py", "augment.py"}
+TORCH_IN_SLIDES = {"stream.py", "chunks.py", "workers.py", "crew.py", "held.py", "augment.py"}
 LEAVES = {  # tapfm's files that know no other part of tapfm, but for those named
     "attention": set(),
     "heads": set(),
