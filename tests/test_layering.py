@@ -42,7 +42,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "lowrank": {"surgery"},
     "bag": set(),
     "tile_batch": set(),
-    "tile_metrics": {"metrics"},
+    "tile_metrics": {"bootstrap", "metrics"},
 }
 
 
