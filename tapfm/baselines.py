@@ -168,7 +168,7 @@ def fit_mean_pool_mlp(
     """
     check_bags(train, val, task)
     parts = pooled(train), pooled(val)
-    with _undisturbed(train[0].z_TD.device):
+    with undisturbed(train[0].z_TD.device):
         return _select(MeanPoolMLP, *parts, task, seed, grid, schedule)
 
 
@@ -182,7 +182,7 @@ def fit_gated_attention(
 ) -> Baseline:
     """Gated-attention MIL. See `fit_mean_pool_mlp` for the arguments."""
     check_bags(train, val, task)
-    with _undisturbed(train[0].z_TD.device):
+    with undisturbed(train[0].z_TD.device):
         return _select(GatedAttention, train, val, task, seed, grid, schedule)
 
 
@@ -227,7 +227,9 @@ def _select(
         own_score = (-math.inf, -math.inf)
         loss = task.loss().to(mean_D.device)
         for epoch, model in _epochs(make, train_z, train_y, task, loss, seed, candidate, schedule):
-            value, score = _score(model, val_z, val_y, task, loss)
+            with torch.no_grad():
+                val_logits_NK, _ = model(val_z)
+            value, score = validation_score(val_logits_NK, val_y, task, loss)
             stale = 0 if score > own_score else stale + 1
             own_score = max(own_score, score)
             if best is None or score > best_score:
@@ -266,14 +268,13 @@ def _epochs(
 
 
 @torch.no_grad()
-def _score(
-    model: nn.Module, bags: Sequence[Tensor], y_NK: Tensor, task: Task, loss: nn.Module
+def validation_score(
+    logits_NK: Tensor, y_NY: Tensor, task: Task, loss: nn.Module
 ) -> tuple[float, tuple[float, float]]:
     """The task's figure, and what is maximised: that, then minus the loss."""
-    logits_NK, _ = model(bags)
     said_NP = task.predict(logits_NK.double()).cpu().numpy()
-    value = watched(task, y_NK.cpu().numpy(), said_NP)[task.selects]
-    minus_loss = -float(loss(logits_NK, y_NK))
+    value = watched(task, y_NY.cpu().numpy(), said_NP)[task.selects]
+    minus_loss = -float(loss(logits_NK, y_NY))
     finite = minus_loss if math.isfinite(minus_loss) else -math.inf
     return value, (0.0 if math.isnan(value) else value, finite)
 
@@ -316,7 +317,7 @@ def check_bags(train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Tas
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """The caller's random numbers are left as they were, and one thread does the work.
 
     The matrices are small: a second thread saves half the time on an idle machine; on a busy one

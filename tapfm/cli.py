@@ -82,7 +82,10 @@ def parser() -> argparse.ArgumentParser:
     split = verbs.add_parser("split", help="deal a cohort's cases anew: folds, repeats, sites")
     split.add_argument("--table", type=Path, required=True, help="the cohort's")
     split.add_argument("--out", type=Path, required=True, help="a .csv, or a folder for several")
-    split.add_argument("--labels", nargs="+", default=None, help="to stratify over; all")
+    split.add_argument("--labels", nargs="+", default=None,
+                       help="to stratify over; all; of survival TIME EVENT")  # fmt: skip
+    split.add_argument("--task", default="multilabel", help="what they hold (%(default)s)",
+                       choices=("multilabel", "multiclass", "regression", "survival"))  # fmt: skip
     split.add_argument("--folds", type=int, default=None, help="cross-validation")
     split.add_argument("--repeats", type=int, default=None, help="Monte-Carlo cross-validation")
     split.add_argument("--from", type=Path, default=None, dest="source",
@@ -297,6 +300,7 @@ def run_split(arguments: argparse.Namespace) -> int:
         source=arguments.source,
         fold=arguments.fold,
         formats=arguments.format,
+        task=arguments.task,
     )
 
 

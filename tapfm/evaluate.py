@@ -158,8 +158,6 @@ def frozen_arms(
     kinds: dict[str, Callable[[Bag], FeatureBag]] = {"frozen": frozen, "rgb": rgb}
     arms, made = [], {}
     for title, kind, fit in FROZEN:
-        if fit is fit_linear_probe and not isinstance(data.task, Multilabel):
-            continue
         if kind not in made:
             made[kind] = {part: feature_bags(data, part, kind, kinds[kind]) for part in parts}
         bags = made[kind]

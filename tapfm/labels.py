@@ -82,7 +82,7 @@ def run_labels(
     """
     faults: list[str] = []
     calls = _all_calls(sources, rules, profiled, faults)
-    picked = _all_slides(downloads, faults) if downloads else []
+    picked, left = _all_slides(downloads, faults) if downloads else ([], [])
     if faults:
         raise LabelError("\n".join(dict.fromkeys(faults)))
     first = calls[0]
@@ -106,7 +106,7 @@ def run_labels(
         for d in differ:
             total = d.only_first + d.only_second
             print(f"  {d.gene:10}{d.shared:10}{total:8}{d.only_first:10}{d.only_second:10}")
-    text, how = _cohort(first, picked, downloads) if downloads else (_labels(first), {})
+    text, how = _cohort(first, picked, left, downloads) if downloads else (_labels(first), {})
     if out is None:
         print("nothing written: give --out")
         return 0
@@ -138,14 +138,14 @@ def _all_calls(sources, rules, profiled, faults) -> list[Calls]:
     return calls
 
 
-def _all_slides(downloads: Downloads, faults: list[str]) -> list[tuple]:
-    """(manifest row, name, path) of every whole diagnostic slide."""
+def _all_slides(downloads: Downloads, faults: list[str]) -> tuple[list[tuple], list[dict]]:
+    """(manifest row, name, path) of every whole diagnostic slide; the others, where they may be."""
     try:
         listed = read_manifest(downloads.manifest)
         picked, left = pick_diagnostic(listed)
     except DownloadError as error:
         faults.append(str(error))
-        return []
+        return [], []
     kinds = "".join(f"; left out: {n} {kind}" for kind, n in left.items())
     print(f"{downloads.manifest}: {len(listed)} files, {len(picked)} diagnostic slides{kinds}")
     checked = check_files([file for file, _ in picked], downloads.folder)
@@ -157,7 +157,11 @@ def _all_slides(downloads: Downloads, faults: list[str]) -> list[tuple]:
         print("".join(f"left out: {fault}\n" for fault in checked.faults), end="")
     else:
         faults += checked.faults
-    return whole
+    others = (name.slide_id for file, name in picked if file.id not in checked.found)
+    return whole, [
+        {"slide": slide, "reason": fault}
+        for slide, fault in zip(others, checked.faults, strict=True)
+    ]
 
 
 def _labels(calls: Calls) -> str:
@@ -166,7 +170,9 @@ def _labels(calls: Calls) -> str:
     return csv_text([["case_id", *calls.rules], *rows])
 
 
-def _cohort(calls: Calls, picked: list[tuple], downloads: Downloads) -> tuple[str, dict]:
+def _cohort(
+    calls: Calls, picked: list[tuple], left: list[dict], downloads: Downloads
+) -> tuple[str, dict]:
     """The cohort table, a row a slide, and how it was made."""
     names = [name for _, name, _ in picked]
     ids = [name.case_id for name in names]
@@ -181,7 +187,8 @@ def _cohort(calls: Calls, picked: list[tuple], downloads: Downloads) -> tuple[st
         for _, name, path in picked
     ]  # fmt: skip
     header = ["case_id", "slide_id", "slide_path", "split", "site", *calls.rules]
-    return csv_text([header, *rows]), {"manifest": _file(downloads.manifest), "split": how}
+    made = {"manifest": _file(downloads.manifest), "split": how, "left_out": left}
+    return csv_text([header, *rows]), made
 
 
 def _cells(calls: Calls, case: str) -> list[str]:

@@ -1,33 +1,48 @@
-"""The linear probe: logistic regression on the mean of a slide's frozen features.
+"""The linear probe: a linear model of a slide's mean frozen feature, by the task's own loss.
 
 The plainest question about an encoder: is the answer a direction of its features? Means are
-standardised by the training split, positives weighted as in training, and the L2 strength of each
-label is chosen on validation, by AUROC and then by loss. The problem is convex: no seed, no epochs.
+standardised by the training split, and what is minimised is
 
-Price: 15 fits a label, together 1 s for 300 slides of 1536 features.
-Source: scikit-learn's LogisticRegression (L-BFGS); the strengths are spread as in
-    Kornblith et al. 2019 (arXiv 1805.08974), log-spaced and chosen on validation.
+    C N loss(x W + b) + |W|^2 / 2
 
-Shapes: D features, K labels, N slides.
+over the N training slides that are known: logistic regression of 0 and 1 and of classes, ridge
+regression of values, discrete-time hazards, or Cox's whole partial likelihood. C is chosen on
+validation by the task's figure and then by its loss, for each logit that has a column of its own
+and else for all together. The problem is convex: no seed, no epochs.
+
+Price: 15 fits, for 300 slides of 1536 features together 0.2 s a value, 0.5 s a label, 1 s for three
+    classes, 3 s with Cox and 10 s with four hazards, on one core.
+Source: L-BFGS as scipy has it; the strengths are spread as in Kornblith et al. 2019
+    (arXiv 1805.08974), log-spaced and chosen on validation.
+
+Shapes: D features, R of them once turned to the N slides' own directions, E with a bias; K logits,
+    J of them fitted together; N slides; Y numbers of a target.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 
-from tapfm.baselines import FeatureBag, bag_statistics, check_bags, pooled
-from tapfm.metrics import auroc, macro_auroc
-from tapfm.tasks.multilabel import Multilabel
+from tapfm.baselines import (
+    FeatureBag,
+    bag_statistics,
+    check_bags,
+    pooled,
+    undisturbed,
+    validation_score,
+)
+from tapfm.tasks import Task
 
-STRENGTHS = tuple(np.logspace(-5, 2, 15).tolist())  # C of scikit-learn: 1 over the L2 penalty
+STRENGTHS = tuple(np.logspace(-5, 2, 15).tolist())  # C, as scikit-learn names it
+# Logits are then scikit-learn's to 1e-4; 50 remembered steps halve those that are taken with 10.
+STOP = {"gtol": 1e-8, "ftol": 1e-15, "maxcor": 50, "maxiter": 10_000, "maxfun": 20_000}
 
 
 @dataclass(frozen=True)
@@ -39,13 +54,13 @@ class LinearProbe:
     mean_D: Tensor
     std_D: Tensor
     chosen: tuple[float, ...]
-    """C of each label."""
+    """C of each label, or one of all logits."""
     val_score: float
-    """Validation macro AUROC; nan where no label has both classes there."""
-    task: Multilabel
+    """The task's figure on validation; nan where it is undefined there."""
+    task: Task
 
     def predict(self, bag: FeatureBag) -> tuple[Tensor, None]:
-        """Probabilities (K,); no tile weights."""
+        """What the task says (P,); no tile weights."""
         return self.task.predict(self.logits(bag)[0]), None
 
     def logits(self, bag: FeatureBag) -> tuple[Tensor, None]:
@@ -56,13 +71,13 @@ class LinearProbe:
     def describe(self) -> str:
         """One line for the log."""
         strengths = ", ".join(f"{strength:.1g}" for strength in self.chosen)
-        return f"chosen on validation: C {strengths}, macro AUROC {self.val_score:.3f}"
+        return f"chosen on validation: C {strengths}, {self.task.title} {self.val_score:.3f}"
 
 
 def fit_linear_probe(
     train: Sequence[FeatureBag],
     val: Sequence[FeatureBag],
-    task: Multilabel,
+    task: Task,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
 ) -> LinearProbe:
@@ -70,59 +85,94 @@ def fit_linear_probe(
 
     Args:
         train: fitted on, and the source of standardisation.
-        val: chooses the strength of each label.
-        task: what is learned, with the weight of a positive of each label.
+        val: chooses the strengths.
+        task: what is learned, and by what loss.
         seed: not used: the problem is convex.
         strengths: candidates for C.
 
     Raises:
-        ValueError: a label has one class only in `train`, or bags are empty or of unequal width.
+        ValueError: a label has one value only in `train`, or bags are empty or of unequal width.
     """
     check_bags(train, val, task)
     train, val = pooled(train), pooled(val)
     mean_D, std_D = bag_statistics(train)
-    (x_ND, y_NK), (val_x_ND, val_y_NK) = (_arrays(part, mean_D, std_D) for part in (train, val))
-    found = []
-    for k, weight in enumerate(task.pos_weight or [1.0] * len(task.labels)):
-        known_N = ~np.isnan(y_NK[:, k])
-        if len(np.unique(y_NK[known_N, k])) < 2:
-            positives, negatives = (int((y_NK[:, k] == side).sum()) for side in (1, 0))
-            raise ValueError(
-                f"{task.labels[k]}: {positives} known positive and {negatives} known negative "
-                "training slides; a probe needs both. Were slides skipped? Add slides, or leave "
-                "the label out."
-            )
-        best = None
-        for strength in strengths:
-            model = LogisticRegression(C=strength, class_weight={0: 1, 1: weight}, max_iter=10_000)
-            model.fit(x_ND[known_N], y_NK[known_N, k].astype(int))
-            score = _score(model.decision_function(val_x_ND), val_y_NK[:, k], weight)
-            if best is None or score > best[0]:
-                best = score, strength, model
-        found.append(best)
-    _, chosen, models = zip(*found, strict=True)
-    logits_NK = np.stack([model.decision_function(val_x_ND) for model in models], axis=1)
-    return LinearProbe(
-        torch.tensor(np.concatenate([model.coef_ for model in models])).to(mean_D),
-        torch.tensor(np.concatenate([model.intercept_ for model in models])).to(mean_D),
-        mean_D,
-        std_D,
-        chosen,
-        macro_auroc(val_y_NK, logits_NK),
-        task,
-    )
+    (x_ND, y_NY), (val_x_ND, val_y_NY) = (_arrays(part, mean_D, std_D) for part in (train, val))
+    loss = task.loss().double().eval()
+    chosen = []
+    # scipy's vectors are short: a second thread of its own takes six times the processor time
+    with undisturbed(torch.device("cpu")), threadpool_limits(1, "blas"):
+        u_NR, s_R, turn_RD = torch.linalg.svd(x_ND, full_matrices=False)
+        x_NR, val_x_NR = u_NR * s_R, val_x_ND @ turn_RD.T
+        found_KE = x_NR.new_zeros(len(task.labels), len(s_R) + 1)
+        for name, of_J, its_Y in _apart(task):
+            y, val_y = (torch.where(its_Y, each, torch.nan) for each in (y_NY, val_y_NY))
+            _check_values(name, y)
+            now_KE, best_score = torch.zeros_like(found_KE), None
+            for strength in strengths:
+                now_KE[of_J] = _solve(x_NR, y, loss, of_J, strength, now_KE)
+                _, score = validation_score(_logits(val_x_NR, now_KE), val_y, task, loss)
+                if best_score is None or score > best_score:
+                    best, best_score, found_KE[of_J] = strength, score, now_KE[of_J]
+            chosen.append(best)
+        value, _ = validation_score(_logits(val_x_NR, found_KE), val_y_NY, task, loss)
+    weight_KD, bias_K = found_KE[:, :-1] @ turn_RD, found_KE[:, -1]
+    parts = weight_KD.to(mean_D), bias_K.to(mean_D), mean_D, std_D
+    return LinearProbe(*parts, tuple(chosen), value, task)
 
 
-def _arrays(bags: Sequence[FeatureBag], mean_D: Tensor, std_D: Tensor) -> list[np.ndarray]:
+def _apart(task: Task) -> Iterator[tuple[str, list[int], Tensor]]:
+    """Of each thing that is learned alone: name, numbers of its logits, which of the target."""
+    place_Y = torch.arange(task.width)
+    if task.truth == task.labels:
+        for k, name in enumerate(task.labels):
+            yield name, [k], place_Y == k
+    else:  # classes, or bins of time, that share a target; a slide's number says nothing here
+        yield ", ".join(task.truth), [*range(len(task.labels))], place_Y < len(task.truth)
+
+
+def _logits(x_NR: Tensor, found_KE: Tensor) -> Tensor:
+    """(N, K); the last column of `found_KE` is the bias."""
+    return x_NR @ found_KE[:, :-1].T + found_KE[:, -1]
+
+
+def _solve(
+    x_NR: Tensor, y_NY: Tensor, loss: nn.Module, of_J: list[int], strength: float, start_KE: Tensor
+) -> Tensor:
+    """Weights and biases (J, E) at the minimum; where the search starts only saves time.
+
+    It is made in units in which ridge regression's valley is round, and others' nearly so: without
+    them it takes several times as long.
+    """
+    known = int((~y_NY.isnan()).any(1).sum())
+    unit_R = ((x_NR.square().sum(0) + 1 / strength) / known).rsqrt()
+    unit_E = torch.cat([unit_R, unit_R.new_ones(1)])
+    of_J = torch.tensor(of_J)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        now_JE = torch.from_numpy(flat).view(len(of_J), -1).requires_grad_()
+        weight_JE = now_JE * unit_E
+        penalty = weight_JE[:, :-1].square().sum() / (2 * strength * known)
+        logits_NK = _logits(x_NR, torch.zeros_like(start_KE).index_copy(0, of_J, weight_JE))
+        total = loss(logits_NK, y_NY) + penalty
+        (slope_JE,) = torch.autograd.grad(total, now_JE)
+        return total.item(), slope_JE.flatten().numpy()
+
+    start = (start_KE[of_J] / unit_E).flatten().numpy()
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options=STOP).x
+    return torch.from_numpy(found).view(len(of_J), -1) * unit_E
+
+
+def _arrays(bags: Sequence[FeatureBag], mean_D: Tensor, std_D: Tensor) -> tuple[Tensor, Tensor]:
     x_ND = (torch.cat([bag.z_TD for bag in bags]) - mean_D) / std_D
-    y_NK = torch.stack([bag.y_K for bag in bags])
-    return [each.double().cpu().numpy() for each in (x_ND, y_NK)]
+    return x_ND.double().cpu(), torch.stack([bag.y_K for bag in bags]).double().cpu()
 
 
-def _score(logit_N: np.ndarray, y_N: np.ndarray, weight: float) -> tuple[float, float]:
-    """What is maximised: AUROC (0 where it is undefined), then minus the weighted loss."""
-    known_N = ~np.isnan(y_N)
-    value, y_N, p_N = auroc(y_N, logit_N), y_N[known_N], expit(logit_N[known_N])
-    share_N = np.clip(np.where(y_N == 1, p_N, 1 - p_N), 1e-12, None)
-    loss = -np.mean(np.where(y_N == 1, weight, 1) * np.log(share_N)) if len(y_N) else 0.0
-    return (0.0 if math.isnan(value) else value), -float(loss)
+def _check_values(name: str, y_NY: Tensor) -> None:
+    """Refuse a target of which nothing can be learned."""
+    known = y_NY[~y_NY.isnan()]
+    if len(known.unique()) < 2:
+        said = f"all {known[0].item():g}" if len(known) else "none"
+        raise ValueError(
+            f"{name}: {len(known)} known training slides, {said}; a probe needs two values. Were "
+            "slides skipped? Add slides, or leave the label out."
+        )

@@ -23,6 +23,7 @@ from tapfm import __version__
 from tapfm.cards import case_cards
 from tapfm.figures import read_curves
 from tapfm.files import write_text
+from tapfm.label_record import label_record, label_tables, left_out
 from tapfm.panels import BINS, cost_panels, key, label_panels, training_panels
 from tapfm.report import Arm
 from tapfm.runs import Run, read_arms, read_metrics, read_runs
@@ -69,6 +70,7 @@ def write_page(run: Path, split: str) -> Path:
     labels, arms = read_arms(report / f"predictions_{split}.csv", metrics, runs)
     data = runs[0].config.get("data") or {} if runs else {}
     slides = slide_table(report / "slides.csv", data)
+    record = label_record(report / "labels.json", data)
     body = [
         _section("Results", results(metrics, report, split)),
         _section("Curves", curves(labels, arms)),
@@ -77,8 +79,8 @@ def write_page(run: Path, split: str) -> Path:
         _section(
             "Slides to look at", case_cards(labels, arms, runs, split, slides, metrics["arms"])
         ),
-        _section("Slide ledger", ledger(slides, metrics, runs)),
-        _section("Provenance", provenance(runs, metrics)),
+        _section("Slide ledger", ledger(slides, metrics, runs, record)),
+        _section("Provenance", provenance(runs, metrics, record)),
         _section("Configuration", configuration(runs)),
     ]
     links = [f'<li><a href="#{name}">{title}</a></li>' for title, name in PARTS.items()]
@@ -169,10 +171,13 @@ def cost(arms: Sequence[Arm], runs: Sequence[Run]) -> Iterator[str]:
     yield f'<div class="panels">{"".join(cost_panels(arms, logs))}</div>'
 
 
-def ledger(slides: list[dict], metrics: Mapping, runs: Sequence[Run]) -> Iterator[str]:
+def ledger(
+    slides: list[dict], metrics: Mapping, runs: Sequence[Run], record: Mapping | None
+) -> Iterator[str]:
     """Which slides there were, and which were left out."""
-    out = [[each["slide_id"], metrics.get("split"), each["reason"]]
-           for each in metrics.get("skipped") or ()]  # fmt: skip
+    out = [[slide, "the cohort table", reason] for slide, reason in left_out(record)]
+    out += [[each["slide_id"], metrics.get("split"), each["reason"]]
+            for each in metrics.get("skipped") or ()]  # fmt: skip
     for run in runs:
         path = run.folder / "skipped.json"
         skipped = _json(path) if path.is_file() else {}
@@ -190,8 +195,8 @@ def ledger(slides: list[dict], metrics: Mapping, runs: Sequence[Run]) -> Iterato
     yield f"<details><summary>All {len(slides)} slides</summary>{whole}</details>"
 
 
-def provenance(runs: Sequence[Run], metrics: Mapping) -> Iterator[str]:
-    """What was trained, by what, on what: the headers of the saved models."""
+def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) -> Iterator[str]:
+    """What was trained, by what, on what: the headers of the saved models, the labels' record."""
     from tapfm.callbacks import BEST  # torch and Lightning, for this alone
     from tapfm.model import CheckpointError, read_recipe
 
@@ -208,6 +213,8 @@ def provenance(runs: Sequence[Run], metrics: Mapping) -> Iterator[str]:
         yield table(
             ["", *found], [row for row in rows if any(cell is not None for cell in row[1:])]
         )
+    if record:
+        yield from label_tables(record)
     yield _soft(f"Bootstrap seed {metrics.get('seed')}; page written by tapfm {__version__}.")
 
 

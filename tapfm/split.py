@@ -7,7 +7,6 @@ is relative to the table's folder is written relative to the new table's.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,8 @@ from slides.splits import (
     kfold,
     monte_carlo,
 )
-from slides.targets import KNOWN, UNKNOWN
+from slides.strata import stratify
+from slides.targets import KNOWN, Cells, Columns, make_columns
 from slides.tcga import site_of
 from tapfm.files import write_text
 
@@ -51,13 +51,14 @@ def run_split(
     source: Path | None = None,
     fold: int = 0,
     formats: Sequence[str] = ("table",),
+    task: str = "multilabel",
 ) -> int:
     """Deal the cases, or read how another did; report the balance; write.
 
     Args:
         table: a cohort table; its `split` column, if any, is not looked at.
         out: a .csv or .tsv for one split, else a folder.
-        labels: to stratify over; every label of the table.
+        labels: to stratify over; every label of the table. Of survival: time and event.
         folds: of a cross-validation.
         repeats: of a Monte-Carlo cross-validation with these fractions.
         fractions: of train, val and test.
@@ -67,13 +68,17 @@ def run_split(
         source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
         fold: see `source`.
         formats: any of table, clam, clam-bool, patho-bench.
+        task: what the labels hold (`slides.targets`), and so what is stratified over
+            (`slides.strata`).
 
     Raises:
         SplitError: all that is wrong with the table's cells, or a split that cannot be.
     """
     if sum(option is not None for option in (folds, repeats, source)) > 1:
         raise SplitError("give one of --folds, --repeats and --from")
-    records, labels, cases = _read(table, labels)
+    if "patho-bench" in formats and task != "multilabel":
+        raise SplitError(f"--format patho-bench takes labels of 0 and 1: leave it out of {task}")
+    records, labels, cases = _read(table, labels, task)
     case_of = {row["slide_id"]: row["case_id"] for row in records}
     how = seed, preserve_sites
     if source is not None:
@@ -99,13 +104,16 @@ def run_split(
     return 0
 
 
-def _read(table: Path, labels: Sequence[str] | None) -> tuple[list[dict], list[str], Cases]:
-    """The table's rows as text, its labels, and its cases."""
+def _read(
+    table: Path, labels: Sequence[str] | None, task: str
+) -> tuple[list[dict], Sequence[str], Cases]:
+    """The table's rows as text, its label columns, and its cases."""
     header, lines = read_table(table)
-    labels = list(labels or [n for n in header if n and n not in REQUIRED + OPTIONAL])
+    columns, asked = _columns(task, labels)
+    labels = columns.choose(asked, [n for n in header if n and n not in REQUIRED + OPTIONAL])
     missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
     faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
-    records, values = [], []
+    records, texts = {}, {}
     for number, cells in lines:
         row = dict(zip(header, cells, strict=False))
         if len(cells) != len(header):
@@ -113,21 +121,28 @@ def _read(table: Path, labels: Sequence[str] | None) -> tuple[list[dict], list[s
         elif not missing:
             if not row["case_id"] or not row["slide_id"]:
                 faults.append(f"row {number}: case_id or slide_id is blank: fill it in")
-            texts = {label: row[label] for label in labels}
-            faults += [
-                f"row {number}: label {label!r} is {text!r}: write 1, 0 or leave it blank; or name "
-                "the labels with --labels"
-                for label, text in texts.items()
-                if text not in KNOWN and text.lower() not in UNKNOWN
-            ]
-            records.append(row)
-            values.append([KNOWN.get(text, math.nan) for text in texts.values()])
+            records[number], texts[number] = row, [row[label] for label in labels]
+    if not missing:
+        values = columns.read(Cells(labels, texts, {}), ())
+        faults += values.faults
     if faults or not records:
         raise SplitError(all_faults(table, faults or ["no row below the header"]))
-    ids = [row["case_id"] for row in records]
-    sites = [row.get("site") or site_of(row["case_id"]) for row in records]
-    values = np.array(values, float).reshape(len(ids), len(labels))
-    return records, labels, gather_cases(ids, sites, labels, values)
+    rows = list(records.values())
+    ids = [row["case_id"] for row in rows]
+    sites = [row.get("site") or site_of(row["case_id"]) for row in rows]
+    values_NY = np.array([values.rows[number] for number in records], float)
+    strata = stratify(task, labels, values.classes, ids, values_NY.reshape(len(ids), -1))
+    values_NL = np.array(list(strata.values()), float).reshape(-1, len(ids)).T
+    return rows, labels, gather_cases(ids, sites, list(strata), values_NL)
+
+
+def _columns(task: str, labels: Sequence[str] | None) -> tuple[Columns, Sequence[str] | None]:
+    """What reads the label columns, and those that are asked for."""
+    if task != "survival":
+        return make_columns(task), labels
+    if labels is None or len(labels) != 2:
+        raise SplitError("--task survival needs its two columns: --labels TIME EVENT")
+    return make_columns({"name": task, "time": labels[0], "event": labels[1]}), None
 
 
 def _files(table, out, records, labels, case_of, splits: list[Split], formats) -> dict[Path, str]:

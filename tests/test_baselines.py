@@ -165,7 +165,9 @@ def test_training_stops_when_validation_no_longer_improves(cohort, monkeypatch):
     train, val, _ = cohort
     seen = []
     monkeypatch.setattr(
-        baselines, "_score", lambda *_: (seen.append(1), (0.5, (1.0 - (len(seen) > 2), 0)))[1]
+        baselines,
+        "validation_score",
+        lambda *_: (seen.append(1), (0.5, (1.0 - (len(seen) > 2), 0)))[1],
     )
     schedule = Schedule(epochs=100, patience=5)
     fit_mean_pool_mlp(train, val, TASK, grid=(Candidate(1e-3, 8),), schedule=schedule)
@@ -177,7 +179,7 @@ def test_the_weights_kept_are_those_of_the_best_epoch_not_of_the_last(cohort, mo
     grid = (Candidate(1e-2, 8),)
     first = fit_mean_pool_mlp(train, val, TASK, grid=grid, schedule=Schedule(1, 9))
     turns = iter(range(9))
-    monkeypatch.setattr(baselines, "_score", lambda *_: (0.5, (0.5, -next(turns))))
+    monkeypatch.setattr(baselines, "validation_score", lambda *_: (0.5, (0.5, -next(turns))))
     kept = fit_mean_pool_mlp(train, val, TASK, grid=grid, schedule=Schedule(9, 9))
     assert kept.epoch == 0
     assert same(kept, first, test)

@@ -18,6 +18,7 @@ from slides.cohort import SPLITS, read_cohort
 from slides.errors import LabelError
 from slides.tcga import parse_slide
 from tapfm import cli
+from tapfm.label_record import label_record, label_tables
 from tapfm.labels import parse_genes
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")
@@ -174,26 +175,73 @@ def test_a_config_says_which_genes_and_where(stand_in, shared_data, tmp_path, mo
     assert len(cohort.rows) == 60
 
 
-def test_the_table_trains(run, stand_in, tmp_path):
-    """From manifest and mutations to weights, with nothing made by hand."""
-    config = tmp_path / "config.yaml"
-    settings = {
-        "run_dir": str(tmp_path / "runs"),
-        "trainer": {"accelerator": "cpu", "max_epochs": 1},
-        "model": {"model": "demo_vit", "chunk": 4},
+def test_the_download_becomes_a_report_that_says_what_it_lacks(
+    stand_in, damaged, shared_data, tmp_path, monkeypatch
+):
+    """As `make train COHORT=tcga_luad` runs it, from manifest to page, with a smaller encoder.
+
+    Besides what the download lacks, a slide that is whole by its md5 cannot be read.
+    """
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "tcga_luad"
+    folder.mkdir(parents=True)
+    (folder / "slides").symlink_to(stand_in[0])
+    lines = (stand_in[0].parent / "manifest.txt").read_text().splitlines()
+    manifest, matrix = tmp_path / "manifest.txt", "tcga_luad_mutations_cbioportal.tsv"
+    manifest.write_text("\n".join([*lines[:17], lines[-1]]) + "\n")  # 16 of them, and a frozen one
+    small = {
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "logger": False},
+        "model": {"model": "demo_vit", "weights": None, "precision": "fp32"},
         "data": {
-            "table": str(run()[3]),
-            "labels": ["KRAS", "TP53"],
-            "index_dir": str(tmp_path / "index"),
-            "tiles": {"tile_px": 32, "mpp": 0.5, "tissue": {"min_area_um2": 500.0}},
+            "tiles": {"tile_px": 32, "mpp": 1.0, "tissue": {"min_area_um2": 500.0}},
+            "labels": ["TP53"],
             "tiles_per_slide": 2,
             "workers": 0,
         },
     }
-    config.write_text(yaml.safe_dump(settings))
-    assert cli.main(["index", "--config", str(config)]) == 0
-    assert cli.main(["fit", "--config", str(config)]) == 0
-    assert list((tmp_path / "runs").rglob("best.safetensors"))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    config = ["--config", str(ROOT / "configs" / "cohorts" / "tcga_luad.yaml")]
+    both = [*config, "--config", "small.yaml"]
+    mutations = str(shared_data / "labels" / matrix)
+    assert cli.main(["labels", *config, "--mutations", mutations, "--manifest", str(manifest),
+                     "--on-error", "skip"]) == 0  # fmt: skip
+    table = folder / "cohort.csv"
+    rows = read_cohort(table, GENES, folder / "slides", both_classes=()).rows
+    torn = next(row for row in rows if row.split == "train" and row.case_id != UNPROFILED)
+    whole = torn.path.read_bytes()
+    torn.path.write_bytes(b"II*\0" + bytes(99))
+    try:
+        assert cli.main(["index", *both]) == 0
+        assert cli.main(["fit", *both]) == 0
+        assert cli.main(["test", "--run", "runs/tcga_luad", "--overlays", "0"]) == 0
+    finally:
+        torn.path.write_bytes(whole)
+
+    report = tmp_path / "runs" / "tcga_luad" / "report_test"
+    page = (report / "report.html").read_text()
+    ledger, provenance = (page.split(f'<section id="{name}">')[1].split("</section>")[0]
+                          for name in ("slides", "provenance"))  # fmt: skip
+    for path, why in zip(damaged, ("damaged: md5", "missing"), strict=True):
+        assert f'<th scope="row">{parse_slide(path.name).slide_id}</th>' in ledger
+        assert f"{path.name}: {why}" in ledger
+    assert f'<th scope="row">{torn.slide_id}</th><td>test</td>' in ledger
+    for made_of in (manifest, shared_data / "labels" / matrix, table):
+        digest = hashlib.sha256(made_of.read_bytes()).hexdigest()
+        assert f'{made_of.name}</td><td class="text">{digest}</td>' in provenance
+    for gene, place in zip(GENES, range(len(GENES)), strict=True):
+        values = {row.case_id: row.labels[place] for row in rows}.values()
+        counts = [sum(v == 1 for v in values), sum(v == 0 for v in values), 1]
+        cells = "".join(f"<td>{n}</td>" for n in counts)
+        assert f"{gene}</th><td>nonsynonymous</td>{cells}" in provenance
+    assert "was changed" not in page
+
+    # a table that was touched since is told from it, and the run folder alone says the rest
+    data = {"table": str(table)}
+    table.write_text(table.read_text() + "\n")
+    record = label_record(report / "labels.json", data)
+    assert "was changed" in "".join(label_tables(record))
+    table.rename(folder / "away.csv")
+    assert label_record(report / "labels.json", data) == record
 
 
 def test_two_sources_are_compared_on_the_cases_of_the_manifest(run, shared_data):

@@ -1,18 +1,21 @@
-"""The linear probe is logistic regression of the mean feature, chosen on validation."""
+"""The linear probe is scikit-learn's of the mean feature, for every task, chosen on validation."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import r2_score
 
 from tapfm.baselines import FeatureBag
 from tapfm.linear_probe import STRENGTHS, fit_linear_probe
 from tapfm.metrics import auroc, macro_auroc
+from tapfm.tasks import learn_task
 from tapfm.tasks.multilabel import Multilabel
 
 LABELS = ["A", "B"]
+TIGHT = {"tol": 1e-10, "max_iter": 10_000}  # of the reference
 
 
 def planted(slides, seed, dim=11, shift=0.7):
@@ -48,20 +51,135 @@ def cohort():
     return [planted(slides, seed) for slides, seed in ((61, 1), (31, 2), (47, 3))]
 
 
-def test_it_is_logistic_regression_of_the_standardised_mean(cohort):
+def standardised(train, bags):
+    """Mean features as the probe sees them, by numpy."""
+    x, of = (np.stack([b.z_TD.mean(0).double().numpy() for b in part]) for part in (train, bags))
+    return (of - x.mean(0)) / x.std(0)
+
+
+def logits(probe, bags):
+    return np.stack([probe.logits(bag)[0].numpy() for bag in bags])
+
+
+def retarget(bags, target):
+    """The same slides, with targets made of their number and of what is planted in them."""
+    return [
+        replace(bag, y_K=torch.tensor(target(n, float(bag.z_TD[:, :2].mean()))))
+        for n, bag in enumerate(bags)
+    ]
+
+
+def learned(spec, names, train, classes=()):
+    return learn_task(spec, names, classes, labels_of(train))
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
+def test_labels_are_logistic_regression(cohort, strength):
     train, val, test = cohort
-    probe = fit(train, val, strengths=[0.1])
-    x, xt = (np.stack([b.z_TD.mean(0).double().numpy() for b in part]) for part in (train, test))
-    mean, std = x.mean(0), x.std(0)
-    y = labels_of(train)
+    probe = fit(train, val, strengths=[strength])
+    y, x = labels_of(train), standardised(train, train)
     for k in range(2):
         known = ~np.isnan(y[:, k])
         weight = (y[known, k] == 0).sum() / (y[known, k] == 1).sum()
-        model = LogisticRegression(C=0.1, class_weight={0: 1, 1: weight}, tol=1e-8)
-        model.fit((x[known] - mean) / std, y[known, k])
-        expected = model.predict_proba((xt - mean) / std)[:, 1]
-        np.testing.assert_allclose(said(probe, test)[:, k], expected, atol=1e-3)
-    assert macro_auroc(labels_of(test), said(probe, test)) > 0.75
+        model = LogisticRegression(C=strength, class_weight={0: 1, 1: weight}, **TIGHT)
+        model.fit(x[known], y[known, k])
+        expected = model.decision_function(standardised(train, test))
+        np.testing.assert_allclose(logits(probe, test)[:, k], expected, atol=1e-4)
+    assert macro_auroc(labels_of(test), said(fit(train, val, strengths=[0.1]), test)) > 0.75
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
+def test_classes_are_multinomial_logistic_regression_with_the_tasks_weights(cohort, strength):
+    def target(n, v):
+        return [torch.nan if n % 9 == 0 else float(v > 3.2) + (n % 4 == 0)]
+
+    train, val, test = (retarget(bags, target) for bags in cohort)
+    task = learned("multiclass", ["grade"], train, ("low", "mid", "high"))
+    probe = fit_linear_probe(train, val, task, strengths=[strength])
+    y, x = labels_of(train)[:, 0], standardised(train, train)
+    known = ~np.isnan(y)
+    assert len(set(task.weight)) == 3
+    weights = dict(enumerate(task.weight))
+    model = LogisticRegression(C=strength, class_weight=weights, **TIGHT).fit(x[known], y[known])
+    expected = model.predict_proba(standardised(train, test))
+    np.testing.assert_allclose(said(probe, test), expected, atol=1e-4)
+    assert len(probe.chosen) == 1
+    assert not np.allclose(expected, 1 / 3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
+def test_values_are_ridge_regression_each_on_the_slides_where_it_is_known(cohort, strength):
+    def target(n, v):
+        return [torch.nan if n % 5 == 0 else 40 + 7 * v, torch.nan if n % 3 == 0 else n % 11 - v]
+
+    train, val, test = (retarget(bags, target) for bags in cohort)
+    task = learned("regression", ["TMB", "purity"], train)
+    probe = fit_linear_probe(train, val, task, strengths=[strength])
+    y, x = labels_of(train).astype(float), standardised(train, train)
+    for k in range(2):
+        known = ~np.isnan(y[:, k])
+        mean, std = y[known, k].mean(), y[known, k].std()
+        model = Ridge(alpha=1 / (2 * strength), solver="cholesky")
+        model.fit(x[known], (y[known, k] - mean) / std)
+        expected = model.predict(standardised(train, test)) * std + mean
+        np.testing.assert_allclose(said(probe, test)[:, k], expected, atol=1e-4)
+    free = fit_linear_probe(train, val, task)
+    assert free.chosen[0] != free.chosen[1]
+    assert free.val_score == pytest.approx(
+        np.mean([r2_score(v[~np.isnan(v)], p[~np.isnan(v)])
+                 for v, p in zip(labels_of(val).T, said(free, val).T, strict=True)]), abs=1e-5
+    )  # fmt: skip
+
+
+def times(n, v):
+    """Ties, a third censored, one in nine unknown."""
+    if n % 9 == 0:
+        return [torch.nan, torch.nan, float(n)]
+    return [float(1 + (n * 7 + round(9 * v)) % 13), float(n % 3 > 0), float(n)]
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1.0])
+def test_hazards_are_logistic_regressions_of_those_who_came_so_far(cohort, strength):
+    train, val, test = (retarget(bags, times) for bags in cohort)
+    task = learned({"name": "survival", "time": "t", "event": "e", "bins": 3}, ["t", "e"], train)
+    probe = fit_linear_probe(train, val, task, strengths=[strength])
+    (time, event, _), x = labels_of(train).T, standardised(train, train)
+    last = np.searchsorted(task.edges, time, side="right")
+    for j in range(3):
+        here = ~np.isnan(time) & (last >= j)
+        model = LogisticRegression(C=strength, **TIGHT)
+        model.fit(x[here], (last[here] == j) & (event[here] == 1))
+        expected = model.decision_function(standardised(train, test))
+        np.testing.assert_allclose(logits(probe, test)[:, j], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [1e-2, 1.0])
+def test_cox_is_where_the_penalised_partial_likelihood_is_flat(cohort, strength):
+    train, val, _ = (retarget(bags, times) for bags in cohort)
+    spec = {"name": "survival", "time": "t", "event": "e", "loss": "cox"}
+    probe = fit_linear_probe(train, val, learned(spec, ["t", "e"], train), strengths=[strength])
+    (time, event, _), x = labels_of(train).T.astype(float), standardised(train, train)
+    known, w = ~np.isnan(time), probe.weight_KD[0].double().numpy()
+    slope = np.zeros(len(w))
+    for i in np.flatnonzero(event == 1):
+        at_risk = np.flatnonzero(time >= time[i])
+        share = np.exp(x[at_risk] @ w)
+        slope -= x[i] - share @ x[at_risk] / share.sum()
+    data = slope / (event == 1).sum()
+    np.testing.assert_allclose(data + w / (strength * known.sum()), 0, atol=1e-6)
+    assert np.abs(data).max() > 1e-3, "not the trivial zero of both"
+    assert probe.bias_K.abs() < 1e-12, "it cancels"
+
+
+def test_validation_chooses_one_strength_for_logits_that_share_a_target(cohort):
+    train, val, _ = (retarget(bags, times) for bags in cohort)
+    spec = {"name": "survival", "time": "t", "event": "e", "loss": "cox"}
+    task = learned(spec, ["t", "e"], train)
+    probe = fit_linear_probe(train, val, task)
+    each = [fit_linear_probe(train, val, task, strengths=[c]).val_score for c in STRENGTHS]
+    assert probe.val_score == max(each)
+    assert each[STRENGTHS.index(probe.chosen[0])] == max(each)
+    assert f"concordance {max(each):.3f}" in probe.describe()
 
 
 def test_validation_chooses_the_strength_of_each_label(cohort):
@@ -103,7 +221,9 @@ def test_a_validation_split_of_one_class_falls_back_on_its_loss(cohort):
 def test_bad_bags_are_named(cohort):
     train, val, _ = cohort
     single = [replace(bag, y_K=torch.tensor([0.0, 1.0])) for bag in train]
-    with pytest.raises(ValueError, match="A: 0 known positive and 61 known negative"):
+    with pytest.raises(
+        ValueError, match="A: 61 known training slides, all 0; a probe needs two values"
+    ):
         fit(single, val)
     with pytest.raises(ValueError, match=r"s0: .* one tile or more of 11 features"):
         fit(train, [replace(val[0], z_TD=val[0].z_TD[:, :3])])

@@ -96,12 +96,56 @@ def test_a_leak_is_refused(table, tmp_path, capsys):
         (["--folds", "3"], "name a folder"),
         (["--format", "clam"], "name a folder"),
         (["--labels", "ALK"], "column 'ALK' is missing"),
-        (["--labels", "slide_id"], "row 2: label 'slide_id' is 's0'"),
+        (["--labels", "slide_id"], "column 'slide_id': 37 of 37 rows are "),
+        (["--task", "multiclass"], "takes one column of class names, not 2"),
+        (["--task", "survival", "--labels", "EGFR"], "--labels TIME EVENT"),
+        (["--task", "regression", "--labels", "case_id"], "37 of 37 rows are not numbers"),
+        (["--task", "regression", "--format", "patho-bench"], "leave it out of regression"),
     ],
 )
 def test_what_cannot_be_split_is_refused(table, tmp_path, capsys, options, message):
     assert split(table, tmp_path / "b.csv", *options) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "said"),
+    [
+        ("multiclass", ["subtype"], ["LUAD", "LUSC"]),
+        ("regression", ["TMB"], ["TMB above 1/3", "TMB above 2/3"]),
+        ("survival", ["months", "status"], ["status", "months above 1/2"]),
+    ],
+)
+def test_classes_values_and_times_are_dealt_evenly(table, tmp_path, capsys, task, labels, said):
+    lines = table.read_text().splitlines()
+    cells = [lines[0] + ",subtype,TMB,months,status"]
+    for number, line in enumerate(lines[1:]):
+        case = number % 30
+        subtype = "" if case == 4 else ("LUAD", "LUSC")[case % 3 == 0]
+        status = ("0:LIVING", "1:DECEASED")[case % 2]
+        cells.append(f"{line},{subtype},{case * 1.5},{(case * 7) % 30 + 1},{status}")
+    table.write_text("\n".join(cells) + "\n")
+    out = tmp_path / "folds"
+    options = ["--folds", "5", "--task", task, "--labels", *labels]
+    assert split(table, out, *options) == 0
+    header = capsys.readouterr().out.splitlines()[1]
+    assert header.split("cases", 1)[1].split() == " ".join(said).split()
+    tested = []
+    for fold in range(5):
+        there = rows(out / f"cohort_{fold}.csv")
+        homes = {}
+        for row in there:
+            assert homes.setdefault(row["case_id"], row["split"]) == row["split"]
+        test = {row["case_id"]: row for row in there if row["split"] == "test"}
+        tested += test
+        if task == "multiclass":
+            assert sum(row["subtype"] == "LUSC" for row in test.values()) == 2
+        elif task == "regression":
+            values = [float(row["TMB"]) for row in test.values()]
+            assert [sum(v < 15 for v in values), sum(v >= 30 for v in values)] == [2, 2]
+        else:
+            assert sum(row["status"][0] == "1" for row in test.values()) == 3
+    assert len(tested) == len(set(tested)) == 30
 
 
 def test_repeats(table, tmp_path):
