@@ -114,10 +114,11 @@ def table(results: dict) -> str:
     for seed, result in results.items():
         seconds = result["seconds"]
         stages = ", ".join(f"{name} {value}" for name, value in seconds.items())
+        again = f" (tested again: {result['tested_again']})" if "tested_again" in result else ""
         lines.append(
             f"Seed {seed}: {result['slides']} test slides of {result['cases']} cases; seconds: "
             f"{stages}, {sum(seconds.values())} in all. {result['machine']}; {result['date']}, "
-            f"commit {result['commit']}, torch {result['torch']}, timm {result['timm']}.\n"
+            f"commit {result['commit']}{again}, torch {result['torch']}, timm {result['timm']}.\n"
         )
     return "\n".join(lines)
 
