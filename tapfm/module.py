@@ -182,6 +182,14 @@ class SlideModule(L.LightningModule):
             **measured,
         }
 
+    def on_train_batch_end(self, outputs, bag: Bag | None, index: int) -> None:
+        """The update that an epoch's last slide completes, where that slide was left out."""
+        if outputs or not self.trainer.is_last_batch:
+            return
+        for optimizer in self.optimizers():
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                self.update(optimizer)
+
     def past_what_is_frozen(self, bag: Bag) -> Bag:
         """The slide as tokens at the first block that learns, if that is not the first of all."""
         if self.boundary is None or not self.adapting:

@@ -13,6 +13,7 @@ import yaml
 from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
+from slides.order import epoch_order
 from tapfm import backbones, callbacks, module
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
@@ -284,6 +285,27 @@ def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, caps
     assert len(pd.read_csv(tmp_path / "runs" / "skip" / "memory.csv")) == 6
     assert main([*arguments, "--name", "stop", "--data.on_error", "stop"]) == 2
     assert "s1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["adamw", "master"])
+def test_what_was_learned_before_a_skipped_last_slide_is_not_lost(tmp_path, scheme):
+    config = write_cohort(tmp_path, on_error="skip")
+    assert main(["index", "--config", str(config)]) == 0
+    last = epoch_order(7, 0, 0)[-1]
+    (tmp_path / f"slides/s{last}.{'svs' if last % 2 else 'tif'}").write_bytes(b"no slide")
+    once = ["--trainer.max_epochs", "1", "--model.steps.accumulate", "100"]  # at its very end
+    precision = ["--model.precision", "bf16-true" if scheme == "master" else "fp32"]
+    how = ["--model.optimizer", scheme, *precision]
+    assert main(["fit", "--config", str(config), "--name", "run", *once, *how]) == 0
+    metrics = pd.read_csv(tmp_path / "runs" / "run" / "metrics.csv")
+    assert metrics["slide_id"].count() == 6
+    learned = load_file(tmp_path / "runs" / "run" / "best.safetensors")
+    start = load_file(Path(models.__file__).parent / "weights" / "demo_vit.safetensors")
+    moved = 0
+    for key, value in start.items():
+        found = learned.get(f"encoder.vit.{key}", value)
+        moved += found.shape == value.shape and not torch.equal(found, value.to(found.dtype))
+    assert moved > 20
 
 
 def test_memory_for_tiles_changes_no_weight(finished, capsys):
