@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from benchmarks.record import RESULTS, facts, rewrite
+from benchmarks.record import RESULTS, facts, rewrite, write_rows
 
 WIDTH0, HEIGHT0, MPP, TILE, BLOCK, KINDS = 100_000, 80_000, 0.25, 256, 4096, 64
 LEVELS = (1, 4, 16)
@@ -181,11 +181,7 @@ def main(argv: list[str] | None = None) -> int:
                     row = {"run": run, "what": what, **measure(Path(folder), source, tile_px)}
                 rows.append({**row, **about})
                 print(row, flush=True)
-    with (RESULTS / "indexing.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_rows(RESULTS / "indexing.csv", rows)
     rewrite("indexing", table(rows))
     return 0
 

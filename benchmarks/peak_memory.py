@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite
+from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite, write_rows
 from tapfm import backbones
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.losses import MaskedBCE
@@ -207,15 +207,6 @@ def fresh_process(job: Job) -> list[dict]:
             return [failed(job)]
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -355,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{method:<10} {tiles:>6} tiles  {whole['status']}  "
                   + "  ".join(f"{k} {v:.4g}" for k, v in said.items()), flush=True)  # fmt: skip
     path = RESULTS / f"peak_memory_{slug(given.device, model)}.csv"
-    write_csv(path, rows)
+    write_rows(path, rows, COLUMNS)
     draw(read_csv(path), path.with_suffix(".png"))
     rewrite("peak_memory", all_tables(RESULTS))
     print(

@@ -6,10 +6,12 @@ Raw figures go to `results/`; a script's tables stand in README.md between two m
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +35,18 @@ def rewrite(name: str, tables: str, readme: Path | None = None) -> None:
     if not found or not closed:
         raise ValueError(f"{readme}: there is no {begin} followed by {end} to write between")
     readme.write_text(f"{before}{begin}\n{tables.rstrip()}\n{end}{after}")
+
+
+def write_rows(
+    path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None
+) -> None:
+    """Raw figures, numbers to four digits; the columns are the first row's unless they are said."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def facts(device: str) -> dict[str, str]:

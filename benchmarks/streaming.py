@@ -22,7 +22,6 @@ All is done twice and the run that waited less in all is the table's. Writes res
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import resource
 import tempfile
@@ -34,7 +33,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.indexing import MPP, RUNS, write_large_slide
-from benchmarks.record import RESULTS, facts, rewrite
+from benchmarks.record import RESULTS, facts, rewrite, write_rows
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
 from slides.grid import Grid
@@ -160,11 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             }.items():
                 found.append({"run": run, "what": what, **consume(slides), **about})
                 print(found[-1], flush=True)
-    with (RESULTS / "streaming.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in found:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_rows(RESULTS / "streaming.csv", found)
     rewrite("streaming", table(found))
     return 0
 

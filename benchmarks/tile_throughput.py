@@ -34,7 +34,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from benchmarks.record import README, RESULTS, facts, rewrite
+from benchmarks.record import README, RESULTS, facts, rewrite, write_rows
 from slides import direct
 from slides.direct import Direct, _stream
 from slides.reader import Slide
@@ -232,11 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                       f"{row['tiles_per_s']:8.0f} tiles/s  {row['ratio']:6.2f}x  "
                       f"worst {row['worst']}", flush=True)  # fmt: skip
     path = RESULTS / "tile_throughput.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_rows(path, rows, COLUMNS)
     with path.open(newline="") as file:
         rewrite("tile_throughput", table(list(csv.DictReader(file))))
     return 0

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slides.chunks import close
+
 if TYPE_CHECKING:
     from slides.grid import Grid
 
@@ -93,8 +95,7 @@ class AugmentedSlide:
 
     def close(self) -> None:
         """Close the slide."""
-        if close := getattr(self.source, "close", None):
-            close()
+        close(self.source)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_row_of": None}

@@ -26,6 +26,12 @@ class SlideSource(Protocol):
         """The tile whose corner is at (x0, y0) in level-0 pixels, uint8 (S, S, 3)."""
 
 
+def close(source: SlideSource) -> None:
+    """Let the pixels go, if they are of a kind that can be let go."""
+    if end := getattr(source, "close", None):
+        end()
+
+
 class WorkerDiedError(RuntimeError):
     """A reading process ended without a word."""
 

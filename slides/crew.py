@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles
-from slides.workers import Listed, Workers, close
+from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
+from slides.workers import Listed, Workers
 
 if TYPE_CHECKING:
     from slides.index import TileIndex

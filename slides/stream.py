@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from slides.augment import AugmentedSlide, draw_change
-from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_tiles
+from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
 from slides.cohort import SlideRow
 from slides.crew import stream_chunks
 from slides.errors import NoTissueError, SlideError
@@ -211,8 +211,7 @@ class BagDataset(Dataset):
             elsewhere = get_worker_info() is not None
             tiles = read_tiles(source, chosen, slice(self.hold), shared=elsewhere)
         finally:
-            if close := getattr(source, "close", None):
-                close()  # a cohort's worth of open files and decoder caches would add up
+            close(source)  # a cohort's worth of open files and decoder caches would add up
         if len(tiles) < len(chosen):
             tiles = SlideTiles.of(source, chosen, self.workers, held=tiles)
         return tiles, chosen.coords0

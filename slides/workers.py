@@ -27,7 +27,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from slides.chunks import SlideSource, WorkerDiedError, named_fault, read_into
+from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_into
 from slides.errors import SlideError
 
 if TYPE_CHECKING:
@@ -172,9 +172,3 @@ def _work(theirs: Connection, slots_NC: Tensor, slides: Sequence[Listed], parent
 
 def _both(source: SlideSource, index: TileIndex) -> tuple[SlideSource, TileIndex]:
     return source, index
-
-
-def close(source) -> None:
-    """Let the pixels go, if they are of a kind that can be let go."""
-    if end := getattr(source, "close", None):
-        end()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tapfm.files import replacing
+from tapfm.files import write_json
 from tapfm.tables import table
 
 
@@ -27,8 +27,7 @@ def label_record(saved: Path, data: Mapping) -> dict | None:
         record = json.loads(beside.read_text())
         now = hashlib.sha256(cohort.read_bytes()).hexdigest()
         record["table"]["changed_since"] = now != record["table"]["sha256"]
-        with replacing(saved) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(saved, record)
     return json.loads(saved.read_text()) if saved.is_file() else None
 
 

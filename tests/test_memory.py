@@ -180,7 +180,7 @@ class TestBenchmark:
             {**bench.place(self.job(bench, "two_pass", 7)), **whole, "seconds": 0.5, **about},
             {**bench.failed(self.job(bench, "one_graph", 7)), **about},
         ]
-        bench.write_csv(results / "peak_memory_cpu.csv", rows)
+        bench.write_rows(results / "peak_memory_cpu.csv", rows, bench.COLUMNS)
         bench.draw(bench.read_csv(results / "peak_memory_cpu.csv"), results / "x.png")
         with (results / "peak_memory_cpu.csv").open() as file:
             assert next(csv.DictReader(file))["autograd_mib"] == "43.8"
