@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("slides", nargs="+", type=Path, help="slides")
         each.add_argument("--model", type=Path, required=True, help="best.safetensors of a run")
         each.add_argument("--out", type=Path, default=Path("predictions"), help="(%(default)s)")
+        each.add_argument("--case", default=None, help="its name: these slides are one patient's")
         each.add_argument("--slide-mpp", type=float, default=None, help="where slides do not say")
         each.add_argument("--mpp", type=float, default=None, help="of the tiles; the model's own")
         each.add_argument("--masks", type=Path, default=None, help=MASKS)
@@ -377,6 +378,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         arguments.model,
         loose_rows(arguments.slides, arguments.slide_mpp),
         arguments.out,
+        case=arguments.case,
         mpp=arguments.mpp,
         masks=arguments.masks and str(arguments.masks),
         chunk=arguments.chunk,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from slides.cases import gather
-from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
@@ -39,10 +37,11 @@ from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
 from tapfm.outcome_report import write_outcomes
 from tapfm.page import write_page
-from tapfm.predict import (
+from tapfm.prediction import (
     Prediction,
     pool_cases,
     predict_all,
+    slide_by_slide,
     write_predictions,
     write_weights,
 )
@@ -85,7 +84,10 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device, features)
-    bags = {row.slide_id: row for row in data.rows(split)}
+    of_slides = {  # of each bag: its slides, and how many tiles each has
+        bag.slide_id: (bag.slides, [len(data.opener.index(row)) for row in bag.slides])
+        for bag in data.rows(split)
+    }
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
     groups = {  # of slides, and of cases: that of their last slide
@@ -105,7 +107,11 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
             parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
             predictions = predict_all(model, parts, first.model.chunk, name)
             if part == split:
-                slides = slide_by_slide(data, bags, predictions)
+                slides = [
+                    own
+                    for each in predictions
+                    for own in slide_by_slide(each, *of_slides[each.slide_id])
+                ]
             of[part] = by_case(data, part, predictions)
             write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
         arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
@@ -195,21 +201,6 @@ def feature_bags(
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags
-
-
-def slide_by_slide(
-    data: SlideData, bags: dict[str, SlideRow], predictions: list[Prediction]
-) -> list[Prediction]:
-    """Each slide's own tile weights; those of a case sum to 1 over all its slides."""
-    found = []
-    for each in predictions:
-        slides, done = bags[each.slide_id].slides, 0
-        for row in slides:
-            count = len(data.opener.index(row).coords0)
-            weights_T = each.weights_T[done : done + count]
-            found.append(replace(each, slide_id=row.slide_id, weights_T=weights_T))
-            done += count
-    return found
 
 
 def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:

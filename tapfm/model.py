@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,16 @@ class SlideModel(nn.Module):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
-    def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
+    def forward(
+        self, tiles: Tiles, chunk: int, counts: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks.
+
+        `counts` are the tiles of each slide, where they are a case's.
+        """
         encode = self.encoder.sized(self.encode, chunk)
         z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
-        return self.aggregator(z_TD, score_T)
+        return self.aggregator(z_TD, score_T, counts)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""

@@ -1,142 +1,47 @@
-"""What a model says of a slide: probabilities (values, risks), and which tiles it looked at.
+"""`tapfm predict` and `tapfm heatmap`: slides that are in no cohort, each by itself or as one case.
 
-All tiles, streamed: pixels in memory are those of a few chunks, on the GPU those of one. What grows
-with the slide is a feature vector and two numbers a tile, in host memory (6 kB a tile for a ViT-g,
-a 25th of its pixels).
+A case is predicted the way the model's cases were in training: as one bag of all its tiles where
+bags were cases, or from the mean or the largest of its slides' logits. With a slide that cannot be
+read nothing is said of its case: what the other slides say would pass for the whole.
 
-Shapes: T tiles of a slide, K labels, D features.
+Shapes: K labels.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from slides.cases import gather
 from slides.chunks import SlideSource
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.grid import Grid
-from slides.held import SlideTiles
+from slides.held import SlideTiles, joined
 from slides.index import TileIndex, index_slide
 from slides.reader import Slide
 from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
-from tapfm.bag import Bag, SkippedBag
-from tapfm.files import replacing, write_csv
+from tapfm.bag import Bag
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
-from tapfm.model import SlideModel
-from tapfm.tasks import Task
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One slide's."""
-
-    slide_id: str
-    case_id: str
-    labels_K: np.ndarray
-    """0, 1, or nan where unknown; of other tasks the target's numbers."""
-    probs_K: np.ndarray
-    """What the task says: one sigmoid a label, or as many numbers as `Task.said` names."""
-    weights_T: np.ndarray
-    """Tile weights, summing to 1."""
-    logits_K: np.ndarray | None = None
-    """What `probs_K` was made of, for `pool_cases`."""
-
-
-def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
-    """One slide, by the forward path that training and validation use. `model` is in eval mode."""
-    logits_K, weights_T = model(bag.tiles, chunk)
-    return Prediction(
-        bag.slide_id,
-        bag.case_id,
-        bag.labels_K.numpy(),
-        model.task.predict(logits_K).cpu().numpy(),
-        weights_T.cpu().numpy(),
-        logits_K.cpu().numpy(),
-    )
-
-
-def predict_all(
-    model: SlideModel, bags: Iterable[Bag], chunk: int, title: str = "predict"
-) -> list[Prediction]:
-    """Slide after slide, with a progress bar in tiles; skipped slides are not among them."""
-    predictions = []
-    with tqdm(unit=" tiles", desc=title) as bar:
-        for bag in bags:
-            with suppress(SkippedBag):
-                predictions.append(predict_bag(model, bag, chunk))
-            bar.update(bag.count)
-    return predictions
-
-
-def pool_cases(
-    predictions: Sequence[Prediction], task: Task, pool: str, cases: Sequence[SlideRow]
-) -> list[Prediction]:
-    """A prediction a case, from the mean or the largest of its slides' logits.
-
-    Args:
-        predictions: of slides.
-        task: says what the pooled logits mean.
-        pool: `mean` or `max`.
-        cases: rows of `slides.cases.gather`, for what is known of each; a case of which no slide
-            was predicted is left out.
-    """
-    logits = defaultdict(list)
-    for each in predictions:
-        logits[each.case_id].append(torch.as_tensor(each.logits_K))
-    pooled = []
-    for case in cases:
-        if each := logits.get(case.case_id):
-            slides_SK = torch.stack(each)
-            pooled_K = slides_SK.mean(0) if pool == "mean" else slides_SK.amax(0)
-            known_K = np.array(case.labels, np.float32)
-            said = task.predict(pooled_K).numpy()
-            none = np.empty(0)  # a case has no weights of its own
-            pooled.append(
-                Prediction(case.case_id, case.case_id, known_K, said, none, pooled_K.numpy())
-            )
-    return pooled
-
-
-def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction]) -> None:
-    """A CSV row a slide: slide_id, case_id, then what is known (blank if not) and what is said.
-
-    These take turns where there is one of each: `<label>`, `p_<label>`.
-    """
-    turns = len(task.truth) == len(task.said)
-
-    def columns(truth: Sequence[str], said: Sequence[str]) -> list[str]:
-        return [each for pair in zip(truth, said, strict=True) for each in pair] if turns else [
-            *truth, *said
-        ]  # fmt: skip
-
-    header = ["slide_id", "case_id", *columns(task.truth, task.said)]
-    rows = [
-        [each.slide_id, each.case_id]
-        + columns(task.spell(each.labels_K), [f"{value:.6f}" for value in each.probs_K])
-        for each in predictions
-    ]
-    write_csv(path, header, rows)
-
-
-def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
-    """Tile weights beside their corners, h5: `weights` (T,), `coords` (T, 2) level-0 pixels."""
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
-        file["weights"] = prediction.weights_T
-        coords = file.create_dataset("coords", data=index.coords0)
-        coords.attrs["patch_size_level0"] = index.size0
+from tapfm.prediction import (
+    Prediction,
+    pool_cases,
+    predict_bag,
+    slide_by_slide,
+    write_predictions,
+    write_weights,
+)
 
 
 def predict_slides(
@@ -144,6 +49,7 @@ def predict_slides(
     rows: Sequence[SlideRow],
     out: Path,
     *,
+    case: str | None = None,
     mpp: float | None = None,
     masks: str | None = None,
     chunk: int = 16,
@@ -158,6 +64,8 @@ def predict_slides(
         rows: the slides.
         out: folder for `predictions.csv`, `<slide>_weights.h5` and, drawn, `<slide>.png` and
             `<slide>.geojson`.
+        case: of this name, whose slides these are, and which is predicted as one; None for each
+            slide by itself.
         mpp: microns per tile pixel, where it is not to be the model's own.
         masks: folder of masks to take for the tissue; those of the training cohort are not.
         chunk: tiles on the device at once.
@@ -167,10 +75,13 @@ def predict_slides(
 
     Returns:
         0, or 2 if any slide failed.
+
+    Raises:
+        CheckpointError: the model is of tiles, or says nothing of cases.
     """
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recipe = model.recipe
+    recipe, facts = model.recipe, models.read_recipe(path)[1]
     if recipe.aggregator == TILES:
         raise models.CheckpointError(
             f"{path}: was trained on labelled tiles and says nothing of a slide. Its encoder is "
@@ -179,41 +90,85 @@ def predict_slides(
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     grid = Grid(recipe.tile_px, mpp or recipe.mpp)
-    facts = models.read_recipe(path)[1]
     tissue = Tissue(
         **{**facts.get("tissue", {}), "masks": masks, "coords": None}
-    )  # otherwise as in training
+    )  # otherwise as in training, and so are the stains
+    unknown_K = (math.nan,) * model.task.width
+    rows = [replace(row, case_id=case or row.case_id, labels=unknown_K) for row in rows]
+    pool = pool_of(path, facts) if case else None
     predictions, failed = [], 0
-    for row in tqdm(rows, unit=" slides"):
+    for row in tqdm(gather(rows, ()) if pool == "union" else rows, unit=" bags"):
         try:
-            with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-                index = index_slide(slide, grid, tissue)
-                stain = facts.get("stain")  # as in training, too
-                source = StainedSlide(slide, index, stain) if stain else slide
-                bag = loose_bag(source, index, model.task.width, workers)
-                prediction = predict_bag(model, bag, chunk)
-                write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
-                if draw:
-                    draw_slide(out, slide, index, prediction, recipe.labels)
+            with ExitStack() as opened:
+                slides = [
+                    opened.enter_context(Slide(each.path, mpp=each.mpp, name=each.slide_id))
+                    for each in row.slides
+                ]
+                indices = [index_slide(slide, grid, tissue) for slide in slides]
+                stained = stain_all(slides, indices, facts.get("stain"))
+                bag = loose_bag(row, stained, indices, workers)
+                whole = predict_bag(model, bag, chunk)
+                parts = slide_by_slide(whole, row.slides, bag.counts)
+                for each, slide, index in zip(parts, slides, indices, strict=True):
+                    write_weights(out / f"{each.slide_id}_weights.h5", each, index)
+                    if draw:
+                        draw_slide(out, slide, index, each, recipe.labels)
         except SlideError as fault:
             tqdm.write(f"tapfm: {fault}", file=sys.stderr)
             failed += 1
             continue
-        predictions.append(prediction)
-        said = ", ".join(
-            f"{name.removeprefix('p_')} {value:.3f}"
-            for name, value in zip(model.task.said, prediction.probs_K, strict=True)
-        )
-        tqdm.write(f"{row.slide_id}: {bag.count} tiles; {said}")
+        predictions.append(whole)
+        tqdm.write(f"{row.slide_id}: {bag.count} tiles; {_said(model.task.said, whole)}")
+    if case and failed:
+        print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
+        predictions = []
+    elif case and pool != "union":
+        predictions = pool_cases(predictions, model.task, pool, gather(rows, ()))
+        print(f"{case}: {pool} of {len(rows)} slides; {_said(model.task.said, predictions[0])}")
     write_predictions(out / "predictions.csv", model.task, predictions)
     return 2 if failed else 0
 
 
-def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
-    """A slide that belongs to no cohort: `labels` unknown numbers are its target."""
-    tiles = SlideTiles.of(slide, index, workers)
-    unknown_K = torch.full((labels,), torch.nan)
-    return Bag(index.slide_id, index.slide_id, tiles, len(index), unknown_K, seed=0)
+def pool_of(path: Path, facts: Mapping) -> str:
+    """How a model's cases were made: `union` of their tiles, `mean` or `max` of slides' logits.
+
+    Raises:
+        CheckpointError: they were not.
+    """
+    if facts.get("bags") == "case":
+        return "union"
+    if facts.get("pool", "union") == "union":
+        raise models.CheckpointError(
+            f"{path}: was trained and tested on slides, each by itself, and says nothing of a case "
+            "of several. Leave --case out, or train with data.bags: case, or data.pool: mean or "
+            "max."
+        )
+    return facts["pool"]
+
+
+def stain_all(
+    slides: Sequence[Slide], indices: Sequence[TileIndex], stain: str | None
+) -> list[SlideSource]:
+    """The slides, their stains normalised if the model's were."""
+    if not stain:
+        return list(slides)
+    return [StainedSlide(*each, stain) for each in zip(slides, indices, strict=True)]
+
+
+def loose_bag(
+    row: SlideRow, slides: Iterable[SlideSource], indices: Sequence[TileIndex], workers: int
+) -> Bag:
+    """A slide that belongs to no cohort, or the slides of a case."""
+    parts = [SlideTiles.of(*each, workers) for each in zip(slides, indices, strict=True)]
+    counts, labels_K = tuple(map(len, indices)), torch.tensor(row.labels)
+    return Bag(
+        row.slide_id, row.case_id, joined(parts), sum(counts), labels_K, seed=0, counts=counts
+    )
+
+
+def _said(names: Sequence[str], prediction: Prediction) -> str:
+    pairs = zip(names, prediction.probs_K, strict=True)
+    return ", ".join(f"{name.removeprefix('p_')} {value:.3f}" for name, value in pairs)
 
 
 def draw_slide(
