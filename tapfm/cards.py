@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tapfm.arms import Arm
 from tapfm.heatmap import COLOURS
-from tapfm.report import Arm
 from tapfm.runs import Run
 from tapfm.surest import (
     KINDS,

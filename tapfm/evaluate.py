@@ -24,6 +24,7 @@ from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.aggregators import TILES
+from tapfm.arms import END_TO_END, Arm
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
@@ -45,7 +46,7 @@ from tapfm.prediction import (
     write_predictions,
     write_weights,
 )
-from tapfm.report import END_TO_END, Arm, write_results
+from tapfm.report import write_results
 from tapfm.tasks.multilabel import Multilabel
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own

@@ -20,12 +20,12 @@ import numpy as np
 import yaml
 
 from tapfm import __version__
+from tapfm.arms import Arm
 from tapfm.cards import case_cards
 from tapfm.figures import read_curves
 from tapfm.files import write_text
 from tapfm.label_record import label_record, label_tables, left_out
 from tapfm.panels import BINS, cost_panels, key, label_panels, training_panels
-from tapfm.report import Arm
 from tapfm.runs import Run, read_arms, read_metrics, read_runs
 from tapfm.slide_table import by_split, slide_table
 from tapfm.tables import further_table, html, pairs, results_table, split_table, table

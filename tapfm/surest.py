@@ -30,7 +30,7 @@ from tapfm.files import replacing, write_json
 from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
 
 if TYPE_CHECKING:
-    from tapfm.report import Arm
+    from tapfm.arms import Arm
 
 CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
 POINT = "balanced"  # operating point, of those that were

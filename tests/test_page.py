@@ -21,8 +21,9 @@ from browser import NAMES, Browser, find_browser
 from conftest import stained_picture, write_pyramid
 from safetensors.torch import save_file
 
+from tapfm.arms import Arm
 from tapfm.cli import main
-from tapfm.report import Arm, write_results
+from tapfm.report import write_results
 
 EVIL = '<script>alert("x")</script>&'  # a label may be called anything
 LABELS = ["EGFR", EVIL]

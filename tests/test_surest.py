@@ -6,7 +6,7 @@ import pytest
 from conftest import write_pyramid
 from PIL import Image
 
-from tapfm.report import Arm
+from tapfm.arms import Arm
 from tapfm.surest import NoPicturesError, choose_cases, pictures_of, thresholds
 
 SIDE = 32
