@@ -9,7 +9,8 @@ one table with intervals. Thresholds and calibration of every row come from vali
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from slides.cases import gather
+from slides.cohort import SlideRow
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
@@ -50,6 +52,7 @@ from tapfm.report import write_results
 from tapfm.tasks.multilabel import Multilabel
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
+MIXED = "mixed"
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
@@ -91,14 +94,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     }
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
-    groups = {  # of slides, and of cases: that of their last slide
-        kind: {
-            name: getattr(row, kind)
-            for row in data.cohort.rows
-            for name in (row.case_id, row.slide_id)
-        }
-        for kind in GROUPS
-    }
+    groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
     found = {}
     for folder in folders:
         model = models.load(folder / BEST).to(device)
@@ -230,6 +226,17 @@ def arm(
         if split == "val" or not val
         else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
     )
+
+
+def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
+    """Slide or case -> its site or stain; a case of slides that differ in it is `mixed`."""
+    known = defaultdict(set)
+    for row in rows:
+        for name in (row.case_id, row.slide_id):
+            known[name] |= {getattr(row, kind)} - {""}
+    return {
+        name: next(iter(values), "") if len(values) < 2 else MIXED for name, values in known.items()
+    }
 
 
 def check_same_data(folder: Path, first: Path) -> None:

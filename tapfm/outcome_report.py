@@ -159,7 +159,7 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
 def _write_said(path: Path, task: Task, arms: Sequence[Arm]) -> None:
     header = [f"{name} ({arm.title})" for arm in arms for name in task.said]
     rows = [
-        [slide, case, *task.spell(y_Y)] + [f"{value:.6f}" for arm in arms for value in arm.p_NK[n]]
+        [slide, case, *task.spell(y_Y)] + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]
         for n, (slide, case, y_Y) in enumerate(
             zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
         )

@@ -131,7 +131,7 @@ def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction])
     header = ["slide_id", "case_id", *columns(task.truth, task.said)]
     rows = [
         [each.slide_id, each.case_id]
-        + columns(task.spell(each.labels_K), [f"{value:.6f}" for value in each.probs_K])
+        + columns(task.spell(each.labels_K), [f"{value:.7g}" for value in each.probs_K])
         for each in predictions
     ]
     write_csv(path, header, rows)

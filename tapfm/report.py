@@ -228,7 +228,7 @@ def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[Arm]) -
                for k, label in enumerate(labels)]  # fmt: skip
     rows = [
         [slide, case, *("" if math.isnan(y) else int(y) for y in y_K)]
-        + [f"{p_N[n]:.6f}" for _, p_N in columns]
+        + [f"{p_N[n]:.7g}" for _, p_N in columns]
         for n, (slide, case, y_K) in enumerate(
             zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
         )

@@ -23,6 +23,7 @@ NAMES = {
     "ece": "ECE",
     "delong": "DeLong",
     "f1": "F1",
+    "r2": "R²",
     "sha256": "SHA-256",
 }
 INTERVAL = {"value", "low", "high", "draws"}

@@ -21,6 +21,7 @@ from tapfm import model as models
 from tapfm.aggregators import make_aggregator
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.cli import main
+from tapfm.evaluate import groups_of
 from tapfm.fit import read_config
 from tapfm.prediction import Prediction, pool_cases
 from tapfm.tasks import make_task
@@ -236,6 +237,23 @@ def test_logits_of_slides_pooled(pool):
     np.testing.assert_allclose(first.probs_K, 1 / (1 + np.exp(-expected)))
     assert (first.slide_id, first.labels_K.tolist()) == ("c1", [1, 1])
     np.testing.assert_allclose(second.probs_K, 0.5)
+
+
+def test_a_case_of_slides_of_several_stains_is_mixed():
+    stains = {
+        "a": ("c1", "HE"),
+        "b": ("c2", "HE"),
+        "d": ("c1", "CK7"),
+        "e": ("c2", ""),
+        "f": ("c3", ""),
+    }
+    rows = [SlideRow(case, name, None, "test", None, stain, "", ()) for name, (case, stain)
+            in stains.items()]  # fmt: skip
+    assert groups_of(rows, "stain") == {
+        "a": "HE", "b": "HE", "d": "CK7", "e": "", "f": "", "c1": "mixed", "c2": "HE", "c3": ""
+    }  # fmt: skip
+    same_name = [SlideRow("s1", "s1", None, "test", None, "HE", "", ())]
+    assert groups_of(same_name, "stain") == {"s1": "HE"}
 
 
 def test_bags_of_cases_have_nothing_left_to_pool_and_slides_nothing_to_weigh(paired, capsys):
