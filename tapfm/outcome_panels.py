@@ -13,6 +13,7 @@ Shapes: N slides, K labels, C cases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -169,10 +170,10 @@ def time_axis(axis: Axes, task: Survival, arm: Arm) -> None:
         left = time_C[event_C == 0]
         axis.plot(left, share.evaluate(left), "|", color=colour, markersize=6)
         groups.append(seen)
-    said = "log-rank p: undefined"
-    if len(groups) == 2 and any(event_C.sum() for _, event_C in halves(arm)):
-        said = f"log-rank p = {logrank(*groups).pvalue:.2g}"
+    tested = len(groups) == 2 and any(event_C.any() for _, event_C in halves(arm))
+    p = logrank(*groups).pvalue if tested else math.nan
     if groups:
+        said = "log-rank p: undefined" if math.isnan(p) else f"log-rank p = {p:.2g}"
         axis.legend(loc="lower left", fontsize=8, title=said, title_fontsize=8)
     axis.set_title(arm.title)
     axis.locator_params(axis="x", nbins=5)

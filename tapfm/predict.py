@@ -97,7 +97,7 @@ def predict_slides(
     rows = [replace(row, case_id=case or row.case_id, labels=unknown_K) for row in rows]
     pool = pool_of(path, facts) if case else None
     predictions, failed = [], 0
-    for row in tqdm(gather(rows, ()) if pool == "union" else rows, unit=" bags"):
+    for row in tqdm(gather(rows, ()) if pool == "union" else rows, unit=" slides"):
         try:
             with ExitStack() as opened:
                 slides = [
@@ -178,7 +178,8 @@ def draw_slide(
     thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
     said = (f"{k} {p:.3f}" for k, p in zip(labels, prediction.probs_K, strict=True))
-    effective = 1 / np.square(weights_T, dtype=float).sum()
+    exact_T = weights_T.astype(float)
+    effective = exact_T.sum() ** 2 / np.square(exact_T).sum()  # a case's slide has a share of it
     title = f"{slide.name}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
     path = out / f"{slide.name}.png"
     where = index.coords0, index.size0
