@@ -80,25 +80,33 @@ class Aggregator(nn.Module):
         if score_temperature is not None and score_temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {score_temperature}")
         self.score_temperature = score_temperature
+        # What the features are centred on and divided by: nothing, but after a head start.
+        self.register_buffer("center_D", torch.zeros(dim))
+        self.register_buffer("scale_D", torch.ones(dim))
         # Beside the score g starts as nothing, so training starts as the paper's TAPFM.
         self.gate = Gate(dim, start_at_zero=score_temperature is not None) if gate else None
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, labels)
 
-    def weights(self, z_TD: Tensor, score_T: Tensor) -> Tensor:
-        """Tile weights (T,), positive, summing to 1."""
+    def weights(self, x_TD: Tensor, score_T: Tensor) -> Tensor:
+        """Tile weights (T,), positive, summing to 1, of standardised features."""
         logits_T = torch.zeros_like(score_T)
         if self.score_temperature is not None:
             logits_T = logits_T + minmax(score_T) / self.score_temperature
         if self.gate is not None:
-            logits_T = logits_T + self.gate(z_TD)
+            logits_T = logits_T + self.gate(x_TD)
         return logits_T.softmax(0)
 
     def forward(self, z_TD: Tensor, score_T: Tensor) -> tuple[Tensor, Tensor]:
         """Slide logits (K,) and tile weights (T,)."""
-        weights_T = self.weights(z_TD, score_T)
-        bag_D = weights_T @ z_TD
-        return self.head(self.norm(bag_D)), weights_T
+        b_D, weights_T = self.embed(z_TD, score_T)
+        return self.head(b_D), weights_T
+
+    def embed(self, z_TD: Tensor, score_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The slide's embedding (D,), normalised, and tile weights (T,)."""
+        x_TD = (z_TD - self.center_D) / self.scale_D
+        weights_T = self.weights(x_TD, score_T)
+        return self.norm(weights_T @ x_TD), weights_T
 
 
 class TileHead(nn.Module):

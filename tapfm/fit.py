@@ -30,6 +30,7 @@ from tapfm.config import ConfigError
 from tapfm.data import SlideData
 from tapfm.files import write_text
 from tapfm.footprint import CONTEXT_GIB, Setup
+from tapfm.head_start import HeadStart
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
 from tapfm.processes import part
@@ -124,15 +125,18 @@ def run_fit(arguments: Sequence[str]) -> int:
             f"chunks of {module.chunk} tiles in {recipe.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    best = BestWeights(folder, module.task.selects)
     trainer.callbacks += [
         RunLog(
             folder,
             list(watched(module.task)),
             ["sampling_cosine"] if module.cosine_every else [],
         ),
-        BestWeights(folder, module.task.selects),
+        best,
         ResumePoint(folder, cli.config.resume_every),
     ]
+    if module.steps.head_start:
+        trainer.callbacks.append(HeadStart(best))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)

@@ -110,11 +110,16 @@ class SlideModel(nn.Module):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
-    def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
+    def features(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
+        """Features (T, D) and raw scores (T,) of a slide, streamed in chunks."""
         encode = self.encoder.sized(self.encode, chunk)
         z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
-        return self.aggregator(z_TD, score_T)
+        return z_TD.detach(), score_T.detach()
+
+    @torch.no_grad()
+    def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
+        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
+        return self.aggregator(*self.features(tiles, chunk))
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""
