@@ -155,7 +155,7 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     if not row.prefix_tokens:
         return None
     setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
-    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.keep_chunks)
+    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.passes.keep)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
     return expected
