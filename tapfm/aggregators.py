@@ -93,30 +93,33 @@ class Aggregator(nn.Module):
         if score_temperature is not None and score_temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {score_temperature}")
         self.score_temperature = score_temperature
+        # What the features are centred on and divided by: nothing, but after a head start.
+        self.register_buffer("center_D", torch.zeros(dim))
+        self.register_buffer("scale_D", torch.ones(dim))
         # Beside the score g starts as nothing, so training starts as the paper's TAPFM.
         self.gate = Gate(dim, start_at_zero=score_temperature is not None) if gate else None
         self.slide_gate = Gate(dim, start_at_zero=True) if by_slide else None
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, labels)
 
-    def weights(self, z_TD: Tensor, score_T: Tensor, counts: Sequence[int] = ()) -> Tensor:
-        """Tile weights (T,), positive, summing to 1. See `forward`."""
+    def weights(self, x_TD: Tensor, score_T: Tensor, counts: Sequence[int] = ()) -> Tensor:
+        """Tile weights (T,), positive, summing to 1, of standardised features. See `forward`."""
         if self.slide_gate is None:
-            return self.weights_within(z_TD, score_T)
-        counts = list(counts) or [len(z_TD)]
-        z_STD, score_ST = z_TD.split(counts), score_T.split(counts)
-        within_ST = [self.weights_within(*each) for each in zip(z_STD, score_ST, strict=True)]
-        slide_SD = torch.stack([w_T @ z_TD for w_T, z_TD in zip(within_ST, z_STD, strict=True)])
+            return self.weights_within(x_TD, score_T)
+        counts = list(counts) or [len(x_TD)]
+        x_STD, score_ST = x_TD.split(counts), score_T.split(counts)
+        within_ST = [self.weights_within(*each) for each in zip(x_STD, score_ST, strict=True)]
+        slide_SD = torch.stack([w_T @ x_TD for w_T, x_TD in zip(within_ST, x_STD, strict=True)])
         share_S = self.slide_gate(slide_SD).softmax(0)
         return torch.cat([share * w_T for share, w_T in zip(share_S, within_ST, strict=True)])
 
-    def weights_within(self, z_TD: Tensor, score_T: Tensor) -> Tensor:
+    def weights_within(self, x_TD: Tensor, score_T: Tensor) -> Tensor:
         """Of tiles that are weighed against each other."""
         logits_T = torch.zeros_like(score_T)
         if self.score_temperature is not None:
             logits_T = logits_T + minmax(score_T) / self.score_temperature
         if self.gate is not None:
-            logits_T = logits_T + self.gate(z_TD)
+            logits_T = logits_T + self.gate(x_TD)
         return logits_T.softmax(0)
 
     def forward(
@@ -129,9 +132,16 @@ class Aggregator(nn.Module):
             score_T: raw scores.
             counts: tiles of each slide, where they are a case's.
         """
-        weights_T = self.weights(z_TD, score_T, counts)
-        bag_D = weights_T @ z_TD
-        return self.head(self.norm(bag_D)), weights_T
+        b_D, weights_T = self.embed(z_TD, score_T, counts)
+        return self.head(b_D), weights_T
+
+    def embed(
+        self, z_TD: Tensor, score_T: Tensor, counts: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The slide's embedding (D,), normalised, and tile weights (T,)."""
+        x_TD = (z_TD - self.center_D) / self.scale_D
+        weights_T = self.weights(x_TD, score_T, counts)
+        return self.norm(weights_T @ x_TD), weights_T
 
 
 class TileHead(nn.Module):

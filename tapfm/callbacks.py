@@ -139,12 +139,17 @@ class BestWeights(Callback):
         """Save when better."""
         found = trainer.callback_metrics
         figure, loss = (float(found.get(f"val/{name}", math.nan)) for name in (self.figure, "loss"))
+        if trainer.is_global_zero:
+            self.offer(module, figure, loss, trainer.current_epoch)
+
+    def offer(self, module, figure: float, loss: float, epoch: int) -> None:
+        """Save the model as it is, if this is better; `epoch` -1 is before the first."""
         score = tuple(-math.inf if math.isnan(value) else value for value in (figure, -loss))
-        if trainer.is_global_zero and (score > self.best or not self.path.exists()):
+        if score > self.best or not self.path.exists():
             self.best = max(self.best, score)
             facts = {
                 f"val_{self.figure}": figure,
-                "epoch": trainer.current_epoch,
+                "epoch": epoch,
                 "fingerprint": adapted_fingerprint(module.slide_model),
                 **module.provenance,
             }

@@ -30,6 +30,7 @@ from tapfm.config import ConfigError
 from tapfm.data import SlideData
 from tapfm.files import write_text
 from tapfm.footprint import CONTEXT_GIB, Setup
+from tapfm.head_start import HeadStart
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
 from tapfm.processes import part
@@ -129,15 +130,18 @@ def run_fit(arguments: Sequence[str]) -> int:
             f"chunks of {module.chunk} tiles in {recipe.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    best = BestWeights(folder, module.task.selects)
     trainer.callbacks += [
         RunLog(
             folder,
             list(watched(module.task)),
             ["sampling_cosine"] if module.cosine_every else [],
         ),
-        BestWeights(folder, module.task.selects),
+        best,
         ResumePoint(folder, cli.config.resume_every),
     ]
+    if module.steps.head_start:
+        trainer.callbacks.append(HeadStart(best))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
@@ -156,7 +160,7 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     if not row.prefix_tokens:
         return None
     setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
-    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.keep_chunks)
+    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.passes.keep)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
     return expected

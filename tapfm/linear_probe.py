@@ -80,6 +80,7 @@ def fit_linear_probe(
     task: Task,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
+    surest: bool = False,
 ) -> LinearProbe:
     """The linear probe.
 
@@ -89,6 +90,8 @@ def fit_linear_probe(
         task: what is learned, and by what loss.
         seed: not used: the problem is convex.
         strengths: candidates for C.
+        surest: choose them by validation loss, and not by the figure first, which does not mind
+            how sure a model is of what it gets wrong.
 
     Raises:
         ValueError: a label has one value only in `train`, or bags are empty or of unequal width.
@@ -111,6 +114,7 @@ def fit_linear_probe(
             for strength in strengths:
                 now_KE[of_J] = _solve(x_NR, y, loss, of_J, strength, now_KE)
                 _, score = validation_score(_logits(val_x_NR, now_KE), val_y, task, loss)
+                score = score[::-1] if surest else score
                 if best_score is None or score > best_score:
                     best, best_score, found_KE[of_J] = strength, score, now_KE[of_J]
             chosen.append(best)

@@ -110,6 +110,13 @@ class SlideModel(nn.Module):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
+    def features(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
+        """Features (T, D) and raw scores (T,) of a slide, streamed in chunks."""
+        encode = self.encoder.sized(self.encode, chunk)
+        z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
+        return z_TD.detach(), score_T.detach()
+
+    @torch.no_grad()
     def forward(
         self, tiles: Tiles, chunk: int, counts: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
@@ -117,9 +124,7 @@ class SlideModel(nn.Module):
 
         `counts` are the tiles of each slide, where they are a case's.
         """
-        encode = self.encoder.sized(self.encode, chunk)
-        z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
-        return self.aggregator(z_TD, score_T, counts)
+        return self.aggregator(*self.features(tiles, chunk), counts)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""

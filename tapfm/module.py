@@ -12,38 +12,29 @@ Shapes: T tiles of a slide, D features, K labels.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from tapfm import backbones
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag, too_late_to_skip
-from tapfm.boundary import BoundaryTokens, find_boundary
-from tapfm.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.compiled import need_compiler
 from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
+from tapfm.passes import Passes
 from tapfm.processes import average, gather, unwrap
-from tapfm.rescue import Rescue
-from tapfm.sampling import chosen, cosine, draw_tiles, give, taken
 from tapfm.tasks import watched
 
 
 class SettingError(ValueError):
     """Settings of a run that cannot be, or not together."""
-
-
-class ChunkError(RuntimeError):
-    """Memory ran out, and fewer tiles at once are no way out."""
 
 
 StrategyName = Literal[tuple(STRATEGIES)]
@@ -141,8 +132,8 @@ class SlideModule(L.LightningModule):
             )
         self.task = self.slide_model.task
         self.loss = self.task.loss()
-        self.chunk, self.steps, self.backward_tiles = chunk, steps, backward_tiles
-        self.cosine_every, self.keep_chunks = cosine_every, keep_chunks
+        self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles)
+        self.steps, self.cosine_every = steps, cosine_every
         self.recompute, self.optimizer = recompute, optimizer
         self.slides_seen = 0
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -153,13 +144,12 @@ class SlideModule(L.LightningModule):
 
         try:
             with self.meter.phase("encode"):
-                bag = self.past_what_is_frozen(bag)
-                z_TD, score_T, kept = self.encode(bag)
+                seen = self.passes.encode(bag, adapting=self.adapting)
         except SkippedBag:
             return None  # nothing has learned from it
 
         with self.meter.phase("aggregate"):
-            logits_K, weights_T = self.slide_model.aggregator(z_TD, score_T, bag.counts)
+            logits_K, weights_T = self.slide_model.aggregator(seen.z_TD, seen.score_T, bag.counts)
             loss = self.loss(logits_K, bag.labels_K.to(self.device))
             self.manual_backward(loss / self.steps.accumulate)
             head_norm = self.update(head_optimizer)
@@ -167,10 +157,10 @@ class SlideModule(L.LightningModule):
         measured = {}
         with self.meter.phase("adapt"), too_late_to_skip():
             if self.adapting and self.compares:
-                grads = z_TD.grad, score_T.grad
-                measured["train/sampling_cosine"] = self.compare(bag, *grads, encoder_optimizer)
+                learns = parameters_of(encoder_optimizer)
+                measured["train/sampling_cosine"] = self.passes.compare(seen, learns)
             elif self.adapting:
-                self.adapt(*self.draw(bag, z_TD.grad, score_T.grad), kept)
+                self.passes.adapt(seen)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1
@@ -187,124 +177,12 @@ class SlideModule(L.LightningModule):
         if outputs or not self.trainer.is_last_batch:
             return
         for optimizer in self.optimizers():
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            if any(p.grad is not None for p in parameters_of(optimizer)):
                 self.update(optimizer)
-
-    def past_what_is_frozen(self, bag: Bag) -> Bag:
-        """The slide as tokens at the first block that learns, if that is not the first of all."""
-        if self.boundary is None or not self.adapting:
-            return bag
-        return replace(bag, tiles=BoundaryTokens(self.boundary.tokens, bag.tiles, bag.seed))
-
-    def encode_chunk(self, chunk: Tensor, most: int | None = None) -> Encoded:
-        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary.
-
-        `most` tiles fit at once, where that is fewer than a chunk.
-        """
-        behind = chunk.is_floating_point()
-        encode = self.boundary.encode if behind else self.slide_model.encode
-        return self.slide_model.encoder.sized(encode, most or self.chunk)(chunk)
-
-    def encode(self, bag: Bag) -> tuple[Tensor, Tensor, list[Encoded]]:
-        """Pass 1, `encode_bag`; once more, one graph kept or half the chunk, if memory runs out."""
-        while True:
-            try:
-                return encode_bag(
-                    self.encode_chunk,
-                    bag.tiles.split(self.chunk),
-                    seed=bag.seed,
-                    device=self.device,
-                    keep=self.keep_chunks if self.adapting and self.backward_tiles is None else 0,
-                )
-            except torch.OutOfMemoryError as fault:
-                if self.keep_chunks <= 1:
-                    self.shrink_chunk(self.chunk // 2, fault)
-            if self.keep_chunks > 1:
-                print(
-                    f"memory ran out with {self.keep_chunks} graphs kept: going on with 1",
-                    flush=True,
-                )
-                self.keep_chunks = 1
-
-    def draw(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor) -> tuple[Bag, Tensor, Tensor]:
-        """What pass 2 takes: the slide, or `backward_tiles` of it with their gradients weighed."""
-        if self.backward_tiles is None:
-            return bag, grad_z_TD, grad_score_T
-        weight_T = draw_tiles(grad_z_TD, grad_score_T, self.backward_tiles, bag.seed)
-        rows = weight_T > 0
-        grads = grad_z_TD * weight_T[:, None], grad_score_T * weight_T
-        tiles = chosen(bag.tiles.split(self.chunk), weight_T)
-        return replace(bag, tiles=tiles), *(grad[rows] for grad in grads)
-
-    @property
-    def compares(self) -> bool:
-        """Whether the slide under way is one of those that `cosine_every` asks for."""
-        return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
-
-    def compare(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, optimizer) -> Tensor:
-        """Pass 2 of some tiles, as ever; and of all, for the cosine of the two gradients."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        before = taken(parameters)
-        self.adapt(*self.draw(bag, grad_z_TD, grad_score_T), [])
-        drawn = taken(parameters)
-        self.adapt(bag, grad_z_TD, grad_score_T, [])
-        near = cosine(drawn, taken(parameters))
-        give(parameters, before)
-        give(parameters, drawn)
-        return near
-
-    def adapt(self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]) -> None:
-        """Pass 2, `adapt_bag`; in half chunks where memory runs out, unless there is noise."""
-        if not len(grad_z_TD):
-            return  # no tile was drawn, since none has a gradient
-        with Rescue(p for p in self.slide_model.encoder.parameters() if p.requires_grad) as rescue:
-            try:
-                adapt_bag(
-                    lambda chunk: self.encode_chunk(chunk, rescue.fits),
-                    bag.tiles.split(self.chunk),
-                    grad_z_TD,
-                    grad_score_T,
-                    seed=bag.seed,
-                    device=self.device,
-                    kept=kept,
-                    backward=backward_chunk if self.noisy else rescue,
-                )
-            except torch.OutOfMemoryError as fault:
-                self.shrink_chunk(0, fault)
-        if rescue.fits:
-            self.shrink_chunk(rescue.fits)
-
-    def shrink_chunk(self, tiles: int, fault: Exception | None = None) -> None:
-        """Go on with fewer tiles at once.
-
-        Raises:
-            ChunkError: there is no going on.
-        """
-        if tiles < 1:
-            way_out = "Set model.recompute, model.precision: bf16, or a strategy that trains less"
-            if self.noisy and self.chunk > 1:
-                way_out = f"With dropout, halves are not exact: set model.chunk {self.chunk // 2}"
-            raise ChunkError(
-                f"memory ran out with {self.chunk} tiles at once. {way_out}; `tapfm plan --model "
-                f"{self.slide_model.recipe.model} --gpu N` says what fits a card of N GiB."
-            ) from fault
-        print(f"memory ran out with {self.chunk} tiles at once: going on with {tiles}", flush=True)
-        self.chunk = tiles
-
-    @property
-    def noisy(self) -> bool:
-        """Whether a chunk's features depend on random numbers."""
-        modules = self.slide_model.encoder.modules()
-        rates = (
-            module.p if isinstance(module, nn.Dropout) else module.drop_prob
-            for module in modules
-            if isinstance(module, nn.Dropout | DropPath)
-        )
-        return any(rate > 0 for rate in rates)
 
     def update(self, optimizer) -> Tensor:
         """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = parameters_of(optimizer)
         if self.completes_update:
             average(p.grad for p in parameters if p.grad is not None)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -318,6 +196,16 @@ class SlideModule(L.LightningModule):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @property
+    def chunk(self) -> int:
+        """Tiles in memory at once: what was asked for, or as many as proved to fit."""
+        return self.passes.chunk
+
+    @property
+    def compares(self) -> bool:
+        """Whether the slide under way is one of those that `cosine_every` asks for."""
+        return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
 
     @property
     def encoder_lr(self) -> float:
@@ -377,7 +265,7 @@ class SlideModule(L.LightningModule):
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
             )
-        if self.backward_tiles is not None and self.noisy:
+        if self.passes.few is not None and self.passes.noisy:
             raise SettingError(
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
@@ -385,7 +273,7 @@ class SlideModule(L.LightningModule):
         if self.slide_model.encoder.compiled:
             need_compiler(self.device)
         unwrap(self)
-        self.boundary = find_boundary(self.slide_model.encoder, self.slide_model.recipe.precision)
+        self.passes.find_boundary()
         self.meter = PhaseMeter(self.device)
 
     def validation_step(self, bag: Bag, index: int) -> None:
@@ -424,5 +312,10 @@ class SlideModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint) -> None:
         """See `on_save_checkpoint`."""
         self.slides_seen = checkpoint["slides_seen"]
-        self.chunk = min(self.chunk, checkpoint["chunk"])
+        self.passes.chunk = min(self.chunk, checkpoint["chunk"])
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+
+def parameters_of(optimizer) -> list[nn.Parameter]:
+    """All that it steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -2,8 +2,8 @@
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
     and 1e-5 (head), cosine.
-    Kumar et al. 2022 (LP-FT, arXiv 2202.10054) for `head_first`: a head that starts at random
-    sends gradients that spoil the features before they can serve it.
+    Kumar et al. 2022 (LP-FT, arXiv 2202.10054) for `head_first` and `head_start`: a head that
+    starts at random sends gradients that spoil the features before they can serve it.
 Differs: one cosine over the run, after a warm-up, instead of warm restarts; norms, biases, scales
     and tokens do not decay.
 """
@@ -39,6 +39,8 @@ class Steps:
     """Slides per update."""
     head_first: float = 0.0
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
+    head_start: bool = False
+    """Begin with the head as a linear probe of the frozen features has it (`tapfm.head_start`)."""
 
     def __post_init__(self):
         faults = [

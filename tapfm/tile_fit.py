@@ -75,9 +75,14 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
     """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
 
     Raises:
-        SettingError: several processes were asked for.
+        SettingError: several processes were asked for, or a head start, which is of slides.
     """
     cli = read_config(arguments, TileCli)
+    if cli.model.steps.head_start:
+        raise SettingError(
+            "model.steps.head_start is of slides. A classifier of tiles begins as the linear probe "
+            "with model.head: probe."
+        )
     if cli.trainer.world_size > 1:
         raise SettingError(
             f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "

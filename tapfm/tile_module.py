@@ -31,8 +31,9 @@ from tapfm.aggregators import TILES
 from tapfm.bootstrap import once
 from tapfm.chunked import chunk_rng
 from tapfm.confusions import averages, confusions
-from tapfm.module import ChunkError, SlideModule, StrategyName
+from tapfm.module import SlideModule, StrategyName
 from tapfm.optim import Steps
+from tapfm.passes import ChunkError
 from tapfm.prototypes import PrototypeLoss
 from tapfm.tile_batch import TileBatch
 

@@ -14,7 +14,7 @@ from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import epoch_order
-from tapfm import backbones, callbacks, module
+from tapfm import backbones, callbacks, passes
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
@@ -167,14 +167,14 @@ def test_graphs_that_are_kept_change_nothing(tmp_path, monkeypatch, capsys):
     fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
     for name, keep in (("none", "0"), ("one", "1"), ("all", "9")):
         assert main([*fit, "--name", name, "--model.keep_chunks", keep]) == 0
-    real = module.encode_bag
+    real = passes.encode_bag
 
     def small(*args, keep, **kwargs):
         if keep > 1:
             raise torch.OutOfMemoryError("no room for two")
         return real(*args, keep=keep, **kwargs)
 
-    monkeypatch.setattr(module, "encode_bag", small)
+    monkeypatch.setattr(passes, "encode_bag", small)
     assert main([*fit, "--name", "tight", "--model.keep_chunks", "9"]) == 0
     assert capsys.readouterr().out.count("with 9 graphs kept: going on with 1") == 1
     runs = [load_file(tmp_path / "runs" / n / "best.safetensors") for n in ("none", "all", "tight")]

@@ -218,3 +218,5 @@ def test_faults_end_with_a_message(tmp_path, capsys):
     assert "data.batch must be 1 or more, got 0" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--trainer.devices", "2")) == 2
     assert "fit-tiles trains in one process" in capsys.readouterr().err
+    assert main(arguments(tiles, tmp_path, "--model.steps.head_start", "true")) == 2
+    assert "model.steps.head_start is of slides" in capsys.readouterr().err

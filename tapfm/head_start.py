@@ -1,0 +1,157 @@
+"""Linear probing first: `model.steps.head_start` gives the slide model a last layer that is solved.
+
+A head that knows nothing sends gradients that spoil the features before they can serve it.
+`head_first` lets it learn alone inside the run, at a forward pass of every tile an epoch. Here each
+tile is encoded once, and the head's weights are found as the frozen linear probe's are: a convex
+problem over the slides' embeddings, no rate and no epochs. Its strength is chosen on validation by
+the loss: a probe that is too sure of its training slides leaves no gradient to learn from. The
+features are standardised by the training split from here on, which is what lets a young gate learn:
+as they come, what all tiles share is many times what tells one from another.
+
+The outcome is the run's first candidate for its best weights: end to end begins where a linear
+probe of the frozen features ends, and is never saved below it.
+
+Price: one forward pass of training and validation tiles; 6 kB of host memory a tile of a ViT-g.
+Source: Kumar et al. 2022 (LP-FT, arXiv 2202.10054).
+Differs: what is probed is the slide's embedding, tiles weighed as the fresh aggregator does, and
+    behind its LayerNorm.
+
+Shapes: T tiles of a slide, D features, K labels, N slides, Y numbers of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tapfm.aggregators import Aggregator
+from tapfm.bag import SkippedBag
+from tapfm.baselines import FeatureBag, bag_statistics, validation_score
+from tapfm.callbacks import BestWeights
+from tapfm.linear_probe import LinearProbe, fit_linear_probe
+from tapfm.processes import gather
+from tapfm.tasks import Task
+
+MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g
+
+
+@dataclass(frozen=True)
+class Remembered(FeatureBag):
+    """A slide as the frozen encoder sees it, on the CPU."""
+
+    score_T: Tensor
+    place: int
+    """Its row in the table's order."""
+    counts: tuple[int, ...] = ()
+    """Tiles of each of its slides, as in `Bag`."""
+
+
+class HeadStart(Callback):
+    """Before the first slide of a run; a resumed one has had it.
+
+    Args:
+        best: is given the outcome, as the first that may be best.
+    """
+
+    def __init__(self, best: BestWeights):
+        self.best = best
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Encode every slide once, and solve the last layer."""
+        if module.slides_seen:
+            return
+        train, val = (remember(trainer, module, split) for split in ("train", "val"))
+        aggregator = module.slide_model.aggregator.cpu()
+        probe = solve_head(aggregator, train, val, module.task)
+        aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
+        figure, loss = judge(aggregator, val, module.task)
+        aggregator.to(module.device)
+        if trainer.is_global_zero:
+            print(f"head start on {len(train)} frozen slides, {probe.describe()}", flush=True)
+            self.best.offer(module, figure, loss, epoch=-1)
+
+
+def remember(trainer: L.Trainer, module: L.LightningModule, split: str) -> list[Remembered]:
+    """Every slide of a split that can be read, in the table's order; processes share the work."""
+    data, model, found = trainer.datamodule, module.slide_model, []
+    rank, world = data.place
+    rows = data.rows(split)
+    places = {row.slide_id: place for place, row in enumerate(rows)}
+    with evaluating(model), tqdm(desc=f"frozen {split}", unit=" tiles") as bar:
+        for bag in data.streamed(rows[rank::world]):
+            with suppress(SkippedBag):
+                z_TD, score_T = model.features(bag.tiles, module.chunk)
+                place = places[bag.slide_id]
+                drawn = torch.Generator().manual_seed(place)
+                kept_T = torch.randperm(bag.count, generator=drawn)[:MOST_TILES].sort().values
+                z_TD, score_T = z_TD.cpu()[kept_T], score_T.cpu()[kept_T]
+                slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
+                counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
+                slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
+                found.append(Remembered(*slide, score_T, place, counts))
+            bar.update(bag.count)
+    everyone = [slide for share in gather(found) for slide in share]
+    return sorted(everyone, key=lambda slide: slide.place)
+
+
+@torch.no_grad()
+def solve_head(
+    aggregator: Aggregator, train: Sequence[Remembered], val: Sequence[Remembered], task: Task
+) -> LinearProbe:
+    """Standardise the features, then put a linear probe of the slides' embeddings in the head.
+
+    Args:
+        aggregator: is changed; its gate stays as it is.
+        train: fitted on.
+        val: chooses the strength.
+        task: what is learned.
+
+    Raises:
+        ValueError: a label has one value only in `train`.
+    """
+    for known, found in zip(
+        (aggregator.center_D, aggregator.scale_D), bag_statistics(train), strict=True
+    ):
+        known.copy_(found)
+    parts = [
+        [
+            replace(slide, z_TD=aggregator.embed(slide.z_TD, slide.score_T, slide.counts)[0][None])
+            for slide in part
+        ]
+        for part in (train, val)
+    ]
+    with torch.enable_grad():
+        probe = fit_linear_probe(*parts, task, surest=True)
+    weight_KD = probe.weight_KD / probe.std_D
+    aggregator.head.weight.copy_(weight_KD)
+    aggregator.head.bias.copy_(probe.bias_K - weight_KD @ probe.mean_D)
+    return probe
+
+
+@torch.no_grad()
+def judge(aggregator: Aggregator, val: Sequence[Remembered], task: Task) -> tuple[float, float]:
+    """The task's figure on validation, and the loss."""
+    logits_NK = torch.stack(
+        [aggregator(slide.z_TD, slide.score_T, slide.counts)[0] for slide in val]
+    )
+    y_NY = torch.stack([slide.y_K for slide in val])
+    figure, (_, minus_loss) = validation_score(logits_NK, y_NY, task, task.loss().eval())
+    return figure, -minus_loss
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and then as before."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,74 @@
+"""The head start: a linear probe in the head, saved as the run's first, and not had twice."""
+
+import pandas as pd
+import pytest
+import torch
+from cohorts import write_cohort
+from safetensors.torch import load_file
+
+from tapfm import backbones, head_start
+from tapfm import model as models
+from tapfm.aggregators import AGGREGATORS, make_aggregator
+from tapfm.cli import main
+from tapfm.head_start import Remembered, judge, solve_head
+from tapfm.tasks import make_task
+
+TASK = make_task({"name": "multilabel"}, ("A",))
+
+
+def slides(count, seed):
+    """Ten tiles each, far from 0, that lean along the first axis where the label is 1."""
+    drawn = torch.Generator().manual_seed(seed)
+    found = []
+    for place in range(count):
+        z_TD, label = 50 + torch.randn(10, 8, generator=drawn), float(place % 2)
+        z_TD[:, 0] += 2 * label
+        score_T = torch.randn(10, generator=drawn)
+        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T, place))
+    return found
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_the_aggregator_says_what_the_probe_says(name):
+    torch.manual_seed(0)
+    aggregator, train, val = make_aggregator(name, 8, 1), slides(60, 1), slides(40, 2)
+    probe = solve_head(aggregator, train, val, TASK)
+    figure, _ = judge(aggregator, val, TASK)
+    assert figure == pytest.approx(probe.val_score)
+    assert figure > 0.85
+    x_TD = (train[0].z_TD - aggregator.center_D) / aggregator.scale_D
+    assert x_TD.abs().max() < 6
+    with torch.no_grad():
+        b_D, weights_T = aggregator.embed(val[0].z_TD, val[0].score_T)
+        said_K = probe.weight_KD @ ((b_D - probe.mean_D) / probe.std_D) + probe.bias_K
+        logits_K, same_T = aggregator(val[0].z_TD, val[0].score_T)
+    torch.testing.assert_close(logits_K, said_K, rtol=1e-4, atol=1e-4)
+    assert torch.equal(weights_T, same_T)
+
+
+def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
+    """One that then stands still saves the head start, and a resumed one has no second."""
+    config, starts = write_cohort(tmp_path), []
+    solve = head_start.solve_head
+    monkeypatch.setattr(head_start, "solve_head", lambda *each: starts.append(each) or solve(*each))
+    still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
+    fit = ["fit", "--config", str(config), *still, "--model.steps.head_start", "true"]
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    assert "head start on 7 frozen slides, chosen on validation: C" in capsys.readouterr().out
+    run = tmp_path / "runs" / "tapfm_gated"
+    facts = models.read_recipe(run / "best.safetensors")[1]
+    assert facts["epoch"] == -1
+
+    saved, base = load_file(run / "best.safetensors"), backbones.load("demo_vit", tile_px=32)
+    for name, value in base.state_dict().items():
+        assert torch.equal(saved[f"encoder.{name}"], value), name
+    figures = pd.read_csv(run / "metrics.csv")["val/auroc"].dropna()
+    assert figures.tolist() == pytest.approx([facts["val_auroc"]], abs=1e-6)
+    train = torch.stack([slide.z_TD for slide in starts[0][1]])
+    assert train.shape == (7, 37, 128), "slides, all their tiles, features"
+    standard = (train - saved["aggregator.center_D"]) / saved["aggregator.scale_D"]
+    assert standard.mean((0, 1)).abs().max() < 1e-3
+    assert standard.flatten(0, 1).std(0, correction=0).numpy() == pytest.approx(1, abs=1e-3)
+
+    assert main([*fit, "--trainer.max_epochs", "2"]) == 0
+    assert len(starts) == 1
