@@ -181,7 +181,8 @@ def predicted(config, run, case=None, slides=("s10.tif", "s11.svs")):
 def test_from_fit_to_test_a_row_is_a_case(paired, capsys):
     fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1"]
     assert main([*fit, "--name", "union"]) == 0
-    ours = ["--model.aggregator", "hierarchical", "--model.steps.head_lr", "0.1"]
+    ours = ["--model.aggregator", "hierarchical", "--model.steps.head_lr", "0.1",
+            "--model.steps.head_start", "true"]  # fmt: skip
     assert main([*fit, "--name", "slides", *ours]) == 0
     runs = paired.parent / "runs"
     assert main(["test", "--run", str(runs), "--overlays", "4"]) == 0
