@@ -69,9 +69,8 @@ def commit() -> str:
 
     name = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
     outcomes = (f":!{path.relative_to(HERE.parent)}" for path in (RESULTS, README))
-    return name + (
-        "-dirty" if git("diff", "--quiet", "HEAD", "--", ".", *outcomes).returncode == 1 else ""
-    )
+    differs = git("diff", "--quiet", "HEAD", "--", ".", *outcomes).returncode == 1
+    return f"{name}-dirty" if differs else name
 
 
 def cores() -> int:
