@@ -110,7 +110,8 @@ def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:
     from scipy import ndimage
 
     sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # a slide of a few microns: not into one
-    smooth = ndimage.gaussian_filter(rgb.astype(np.float32), (sigma, sigma, 0), truncate=3)
+    smooth = _planes(rgb)
+    ndimage.gaussian_filter(smooth, (sigma, sigma, 0), truncate=3, output=smooth)
     density = optical_density(smooth)
     low, high = _extremes(density)
     spread = high - low
@@ -154,7 +155,8 @@ def pen_mask(rgb: np.ndarray) -> np.ndarray:
     """
     from scipy import ndimage
 
-    smooth = ndimage.uniform_filter(rgb.astype(np.float32), (3, 3, 1))
+    smooth = _planes(rgb)
+    ndimage.uniform_filter(smooth, (3, 3, 1), output=smooth)
     red, green, blue = np.moveaxis(optical_density(smooth), -1, 0)
     green_ink = (red > 0.2) & (green < 0.75 * red) & (green < 0.9 * blue)
     blue_ink = (red > 0.45) & (blue < 0.45 * red) & (green < 0.95 * red)
@@ -215,7 +217,7 @@ def _white(rgb: np.ndarray) -> np.ndarray:
     pale tissue, and taking its pink for white would make all such tissue vanish.
     """
     sample = rgb.reshape(-1, 3)[:: max(1, rgb.shape[0] * rgb.shape[1] // 200_000)]
-    light = sample.min(-1)
+    light, _ = _extremes(sample)
     white = np.median(sample[light >= np.quantile(light, 0.95)], axis=0)
     white[1] = max(white[1], min(white[0], white[2]))
     return np.clip(white, *WHITE_RANGE).astype(np.float32)
@@ -229,8 +231,17 @@ def _pen_to_remove(rgb: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
 
 
 def _black(rgb: np.ndarray) -> np.ndarray:
-    low, high = _extremes(rgb)
-    return (high < BLACK) & (high - low < 0.35 * BLACK)
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    black = (red < BLACK) & (green < BLACK) & (blue < BLACK)
+    low, high = _extremes(rgb[black])
+    black[black] = high - low < 0.35 * BLACK
+    return black
+
+
+def _planes(rgb: np.ndarray) -> np.ndarray:
+    """A float32 copy, channel after channel in memory: all that follows is twice as quick."""
+    planes = np.moveaxis(rgb, -1, 0).astype(np.float32, order="C")
+    return np.moveaxis(planes, 0, -1)
 
 
 def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
