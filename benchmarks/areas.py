@@ -33,7 +33,8 @@ class Areas:
     def shared(self, other: Areas) -> float:
         """What both cover of what either does, over all slides."""
         pairs = list(zip(self.covered, other.covered, strict=True))
-        return sum((a & b).sum() for a, b in pairs) / sum((a | b).sum() for a, b in pairs)
+        both, either = np.sum([((a & b).sum(), (a | b).sum()) for a, b in pairs], 0)
+        return float(both / either)
 
     def against_truth(self) -> tuple[float, float]:
         """How much of the tissue is covered, and how much of what is covered is tissue."""
@@ -41,7 +42,7 @@ class Areas:
         if not pairs:
             return float("nan"), float("nan")
         both, covered, tissue = np.sum([((a & b).sum(), a.sum(), b.sum()) for a, b in pairs], 0)
-        return both / tissue, both / covered
+        return float(both / tissue), float(both / covered)
 
 
 def read_areas(table: Path, folder: Path) -> Areas:

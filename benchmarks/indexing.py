@@ -11,9 +11,9 @@ clock; memory is the kernel's count of its peak.
 
 hs2p (benchmarks/hs2p_tiles.py) makes tiles of the same size and resolution of the same slides;
 where it is not installed the table says so. The programs take turns, three times; a row is the run
-that took least CPU time. Lattices and rules of tissue differ, so the areas that tiles cover are compared
-(benchmarks/areas.py): what both cover of what either does, and on the demo cohort how much of the
-painted tissue is covered and how much of what is covered is painted tissue.
+that took least CPU time. Lattices and rules of tissue differ, so the areas that tiles cover are
+compared (benchmarks/areas.py): what both cover of what either does, and on the demo cohort how much
+of the painted tissue is covered, and how much of what is covered is painted tissue.
 
 Writes results/indexing.csv (a row a run) and the table between the markers in README.md.
 """
@@ -48,6 +48,14 @@ TARGET = 0.5  # mpp of the tiles asked for
 RUNS = 3
 SHORT, LONG, WORD = 3, 4, 16  # TIFF's numbers of 2, 4 and 8 bytes
 COMMAND = "from tapfm.cli import main; raise SystemExit(main())"
+LAUNCH = """
+import os, resource, subprocess, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+subprocess.run(sys.argv[1:], check=True, **quiet)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""  # a process begins its count of memory with that of the one it was forked from: a small one
 
 
 def write_large_slide(path: Path) -> Path:
@@ -131,26 +139,24 @@ def hs2p_command(folder: Path, table: Path, tile_px: int) -> list[str]:
 def measure(command: list[str], folder: Path) -> dict:
     """A command in a process of its own on one core."""
     began = time.perf_counter()
-    child = subprocess.Popen(
-        command,
+    used = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
-    os.sched_setaffinity(child.pid, {min(os.sched_getaffinity(0))})
-    _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
-    if status:
-        raise RuntimeError(f"{' '.join(command)} ended with {status}")
+    cpu_s, peak_kb = map(float, used.stdout.split())
     (ledger,) = folder.rglob("ledger.csv")
     with ledger.open(newline="") as file:
         rows = list(csv.DictReader(file))
     each = [float(row["seconds"]) for row in rows]
     return {
         "slides": len(rows), "tiles": sum(int(row["tiles"]) for row in rows),
-        "seconds": seconds, "cpu_s": usage.ru_utime + usage.ru_stime,
+        "seconds": seconds, "cpu_s": cpu_s,
         "index_median_s": statistics.median(each), "index_worst_s": max(each),
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "peak_gb": peak_kb * 1024 / 1e9,
     }  # fmt: skip
 
 
@@ -171,7 +177,7 @@ def table(rows: list[dict]) -> str:
     text += "runs in turns, the one of least CPU time.\n\n"
     text += "| slides, tiles asked for | program | tiles | command, s | of CPU, s "
     text += (
-        "| a slide, s: median, worst | peak GB | area shared | tissue covered | of it tissue |\n"
+        "| a slide, s: median, worst | peak GB | area shared | tissue covered | tissue of it |\n"
     )
     text += "|---|---|---|---|---|---|---|---|---|---|"
     for row in best.values():
@@ -201,10 +207,11 @@ def one_round(source: Path, tile_px: int) -> list[dict]:
             folder = Path(scratch)
             row = {"program": program, **measure(command(folder, source, tile_px), folder)}
             found = read_areas(source, folder)
+        shared = found.shared(ours) if ours else float("nan")
         ours = ours or found
         covered, tissue = found.against_truth()
         shares = {"tissue_covered": covered, "covered_tissue": tissue}
-        rows.append({**row, "shared": found.shared(ours), **shares})
+        rows.append({**row, "shared": shared, **shares})
     return rows
 
 
