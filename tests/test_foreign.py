@@ -25,7 +25,7 @@ from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm.cli import main
 from tapfm.config import read_source
-from tapfm.data import Opener
+from tapfm.opener import Opener
 
 CORNERS0 = np.array([[448, 0], [0, 448], [37, 41], [896, 600]])  # in no order of ours
 
