@@ -102,11 +102,16 @@ def tissue_and_pen(
     mpp = mpp or tissue.mpp
     mask = stained(rgb, mpp)
     pen = _pen_to_remove(rgb, mask, mpp) if tissue.pen else np.zeros_like(mask)
+    if pen.any():  # a broad stroke has drawn the threshold up
+        mask = stained(rgb, mpp, pen)
     return _tidy(mask & ~pen, mpp, tissue.min_area_um2), pen
 
 
-def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:
-    """Pixels that absorb, in pieces that have colour. (h, w, 3) uint8 -> (h, w) bool."""
+def stained(rgb: np.ndarray, mpp: float, pen: np.ndarray | None = None) -> np.ndarray:
+    """Pixels that absorb, in pieces that have colour. (h, w, 3) uint8 -> (h, w) bool.
+
+    What is under `pen`, (h, w) bool, is not looked at.
+    """
     from scipy import ndimage
 
     sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # a slide of a few microns: not into one
@@ -118,6 +123,8 @@ def stained(rgb: np.ndarray, mpp: float) -> np.ndarray:
     red, green, blue = np.moveaxis(density, -1, 0)
     signal = spread + (red + green + blue) / 3 / 2
     signal[_black(smooth)] = 0
+    if pen is not None:
+        signal[pen] = 0
     strong = threshold(signal)
     pieces, areas = _areas(signal > WEAK * strong)
     pixels = np.maximum(areas, 1)
@@ -153,6 +160,15 @@ def pen_mask(rgb: np.ndarray) -> np.ndarray:
     green ink passes green, blue ink passes blue and stops nearly all red, red ink passes red and
     stops green and blue alike. Blood comes close to red ink, so red is the strictest.
     """
+    return _inks(rgb)[0]
+
+
+def _inks(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ink beyond doubt, and what may be ink over dense tissue, whose stain adds to it: (h, w) bool.
+
+    On real slides next to nothing of the tissue is of the second kind, so it is ink where it is
+    joined to the first.
+    """
     from scipy import ndimage
 
     smooth = _planes(rgb)
@@ -161,7 +177,11 @@ def pen_mask(rgb: np.ndarray) -> np.ndarray:
     green_ink = (red > 0.2) & (green < 0.75 * red) & (green < 0.9 * blue)
     blue_ink = (red > 0.45) & (blue < 0.45 * red) & (green < 0.95 * red)
     red_ink = (green > 0.65) & (blue > 0.7 * green) & (red < 0.25 * green)
-    return green_ink | blue_ink | red_ink | _black(smooth)
+    over_green = (red > 0.4) & (green < 0.92 * red) & (green < blue)
+    over_blue = (red > 0.7) & (blue < 0.52 * red) & (green < 1.15 * red)
+    over_red = (green > 0.8) & (blue > 0.62 * green) & (red < 0.42 * green)
+    ink = green_ink | blue_ink | red_ink | _black(smooth)
+    return ink, over_green | over_blue | over_red
 
 
 def tile_fraction(
@@ -225,8 +245,10 @@ def _white(rgb: np.ndarray) -> np.ndarray:
 
 def _pen_to_remove(rgb: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
     """Strokes and their halo; nothing where nearly all that is stained looks like ink."""
-    ink = _drop_small(pen_mask(rgb), PEN_UM2 / mpp**2)
-    pen = _grow(ink, PEN_HALO_UM / mpp)
+    ink, over_tissue = _inks(rgb)
+    strokes, _ = _areas(ink | over_tissue)
+    certain = np.bincount(strokes.ravel(), weights=ink.ravel())  # pixels of each
+    pen = _grow((certain >= PEN_UM2 / mpp**2)[strokes] & (strokes > 0), PEN_HALO_UM / mpp)
     return pen & ((mask & pen).sum() < PEN_IS_STAIN * mask.sum())
 
 
