@@ -85,7 +85,7 @@ def readers(path: Path) -> dict[str, tuple[str, Callable]]:
 
     def tapfm(x0, y0, width, height, size):
         if width != height:
-            return ours._pixels(x0, y0, 0, width, height)
+            return ours.levels.pixels(x0, y0, 0, width, height)
         return ours.region(x0, y0, width, size)
 
     def openslide_loop(x0, y0, width, height, size):
