@@ -19,7 +19,7 @@ from slides.cohort import SlideRow
 from slides.crew import Crew
 from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
-from slides.held import SlideTiles
+from slides.held import JoinedTiles, SlideTiles, joined
 from slides.index import TileIndex, index_path, read_index
 from slides.reader import Slide
 from slides.stain import StainedSlide
@@ -83,13 +83,13 @@ class Opener:
 
     def streamed(
         self, rows: Sequence[SlideRow], workers: int
-    ) -> Iterator[tuple[SlideRow, SlideTiles]]:
-        """Each slide with its tiles; while they are used, the next one's are read ahead.
+    ) -> Iterator[tuple[SlideRow, SlideTiles | JoinedTiles]]:
+        """Each slide or case with its tiles; while they are used, the next one's are read ahead.
 
         Raises:
             SlideError: a slide has no index; reading the tiles raises what `SlideTiles` does.
         """
         crew = Crew(workers)
-        slides = [(row, self.tiles(row, crew)) for row in rows]
+        every = [(row, joined([self.tiles(slide, crew) for slide in row.slides])) for row in rows]
         with crew:
-            yield from slides
+            yield from every

@@ -6,6 +6,7 @@ what is read ahead; a process that dies is an error with the name of its slide.
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def test_each_slide_comes_as_it_does_alone(config, started, workers):
         seen.append(row)
     assert seen == rows
     assert started == [2] * (workers > 0)
+
+
+def test_a_case_comes_as_its_slides_one_after_the_other(config):
+    source = read_source([config])
+    opener, (one, other, *_) = Opener.of(source), source.rows
+    case = replace(one, slide_id="c", parts=(one, other))
+    ((row, tiles),) = opener.streamed([case], 2)
+    assert row is case
+    alone = torch.cat([part for each in (one, other) for part in opener.tiles(each).split(7)])
+    assert torch.equal(torch.cat(list(tiles.split(5))), alone)
 
 
 def written(folder):
