@@ -8,10 +8,13 @@ One crew of processes (`slides.crew`) reads slide after slide, ahead of whoever 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource
@@ -25,7 +28,7 @@ from slides.reader import Slide
 from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from slides.workers import Listed
-from tapfm.config import Source
+from tapfm.config import Source, TileSettings, index_and_cache
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,26 @@ class Opener:
         every = [(row, joined([self.tiles(slide, crew) for slide in row.slides])) for row in rows]
         with crew:
             yield from every
+
+
+@contextmanager
+def loose(
+    rows: Sequence[SlideRow], tiles: TileSettings, workers: int, stain: str | None = None
+) -> Iterator[tuple[Opener, list[SlideRow], dict[str, str]]]:
+    """Slides of no cohort, indexed for as long as this lasts.
+
+    Args:
+        rows: the slides.
+        tiles: which of their tiles.
+        workers: processes that index.
+        stain: how stains are normalised.
+
+    Yields:
+        What opens them; those that can be read; and the faults of the others, which are printed.
+    """
+    with TemporaryDirectory() as index_dir:
+        source = Source(rows, Path(index_dir), None, tiles, "skip", workers, stain)
+        _, failed = index_and_cache(source)
+        for reason in failed.values():
+            print(f"tapfm: {reason}", file=sys.stderr)
+        yield Opener.of(source), [row for row in rows if row.slide_id not in failed], failed

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -31,11 +30,11 @@ from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
-from tapfm.config import Source, TileSettings, index_and_cache
+from tapfm.config import TileSettings
 from tapfm.files import replacing, write_csv
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
-from tapfm.opener import Opener
+from tapfm.opener import loose
 from tapfm.tasks import Task
 
 
@@ -181,16 +180,10 @@ def predict_slides(
     facts = models.read_recipe(path)[1]
     tissue = Tissue(
         **{**facts.get("tissue", {}), "masks": masks, "coords": None}
-    )  # otherwise as in training
+    )  # otherwise as in training, and so are the stains
     tiles = TileSettings(recipe.tile_px, mpp or recipe.mpp, tissue=tissue)
     predictions = []
-    with TemporaryDirectory() as index_dir:
-        stain = facts.get("stain")  # as in training, too
-        source = Source(rows, Path(index_dir), None, tiles, "skip", workers, stain)
-        _, failed = index_and_cache(source)
-        for reason in failed.values():
-            print(f"tapfm: {reason}", file=sys.stderr)
-        opener, left = Opener.of(source), [row for row in rows if row.slide_id not in failed]
+    with loose(rows, tiles, workers, facts.get("stain")) as (opener, left, failed):
         for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
             try:
                 prediction = predict_bag(model, loose_bag(row, each, model.task.width), chunk)
