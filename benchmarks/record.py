@@ -16,8 +16,6 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 
@@ -53,6 +51,8 @@ def facts(device: str) -> dict[str, str]:
     """Machine, date, commit and versions."""
     machine = f"{processor()}, {cores()} cores"
     if device.startswith("cuda"):
+        import torch  # here, since cuCIM hangs in a process that has it
+
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     return {
         "machine": machine, "date": date.today().isoformat(), "commit": commit(),

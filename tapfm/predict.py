@@ -21,21 +21,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.chunks import SlideSource
 from slides.cohort import SlideRow
 from slides.errors import SlideError
-from slides.grid import Grid
 from slides.held import SlideTiles
-from slides.index import TileIndex, index_slide
+from slides.index import TileIndex
 from slides.reader import Slide
-from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
+from tapfm.config import TileSettings
 from tapfm.files import replacing, write_csv
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
 from tapfm.model import SlideModel
+from tapfm.opener import loose
 from tapfm.tasks import Task
 
 
@@ -178,61 +177,58 @@ def predict_slides(
         )
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
-    grid = Grid(recipe.tile_px, mpp or recipe.mpp)
     facts = models.read_recipe(path)[1]
     tissue = Tissue(
         **{**facts.get("tissue", {}), "masks": masks, "coords": None}
-    )  # otherwise as in training
-    predictions, failed = [], 0
-    for row in tqdm(rows, unit=" slides"):
-        try:
-            with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-                index = index_slide(slide, grid, tissue)
-                stain = facts.get("stain")  # as in training, too
-                source = StainedSlide(slide, index, stain) if stain else slide
-                bag = loose_bag(source, index, model.task.width, workers)
-                prediction = predict_bag(model, bag, chunk)
+    )  # otherwise as in training, and so are the stains
+    tiles = TileSettings(recipe.tile_px, mpp or recipe.mpp, tissue=tissue)
+    predictions = []
+    with loose(rows, tiles, workers, facts.get("stain")) as (opener, left, failed):
+        for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
+            try:
+                prediction = predict_bag(model, loose_bag(row, each, model.task.width), chunk)
+                index = opener.index(row)
                 write_weights(out / f"{row.slide_id}_weights.h5", prediction, index)
                 if draw:
-                    draw_slide(out, slide, index, prediction, recipe.labels)
-        except SlideError as fault:
-            tqdm.write(f"tapfm: {fault}", file=sys.stderr)
-            failed += 1
-            continue
-        predictions.append(prediction)
-        said = ", ".join(
-            f"{name.removeprefix('p_')} {value:.3f}"
-            for name, value in zip(model.task.said, prediction.probs_K, strict=True)
-        )
-        tqdm.write(f"{row.slide_id}: {bag.count} tiles; {said}")
+                    draw_slide(out, row, index, prediction, recipe.labels)
+            except SlideError as fault:
+                tqdm.write(f"tapfm: {fault}", file=sys.stderr)
+                failed[row.slide_id] = str(fault)
+                continue
+            predictions.append(prediction)
+            said = ", ".join(
+                f"{name.removeprefix('p_')} {value:.3f}"
+                for name, value in zip(model.task.said, prediction.probs_K, strict=True)
+            )
+            tqdm.write(f"{row.slide_id}: {each.count} tiles; {said}")
     write_predictions(out / "predictions.csv", model.task, predictions)
     return 2 if failed else 0
 
 
-def loose_bag(slide: SlideSource, index: TileIndex, labels: int, workers: int) -> Bag:
+def loose_bag(row: SlideRow, tiles: SlideTiles, labels: int) -> Bag:
     """A slide that belongs to no cohort: `labels` unknown numbers are its target."""
-    tiles = SlideTiles.of(slide, index, workers)
     unknown_K = torch.full((labels,), torch.nan)
-    return Bag(index.slide_id, index.slide_id, tiles, len(index), unknown_K, seed=0)
+    return Bag(row.slide_id, row.case_id, tiles, tiles.count, unknown_K, seed=0)
 
 
 def draw_slide(
-    out: Path, slide: Slide, index: TileIndex, prediction: Prediction, labels: Sequence[str]
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, labels: Sequence[str]
 ) -> None:
     """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath."""
-    thumbnail, downsample = slide.thumbnail(max_side=1600)
+    with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+        thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
     said = (f"{k} {p:.3f}" for k, p in zip(labels, prediction.probs_K, strict=True))
     effective = 1 / np.square(weights_T, dtype=float).sum()
-    title = f"{slide.name}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
-    path = out / f"{slide.name}.png"
+    title = f"{row.slide_id}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
+    path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
     write_geojson(
-        out / f"{slide.name}.geojson",
+        out / f"{row.slide_id}.geojson",
         index.coords0,
         index.size0,
         {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)},
         index.bounds0,
-        slide.name,
+        row.slide_id,
     )
