@@ -199,7 +199,13 @@ class SlideData(L.LightningDataModule):
             families = self.task.strata(targets(rows, self.task.width))
             order = balanced_order(rows, families, self.seed)
         self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
-        bags = BagDataset(
+        pin = torch.cuda.is_available()
+        bags = self.training_bags(rows)
+        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+
+    def training_bags(self, rows: list[SlideRow]) -> BagDataset:
+        """Turns to slides as a step takes them: tiles drawn, augmented, in memory."""
+        return BagDataset(
             rows,
             self.opener,
             budget=self.tiles_per_slide,
@@ -210,8 +216,15 @@ class SlideData(L.LightningDataModule):
             hold=self.hold(rows),
             workers=self.streaming_workers,
         )
-        pin = torch.cuda.is_available()
-        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+
+    def seen_in_training(self, epochs: int) -> Iterator[Bag]:
+        """The slides of the train split as the first epochs show them; each process its share."""
+        rows, (rank, world) = self.rows("train"), self.place
+        turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
+        loader = SlideLoader(self.training_bags(rows), turns[rank::world], self.workers, PREFETCH)
+        for item in loader:
+            if bag := self.on_before_batch_transfer(item, 0):
+                yield bag
 
     def hold(self, rows: list[SlideRow]) -> int:
         """Tiles of a training slide that are held in memory; says so where that is not all."""
