@@ -129,7 +129,7 @@ def _all_that_is_read(path: Path, direct: bool) -> list:
             for level, size in enumerate(slide.facts.level_sizes):
                 whole = (0, 0, *np.minimum(size, 512).tolist())
                 for x0, y0, width, height in (*REGIONS, whole):
-                    answer.append(slide._pixels(x0 * 2, y0 * 2, level, width, height))
+                    answer.append(slide.levels.pixels(x0 * 2, y0 * 2, level, width, height))
             answer.append(slide.read(13, 29, GRID))
             answer.append(index_slide(slide, GRID, Tissue(min_area_um2=0)).coords0)
         except SlideError as error:

@@ -1,4 +1,4 @@
-"""How long `tapfm index` takes, and how much memory: one core, a very large slide, the demo cohort.
+"""How long `tapfm index` takes, and how much memory, on one core; and hs2p beside it.
 
     python -m benchmarks.indexing --demo data/demo/cohort.csv
 
@@ -6,9 +6,14 @@ The large slide is written here: 100,000 x 80,000 px at 0.25 mpp, JPEG tiles of 
 4 and 16 as Aperio scanners leave them. A third of it is tissue, in blocks of 4,096 px, of 64 kinds
 of tile; tiles of a kind share their bytes in the file, so that it takes 2 MB of disk, but every one
 that is read is decoded. A run is the whole command in a process of its own that may use one core:
-seconds by the clock and of CPU time, interpreter and imports included, and those of a slide in the
-ledger, by the clock; memory is the kernel's count of its peak. All is done twice, and the run whose
-large slide was quicker is the table's.
+seconds by the clock and of CPU time, interpreter and imports included, and those of a slide by the
+clock; memory is the kernel's count of its peak.
+
+hs2p (benchmarks/hs2p_tiles.py) makes tiles of the same size and resolution of the same slides;
+where it is not installed the table says so. The programs take turns, three times; a row is the run
+that took least CPU time. Lattices and rules of tissue differ, so the areas that tiles cover are
+compared (benchmarks/areas.py): what both cover of what either does, and on the demo cohort how much
+of the painted tissue is covered, and how much of what is covered is painted tissue.
 
 Writes results/indexing.csv (a row a run) and the table between the markers in README.md.
 """
@@ -25,19 +30,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from benchmarks.areas import read_areas
 from benchmarks.record import RESULTS, facts, rewrite, write_rows
 
 WIDTH0, HEIGHT0, MPP, TILE, BLOCK, KINDS = 100_000, 80_000, 0.25, 256, 4096, 64
 LEVELS = (1, 4, 16)
-RUNS = 2
+TARGET = 0.5  # mpp of the tiles asked for
+RUNS = 3
 SHORT, LONG, WORD = 3, 4, 16  # TIFF's numbers of 2, 4 and 8 bytes
 COMMAND = "from tapfm.cli import main; raise SystemExit(main())"
+LAUNCH = """
+import os, resource, subprocess, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+subprocess.run(sys.argv[1:], check=True, **quiet)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""  # a process begins its count of memory with that of the one it was forked from: a small one
 
 
 def write_large_slide(path: Path) -> Path:
@@ -103,33 +121,42 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def measure(folder: Path, table: Path, tile_px: int) -> dict:
-    """`tapfm index` of a table, in a process of its own on one core."""
+def tapfm_command(folder: Path, table: Path, tile_px: int) -> list[str]:
+    """`tapfm index`, with its configuration in the folder."""
     config = folder / "config.yaml"
-    data = {"table": str(table), "index_dir": str(folder / "index"), "workers": 0}
-    data["tiles"] = {"tile_px": tile_px, "mpp": 0.5}
+    data = {"table": str(table), "index_dir": str(folder), "workers": 0}
+    data["tiles"] = {"tile_px": tile_px, "mpp": TARGET}
     config.write_text(yaml.safe_dump({"data": data}))
+    return [sys.executable, "-c", COMMAND, "index", "--config", str(config)]
+
+
+def hs2p_command(folder: Path, table: Path, tile_px: int) -> list[str]:
+    """Its Python interface, called for slide after slide."""
+    arguments = [str(table), str(tile_px), str(TARGET), str(folder)]
+    return [sys.executable, "-m", "benchmarks.hs2p_tiles", *arguments]
+
+
+def measure(command: list[str], folder: Path) -> dict:
+    """A command in a process of its own on one core."""
     began = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "index", "--config", str(config)],
+    used = subprocess.run(
+        [sys.executable, "-S", "-c", LAUNCH, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
-    os.sched_setaffinity(child.pid, {min(os.sched_getaffinity(0))})
-    _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
-    if status:
-        raise RuntimeError(f"tapfm index ended with {status}")
-    (ledger,) = (folder / "index").glob("*/ledger.csv")
+    cpu_s, peak_kb = map(float, used.stdout.split())
+    (ledger,) = folder.rglob("ledger.csv")
     with ledger.open(newline="") as file:
         rows = list(csv.DictReader(file))
     each = [float(row["seconds"]) for row in rows]
     return {
         "slides": len(rows), "tiles": sum(int(row["tiles"]) for row in rows),
-        "seconds": seconds, "cpu_s": usage.ru_utime + usage.ru_stime,
+        "seconds": seconds, "cpu_s": cpu_s,
         "index_median_s": statistics.median(each), "index_worst_s": max(each),
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "peak_gb": peak_kb * 1024 / 1e9,
     }  # fmt: skip
 
 
@@ -142,22 +169,50 @@ def large_table(folder: Path) -> Path:
 
 
 def table(rows: list[dict]) -> str:
-    best = rows_of_better_run(rows)
-    about = best[0]
-    text = f"{about['machine']}, one used; {about['date']}, commit {about['commit']}; "
-    text += "better of two runs.\n\n"
-    text += "| | slides | tiles | command, s | of CPU, s | a slide, s: median, worst | peak GB |\n"
-    text += "|---|---|---|---|---|---|---|"
-    for row in best:
-        text += f"\n| {row['what']} | {row['slides']} | {row['tiles']} | {row['seconds']:.1f} | "
-        text += f"{row['cpu_s']:.1f} | {row['index_median_s']:.2f}, {row['index_worst_s']:.2f} | "
-        text += f"{row['peak_gb']:.2f} |"
+    about, best = rows[0], {}
+    for row in rows:
+        key = row["what"], row["program"]
+        best[key] = min(best.get(key, row), row, key=lambda each: each["cpu_s"])
+    text = f"{about['machine']}, one used; {about['date']}, commit {about['commit']}; of {RUNS} "
+    text += "runs in turns, the one of least CPU time.\n\n"
+    text += "| slides, tiles asked for | program | tiles | command, s | of CPU, s "
+    text += (
+        "| a slide, s: median, worst | peak GB | area shared | tissue covered | tissue of it |\n"
+    )
+    text += "|---|---|---|---|---|---|---|---|---|---|"
+    for row in best.values():
+        text += f"\n| {row['what']} | {row['program']} | {row['tiles']} | {row['seconds']:.1f} | "
+        text += f"{row['cpu_s']:.1f} | {row['index_median_s']:.3f}, {row['index_worst_s']:.2f} | "
+        text += f"{row['peak_gb']:.2f} | "
+        shares = (row[name] for name in ("shared", "tissue_covered", "covered_tissue"))
+        text += " | ".join("" if share != share else f"{share:.1%}" for share in shares) + " |"
+    if len(programs()) == 1:
+        text += "\n\nhs2p was not installed."
     return text
 
 
-def rows_of_better_run(rows: list[dict]) -> list[dict]:
-    runs = [[row for row in rows if row["run"] == number] for number in range(RUNS)]
-    return min(runs, key=lambda run: run[0]["seconds"])
+def programs() -> dict[str, Callable]:
+    """Name and version, and what makes its command: ours, and hs2p where it is installed."""
+    found = {"tapfm": tapfm_command}
+    if find_spec("hs2p"):
+        found[f"hs2p {version('hs2p')}"] = hs2p_command
+    return found
+
+
+def one_round(source: Path, tile_px: int) -> list[dict]:
+    """Every program's command on a table, one after the other, and their areas beside ours."""
+    rows, ours = [], None
+    for program, command in programs().items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            row = {"program": program, **measure(command(folder, source, tile_px), folder)}
+            found = read_areas(source, folder)
+        shared = found.shared(ours) if ours else float("nan")
+        ours = ours or found
+        covered, tissue = found.against_truth()
+        shares = {"tissue_covered": covered, "covered_tissue": tissue}
+        rows.append({**row, "shared": shared, **shares})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,17 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     given = top.parse_args(argv)
     about, rows = facts("cpu"), []
     with tempfile.TemporaryDirectory() as scratch:
-        large = large_table(Path(scratch))
         jobs = {
-            f"{WIDTH0:,} x {HEIGHT0:,} px, 224 px at 0.5": (large, 224),
-            "demo cohort, 112 px at 0.5": (given.demo.resolve(), 112),
+            f"{WIDTH0:,} x {HEIGHT0:,} px; 224 px": (large_table(Path(scratch)), 224),
+            "140 of the demo cohort; 112 px": (given.demo.resolve(), 112),
         }
         for run in range(RUNS):
-            for what, (source, tile_px) in jobs.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    row = {"run": run, "what": what, **measure(Path(folder), source, tile_px)}
-                rows.append({**row, **about})
-                print(row, flush=True)
+            for what, job in jobs.items():
+                for row in one_round(*job):
+                    rows.append({"run": run, "what": what, **row, **about})
+                    print(rows[-1], flush=True)
     write_rows(RESULTS / "indexing.csv", rows)
     rewrite("indexing", table(rows))
     return 0

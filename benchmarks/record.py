@@ -16,8 +16,6 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 
@@ -51,15 +49,28 @@ def write_rows(
 
 def facts(device: str) -> dict[str, str]:
     """Machine, date, commit and versions."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     machine = f"{processor()}, {cores()} cores"
     if device.startswith("cuda"):
+        import torch  # here, since cuCIM hangs in a process that has it
+
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     return {
-        "machine": machine, "date": date.today().isoformat(), "commit": commit or "unknown",
+        "machine": machine, "date": date.today().isoformat(), "commit": commit(),
         "torch": version("torch"), "timm": version("timm"),
     }  # fmt: skip
+
+
+def commit() -> str:
+    """The one that is checked out; `-dirty` where more than benchmarks' own outcomes differ."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", str(HERE.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    name = git("rev-parse", "--short", "HEAD").stdout.strip() or "unknown"
+    outcomes = (f":!{path.relative_to(HERE.parent)}" for path in (RESULTS, README))
+    differs = git("diff", "--quiet", "HEAD", "--", ".", *outcomes).returncode == 1
+    return f"{name}-dirty" if differs else name
 
 
 def cores() -> int:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.indexing import MPP, RUNS, write_large_slide
+from benchmarks.indexing import MPP, write_large_slide
 from benchmarks.record import RESULTS, facts, rewrite, write_rows
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
@@ -48,7 +48,7 @@ from slides.workers import Listed
 RATE = 100  # tiles a second
 CHUNK = 25  # of the consumer
 GRID, TISSUE = Grid(224, 0.5), Tissue()
-SLIDES, LARGE, DRAW, HELD, WORKERS = 20, 4, 300, 100, 2
+SLIDES, LARGE, DRAW, HELD, WORKERS, RUNS = 20, 4, 300, 100, 2, 2
 
 
 class Opener:

@@ -22,11 +22,13 @@ markers in README.md. Readers that are not installed are left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def readers(path: Path) -> dict[str, tuple[str, Callable]]:
 
     def tapfm(x0, y0, width, height, size):
         if width != height:
-            return ours._pixels(x0, y0, 0, width, height)
+            return ours.levels.pixels(x0, y0, 0, width, height)
         return ours.region(x0, y0, width, size)
 
     def openslide_loop(x0, y0, width, height, size):
@@ -94,29 +96,53 @@ def readers(path: Path) -> dict[str, tuple[str, Callable]]:
         "OpenSlide": ("openslide-bin", openslide_loop),
         "tapfm": ("tapfm", tapfm),
     }
-    try:
-        from tiffslide import TiffSlide
-
-        tiff = TiffSlide(path)
-        found["tiffslide"] = (
-            "tiffslide",
-            lambda x0, y0, w, h, s: reduced(
-                tiff.read_region((x0, y0), 0, (w, h), as_array=True), s
-            ),
-        )
-    except ImportError:
-        pass
-    try:
-        from fastslide import FastSlide
-
-        fast = FastSlide.from_file_path(str(path))
-        found["fastslide"] = (
-            "fastslide",
-            lambda x0, y0, w, h, s: reduced(fast.read_region((x0, y0), 0, (w, h)).numpy(), s),
-        )
-    except ImportError:
-        pass
+    for name, (package, opened) in OTHERS.items():
+        with contextlib.suppress(ImportError):
+            found[name] = package, partial(_decoded_and_reduced, opened(path))
     return found
+
+
+def _decoded_and_reduced(decode: Callable, x0, y0, width, height, size) -> np.ndarray:
+    return reduced(decode(x0, y0, width, height), size)
+
+
+def tiffslide(path: Path) -> Callable:
+    from tiffslide import TiffSlide
+
+    slide = TiffSlide(path)
+    return lambda x0, y0, w, h: slide.read_region((x0, y0), 0, (w, h), as_array=True)
+
+
+def fastslide(path: Path) -> Callable:
+    from fastslide import FastSlide
+
+    slide = FastSlide.from_file_path(str(path))
+    return lambda x0, y0, w, h: slide.read_region((x0, y0), 0, (w, h)).numpy()
+
+
+def cucim(path: Path) -> Callable:
+    """On the CPU. Its cache is the process's: a new one for this round, as large as ours."""
+    from cucim import CuImage  # hangs in a process that has torch
+
+    CuImage.cache("per_process", memory_capacity=64)
+    slide = CuImage(str(path))
+    return lambda x0, y0, w, h: np.asarray(slide.read_region((x0, y0), (w, h), 0))
+
+
+def hs2p(path: Path) -> Callable:
+    """Its OpenSlide reader; with cuCIM it would take that."""
+    from hs2p.wsi.reader import open_slide
+
+    slide = open_slide(path, backend="openslide")
+    return lambda x0, y0, w, h: slide.read_region((x0, y0), 0, (w, h))
+
+
+OTHERS = {  # name: package whose version counts, and what opens a slide: decode(x0, y0, w, h)
+    "tiffslide": ("tiffslide", tiffslide),
+    "fastslide": ("fastslide", fastslide),
+    "cuCIM": ("cucim-cu12", cucim),
+    "hs2p": ("hs2p", hs2p),
+}
 
 
 def bare_decode(path: Path, slide: Slide) -> Callable | None:

@@ -3,9 +3,10 @@
 Blur a picture, and see how much of the difference between neighbouring pixels is lost. A sharp one
 loses most of it; one that was out of focus had little to lose. The measure is a share of the
 picture's own contrast, so a pale stain does not count as blurred; but mucin, necrosis and fat are
-smoother than nuclei, so tiles are to be compared with others of their kind. On six real slides
-(H&E and IHC, 40 tiles each, 20x) sharp tiles have 0.16 to 0.39; blurred by a Gaussian of 2 microns
-0.46 to 0.75, of 3 microns 0.61 to 0.86: 0.5 is a threshold to begin with.
+smoother than nuclei, so tiles are to be compared with others of their kind. On seven real slides
+(H&E, IHC and a frozen section, 60 tiles each, 10x and 20x) and 336 tiles of eight kinds of tissue,
+fat and mucin among them, sharp tiles have 0.13 to 0.39; blurred by a Gaussian of 2 microns 0.45 to
+0.77, of 3 microns 0.61 to 0.87: 0.5 is a threshold to begin with.
 
 Price: 0.4 ms for 112 x 112 pixels, besides reading them.
 Source: Crete et al. 2007, "The blur effect: perception and estimation with a new no-reference

@@ -10,9 +10,10 @@ the slide cannot give in just that size, or a file of another slide, is refused.
     TRIDENT      h5, `coords` (T, 2) with its attributes on the dataset
     CLAM         the same, with `patch_level`; size in pixels of that level
     AtlasPatch   h5, `coords` (T, 5): x, y, width, height, level; attributes on the file
-    hs2p         <id>.coordinates.npz (x, y, tissue_fractions) and .coordinates.meta.json
+    hs2p         <id>.coordinates.meta.json and, where there are tiles, .coordinates.npz (x, y,
+                 tissue_fractions)
 
-Source: the files those programs write (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p 6); no code of
+Source: the files those programs write (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p 6.1); no code of
 theirs.
 """
 
@@ -28,7 +29,7 @@ from slides.errors import CoordinatesError, NoTissueError
 from slides.files import damage_as
 from slides.grid import MPP_RANGE, Grid
 from slides.index_file import TileIndex
-from slides.job_folders import coordinates_sha256
+from slides.job_folders import coordinates_sha256, hs2p_parts
 from slides.reader import Slide
 
 
@@ -61,7 +62,7 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     if not path.is_file():
         raise CoordinatesError(f"{slide.name}: there are no coordinates at {path}.")
     with damage_as(lambda why: CoordinatesError(_damaged(slide.name, path, why))):
-        found = (_hs2p if path.suffix == ".npz" else _h5)(path, slide)
+        found = _hs2p(path) if path.suffix in (".npz", ".json") else _h5(path, slide)
     grid = _grid(found, slide, path)
     _of_this_slide(found, slide, path)
     fraction = np.ones(len(found.coords0)) if found.fraction is None else found.fraction
@@ -144,18 +145,21 @@ def _clam(attrs: dict, coords0: np.ndarray, slide: Slide) -> _Found:
     )  # fmt: skip
 
 
-def _hs2p(path: Path, slide: Slide) -> _Found:
-    tiling = json.loads(path.with_suffix(".meta.json").read_text())["tiling"]
-    with np.load(path, allow_pickle=False) as arrays:
-        coords0 = np.stack([arrays["x"], arrays["y"]], -1).astype(np.int64)
-        fraction = arrays.get("tissue_fractions")
-    size, size0 = int(tiling["read_tile_size_px"]), int(tiling["tile_size_lv0"])
-    if not tiling.get("is_within_tolerance", False):  # it reads finer, and reduces afterwards
-        size = round(size * tiling["read_spacing_um"] / tiling["requested_spacing_um"])
-    step0 = int(tiling.get("step_px_lv0", size0))
-    return _Found(
-        "hs2p", coords0, size, size0, max(0, round((size0 - step0) * size / size0)), None, fraction
-    )
+def _hs2p(path: Path) -> _Found:
+    """Whatever it reads, within its tolerance of the level or not, it makes what was asked for."""
+    tiles, facts = hs2p_parts(path)
+    said = json.loads(facts.read_text())
+    tiling, slide_size0 = said["tiling"], said["slide"]["dimensions"]
+    coords0, fraction = np.empty((0, 2), np.int64), None
+    if tiling["n_tiles"]:
+        with np.load(tiles, allow_pickle=False) as arrays:
+            coords0 = np.stack([arrays["x"], arrays["y"]], -1).astype(np.int64)
+            fraction = arrays["tissue_fractions"]
+    if len(coords0) != tiling["n_tiles"]:
+        raise ValueError(f"{len(coords0)} tiles where {facts.name} says {tiling['n_tiles']}")
+    size, size0 = int(tiling["requested_tile_size_px"]), int(tiling["tile_size_lv0"])
+    overlap = round((size0 - tiling["step_px_lv0"]) * size / size0)
+    return _Found("hs2p", coords0, size, size0, overlap, tuple(slide_size0), fraction)
 
 
 def _damaged(name: str, path: Path, why: str) -> str:

@@ -31,7 +31,7 @@ from slides.tissue import Tissue
 
 WRITER = "tapfm slides.index_file"
 FIGURES = ("pen_fraction", "blur")  # of each tile, in files made since they are measured
-WRITER_VERSION = 1  # part of the settings' hash: raise it when the same settings choose other tiles
+WRITER_VERSION = 2  # part of the settings' hash: raise it when the same settings choose other tiles
 
 
 @dataclass(frozen=True, eq=False)

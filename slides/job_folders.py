@@ -13,7 +13,9 @@ from pathlib import Path
 
 from slides.errors import CoordinatesError, all_faults
 
-NAMES = ("{}_patches.h5", "{}.h5", "{}.coordinates.npz")  # TRIDENT; CLAM and AtlasPatch; hs2p
+NAMES = (  # TRIDENT; CLAM and AtlasPatch; hs2p
+    "{}_patches.h5", "{}.h5", "{}.coordinates.meta.json",
+)  # fmt: skip
 FOLDERS = ("", "patches", "tiles", "*/patches")
 
 
@@ -61,9 +63,18 @@ def find_all(folder: str | Path, slide_ids: Iterable[str]) -> None:
         raise CoordinatesError(all_faults(folder, faults))
 
 
+def hs2p_parts(path: Path) -> tuple[Path, Path]:
+    """A slide's two files, whichever is named: its tiles, where it has any, and their facts."""
+    stem = path.name.removesuffix(".npz").removesuffix(".meta.json")
+    return path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.meta.json")
+
+
 def coordinates_sha256(path: Path) -> str:
-    """Fingerprint of a coordinate file, and of the json beside it where it is in two parts."""
-    parts = [path, *([path.with_suffix(".meta.json")] if path.suffix == ".npz" else [])]
+    """Fingerprint of a coordinate file, or of both where it is in two parts."""
+    parts = [path]
+    if path.suffix != ".h5":
+        tiles, facts = hs2p_parts(path)
+        parts = [tiles, facts] if tiles.exists() else [facts]
     try:
         return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     except OSError as error:

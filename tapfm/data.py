@@ -8,8 +8,7 @@ Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile, K labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,75 +18,21 @@ import numpy as np
 import torch
 
 from slides.balance import balanced_order
-from slides.cache import CachedSlide
 from slides.cases import gather
-from slides.chunks import SlideSource
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
-from slides.errors import CohortError, IndexFileError, SlideError
-from slides.grid import Grid
-from slides.held import SlideTiles, host_budget, joined, tiles_to_hold
-from slides.index import TileIndex, index_path, read_index
+from slides.errors import CohortError, SlideError
+from slides.held import host_budget, joined, tiles_to_hold
 from slides.order import SlideSampler, Turn, stable_seed
-from slides.reader import Slide
-from slides.stain import StainedSlide, refuse_other_stains
+from slides.stain import refuse_other_stains
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
-from slides.tissue import Tissue
-from slides.workers import Listed
 from tapfm.bag import Bag, SkippedBag
 from tapfm.config import ConfigError, Source, TileSettings, index_and_cache
+from tapfm.opener import Opener
 from tapfm.tasks import TASKS, Task, learn_task, spell_task
 
 PREFETCH = 2  # training slides that each worker reads ahead
 TaskName = Literal[tuple(TASKS)]
-
-
-@dataclass(frozen=True)
-class Opener:
-    """A row of the cohort to an open slide and its tiles; picklable, for worker processes."""
-
-    index_dir: Path
-    cache_dir: Path | None
-    grid: Grid
-    tissue: Tissue
-    stain: str | None = None
-    """How stains are normalised, see `slides.stain`; None leaves them."""
-    cache_gb: float | None = None
-    """With a limit, slides without a cache are read from their files."""
-
-    def index(self, row: SlideRow) -> TileIndex:
-        """The slide's tiles, from the index on disk.
-
-        Raises:
-            SlideError: there is none, or it was made with other settings.
-        """
-        path = index_path(self.index_dir, self.grid, row.slide_id)
-        return read_index(path, self.grid, self.tissue)
-
-    def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
-        """Pixels, from the cache where there is one, normalised if asked for, and tiles."""
-        index = self.index(row)
-        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
-        if self.cache_dir is not None:
-            try:
-                source = CachedSlide(self.cache_dir, index, row.path)
-            except IndexFileError:
-                if self.cache_gb is None:
-                    raise
-        return (StainedSlide(source, index, self.stain) if self.stain else source), index
-
-    def tiles(
-        self,
-        row: SlideRow,
-        workers: int | Crew = 0,
-        on_fault: Callable[[SlideError], None] | None = None,
-    ) -> SlideTiles:
-        """All tiles of a slide, read chunk by chunk each time they are asked for.
-
-        `workers` may be the crew of several slides, see `SlideTiles`.
-        """
-        crew = workers if isinstance(workers, Crew) else Crew(workers)
-        return SlideTiles(Listed.of(partial(self, row), self.index(row)), crew, on_fault=on_fault)
 
 
 class Streamed:
@@ -254,7 +199,13 @@ class SlideData(L.LightningDataModule):
             families = self.task.strata(targets(rows, self.task.width))
             order = balanced_order(rows, families, self.seed)
         self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
-        bags = BagDataset(
+        pin = torch.cuda.is_available()
+        bags = self.training_bags(rows)
+        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+
+    def training_bags(self, rows: list[SlideRow]) -> BagDataset:
+        """Turns to slides as a step takes them: tiles drawn, augmented, in memory."""
+        return BagDataset(
             rows,
             self.opener,
             budget=self.tiles_per_slide,
@@ -265,8 +216,15 @@ class SlideData(L.LightningDataModule):
             hold=self.hold(rows),
             workers=self.streaming_workers,
         )
-        pin = torch.cuda.is_available()
-        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+
+    def seen_in_training(self, epochs: int) -> Iterator[Bag]:
+        """The slides of the train split as the first epochs show them; each process its share."""
+        rows, (rank, world) = self.rows("train"), self.place
+        turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
+        loader = SlideLoader(self.training_bags(rows), turns[rank::world], self.workers, PREFETCH)
+        for item in loader:
+            if bag := self.on_before_batch_transfer(item, 0):
+                yield bag
 
     def hold(self, rows: list[SlideRow]) -> int:
         """Tiles of a training slide that are held in memory; says so where that is not all."""

@@ -19,7 +19,9 @@ Shapes: T tiles of a slide, D features.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -27,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from slides.cohort import SlideRow
 from slides.errors import SlideError
-from slides.held import SlideTiles
 from slides.index_file import TileIndex, index_attributes
 from slides.stain import refuse_other_stains
 from slides.tissue import Tissue
@@ -37,9 +39,9 @@ from tapfm.backbones import Encoder, find
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.config import Source, TileSettings, index_and_cache
-from tapfm.data import Opener
 from tapfm.files import replacing
 from tapfm.model import load_encoder, read_recipe
+from tapfm.opener import Opener
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -149,6 +151,53 @@ class Extraction:
         }
 
 
+def extract(
+    extraction: Extraction, rows: Sequence[SlideRow], source: Source, folder: Path
+) -> tuple[int, int, dict[str, str]]:
+    """Write what is not in a folder yet, slide after slide, the next one's tiles read ahead.
+
+    Args:
+        extraction: of what, and how.
+        rows: indexed slides.
+        source: how they are read, and whether a fault of one stops the others.
+        folder: of `<slide_id>.h5`.
+
+    Returns:
+        How many slides were there already, the tiles encoded, and the slides left out, each with
+        its reason.
+
+    Raises:
+        FeatureError: features of other weights are there, or cannot be written.
+        SlideError: with `on_error: stop`, the first slide's fault.
+    """
+    opener, wanted, failed, tiles = Opener.of(source), [], {}, 0
+    for row in rows:
+        with _left_out(row, source, failed):
+            why = extraction.fault(folder / f"{row.slide_id}.h5", opener.index(row))
+            if why not in (None, "not there"):
+                print(f"{row.slide_id}: the features there are {why}: made anew")
+            wanted += [row] * (why is not None)
+    kept = len(rows) - len(wanted) - len(failed)
+    streamed = opener.streamed(wanted, source.workers)
+    for row, each in tqdm(streamed, folder.name, len(wanted), unit=" slides"):
+        with _left_out(row, source, failed):
+            path, tissue = folder / f"{row.slide_id}.h5", source.tiles.tissue
+            extraction.write(path, each, opener.index(row), tissue)
+            tiles += each.count
+    return kept, tiles, failed
+
+
+@contextmanager
+def _left_out(row: SlideRow, source: Source, failed: dict[str, str]) -> Iterator[None]:
+    """A slide's fault, noted where it is to be skipped."""
+    try:
+        yield
+    except SlideError as fault:
+        if source.on_error != "skip":
+            raise
+        failed[row.slide_id] = str(fault)
+
+
 def read_features(path: Path) -> torch.Tensor:
     """Features (T, D) of a file, in float32."""
     with h5py.File(path) as file:
@@ -219,31 +268,10 @@ def run_features(
     extraction = Extraction(encoder.to(device), name, fingerprint, precision, dtype, chunk, stain)
 
     _, failed = index_and_cache(source)
-    grid, tissue = source.tiles.grid, source.tiles.tissue
-    opener = Opener(source.index_dir, source.cache_dir, grid, tissue, stain, source.cache_gb)
-    folder = (out or source.index_dir) / grid.tag / f"features_{name}"
-    kept = tiles = 0
-    for slide in tqdm(source.rows, desc=f"features_{name}", unit=" slides"):
-        if slide.slide_id in failed:
-            continue
-        path = folder / f"{slide.slide_id}.h5"
-        try:
-            index = opener.index(slide)
-            why = extraction.fault(path, index)
-            if why is None:
-                kept += 1
-                continue
-            if why != "not there":
-                tqdm.write(f"{slide.slide_id}: the features there are {why}: made anew")
-            pixels, _ = opener(slide)
-            workers = 0 if source.cache_dir else source.workers  # the cache is quicker
-            with pixels:
-                extraction.write(path, SlideTiles.of(pixels, index, workers), index, tissue)
-            tiles += len(index)
-        except SlideError as fault:
-            if source.on_error != "skip":
-                raise
-            failed[slide.slide_id] = str(fault)
+    folder = (out or source.index_dir) / source.tiles.grid.tag / f"features_{name}"
+    rows = [row for row in source.rows if row.slide_id not in failed]
+    kept, tiles, lost = extract(extraction, rows, replace(source, stain=stain), folder)
+    failed |= lost
     for reason in failed.values():
         print(f"tapfm: {reason}", file=sys.stderr)
     print(

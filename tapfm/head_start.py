@@ -1,17 +1,18 @@
 """Linear probing first: `model.steps.head_start` gives the slide model a last layer that is solved.
 
 A head that knows nothing sends gradients that spoil the features before they can serve it.
-`head_first` lets it learn alone inside the run, at a forward pass of every tile an epoch. Here each
-tile is encoded once, and the head's weights are found as the frozen linear probe's are: a convex
-problem over the slides' embeddings, no rate and no epochs. Its strength is chosen on validation by
-the loss: a probe that is too sure of its training slides leaves no gradient to learn from. The
-features are standardised by the training split from here on, which is what lets a young gate learn:
-as they come, what all tiles share is many times what tells one from another.
+`head_first` lets it learn alone inside the run, an epoch at a time. Here the head's weights are
+found as the frozen linear probe's are: a convex problem over the slides' embeddings, no rate and no
+epochs. The slides are those of the first epochs, augmented as they will be, and the strength is
+chosen on validation by the loss: a probe that a change of colour upsets, or that is too sure of
+what it was fitted to, sends no useful gradient. The features are standardised by these slides from
+here on, which is what lets a young gate learn: as they come, what all tiles share is many times
+what tells one from another.
 
 The outcome is the run's first candidate for its best weights: end to end begins where a linear
 probe of the frozen features ends, and is never saved below it.
 
-Price: one forward pass of training and validation tiles; 6 kB of host memory a tile of a ViT-g.
+Price: as many tiles encoded as in an epoch of training; 6 kB of host memory a tile of a ViT-g.
 Source: Kumar et al. 2022 (LP-FT, arXiv 2202.10054).
 Differs: what is probed is the slide's embedding, tiles weighed as the fresh aggregator does, and
     behind its LayerNorm.
@@ -21,7 +22,7 @@ Shapes: T tiles of a slide, D features, K labels, N slides, Y numbers of a targe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -31,14 +32,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slides.order import stable_seed
 from tapfm.aggregators import Aggregator
-from tapfm.bag import SkippedBag
+from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, bag_statistics, validation_score
 from tapfm.callbacks import BestWeights
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.processes import gather
 from tapfm.tasks import Task
 
+VIEWS = 4  # of each training slide: a forward each, together an epoch's work
 MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g
 
 
@@ -47,8 +50,8 @@ class Remembered(FeatureBag):
     """A slide as the frozen encoder sees it, on the CPU."""
 
     score_T: Tensor
-    place: int
-    """Its row in the table's order."""
+    epoch: int
+    """Which view of it."""
     counts: tuple[int, ...] = ()
     """Tiles of each of its slides, as in `Bag`."""
 
@@ -64,41 +67,42 @@ class HeadStart(Callback):
         self.best = best
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Encode every slide once, and solve the last layer."""
+        """Encode the slides as they are, and solve the last layer."""
         if module.slides_seen:
             return
-        train, val = (remember(trainer, module, split) for split in ("train", "val"))
+        data = trainer.datamodule
+        train = remember(module, data.seen_in_training(VIEWS), "frozen train")
+        val = remember(module, data.val_dataloader(), "frozen val")
         aggregator = module.slide_model.aggregator.cpu()
         probe = solve_head(aggregator, train, val, module.task)
         aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
         figure, loss = judge(aggregator, val, module.task)
         aggregator.to(module.device)
         if trainer.is_global_zero:
-            print(f"head start on {len(train)} frozen slides, {probe.describe()}", flush=True)
+            print(f"head start: {len(train)} views of slides, {probe.describe()}", flush=True)
             self.best.offer(module, figure, loss, epoch=-1)
 
 
-def remember(trainer: L.Trainer, module: L.LightningModule, split: str) -> list[Remembered]:
-    """Every slide of a split that can be read, in the table's order; processes share the work."""
-    data, model, found = trainer.datamodule, module.slide_model, []
-    rank, world = data.place
-    rows = data.rows(split)
-    places = {row.slide_id: place for place, row in enumerate(rows)}
-    with evaluating(model), tqdm(desc=f"frozen {split}", unit=" tiles") as bar:
-        for bag in data.streamed(rows[rank::world]):
+def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[Remembered]:
+    """Slides as the encoder sees them now; of all processes, in one order."""
+    model, found = module.slide_model, []
+    with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
+        for bag in bags:
             with suppress(SkippedBag):
                 z_TD, score_T = model.features(bag.tiles, module.chunk)
-                place = places[bag.slide_id]
-                drawn = torch.Generator().manual_seed(place)
+                drawn = torch.Generator().manual_seed(
+                    stable_seed("head start", bag.slide_id) % 2**63
+                )
                 kept_T = torch.randperm(bag.count, generator=drawn)[:MOST_TILES].sort().values
                 z_TD, score_T = z_TD.cpu()[kept_T], score_T.cpu()[kept_T]
                 slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
                 counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
                 slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-                found.append(Remembered(*slide, score_T, place, counts))
+                view = bag.turn.epoch if bag.turn else 0
+                found.append(Remembered(*slide, score_T, view, counts))
             bar.update(bag.count)
     everyone = [slide for share in gather(found) for slide in share]
-    return sorted(everyone, key=lambda slide: slide.place)
+    return sorted(everyone, key=lambda slide: (slide.epoch, slide.slide_id))
 
 
 @torch.no_grad()

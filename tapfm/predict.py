@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +20,18 @@ import torch
 from tqdm import tqdm
 
 from slides.cases import gather
-from slides.chunks import SlideSource
 from slides.cohort import SlideRow
 from slides.errors import SlideError
-from slides.grid import Grid
-from slides.held import SlideTiles, joined
-from slides.index import TileIndex, index_slide
+from slides.held import JoinedTiles, SlideTiles
+from slides.index import TileIndex
 from slides.reader import Slide
-from slides.stain import StainedSlide
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag
+from tapfm.config import TileSettings
 from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
+from tapfm.opener import loose
 from tapfm.prediction import (
     Prediction,
     pool_cases,
@@ -89,36 +87,32 @@ def predict_slides(
         )
     if mpp is not None and mpp != recipe.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
-    grid = Grid(recipe.tile_px, mpp or recipe.mpp)
+    pool = pool_of(path, facts) if case else None
     tissue = Tissue(
         **{**facts.get("tissue", {}), "masks": masks, "coords": None}
     )  # otherwise as in training, and so are the stains
-    unknown_K = (math.nan,) * model.task.width
-    rows = [replace(row, case_id=case or row.case_id, labels=unknown_K) for row in rows]
-    pool = pool_of(path, facts) if case else None
-    predictions, failed = [], 0
-    for row in tqdm(gather(rows, ()) if pool == "union" else rows, unit=" slides"):
-        try:
-            with ExitStack() as opened:
-                slides = [
-                    opened.enter_context(Slide(each.path, mpp=each.mpp, name=each.slide_id))
-                    for each in row.slides
-                ]
-                indices = [index_slide(slide, grid, tissue) for slide in slides]
-                stained = stain_all(slides, indices, facts.get("stain"))
-                bag = loose_bag(row, stained, indices, workers)
-                whole = predict_bag(model, bag, chunk)
-                parts = slide_by_slide(whole, row.slides, bag.counts)
-                for each, slide, index in zip(parts, slides, indices, strict=True):
-                    write_weights(out / f"{each.slide_id}_weights.h5", each, index)
+    tiles = TileSettings(recipe.tile_px, mpp or recipe.mpp, tissue=tissue)
+    width, predictions = model.task.width, []
+    rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
+    with loose(rows, tiles, workers, facts.get("stain")) as (opener, left, failed):
+        left = [] if case and failed else left
+        bags = gather(left, ()) if pool == "union" else left
+        for row, each in tqdm(opener.streamed(bags, workers), total=len(bags), unit=" slides"):
+            try:
+                indices = [opener.index(slide) for slide in row.slides]
+                counts = tuple(map(len, indices))
+                whole = predict_bag(model, loose_bag(row, each, width, counts), chunk)
+                parts = slide_by_slide(whole, row.slides, counts)
+                for slide, part, index in zip(row.slides, parts, indices, strict=True):
+                    write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
                     if draw:
-                        draw_slide(out, slide, index, each, recipe.labels)
-        except SlideError as fault:
-            tqdm.write(f"tapfm: {fault}", file=sys.stderr)
-            failed += 1
-            continue
-        predictions.append(whole)
-        tqdm.write(f"{row.slide_id}: {bag.count} tiles; {_said(model.task.said, whole)}")
+                        draw_slide(out, slide, index, part, recipe.labels)
+            except SlideError as fault:
+                tqdm.write(f"tapfm: {fault}", file=sys.stderr)
+                failed[row.slide_id] = str(fault)
+                continue
+            predictions.append(whole)
+            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_said(model.task.said, whole)}")
     if case and failed:
         print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
         predictions = []
@@ -146,24 +140,16 @@ def pool_of(path: Path, facts: Mapping) -> str:
     return facts["pool"]
 
 
-def stain_all(
-    slides: Sequence[Slide], indices: Sequence[TileIndex], stain: str | None
-) -> list[SlideSource]:
-    """The slides, their stains normalised if the model's were."""
-    if not stain:
-        return list(slides)
-    return [StainedSlide(*each, stain) for each in zip(slides, indices, strict=True)]
-
-
 def loose_bag(
-    row: SlideRow, slides: Iterable[SlideSource], indices: Sequence[TileIndex], workers: int
+    row: SlideRow, tiles: SlideTiles | JoinedTiles, labels: int, counts: Sequence[int] = ()
 ) -> Bag:
-    """A slide that belongs to no cohort, or the slides of a case."""
-    parts = [SlideTiles.of(*each, workers) for each in zip(slides, indices, strict=True)]
-    counts, labels_K = tuple(map(len, indices)), torch.tensor(row.labels)
-    return Bag(
-        row.slide_id, row.case_id, joined(parts), sum(counts), labels_K, seed=0, counts=counts
-    )
+    """A slide, or a case, of no cohort: `labels` unknown numbers are its target.
+
+    `counts` are the tiles of each slide of a case.
+    """
+    unknown_K = torch.full((labels,), torch.nan)
+    ids = row.slide_id, row.case_id
+    return Bag(*ids, tiles, tiles.count, unknown_K, seed=0, counts=tuple(counts))
 
 
 def _said(names: Sequence[str], prediction: Prediction) -> str:
@@ -172,23 +158,24 @@ def _said(names: Sequence[str], prediction: Prediction) -> str:
 
 
 def draw_slide(
-    out: Path, slide: Slide, index: TileIndex, prediction: Prediction, labels: Sequence[str]
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, labels: Sequence[str]
 ) -> None:
     """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath."""
-    thumbnail, downsample = slide.thumbnail(max_side=1600)
+    with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+        thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
     said = (f"{k} {p:.3f}" for k, p in zip(labels, prediction.probs_K, strict=True))
     exact_T = weights_T.astype(float)
     effective = exact_T.sum() ** 2 / np.square(exact_T).sum()  # a case's slide has a share of it
-    title = f"{slide.name}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
-    path = out / f"{slide.name}.png"
+    title = f"{row.slide_id}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
+    path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
     write_geojson(
-        out / f"{slide.name}.geojson",
+        out / f"{row.slide_id}.geojson",
         index.coords0,
         index.size0,
         {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)},
         index.bounds0,
-        slide.name,
+        row.slide_id,
     )

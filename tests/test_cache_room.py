@@ -24,7 +24,7 @@ from slides.index import index_path, write_index
 from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm import config
-from tapfm.data import Opener
+from tapfm.opener import Opener
 
 TILES = 101
 FORK = multiprocessing.get_context("fork")

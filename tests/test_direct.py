@@ -79,7 +79,7 @@ def both(path, level, x0, y0, width, height):
     for way in (True, False):
         with Slide(path, direct=way) as slide:
             try:
-                answers.append(slide._pixels(x0, y0, level, width, height))
+                answers.append(slide.levels.pixels(x0, y0, level, width, height))
             except SlideError as error:
                 answers.append(type(error))
     return answers
@@ -91,7 +91,7 @@ def assert_same(path, regions, decoder="direct"):
         for level, x_r, y_r, width, height in regions:
             ds = fast.level_downsamples[level]
             where = round(x_r * ds), round(y_r * ds), level, width, height
-            np.testing.assert_array_equal(fast._pixels(*where), slow._pixels(*where))
+            np.testing.assert_array_equal(fast.levels.pixels(*where), slow.levels.pixels(*where))
             assert fast.decoders[level].startswith(decoder), fast.decoders
 
 
@@ -145,7 +145,9 @@ class TestSamePixels:
                 for level in range(len(fast.level_downsamples)):
                     for x0, y0 in rng.integers(-200, (fast.width0, fast.height0), (12, 2)).tolist():
                         where = x0, y0, level, 224, 300
-                        np.testing.assert_array_equal(fast._pixels(*where), slow._pixels(*where))
+                        np.testing.assert_array_equal(
+                            fast.levels.pixels(*where), slow.levels.pixels(*where)
+                        )
                 tiles = rng.integers(0, (fast.width0 - 448, fast.height0 - 448), (6, 2)).tolist()
                 for grid in (Grid(224, 0.5), Grid(224, 0.9)):
                     for x0, y0 in tiles:
@@ -167,20 +169,22 @@ class TestTheCheck:
         monkeypatch.setattr(Direct, "_decode", lambda *a: true(*a) ^ 1)
         with Slide(shared_tiff) as slide, Slide(shared_tiff, direct=False) as slow:
             with pytest.warns(UserWarning, match=f"{SLOW}: level 0 decodes to other pixels"):
-                tile = slide._pixels(8, 8, 0, 64, 64)
-            np.testing.assert_array_equal(tile, slow._pixels(8, 8, 0, 64, 64))
+                tile = slide.levels.pixels(8, 8, 0, 64, 64)
+            np.testing.assert_array_equal(tile, slow.levels.pixels(8, 8, 0, 64, 64))
             assert slide.decoders[0].startswith("OpenSlide: level 0 decodes to other pixels")
 
     def test_a_shift_by_one_pixel_fails_the_rule(self, shared_tiff):
         with Slide(shared_tiff) as fast, Slide(shared_tiff, direct=False) as slow:
             assert fast.decoders[0] == "direct"
-            assert (fast._pixels(200, 150, 0, 64, 64) != slow._pixels(201, 150, 0, 64, 64)).any()
+            assert (
+                fast.levels.pixels(200, 150, 0, 64, 64) != slow.levels.pixels(201, 150, 0, 64, 64)
+            ).any()
 
     def test_between_pixels_of_a_level_openslide_interpolates(self, shared_tiff):
         where = 1, 1, 1, 64, 64  # half a pixel of level 1
         np.testing.assert_array_equal(*both(shared_tiff, *where[2:3], *where[:2], *where[3:]))
         with Slide(shared_tiff) as slide:
-            assert (slide._pixels(*where) != slide._pixels(0, 0, *where[2:])).any()
+            assert (slide.levels.pixels(*where) != slide.levels.pixels(0, 0, *where[2:])).any()
 
 
 class TestOddFiles:
@@ -196,7 +200,7 @@ class TestOddFiles:
                         answers = []
                         for slide in (fast, slow):
                             try:
-                                answers.append(slide._pixels(x0, y0, 0, 128, 128))
+                                answers.append(slide.levels.pixels(x0, y0, 0, 128, 128))
                             except SlideError as error:
                                 answers.append(str(error))
                         np.testing.assert_array_equal(*answers)
@@ -273,24 +277,24 @@ class TestOddFiles:
     def test_other_formats_are_left_alone_without_a_word(self, coordinate_slide):
         with warnings.catch_warnings(), Slide(coordinate_slide.path) as slide:
             warnings.simplefilter("error")
-            slide._pixels(0, 0, 0, 64, 64)
+            slide.levels.pixels(0, 0, 0, 64, 64)
             assert slide.decoders == ("OpenSlide: compression is 1",) * 4
 
 
 class TestHandle:
     def test_travels_forks_and_opens_again(self, shared_tiff):
         slide = Slide(shared_tiff)
-        tile = slide._pixels(10, 10, 0, 100, 100)
+        tile = slide.levels.pixels(10, 10, 0, 100, 100)
         slide.close()
         for again in (slide, pickle.loads(pickle.dumps(slide))):
-            np.testing.assert_array_equal(again._pixels(10, 10, 0, 100, 100), tile)
+            np.testing.assert_array_equal(again.levels.pixels(10, 10, 0, 100, 100), tile)
 
     def test_threads_share_one(self, shared_tiff):
         corners = [(x, y) for x in range(0, 600, 37) for y in range(0, 300, 41)]
         with Slide(shared_tiff) as slide:
-            alone = [slide._pixels(*c, 0, 64, 64) for c in corners]
+            alone = [slide.levels.pixels(*c, 0, 64, 64) for c in corners]
             with ThreadPoolExecutor(4) as pool:
-                both = list(pool.map(lambda c: slide._pixels(*c, 0, 64, 64), corners * 3))
+                both = list(pool.map(lambda c: slide.levels.pixels(*c, 0, 64, 64), corners * 3))
         for n, tile in enumerate(both):
             np.testing.assert_array_equal(tile, alone[n % len(alone)])
 
@@ -299,7 +303,7 @@ class TestHandle:
         direct._cache.clear()
         with Slide(shared_tiff) as slide:
             for x0, y0 in pairwise(range(0, 400, 7)):
-                slide._pixels(x0, y0, 0, 90, 90)
+                slide.levels.pixels(x0, y0, 0, 90, 90)
                 held = sum(tile.nbytes for tile in direct._cache.tiles.values())
                 assert 0 < held == direct._cache.bytes <= direct.CACHE_BYTES
         assert direct._cache.bytes == 0 == len(direct._cache.tiles)
@@ -307,7 +311,7 @@ class TestHandle:
     def test_tiles_handed_out_are_the_callers_to_write(self, shared_tiff):
         with Slide(shared_tiff) as slide:
             for where in ((80, 96, 0, 80, 96), (3, 3, 0, 50, 50)):
-                first = slide._pixels(*where)
+                first = slide.levels.pixels(*where)
                 kept = first.copy()
                 first[:] = 0
-                np.testing.assert_array_equal(slide._pixels(*where), kept)
+                np.testing.assert_array_equal(slide.levels.pixels(*where), kept)

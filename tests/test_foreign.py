@@ -25,7 +25,7 @@ from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm.cli import main
 from tapfm.config import read_source
-from tapfm.data import Opener
+from tapfm.opener import Opener
 
 CORNERS0 = np.array([[448, 0], [0, 448], [37, 41], [896, 600]])  # in no order of ours
 
@@ -67,15 +67,22 @@ def atlas_patch(path):
     return path
 
 
-def hs2p(path, **other):
-    x, y = CORNERS0.T
-    np.savez(path, tile_index=np.arange(4), x=x, y=y, tissue_fractions=[0.5, 1, 0.25, 0.75])
+def hs2p(path, coords0=CORNERS0, **other):
+    """Of a slide without tiles hs2p writes no arrays."""
+    x, y = np.asarray(coords0, np.int64).reshape(-1, 2).T
     tiling = {
-        "requested_spacing_um": 0.5, "read_level": 0, "read_tile_size_px": 448,
-        "read_spacing_um": 0.25, "tile_size_lv0": 448, "step_px_lv0": 448, "tolerance": 0.05,
-        "is_within_tolerance": False,
+        "is_within_tolerance": False, "min_tissue_fraction": 0.01, "n_tiles": len(x),
+        "overlap": 0.0, "read_level": 0, "read_spacing_um": 0.25, "read_tile_size_px": 448,
+        "requested_spacing_um": 0.5, "requested_tile_size_px": 224, "step_px_lv0": 448,
+        "tile_size_lv0": 448, "tolerance": 0.05,
     } | other  # fmt: skip
-    path.with_suffix(".meta.json").write_text(json.dumps({"tiling": tiling}))
+    slide = {"base_spacing_um": 0.25, "dimensions": [1531, 1193], "level_downsamples": [1.0, 2.0]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"slide": slide, "tiling": tiling}))
+    if len(x):
+        number, fraction = np.arange(len(x), dtype=np.int32), np.float32([0.5, 1, 0.25, 0.75])
+        arrays = {"tile_index": number, "x": x, "y": y, "tissue_fractions": fraction[: len(x)]}
+        np.savez(str(path).replace(".meta.json", ".npz"), **arrays)
     return path
 
 
@@ -83,7 +90,7 @@ WRITERS = {
     "coordinates_patches.h5": trident,
     "clam.h5": clam,
     "atlas.h5": atlas_patch,
-    "coordinates.coordinates.npz": hs2p,
+    "coordinates.coordinates.meta.json": hs2p,
 }
 
 
@@ -119,10 +126,18 @@ class TestRead:
 
     def test_hs2p_within_its_tolerance_keeps_fractions(self, slide, tmp_path):
         near = {"is_within_tolerance": True, "read_tile_size_px": 224, "tile_size_lv0": 224}
-        path = hs2p(tmp_path / "a.coordinates.npz", **near, step_px_lv0=112)
+        path = hs2p(tmp_path / "a.coordinates.meta.json", **near, step_px_lv0=112)
         index = read_coordinates(path, slide)
         assert (index.size0, index.grid.size, index.grid.overlap) == (224, 224, 112)
         assert index.tissue_fraction.tolist() == [0.5, 1, 0.25, 0.75]
+        other = read_coordinates(tmp_path / "a.coordinates.npz", slide)  # its other half
+        np.testing.assert_array_equal(other.coords0, index.coords0)
+        assert other.mask_sha256 == index.mask_sha256
+
+    def test_an_empty_slide_of_hs2p_has_no_arrays(self, slide, tmp_path):
+        path = hs2p(tmp_path / "a.coordinates.meta.json", [])
+        assert find_coordinates(tmp_path, "a") == path
+        assert read_coordinates(path, slide).coords0.shape == (0, 2)
 
     def test_our_own_files_too(self, slide, tmp_path):
         """They are TRIDENT's kind."""
@@ -138,6 +153,10 @@ class TestRefuse:
     def test_another_slide(self, slide, tmp_path):
         with pytest.raises(CoordinatesError, match="slide of 999 x 1193 pixels, this one has"):
             read_coordinates(trident(tmp_path / "a.h5", level0_width=999), slide)
+        theirs = hs2p(tmp_path / "a.coordinates.meta.json")
+        theirs.write_text(theirs.read_text().replace("1531", "999"))
+        with pytest.raises(CoordinatesError, match=r"by hs2p .* 999 x 1193 pixels, this one has"):
+            read_coordinates(theirs, slide)
         far = trident(tmp_path / "a.h5", [[0, 0], [1531, 0], [0, -1]])
         with pytest.raises(CoordinatesError, match=r"2 of the 3 tiles .* outside"):
             read_coordinates(far, slide)
@@ -154,6 +173,17 @@ class TestRefuse:
         path = WRITERS[name](tmp_path / name)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
         with pytest.raises(CoordinatesError, match=r"coordinates: .*damaged"):
+            read_coordinates(path, slide)
+
+    def test_halves_of_hs2p_that_do_not_belong_together(self, slide, tmp_path):
+        path = hs2p(tmp_path / "a.coordinates.meta.json", n_tiles=5)
+        with pytest.raises(CoordinatesError, match=r"damaged.*4 tiles where a\.coord.* says 5"):
+            read_coordinates(path, slide)
+        (tmp_path / "a.coordinates.npz").write_bytes(b"PK")
+        with pytest.raises(CoordinatesError, match="damaged"):
+            read_coordinates(path, slide)
+        (tmp_path / "a.coordinates.npz").unlink()
+        with pytest.raises(CoordinatesError, match="damaged"):
             read_coordinates(path, slide)
 
     @pytest.mark.parametrize("lost", ["patch_size", "target_magnification"])
@@ -317,7 +347,7 @@ class TestJobDirectory:
             "20x_224px_0px_overlap/patches/s.1_patches.h5",
             "patches/s.1_patches.h5",
             "patches/s.1.h5",
-            "tiles/s.1.coordinates.npz",
+            "tiles/s.1.coordinates.meta.json",
             "s.1.h5",
         ],
     )
@@ -337,3 +367,61 @@ class TestJobDirectory:
             find_coordinates(tmp_path, "s")
         found = find_coordinates(tmp_path / "20x_224px_0px_overlap", "s")
         assert found.parent.parent.name.startswith("20x")
+
+
+class TestHs2p:
+    """Where hs2p is installed (`pip install "hs2p[openslide]"`): the files it really writes."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        hs2p = pytest.importorskip("hs2p")
+
+        def run(path, mpp, size, name="s", **other):
+            tiling = {"requested_spacing_um": mpp, "requested_tile_size_px": size}
+            result = hs2p.tile_slide(
+                hs2p.SlideSpec(sample_id=name, image_path=path),
+                tiling=hs2p.TilingConfig(
+                    **tiling, **{"tolerance": 0.05, "overlap": 0.0, "backend": "openslide"} | other
+                ),
+                segmentation=hs2p.SegmentationConfig(method="hsv", downsample=4),
+            )
+            hs2p.save_tiling_result(result, output_dir=tmp_path / "theirs")
+            return find_coordinates(tmp_path / "theirs", name), result
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("mpp", "size", "other", "size0"),
+        [
+            (0.5, 224, {}, 448),
+            (0.5, 112, {"overlap": 0.25}, 224),
+            (0.26, 224, {}, 224),  # within its tolerance of the scan
+            (0.51, 224, {}, 448),  # of a level
+            (0.7, 100, {}, 280),  # of none: it reads 140 of a level that has twice the scan's
+        ],
+    )
+    def test_its_tiles_as_it_reads_them(self, run, small_slide, mpp, size, other, size0):
+        made = small_slide(mpp=0.25, width=2203, height=1531)
+        path, theirs = run(made, mpp, size, **other)
+        slide = Slide(made, name="s")
+        index = read_coordinates(path, slide)
+        np.testing.assert_array_equal(index.coords0, np.stack([theirs.x, theirs.y], -1))
+        assert len(index) == theirs.num_tiles > 8
+        assert (index.size0, index.grid.size) == (size0, size) == (theirs.tile_size_lv0, size)
+        assert index.grid.step0(0.25) == theirs.step_px_lv0
+        np.testing.assert_array_equal(index.tissue_fraction, theirs.tissue_fractions)
+        assert read_tiles(slide, index, slice(2)).shape == (2, 3, size, size)
+
+    def test_a_slide_of_glass(self, run, small_slide):
+        glass = small_slide(mpp=0.25, tissue=False)
+        path, theirs = run(glass, 0.5, 224)
+        assert theirs.num_tiles == len(read_coordinates(path, Slide(glass))) == 0
+
+    def test_what_is_written_above_is_what_it_writes(self, run, small_slide, tmp_path):
+        real, _ = run(small_slide(mpp=0.25), 0.5, 224)
+        made = hs2p(tmp_path / "made" / "s.coordinates.meta.json")
+        says, ours = json.loads(real.read_text()), json.loads(made.read_text())
+        assert set(ours["slide"]) == set(says["slide"])
+        assert set(ours["tiling"]) == set(says["tiling"])
+        arrays, mine = (np.load(each.with_name("s.coordinates.npz")) for each in (real, made))
+        assert {k: v.dtype for k, v in arrays.items()} == {k: v.dtype for k, v in mine.items()}

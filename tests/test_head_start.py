@@ -54,7 +54,7 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
     fit = ["fit", "--config", str(config), *still, "--model.steps.head_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
-    assert "head start on 7 frozen slides, chosen on validation: C" in capsys.readouterr().out
+    assert "head start: 28 views of slides, chosen on validation: C" in capsys.readouterr().out
     run = tmp_path / "runs" / "tapfm_gated"
     facts = models.read_recipe(run / "best.safetensors")[1]
     assert facts["epoch"] == -1
@@ -65,7 +65,8 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     figures = pd.read_csv(run / "metrics.csv")["val/auroc"].dropna()
     assert figures.tolist() == pytest.approx([facts["val_auroc"]], abs=1e-6)
     train = torch.stack([slide.z_TD for slide in starts[0][1]])
-    assert train.shape == (7, 37, 128), "slides, all their tiles, features"
+    assert train.shape == (4 * 7, 11, 128), "views of slides, tiles of a step, features"
+    assert not torch.equal(train[0], train[7]), "another view of the same slide"
     standard = (train - saved["aggregator.center_D"]) / saved["aggregator.scale_D"]
     assert standard.mean((0, 1)).abs().max() < 1e-3
     assert standard.flatten(0, 1).std(0, correction=0).numpy() == pytest.approx(1, abs=1e-3)

@@ -24,11 +24,11 @@ from slides.tissue_painter import (
 from tapfm import cli
 from tapfm.adapt import make_strategy
 from tapfm.config import read_source
+from tapfm.opener import Opener
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.network import load
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes
 from tapfm.pathpt.spatial import places
-from tapfm.pathpt.tiles import opener_of
 from tapfm.pathpt.words import load_demo
 
 SMALL = {
@@ -100,7 +100,7 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
     make_strategy({"name": "lora", "rank": 2}).prepare(teacher.encoder.vit)
     assert not teacher.encoder.vit.load_state_dict(image, strict=False).unexpected_keys
     source = read_source([cohort[1]])
-    opener, slide = opener_of(source), next(r for r in source.rows if r.slide_id == "s12")
+    opener, slide = Opener.of(source), next(r for r in source.rows if r.slide_id == "s12")
     index = opener.index(slide)
     with torch.no_grad():
         z_Nd = teacher.encode_image(torch.cat(list(opener.tiles(slide).split(16))))

@@ -15,6 +15,7 @@ from conftest import stained_picture, write_pyramid
 
 from slides.cohort import SlideRow
 from slides.grid import Grid
+from slides.held import SlideTiles
 from slides.index import index_slide
 from slides.reader import Slide
 from slides.stain import StainedSlide
@@ -27,7 +28,6 @@ from tapfm.predict import loose_bag
 from tapfm.prediction import predict_bag
 
 TILE = 32
-ROW = SlideRow("one", "one", None, "test", None, "", "", (float("nan"),) * len(LABELS))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,10 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def slide(tmp_path):
     return write_pyramid(tmp_path / "one.svs", stained_picture(601, 463), 0.25)
+
+
+def row_of(path):
+    return SlideRow(path.stem, path.stem, path, "test", None, "", "", ())
 
 
 def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
@@ -76,7 +80,7 @@ def test_stains_are_normalised_as_in_training(saved, slide, tmp_path):
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1e3))
         normalised = StainedSlide(opened, index, "macenko")
-        bag = loose_bag(ROW, [normalised], [index], 0)
+        bag = loose_bag(row_of(slide), SlideTiles.of(normalised, index), len(LABELS))
         expected = predict_bag(model.eval(), bag, 16).probs_K[0]
     assert probabilities[1] == pytest.approx(expected, abs=2e-6)
     assert probabilities[0] != pytest.approx(expected, abs=1e-5)
@@ -134,8 +138,8 @@ def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
     model = models.load(saved)
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1000.0))
-        streamed = loose_bag(ROW, [opened], [index], workers=0)
-        whole = torch.cat(list(loose_bag(ROW, [opened], [index], 0).tiles.split(7)))
+        streamed = loose_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS))
+        whole = torch.cat(list(streamed.tiles.split(7)))
     in_memory = Bag("one", "one", whole, len(whole), torch.full((2,), torch.nan), 0)
     a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)
     np.testing.assert_allclose(a.probs_K, b.probs_K, rtol=1e-4)

@@ -29,7 +29,7 @@ CORNERS0 = [(0, 0), (37, 41), (509, 251), (1531 - 448, 1193 - 448)]
 
 def with_levels(slide, downsamples):
     """The same slide, believing that its levels have these downsamples."""
-    slide._facts = replace(slide.facts, level_downsamples=downsamples)
+    slide.levels._facts = replace(slide.facts, level_downsamples=downsamples)
     return slide
 
 
@@ -49,7 +49,7 @@ class TestPlace:
         size = size0 >> level
         slide = Slide(coordinate_slide.path)
         ds = slide.level_downsamples[level]
-        tile = slide._pixels(
+        tile = slide.levels.pixels(
             round(x0 / ds) * round(ds), round(y0 / ds) * round(ds), level, size, size
         )
         coordinate_slide.assert_shows(
@@ -136,7 +136,7 @@ class TestLevel:
         """Its pixels are the level's own: bytes of neighbours are not mixed at the wraps."""
         slide = Slide(coordinate_slide.path)
         tile = slide.region(128, 128, 448, 224)
-        direct = slide._pixels(128, 128, 1, 224, 224)
+        direct = slide.levels.pixels(128, 128, 1, 224, 224)
         assert slide.level_for(448, 224) == 1
         np.testing.assert_array_equal(tile, direct)
 
@@ -153,7 +153,7 @@ class TestLevel:
         slide = with_levels(Slide(coordinate_slide.path), (1.0,))
         board = np.indices((size0, size0)).sum(0) % 2 * np.uint8(200)
         board = np.repeat(board[..., None].astype(np.uint8), 3, axis=2)
-        monkeypatch.setattr(slide, "_pixels", lambda *_: board)
+        monkeypatch.setattr(slide.levels, "pixels", lambda *_: board)
         tile = slide.region(0, 0, size0, 224)[2:-2, 2:-2]
         assert abs(tile.mean() - 100) < 1
         assert tile.std() < 10
@@ -178,8 +178,8 @@ class TestOutside:
                 return rgba
 
         slide = Slide(coordinate_slide.path, direct=False)
-        monkeypatch.setattr(slide, "_open", Handle)
-        assert slide._pixels(0, 0, 0, 3, 1)[0, :, 0].tolist() == [255, 127, 0]
+        monkeypatch.setattr(slide.levels, "_open", Handle)
+        assert slide.levels.pixels(0, 0, 0, 3, 1)[0, :, 0].tolist() == [255, 127, 0]
 
 
 class TestResolution:
@@ -247,13 +247,13 @@ class TestHandle:
         slide = Slide(coordinate_slide.path)
         tile = slide.read(5, 7, Grid(64, 0.25))
         copy = pickle.loads(pickle.dumps(slide))
-        assert copy._handle is None
+        assert copy.levels._handle is None
         assert copy.width0 == 1531
         np.testing.assert_array_equal(copy.read(5, 7, Grid(64, 0.25)), tile)
 
     def test_a_forked_child_opens_its_own(self, coordinate_slide):
         slide = Slide(coordinate_slide.path)
-        tile, handle = slide.read(5, 7, Grid(64, 0.25)), id(slide._handle)
+        tile, handle = slide.read(5, 7, Grid(64, 0.25)), id(slide.levels._handle)
         with multiprocessing.get_context("fork").Pool(1, _remember, (slide,)) as pool:
             theirs, their_tile = pool.apply(_read_remembered)
         assert theirs != handle
@@ -262,7 +262,7 @@ class TestHandle:
     def test_opens_again_after_close(self, coordinate_slide):
         with Slide(coordinate_slide.path) as slide:
             tile = slide.read(5, 7, Grid(64, 0.25))
-        assert slide._handle is None
+        assert slide.levels._handle is None
         np.testing.assert_array_equal(slide.read(5, 7, Grid(64, 0.25)), tile)
 
 
@@ -273,7 +273,7 @@ def _remember(slide):
 
 def _read_remembered():
     tile = _slide.read(5, 7, Grid(64, 0.25))
-    return id(_slide._handle), tile
+    return id(_slide.levels._handle), tile
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,23 @@ def test_an_empty_mask_says_which_threshold_did_it(rgb, tissue, says):
     assert issubclass(NoTissueError, ValueError)
 
 
+REAL = {  # whole slides, by what to say of their resolution
+    "BS9_HE2_20x.tif": None,
+    "EROS_20x.tif": None,
+    "PDACtc3_20x.tif": None,
+    "BS25_SYN_10x.tif": None,
+    "LNMET_CK.tif": 0.5,
+    "CMU-1-Small-Region.svs": None,
+    "tcga-cr-7395-01a-01-ts1.svs": 0.5,
+}
+
+
+def real_slide(shared_data, name):
+    """One of `REAL`, wherever it lies."""
+    (path,) = (shared_data / "slides").glob(f"*/{name}")
+    return path
+
+
 class TestRealSlides:
     @pytest.mark.parametrize(
         ("name", "mpp", "low", "high"),
@@ -275,15 +292,35 @@ class TestRealSlides:
             ("PDACtc3_20x.tif", None, 0.07, 0.11),
             ("BS25_SYN_10x.tif", None, 0.12, 0.18),
             ("LNMET_CK.tif", 0.5, 0.16, 0.22),
+            ("CMU-1-Small-Region.svs", None, 0.39, 0.45),
+            ("tcga-cr-7395-01a-01-ts1.svs", 0.5, 0.63, 0.69),
         ],
     )
-    def test_atlas_slides_have_the_tissue_one_sees(self, shared_data, name, mpp, low, high):
+    def test_slides_have_the_tissue_one_sees(self, shared_data, name, mpp, low, high):
         """Shares of the slide agreed with by eye on the outlined thumbnails, H&E and IHC."""
-        slide = Slide(shared_data / "slides" / "atlas" / name, mpp)
+        slide = Slide(real_slide(shared_data, name), mpp)
         rgb, downsample = slide.thumbnail(8.0)
         mask = tissue_mask(rgb, Tissue(), downsample * slide.mpp)
         assert low < mask.mean() < high
         assert not (stained(rgb, 8.0) & pen_mask(rgb)).any()
+
+    @pytest.mark.parametrize("name", REAL)
+    def test_ink_over_real_tissue_goes_and_the_rest_stays(self, shared_data, name):
+        """A stroke 0.3 mm wide across the slide, as dye absorbs: by a factor for each channel."""
+        slide = Slide(real_slide(shared_data, name), REAL[name])
+        rgb, downsample = slide.thumbnail(8.0)
+        mpp = downsample * slide.mpp
+        before = tissue_mask(rgb, Tissue(), mpp)
+        y, x = np.mgrid[: rgb.shape[0], : rgb.shape[1]]
+        stroke = abs(y - 0.25 * rgb.shape[0] - x / 9) < 150 / mpp
+        away = abs(y - 0.25 * rgb.shape[0] - x / 9) > 250 / mpp
+        assert (stroke & before).sum() * mpp**2 > 100_000
+        for ink in TestPen.INKS.values():
+            marked = rgb.copy()
+            marked[stroke] = rgb[stroke] * (np.array(ink) / 255)
+            mask = tissue_mask(marked, Tissue(), mpp)
+            assert not mask[stroke].any()
+            assert overlap(mask & away, before & away) > 0.95
 
     def test_needle_slides_are_all_tissue(self, shared_data):
         for name in ("train_000", "train_034", "val_003"):

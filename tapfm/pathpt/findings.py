@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from slides.reader import Slide
-from tapfm.data import Opener
 from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import overlay_png, write_geojson
+from tapfm.opener import Opener
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.tiles import EncodedSlide

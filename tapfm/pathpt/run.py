@@ -25,6 +25,7 @@ from slides.cohort import SlideRow, read_cohort
 from tapfm.adapt import make_optimizer, make_strategy
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.config import Source, read_data, read_source
+from tapfm.opener import Opener
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
@@ -36,7 +37,6 @@ from tapfm.pathpt.tiles import (
     Towers,
     encode_slide,
     load_towers,
-    opener_of,
     read_slides,
 )
 from tapfm.pathpt.train import ImageTower, LabelledSlide, train
@@ -154,7 +154,7 @@ def one_draw(
     )
     answer = {ZERO: [vote(each.joint_Nd @ zero_Kd.T) for each in test]}
     answer |= baselines(question, chosen, slides, seed)
-    opener, mark = opener_of(source), towers.mark()
+    opener, mark = Opener.of(source), towers.mark()
     arms = [PATHPT] + [JOINED] * (question.strategy is not None)
     for arm in arms:
         joined = arm == JOINED
@@ -181,11 +181,11 @@ def one_draw(
         save(here / f"{stem}.safetensors", model, classes_Kd, recipe, trained)
         write_losses(here / f"{stem}_losses.csv", losses)
         answer[arm] = []
+        tuned = opener.streamed([each.row for each in test] if joined else [], source.workers)
+        z_by_slide = {row.slide_id: encode_slide(own, tiles, chunk) for row, tiles in tuned}
         for number, each in enumerate(test):
             with torch.no_grad():
-                z_Nd = each.z_Nd
-                if joined:
-                    z_Nd = encode_slide(own, opener.tiles(each.row), chunk)
+                z_Nd = z_by_slide.get(each.row.slide_id, each.z_Nd)
                 logits_NK = model(z_Nd, each.places_N2, classes_Kd)
             answer[arm].append(vote(logits_NK))
             if number < drawn and arm == arms[-1]:

@@ -17,17 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slides.cohort import SlideRow
-from slides.errors import SlideError
 from tapfm import backbones
 from tapfm.bag import Tiles
 from tapfm.chunked import encode_bag
 from tapfm.config import Source, index_and_cache
-from tapfm.data import Opener
-from tapfm.features import Extraction, read_features
+from tapfm.features import Extraction, extract, read_features
 from tapfm.fingerprint import state_fingerprint
+from tapfm.opener import Opener
 from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.question import Question, QuestionError
 from tapfm.pathpt.spatial import places
@@ -98,8 +96,7 @@ def read_slides(
         SlideError: with `on_error: stop`, the first slide's fault; otherwise it is printed.
     """
     _, failed = index_and_cache(source)
-    opener, grid = opener_of(source), source.tiles.grid
-    extractions = []
+    opener, grid, folders = Opener.of(source), source.tiles.grid, []
     for encoder in (towers.teacher.encoder, *([towers.student] if towers.student else [])):
         if encoder.tile_px != grid.size:
             raise QuestionError(
@@ -107,28 +104,17 @@ def read_slides(
                 "data.tiles.tile_px"
             )
         mark = state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
-        extractions.append(
-            Extraction(
-                encoder, f"{encoder.row.key}_{mark[:8]}", mark, chunk=chunk, stain=source.stain
-            )
-        )
+        name = f"{encoder.row.key}_{mark[:8]}"
+        extraction = Extraction(encoder, name, mark, chunk=chunk, stain=source.stain)
+        folders.append(out / grid.tag / f"features_{name}")
+        left = [row for row in rows if row.slide_id not in failed]
+        failed |= extract(extraction, left, source, folders[-1])[-1]
     found = {}
-    for row in tqdm(rows, desc="features", unit=" slides"):
+    for row in rows:
         if row.slide_id in failed:
             continue
-        try:
-            index, features = opener.index(row), []
-            for each in extractions:
-                path = out / grid.tag / f"features_{each.name}" / f"{row.slide_id}.h5"
-                if each.fault(path, index):
-                    workers = 0 if source.cache_dir else source.workers
-                    each.write(path, opener.tiles(row, workers), index, source.tiles.tissue)
-                features.append(read_features(path).to(towers.device))
-        except SlideError as fault:
-            if source.on_error != "skip":
-                raise
-            failed[row.slide_id] = str(fault)
-            continue
+        paths = (folder / f"{row.slide_id}.h5" for folder in folders)
+        features, index = [read_features(p).to(towers.device) for p in paths], opener.index(row)
         with torch.no_grad():
             joint_Nd = towers.teacher.joint(features[0])
         z_Nd = features[1] if towers.student else joint_Nd
@@ -137,14 +123,6 @@ def read_slides(
     for reason in failed.values():
         print(f"tapfm: left out: {reason}", file=sys.stderr)
     return found
-
-
-def opener_of(source: Source) -> Opener:
-    """Rows to open slides."""
-    tiles = source.tiles
-    return Opener(
-        source.index_dir, source.cache_dir, tiles.grid, tiles.tissue, source.stain, source.cache_gb
-    )
 
 
 def encode_slide(towers: Towers, tiles: Tiles, chunk: int) -> Tensor:

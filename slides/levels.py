@@ -1,0 +1,219 @@
+"""The levels of a slide's file as pixels, whoever decodes them.
+
+The handle is opened on first use in each process and never travels: OpenSlide objects can neither
+be pickled nor safely used after a fork, so `Levels` carries its path and what it has learnt.
+
+OpenSlide is the reference. Where it can be shown to give the same pixels, `slides.direct` decodes
+the file's JPEG tiles itself; `direct=False` never does. Transparent pixels and those outside are
+white.
+
+Condition: OpenSlide places reads by whole level-0 pixels, so at a level whose downsample is not a
+whole number its pixels come interpolated, shifted by up to half a level-0 pixel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from slides.diagnose import impossible, tiff_contents, why_refused
+from slides.direct import Direct, NotDirectError
+from slides.errors import NotASlideError, UnreadableRegionError
+from slides.plain import PlainImage, is_plain
+
+CACHE_BYTES = 64 << 20  # all handles of a process together; by default each would hold 32 MiB
+CHECKED = 512  # pixels across, of the first region of each level that is read both ways
+_inherited = []  # handles that came through a fork: closing them here could stop the parent's
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a slide says of itself, kept so that a copy in another process need not reopen it."""
+
+    width0: int
+    height0: int
+    level_sizes: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    bounds0: tuple[int, int, int, int]
+    """x0, y0, width, height of the scanned part; the whole slide where the scanner names none."""
+    vendor: str
+    properties: dict[str, str]
+
+
+class Levels:
+    """A file opened lazily; safe to pickle and to use after a fork.
+
+    Args:
+        path: The slide's file, or a plain picture of tissue (`slides.plain`).
+        name: What to call it in errors.
+        direct: Decode JPEG tiles without OpenSlide where the pixels are proven the same.
+    """
+
+    def __init__(self, path: Path, name: str, direct: bool = True):
+        self.path, self.name, self._want_direct = path, name, direct
+        self._direct = None
+        self._proven = set()
+        self._said_slow = False
+        self._handle = None
+        self._pid = None
+        self._facts = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_handle": None, "_pid": None, "_direct": None, "_proven": set()}
+
+    def close(self) -> None:
+        """Let the file go; the next read opens it again."""
+        if self._handle is not None and self._pid == os.getpid():
+            self._handle.close()
+        elif self._handle is not None:
+            _inherited.append(self._handle)
+        self._handle = None
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
+
+    @property
+    def facts(self) -> Facts:
+        """Sizes, levels and properties.
+
+        Raises:
+            NotASlideError: OpenSlide refuses the file.
+        """
+        if self._facts is None:
+            self._facts = _facts(self._open())
+        return self._facts
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Who decodes each level: "direct", or "OpenSlide" and why."""
+        why = self._directly().why_not if self._want_direct else {}
+        return tuple(
+            f"OpenSlide: {why.get(level, 'asked for')}" if level in why or not self._want_direct
+            else "direct"
+            for level in range(len(self.facts.level_downsamples))
+        )  # fmt: skip
+
+    def pixels(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
+        """A region of a level, (height_r, width_r, 3) uint8 RGB, by whoever may decode it.
+
+        Raises:
+            UnreadableRegionError: nobody can.
+        """
+        if not self._want_direct:
+            return self._reference(x0, y0, level, width_r, height_r)
+        direct, fault, ds = self._directly(), "", self.facts.level_downsamples[level]
+        x_r, y_r = x0 / ds, y0 / ds  # between pixels OpenSlide interpolates: only it can
+        if direct.levels[level] is None or not (x_r.is_integer() and y_r.is_integer()):
+            return self._reference(x0, y0, level, width_r, height_r)
+        try:
+            rgb = direct.pixels(level, int(x_r), int(y_r), width_r, height_r)
+        except NotDirectError as error:
+            fault = str(error)
+        if not fault and level not in self._proven:
+            part = min(CHECKED, height_r), min(CHECKED, width_r)
+            reference = self._reference(x0, y0, level, *part[::-1])
+            if np.array_equal(rgb[: part[0], : part[1]], reference):
+                self._proven.add(level)
+            else:
+                fault = f"level {level} decodes to other pixels here"
+                direct.drop(level, fault)
+        if fault:
+            rgb = self._reference(x0, y0, level, width_r, height_r)
+            self._say_slow(fault)  # only now: where OpenSlide fails too, its error says more
+        return rgb
+
+    def _open(self) -> openslide.OpenSlide:
+        if self._handle is None or self._pid != os.getpid():
+            self.close()
+            if fault := impossible(self.path):
+                raise NotASlideError(f"{self.name}: {fault}")
+            try:
+                self._handle = openslide.OpenSlide(self.path)
+                self._handle.set_cache(_process_cache(os.getpid()))
+            except (openslide.OpenSlideError, OSError) as error:
+                self._handle = None
+                if not self._is_plain():
+                    raise NotASlideError(why_refused(self.name, self.path, error)) from error
+                self._handle = PlainImage(self.path, self.name)
+            self._pid = os.getpid()
+        return self._handle
+
+    def _is_plain(self) -> bool:
+        """A picture that only lacks OpenSlide's tiles: whole, and no slide that was damaged."""
+        if not self.path.is_file():
+            return False
+        contents = tiff_contents(self.path)
+        if contents is None:
+            return is_plain(self.path)
+        return not contents.tiled and contents.reach <= self.path.stat().st_size
+
+    def _directly(self) -> Direct:
+        if self._direct is None:
+            self._direct = Direct(self.path, self.facts.vendor, self.facts.level_sizes)
+            if self._direct.odd:
+                self._say_slow("; ".join(sorted(set(self._direct.why_not.values()))))
+        return self._direct
+
+    def _say_slow(self, why: str) -> None:
+        """Once a slide, in each process."""
+        if not self._said_slow:
+            self._said_slow = True
+            warnings.warn(
+                f"{self.name}: read through OpenSlide, which is slower: {why}. ({self.path})",
+                stacklevel=2,
+            )
+
+    def _reference(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
+        """What OpenSlide reads, over white."""
+        try:
+            rgba = np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
+        except openslide.OpenSlideError as error:
+            self.close()  # OpenSlide answers nothing more on a handle that failed once
+            raise UnreadableRegionError(
+                f"{self.name}: {width_r} x {height_r} pixels of level {level} at level-0 "
+                f"({x0}, {y0}) cannot be decoded: {error}. The file is damaged or truncated: copy "
+                f"it again from its source, or leave this slide out. ({self.path})"
+            ) from error
+        alpha = rgba[..., 3:]
+        if alpha.min() == 255:
+            return np.ascontiguousarray(rgba[..., :3])
+        over = rgba[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+        return ((over + 127) // 255).astype(np.uint8)
+
+
+def _facts(handle: openslide.OpenSlide) -> Facts:
+    width0, height0 = handle.dimensions
+    keys = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
+    bounds = [handle.properties.get(f"openslide.{key}") for key in keys]
+    whole = (0, 0, width0, height0)
+    return Facts(
+        width0=width0,
+        height0=height0,
+        level_sizes=tuple(handle.level_dimensions),
+        level_downsamples=tuple(handle.level_downsamples),
+        bounds0=tuple(int(b) if b else w for b, w in zip(bounds, whole, strict=True)),
+        vendor=handle.properties.get("openslide.vendor", "unknown"),
+        properties=_properties(handle),
+    )
+
+
+def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
+    """All that can be read: a damaged name is listed, and then not found under itself."""
+    found = {}
+    for key in handle.properties:
+        with contextlib.suppress(KeyError):
+            found[key] = handle.properties[key]
+    return found
+
+
+@cache
+def _process_cache(pid: int) -> openslide.OpenSlideCache:
+    """One tile cache for all handles of this process; a forked child gets its own."""
+    return openslide.OpenSlideCache(CACHE_BYTES)

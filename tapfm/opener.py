@@ -1,0 +1,121 @@
+"""A row of the cohort to its pixels and tiles: from slide, index, and cache where there is one.
+
+    for row, tiles in Opener.of(source).streamed(rows, workers):
+        for tiles_CSS in tiles.split(chunk): ...
+
+One crew of processes (`slides.crew`) reads slide after slide, ahead of whoever takes the tiles.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slides.cache import CachedSlide
+from slides.chunks import SlideSource
+from slides.cohort import SlideRow
+from slides.crew import Crew
+from slides.errors import IndexFileError, SlideError
+from slides.grid import Grid
+from slides.held import JoinedTiles, SlideTiles, joined
+from slides.index import TileIndex, index_path, read_index
+from slides.reader import Slide
+from slides.stain import StainedSlide
+from slides.tissue import Tissue
+from slides.workers import Listed
+from tapfm.config import Source, TileSettings, index_and_cache
+
+
+@dataclass(frozen=True)
+class Opener:
+    """A row of the cohort to an open slide and its tiles; picklable, for worker processes."""
+
+    index_dir: Path
+    cache_dir: Path | None
+    grid: Grid
+    tissue: Tissue
+    stain: str | None = None
+    """How stains are normalised, see `slides.stain`; None leaves them."""
+    cache_gb: float | None = None
+    """With a limit, slides without a cache are read from their files."""
+
+    @classmethod
+    def of(cls, source: Source) -> Opener:
+        """What opens the slides of a config."""
+        grid, tissue = source.tiles.grid, source.tiles.tissue
+        return cls(source.index_dir, source.cache_dir, grid, tissue, source.stain, source.cache_gb)
+
+    def index(self, row: SlideRow) -> TileIndex:
+        """The slide's tiles, from the index on disk.
+
+        Raises:
+            SlideError: there is none, or it was made with other settings.
+        """
+        path = index_path(self.index_dir, self.grid, row.slide_id)
+        return read_index(path, self.grid, self.tissue)
+
+    def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
+        """Pixels, from the cache where there is one, normalised if asked for, and tiles."""
+        index = self.index(row)
+        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
+        if self.cache_dir is not None:
+            try:
+                source = CachedSlide(self.cache_dir, index, row.path)
+            except IndexFileError:
+                if self.cache_gb is None:
+                    raise
+        return (StainedSlide(source, index, self.stain) if self.stain else source), index
+
+    def tiles(
+        self,
+        row: SlideRow,
+        workers: int | Crew = 0,
+        on_fault: Callable[[SlideError], None] | None = None,
+    ) -> SlideTiles:
+        """All tiles of a slide, read chunk by chunk each time they are asked for.
+
+        `workers` may be the crew of several slides, see `SlideTiles`.
+        """
+        crew = workers if isinstance(workers, Crew) else Crew(workers)
+        return SlideTiles(Listed.of(partial(self, row), self.index(row)), crew, on_fault=on_fault)
+
+    def streamed(
+        self, rows: Sequence[SlideRow], workers: int
+    ) -> Iterator[tuple[SlideRow, SlideTiles | JoinedTiles]]:
+        """Each slide or case with its tiles; while they are used, the next one's are read ahead.
+
+        Raises:
+            SlideError: a slide has no index; reading the tiles raises what `SlideTiles` does.
+        """
+        crew = Crew(workers)
+        every = [(row, joined([self.tiles(slide, crew) for slide in row.slides])) for row in rows]
+        with crew:
+            yield from every
+
+
+@contextmanager
+def loose(
+    rows: Sequence[SlideRow], tiles: TileSettings, workers: int, stain: str | None = None
+) -> Iterator[tuple[Opener, list[SlideRow], dict[str, str]]]:
+    """Slides of no cohort, indexed for as long as this lasts.
+
+    Args:
+        rows: the slides.
+        tiles: which of their tiles.
+        workers: processes that index.
+        stain: how stains are normalised.
+
+    Yields:
+        What opens them; those that can be read; and the faults of the others, which are printed.
+    """
+    with TemporaryDirectory() as index_dir:
+        source = Source(rows, Path(index_dir), None, tiles, "skip", workers, stain)
+        _, failed = index_and_cache(source)
+        for reason in failed.values():
+            print(f"tapfm: {reason}", file=sys.stderr)
+        yield Opener.of(source), [row for row in rows if row.slide_id not in failed], failed

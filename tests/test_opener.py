@@ -1,0 +1,128 @@
+"""One crew of processes reads slide after slide, whatever is made of their tiles.
+
+What `features`, `predict` and `heatmap` write does not depend on how many processes read, nor on
+what is read ahead; a process that dies is an error with the name of its slide.
+"""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from cohorts import LABELS, write_cohort
+
+from slides import crew as crews
+from tapfm import backbones
+from tapfm import model as models
+from tapfm.cli import main
+from tapfm.config import index_and_cache, read_source
+from tapfm.opener import Opener
+
+SLIDES = 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = write_cohort(tmp_path_factory.mktemp("cohort"))
+    assert main(["index", "--config", str(config)]) == 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with random weights."""
+    torch.manual_seed(0)
+    recipe = models.Recipe("demo_vit", "tapfm_gated", LABELS, 32, 0.5)
+    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    path = tmp_path_factory.mktemp("model") / "best.safetensors"
+    models.save(model, path, tissue={"min_area_um2": 1000.0})
+    return path
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """How many workers each start of a crew's processes began with."""
+    counts, begin = [], crews.Workers.__init__
+
+    def counted(self, slides, size, workers, slots):
+        counts.append(workers)
+        begin(self, slides, size, workers, slots)
+
+    monkeypatch.setattr(crews.Workers, "__init__", counted)
+    return counts
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_slide_comes_as_it_does_alone(config, started, workers):
+    source = read_source([config])
+    opener, rows = Opener.of(source), list(source.rows)[:SLIDES]
+    seen = []
+    for row, tiles in opener.streamed(rows, workers):
+        alone = torch.cat(list(opener.tiles(row).split(7)))
+        assert torch.equal(torch.cat(list(tiles.split(5))), alone)
+        seen.append(row)
+    assert seen == rows
+    assert started == [2] * (workers > 0)
+
+
+def test_a_case_comes_as_its_slides_one_after_the_other(config):
+    source = read_source([config])
+    opener, (one, other, *_) = Opener.of(source), source.rows
+    case = replace(one, slide_id="c", parts=(one, other))
+    ((row, tiles),) = opener.streamed([case], 2)
+    assert row is case
+    alone = torch.cat([part for each in (one, other) for part in opener.tiles(each).split(7)])
+    assert torch.equal(torch.cat(list(tiles.split(5))), alone)
+
+
+def written(folder):
+    """Every file's bytes, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(verb, config, saved, workers):
+    """Features of a cohort, or predictions for slides of it: what is written."""
+    source = read_source([config])
+    out = config.parent / f"{verb}_{workers}"
+    what = ["--config", config] if verb == "features" else [r.path for r in source.rows[:SLIDES]]
+    model = "demo_vit" if verb == "features" else saved
+    command = [verb, *what, "--model", model, "--out", out, "--workers", workers]
+    return main([str(each) for each in command]), out
+
+
+@pytest.mark.parametrize("verb", ["features", "predict", "heatmap"])
+def test_processes_are_started_once_and_change_no_byte(config, saved, started, verb):
+    code, here = run(verb, config, saved, 0)
+    assert code == 0
+    assert not started
+    code, there = run(verb, config, saved, 2)
+    assert code == 0
+    assert started == [2]
+    # features name the folder they are in
+    found = [
+        {name: data.replace(b"features_0", b"features_2") for name, data in written(each).items()}
+        for each in (here, there)
+    ]
+    assert len(found[0]) > SLIDES
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("verb", ["features", "predict"])
+def test_a_process_that_dies_is_an_error_with_its_slides_name(
+    config, saved, verb, monkeypatch, capsys
+):
+    index_and_cache(read_source([config]))
+    opened, parent = Opener.__call__, os.getpid()
+
+    def deadly(self, row):
+        if row.slide_id == "s2" and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return opened(self, row)
+
+    monkeypatch.setattr(Opener, "__call__", deadly)
+    code, out = run(verb, config, saved, 3)
+    assert code == 2
+    assert "s2: a process that was reading died (SIGKILL)" in capsys.readouterr().err
+    paths = out.rglob("features_*/*.h5" if verb == "features" else "*_weights.h5")
+    assert sorted(path.stem[:2] for path in paths) == ["s0", "s1"]
