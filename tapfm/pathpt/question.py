@@ -118,6 +118,12 @@ class Question:
         """Label columns that decide."""
         return list(dict.fromkeys(key for each in self.classes for key in each.where))
 
+    @property
+    def towers(self) -> dict[str, str | None]:
+        """What `tiles.load_towers` loads."""
+        names = ("teacher", "weights", "images", "image_weights")
+        return {name: getattr(self, name) for name in names}
+
     def sentences(self) -> list[list[str]]:
         """Every prompt of each class: templates times names."""
         return [

@@ -50,15 +50,20 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     """`tapfm predict`; drawn, `tapfm heatmap`."""
     add = verb.add_argument
     add("slides", nargs="+", type=Path, help="slides")
-    add("--model", type=Path, required=True, dest="path", help="best.safetensors of a run")
+    add("--model", type=Path, required=True, dest="path",
+        help="best.safetensors of a run, or pathpt.safetensors")  # fmt: skip
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
     tile_flags(verb, "the model's own")
     add("--workers", type=int, default=2, help="reading processes (%(default)s)")
     device_flags(verb)
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
-        from tapfm.predict import predict_slides
+        from tapfm.pathpt.network import is_pathpt
 
+        if is_pathpt(given["path"]):
+            from tapfm.pathpt.loose import predict_slides
+        else:
+            from tapfm.predict import predict_slides
         return predict_slides(rows=loose_rows(slides, slide_mpp), draw=draw, **given)
 
     return do
