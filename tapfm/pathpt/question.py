@@ -3,6 +3,9 @@
 Each subtype says by `where` which of the cohort's label columns are 1 and 0 for its slides; the
 first class is normal tissue and has none. A slide that no subtype fits, or whose labels are unknown
 where it matters, takes no part; one that two fit is a fault of the question.
+
+Source: PathPT (arXiv 2508.15904): shots, draws, prompts, epochs, rate and scale, by default.
+Differs: `images` without a text tower and `strategy`, end to end, are our additions.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ PathPT does not look at. Pictures of tile classes are of the first draw with the
     <out>/<shots>_shots/draw_<n>/pathpt.safetensors    and predictions.csv, pathpt_losses.csv
     <out>/tile_classes/<slide>.png, .geojson        what each tile is called, for people and QuPath
 
+Source: PathPT (arXiv 2508.15904): shots, draws and a fixed test set.
+Differs: intervals by test case and paired differences to the frozen rows are ours.
+
 Shapes: N tiles, K classes of a tile, d joint width, S test slides, R draws.
 """
 
