@@ -13,9 +13,10 @@ from conftest import stained_picture, write_pyramid
 from test_pathpt_run import ask
 
 from tapfm.cli import main
-from tapfm.pathpt.loose import load_whole
+from tapfm.pathpt.loose import load_whole, predict_slides
 from tapfm.pathpt.network import load, save
 from tapfm.pathpt.vote import ballot
+from tapfm.verbs.reading import loose_rows
 
 NAMES = ("normal tissue", "tumour with smooth chromatin", "tumour with prominent nucleoli")
 
@@ -93,6 +94,28 @@ def test_what_was_trained_of_the_image_tower_counts(ran, tmp_path):
             found.append(file["probabilities"][:])
     assert np.abs(found[0] - found[1]).max() > 1e-3
     assert not (tmp_path / "s12.png").exists(), "predict draws nothing"
+
+
+def test_a_case_is_named_by_all_its_tiles_or_not_at_all(ran, tmp_path, capsys):
+    folder, draw = ran
+    slides = loose_rows([folder / "slides" / name for name in ("s12.tif", "s13.svs")], None)
+    path = draw / "pathpt.safetensors"
+    assert predict_slides(path, slides, tmp_path, case="P1", workers=0) == 0
+    (row,) = csv.DictReader((tmp_path / "predictions.csv").open())
+    assert row["slide_id"] == row["case_id"] == "P1"
+    p_NK = []
+    for each in slides:
+        with h5py.File(tmp_path / f"{each.slide_id}_tiles.h5") as file:
+            p_NK.append(torch.from_numpy(file["probabilities"][:]))
+    called, share_C = ballot(torch.cat(p_NK).log())
+    assert row["called"] == NAMES[called + 1]
+    shares = [float(row[f"p_{name}"]) for name in NAMES[1:]]
+    assert shares == pytest.approx(share_C.tolist(), abs=1e-6)
+
+    gone = loose_rows([tmp_path / "gone.svs"], None)
+    assert predict_slides(path, [*slides, *gone], tmp_path, case="P1", workers=0) == 2
+    assert list(csv.DictReader((tmp_path / "predictions.csv").open())) == []
+    assert "P1: a slide of it failed" in capsys.readouterr().err
 
 
 def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):

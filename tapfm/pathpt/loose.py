@@ -49,6 +49,7 @@ def predict_slides(
     rows: Sequence[SlideRow],
     out: Path,
     *,
+    case: str | None = None,
     mpp: float | None = None,
     masks: str | None = None,
     chunk: int = 16,
@@ -58,8 +59,9 @@ def predict_slides(
 ) -> int:
     """Name slides and their tiles; a bad slide is reported and the others go on.
 
-    Takes what `tapfm.predict.predict_slides` takes, and a pathpt.safetensors for `path`. Returns 0,
-    or 2 if any slide failed.
+    Takes what `tapfm.predict.predict_slides` takes, and a pathpt.safetensors for `path`. The slides
+    of a `case` are named as one: all their tiles have a vote, and with a slide that cannot be read
+    nothing is said of it. Returns 0, or 2 if any slide failed.
 
     Raises:
         CheckpointError: the file is damaged, or the image tower cannot be had or is another one.
@@ -71,7 +73,7 @@ def predict_slides(
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {trained:g}")
     grid = Grid(size, mpp or trained, overlap)
     tissue = Tissue(**{**recipe.tiles["tissue"], "masks": masks, "coords": None})
-    names, answers, failed = recipe.classes, [], 0
+    names, votes, failed = recipe.classes, [], 0
     for row in tqdm(rows, unit=" slides"):
         try:
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
@@ -80,25 +82,38 @@ def predict_slides(
                 z_Nd = encode_slide(towers, SlideTiles.of(source, index, workers), chunk)
                 spots_N2 = places(index.coords0, grid.step0(index.slide_mpp)).to(device)
                 with torch.no_grad():
-                    logits_NK = model(z_Nd, spots_N2, classes_Kd)
-                called, share_C = ballot(logits_NK)
-                p_NK = logits_NK.softmax(1).cpu().numpy()
+                    logits_NK = model(z_Nd, spots_N2, classes_Kd).cpu()
+                p_NK = logits_NK.softmax(1).numpy()
                 write_tiles(out / f"{row.slide_id}_tiles.h5", names, p_NK, index)
                 if draw:
-                    draw_classes(out, slide, index, names, p_NK, called)
+                    draw_classes(out, slide, index, names, p_NK, ballot(logits_NK)[0])
         except SlideError as fault:
             tqdm.write(f"tapfm: {fault}", file=sys.stderr)
             failed += 1
             continue
-        numbers = [*share_C.tolist(), float((p_NK.argmax(1) == 0).mean())]
-        cells = [f"{number:.6f}" for number in numbers]
-        answers.append([row.slide_id, row.case_id, names[called + 1], *cells])
-        tqdm.write(
-            f"{row.slide_id}: {len(index)} tiles; {names[called + 1]}, by {max(share_C):.3f}"
-        )
-    header = ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
-    write_csv(out / "predictions.csv", header, answers)
+        votes.append((row.slide_id, row.case_id, logits_NK))
+    if case and failed:
+        print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
+        votes = []
+    elif case:
+        votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
+    write_votes(out / "predictions.csv", names, votes)
     return 2 if failed else 0
+
+
+def write_votes(
+    path: Path, names: Sequence[str], votes: Sequence[tuple[str, str, torch.Tensor]]
+) -> None:
+    """A row a slide, from its id, its case's, and its tiles' logits (N, K); printed as well."""
+    rows = []
+    for slide_id, case_id, logits_NK in votes:
+        called, share_C = ballot(logits_NK)
+        normal = (logits_NK.argmax(1) == 0).float().mean()
+        shares = [f"{share:.6f}" for share in (*share_C, normal)]
+        rows.append([slide_id, case_id, names[called + 1], *shares])
+        print(f"{slide_id}: {len(logits_NK)} tiles; {names[called + 1]}, by {max(share_C):.3f}")
+    header = ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
+    write_csv(path, header, rows)
 
 
 def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, Recipe, Towers]:
