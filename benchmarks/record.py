@@ -10,6 +10,7 @@ import csv
 import os
 import platform
 import re
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -60,6 +61,12 @@ def facts(device: str) -> dict[str, str]:
         "machine": machine, "date": date.today().isoformat(), "commit": commit or "unknown",
         "torch": version("torch"), "timm": version("timm"),
     }  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def cores() -> int:
