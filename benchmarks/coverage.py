@@ -25,6 +25,7 @@ from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.bootstrap import bootstrap_cases, interval, once, percentiles
 from tapfm.delong import delong
 from tapfm.metrics import auroc_draws
+from tapfm.plain_table import markdown
 
 SIMULATIONS, DRAWS = 500, 1000
 CASES, PREVALENCES, AUROCS = (40, 150), (0.4, 0.2), (0.7, 0.8, 0.9)
@@ -117,21 +118,19 @@ def bca(value: float, drawn_B: np.ndarray, without_C: np.ndarray) -> np.ndarray:
 
 def table(result: dict) -> str:
     """A row a kind of cohort; what misses `WANTED` is bold."""
-    titles = ["cases", "positive cases, about", "AUROC", *METHODS.values()]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines = [["cases", "positive cases, about", "AUROC", *METHODS.values()]]
     for row in result["rows"]:
         cells = [str(row["cases"]), f"{row['cases'] * row['prevalence']:g}", f"{row['auroc']:g}"]
         for name in METHODS:
             inside = WANTED[0] <= row[name] <= WANTED[1]
             mark = "" if inside else "**"
             cells.append(f"{mark}{100 * row[name]:.1f}{mark}")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append(
-        f"\nPercent of {result['simulations']} cohorts of {result['draws']} draws each; bold is "
+        lines.append(cells)
+    return markdown(lines) + (
+        f"\n\nPercent of {result['simulations']} cohorts of {result['draws']} draws each; bold is "
         f"outside {100 * WANTED[0]:g} to {100 * WANTED[1]:g} (a true 95 moves by 1.0 at 500). "
         f"{result['machine']}; {result['date']}, commit {result['commit']}."
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

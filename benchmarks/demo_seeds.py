@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
+from tapfm.plain_table import markdown
 from tapfm.tables import interval
 
 ROOT = Path(__file__).parent.parent
@@ -93,34 +94,34 @@ def table(results: dict) -> str:
     """A row a seed and model."""
     arm = next(arm for result in results.values() for arm in result["arms"].values())
     labels = [name for name in arm["figures"] if name != "macro"]
-    titles = ["seed", "model", "macro AUROC [95 %]", *labels]
-    titles += ["minus best frozen [95 %]", "tile AUROC"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines = [["seed", "model", "macro AUROC [95 %]", *labels, "minus best frozen [95 %]",
+              "tile AUROC"]]  # fmt: skip
     for seed, result in results.items():
         for number, (name, arm) in enumerate(result["arms"].items()):
             auroc = {label: arm["figures"][label]["auroc"] for label in ("macro", *labels)}
             gain = (arm["auroc_difference"] or {}).get("macro")
             tile = result["tile_auroc"].get(name.removeprefix("end to end, "))
-            cells = [
-                "" if number else seed,
-                name + (" (best frozen)" if name == result["reference"] else ""),
-                interval(auroc["macro"]),
-                *(f"{auroc[label]['value']:.3f}" for label in labels),
-                interval(gain, sign="+"),
-                f"{tile:.3f}" if tile else "",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+            lines.append(
+                [
+                    "" if number else seed,
+                    name + (" (best frozen)" if name == result["reference"] else ""),
+                    interval(auroc["macro"]),
+                    *(f"{auroc[label]['value']:.3f}" for label in labels),
+                    interval(gain, sign="+"),
+                    f"{tile:.3f}" if tile else "",
+                ]
+            )
+    notes = []
     for seed, result in results.items():
         seconds = result["seconds"]
         stages = ", ".join(f"{name} {value}" for name, value in seconds.items())
         again = f" (tested again: {result['tested_again']})" if "tested_again" in result else ""
-        lines.append(
+        notes.append(
             f"Seed {seed}: {result['slides']} test slides of {result['cases']} cases; seconds: "
             f"{stages}, {sum(seconds.values())} in all. {result['machine']}; {result['date']}, "
             f"commit {result['commit']}{again}, torch {result['torch']}, timm {result['timm']}.\n"
         )
-    return "\n".join(lines)
+    return markdown(lines) + "\n\n" + "\n".join(notes)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tapfm.adapt import STRATEGIES
 from tapfm.bootstrap import percentiles, with_point
 from tapfm.cli import main as tapfm
 from tapfm.confusions import averages, confusions
+from tapfm.plain_table import markdown
 from tapfm.tables import interval
 from tapfm.tile_fit import PROBE, RGB
 from tapfm.tile_metrics import FIGURES
@@ -140,25 +141,22 @@ def _predictions(run: Path, strategy: str, seed: int, title: str) -> tuple:
 
 def table(result: dict) -> str:
     """A row a model."""
-    lines = ["| model | macro F1 [95 %] | each seed | minus probe [95 %] | balanced accuracy | "
-             "trained parameters | processor s a run |", "|---" * 7 + "|"]  # fmt: skip
+    lines = [["model", "macro F1 [95 %]", "each seed", "minus probe [95 %]", "balanced accuracy",
+              "trained parameters", "processor s a run"]]  # fmt: skip
     for title, row in result["rows"].items():
         cost = result["cells"].get(title)
         said = [f"{cost['parameters']:,}", f"{np.mean(cost['seconds']):.0f}"] if cost else ["", ""]
         gain = interval(row["f1_minus_probe"], sign="+") if title != PROBE else ""
         each = ", ".join(f"{value:.3f}" for value in row["f1_by_seed"]) if cost else ""
-        lines.append(
-            f"| {title} | {interval(row['f1'])} | {each} | {gain} | "
-            f"{row['balanced_accuracy']['value']:.3f} | {' | '.join(said)} |"
-        )
+        accuracy = f"{row['balanced_accuracy']['value']:.3f}"
+        lines.append([title, interval(row["f1"]), each, gain, accuracy, *said])
     draws = result["rows"][PROBE]["f1"]["draws"]
-    lines.append(
-        f"\n{result['tiles']} test tiles in {result['blocks']} spatial blocks; {draws} of {DRAWS} "
-        f"draws had every class; {result['epochs']} epochs; one thread. {result['machine']}; "
-        f"{result['date']}, commit {result['commit']}, torch {result['torch']}, timm "
-        f"{result['timm']}.\n"
+    return markdown(lines) + (
+        f"\n\n{result['tiles']} test tiles in {result['blocks']} spatial blocks; {draws} of "
+        f"{DRAWS} draws had every class; {result['epochs']} epochs; one thread. "
+        f"{result['machine']}; {result['date']}, commit {result['commit']}, torch "
+        f"{result['torch']}, timm {result['timm']}.\n"
     )
-    return "\n".join(lines)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import csv
 import os
 import platform
 import re
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -71,6 +72,12 @@ def commit() -> str:
     outcomes = (f":!{path.relative_to(HERE.parent)}" for path in (RESULTS, README))
     differs = git("diff", "--quiet", "HEAD", "--", ".", *outcomes).returncode == 1
     return f"{name}-dirty" if differs else name
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def cores() -> int:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -33,7 +32,7 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.indexing import MPP, write_large_slide
-from benchmarks.record import RESULTS, facts, rewrite, write_rows
+from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite, write_rows
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
 from slides.grid import Grid
@@ -115,12 +114,6 @@ def consume(slides: Iterator[Iterable[Tensor]]) -> dict:
         "slides": count, "tiles": tiles, "first_wait_s": first, "waited_s": waited,
         "busy": worked / (worked + waited), "cpu_ms": 1000 * cpu / tiles, "cores": cpu / seconds,
     }  # fmt: skip
-
-
-def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def table(rows: list[dict]) -> str:

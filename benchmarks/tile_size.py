@@ -14,6 +14,7 @@ import sys
 from benchmarks.record import rewrite
 from slides.errors import TooCoarseError
 from slides.grid import Grid
+from tapfm.plain_table import markdown
 
 SCANS = (0.23, 0.2485, 0.25, 0.2527, 0.265, 0.33, 0.46, 0.499, 0.5021, 0.55)  # mpp
 COARSE = 0.30  # from here on a scan is "20x"
@@ -22,15 +23,14 @@ GRID = Grid(size=224, mpp=0.5)
 
 def main() -> int:
     """Rewrite the table."""
-    titles = ["scan, mpp", "should be, px", "tapfm", "by nominal magnification",
-              "coarser is refused"]  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines = [["scan, mpp", "should be, px", "tapfm", "by nominal magnification",
+              "coarser is refused"]]  # fmt: skip
     for mpp in SCANS:
         true = GRID.size * GRID.mpp / mpp
         nominal = GRID.size if mpp >= COARSE else 2 * GRID.size
         cells = f"{mpp:g}", f"{true:.1f}", ours(mpp, true), off(nominal, true)
-        lines.append("| " + " | ".join([*cells, "refused" if mpp > GRID.mpp else "taken"]) + " |")
-    rewrite("tile_size", "\n".join(lines))
+        lines.append([*cells, "refused" if mpp > GRID.mpp else "taken"])
+    rewrite("tile_size", markdown(lines))
     return 0
 
 

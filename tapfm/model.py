@@ -172,7 +172,8 @@ def read_recipe(path: Path) -> tuple[Recipe, dict]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a model that tapfm saved ({type(error).__name__}: {error}). "
-            "Give the best.safetensors of a run directory."
+            "Give the best.safetensors of a run directory. (A pathpt.safetensors is for "
+            "`tapfm predict` and `heatmap` alone.)"
         ) from error
     names = Recipe.__dataclass_fields__
     fields = {k: header.pop(k) for k in list(header) if k in names}

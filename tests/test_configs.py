@@ -3,12 +3,15 @@
 import re
 import shlex
 import subprocess
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
 
-from tapfm import cli
+from tapfm import cli, verbs
 from tapfm.config import ConfigError, preamble, read_source
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +117,17 @@ def test_later_configs_win(tmp_path):
     assert len(source.rows) == 14
 
 
+def test_a_flag_wins_over_the_config(tmp_path):
+    from cohorts import write_cohort
+
+    config = write_cohort(tmp_path)
+    tiles = read_source([config]).tiles
+    asked = ["--tile-px", "48", "--mpp", str(2 * tiles.mpp)]
+    assert cli.main(["index", "--config", str(config), *asked]) == 0
+    made = replace(tiles, tile_px=48, mpp=2 * tiles.mpp)
+    assert [path.name for path in (tmp_path / "index").iterdir()] == [made.grid.tag]
+
+
 def commands():
     """`make ...` and `tapfm ...` lines of the README's code blocks."""
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.S):
@@ -124,7 +138,7 @@ def commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
-def test_readme_command_exists(command, capsys):
+def test_readme_command_exists(command, monkeypatch):
     program, *arguments = shlex.split(command)
     if program == "make":
         done = subprocess.run(
@@ -136,7 +150,11 @@ def test_readme_command_exists(command, capsys):
         assert all((ROOT / a).exists() for a in configs)
         assert arguments[0] in {verb_of(a) for a in configs}
     else:
-        cli.parser().parse_args(arguments)
+        flags = vars(cli.parser().parse_args(arguments))
+        assert flags.pop("verb") == arguments[0]
+        monkeypatch.setattr(verbs, "resolve_name", lambda name: signature(resolve_name(name)).bind)
+        do = flags.pop("do")  # its own, which the verb's tests run, or another module's:
+        assert do.__module__ != "tapfm.verbs" or do(**flags), "which takes these flags"
 
 
 def test_readme_tree_is_the_tree():

@@ -17,7 +17,7 @@ from tapfm.pathpt.spatial import KERNELS, Mixer, PlaceError, drawn_together, pla
 from tapfm.pathpt.tile_loss import balanced_nll, tile_loss
 from tapfm.pathpt.towers import TextError, VisionLanguage, tokenise
 from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train
-from tapfm.pathpt.vote import vote
+from tapfm.pathpt.vote import ballot, vote
 from tapfm.pathpt.words import WordTower
 
 WORDS = [
@@ -201,17 +201,22 @@ def test_tile_labels_follow_the_truth_table():
 
 
 @pytest.mark.parametrize(
-    ("logits", "expected"),
+    ("logits", "expected", "thirds"),
     [
-        ([[9, 1, 0, 0], [9, 0, 1, 0], [0, 0, 1, 0]], 1),  # one tumour tile decides
-        ([[9, 1, 0, 0], [9, 1, 0, 0], [9, 0, 0, 1]], 0),  # no tumour tile: among tumour classes
-        ([[0, 2, 1, 0], [0, 0, 1, 2], [9, 0, 2, 3]], 2),  # 1 to 1: the normal tile has the say
-        ([[0, 2, 1, 0], [0, 0, 1, 5]], 2),  # tied twice: the larger mean probability
-        ([[0, 0, 3, 0], [0, 0, 3, 0], [0, 5, 0, 0]], 1),  # votes, not sums
+        ([[9, 1, 0, 0], [9, 0, 1, 0], [0, 0, 1, 0]], 1, (0, 3, 0)),  # one tumour tile decides
+        ([[9, 1, 0, 0], [9, 1, 0, 0], [9, 0, 0, 1]], 0, (2, 0, 1)),  # none: among tumour classes
+        ([[0, 2, 1, 0], [0, 0, 1, 2], [9, 0, 2, 3]], 2, (1, 0, 2)),  # 1 to 1: so a normal one has
+        ([[0, 2, 1, 0], [0, 0, 1, 5]], 2, (1.5, 0, 1.5)),  # tied twice: the larger mean probability
+        ([[0, 0, 3, 0], [0, 0, 3, 0], [0, 5, 0, 0]], 1, (1, 2, 0)),  # votes, not sums
+        ([[0, 0, 3, 0], [0, 0, 3, 0], [0, 50, 0, 0]], 1, (1, 2, 0)),  # however sure
     ],
 )
-def test_vote_by_hand(logits, expected):
-    assert vote(torch.tensor(logits, dtype=torch.float32)) == expected
+def test_vote_by_hand(logits, expected, thirds):
+    """Whom the slide is given to, and everyone's share of the votes that decided."""
+    logits_NK = torch.tensor(logits, dtype=torch.float32)
+    called, share_C = ballot(logits_NK)
+    assert called == vote(logits_NK) == expected
+    torch.testing.assert_close(share_C, torch.tensor(thirds, dtype=torch.float32) / 3)
 
 
 def test_prompts_that_call_the_slides_wrong_are_left_out():

@@ -5,6 +5,7 @@ Without `transformers` only the messages are tested.
 
 import json
 import math
+import sys
 
 import pytest
 import timm
@@ -87,7 +88,7 @@ def test_prompts_learn_through_its_text_tower_and_dropout_stays_off(keep):
     assert not any(p.requires_grad for p in pair.parameters())
 
 
-def test_a_question_is_answered_with_it(keep, tmp_path, capsys):
+def test_a_question_is_answered_with_it(keep, tmp_path, capsys, monkeypatch):
     config = write_cohort(tmp_path)
     question = tmp_path / "question.yaml"
     tumours = [{"name": f"tumour {n}", "where": {"EGFR": n, "KRAS": 0}} for n in (0, 1)]
@@ -98,8 +99,15 @@ def test_a_question_is_answered_with_it(keep, tmp_path, capsys):
     given = ["--config", config, "--question", question, "--out", tmp_path / "out", "--drawn", 0]
     assert cli.main(["pathpt", *(str(each) for each in given)]) == 0
     assert "hf-hub:Astaxanthin/KEEP, licence MIT" in capsys.readouterr().err
-    *_, recipe, _ = load(tmp_path / "out" / "1_shots" / "draw_0" / "pathpt.safetensors")
-    assert (recipe.images, recipe.dim) == ("keep", 24)
+    model = tmp_path / "out" / "1_shots" / "draw_0" / "pathpt.safetensors"
+    *_, recipe, _ = load(model)
+    assert (recipe.towers["teacher"], recipe.dim) == ("keep", 24)
+
+    # what is saved names tiles without the text tower, and so without `transformers`
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    given = ["--model", model, "--out", tmp_path, "--workers", 0]
+    slide = str(tmp_path / "slides" / "s12.tif")
+    assert cli.main(["predict", slide, *(str(each) for each in given)]) == 0
 
 
 def test_what_is_missing_is_named(keep, tmp_path):

@@ -13,6 +13,7 @@
     tiles.py      slides as features, places and pixels
     findings.py   table, calls, pictures of tile classes
     run.py        `tapfm pathpt`
+    loose.py      what it leaves, on slides of no cohort: `tapfm predict`, `tapfm heatmap`
 
 Source: PathPT (arXiv 2508.15904; Nature Communications 2026, doi 10.1038/s41467-026-71715-2).
 

@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
+from slides.index_file import TileIndex
 from slides.reader import Slide
 from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import overlay_png, write_geojson
-from tapfm.opener import Opener
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.tiles import EncodedSlide
@@ -23,25 +22,32 @@ from tapfm.plain_table import markdown, span
 
 def draw_classes(
     folder: Path,
-    question: Question,
-    opener: Opener,
-    each: EncodedSlide,
-    logits_NK: Tensor,
+    slide: Slide,
+    index: TileIndex,
+    names: Sequence[str],
+    p_NK: np.ndarray,
     called: int,
+    said: str = "",
 ) -> None:
-    """Probability of the called subtype on the thumbnail; of all classes as QuPath objects."""
-    p_NK, row, index = logits_NK.softmax(1).cpu().numpy(), each.row, opener.index(each.row)
-    name = question.names[called + 1]
-    with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-        thumbnail, downsample = slide.thumbnail(max_side=1600)
+    """Probability of the called subtype on the thumbnail; of all classes as QuPath objects.
+
+    Args:
+        folder: for `<slide>.png` and `<slide>.geojson`.
+        slide: open.
+        index: its tiles.
+        names: of the K classes.
+        p_NK: their probabilities.
+        called: the slide's subtype, 0 to C - 1.
+        said: what the title says behind it.
+    """
+    name, where = names[called + 1], (index.coords0, index.size0)
+    thumbnail, downsample = slide.thumbnail(max_side=1600)
     overlay_png(
-        thumbnail, downsample, index.coords0, index.size0, p_NK[:, called + 1],
-        folder / f"{row.slide_id}.png", scale="linear", label=f"p({name})",
-        title=f"{row.slide_id}: called {name}, is {question.names[each.subtype + 1]}",
+        thumbnail, downsample, *where, p_NK[:, called + 1], folder / f"{slide.name}.png",
+        scale="linear", label=f"p({name})", title=f"{slide.name}: called {name}{said}",
     )  # fmt: skip
-    measured = {f"p({n})": p_NK[:, k] for k, n in enumerate(question.names)}
-    path = folder / f"{row.slide_id}.geojson"
-    write_geojson(path, index.coords0, index.size0, measured, index.bounds0, row.slide_id)
+    measured = {f"p({n})": p_NK[:, k] for k, n in enumerate(names)}
+    write_geojson(folder / f"{slide.name}.geojson", *where, measured, index.bounds0, slide.name)
 
 
 def write_calls(

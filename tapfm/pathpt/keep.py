@@ -71,24 +71,18 @@ class BertText(nn.Module):
         return self.bert(inputs_embeds=x_BLW, attention_mask=mask_BL.long()).pooler_output
 
 
-def load_keep(weights: str | None) -> VisionLanguage:
+def load_keep(weights: str | None, text: bool = True) -> VisionLanguage:
     """KEEP from a folder with its files, or from the publisher.
 
     Args:
         weights: the folder, or `hub`.
+        text: whether its text tower is wanted, for which `transformers` is.
 
     Raises:
         TextError: no folder, files missing, or `transformers` is not installed.
         BackboneError: the weights are not KEEP's.
     """
     folder = _folder(weights)
-    try:
-        from transformers import BertConfig, BertModel, BertTokenizerFast
-    except ImportError as error:
-        raise TextError(
-            "keep: its text tower is a BERT of `transformers`, which is not installed. "
-            "Run: pip install transformers"
-        ) from error
     config = json.loads((folder / "config.json").read_text())
     vision = config["vision_config"]
     row = Backbone(
@@ -102,15 +96,26 @@ def load_keep(weights: str | None) -> VisionLanguage:
     load_state(vit, row, {_timms(key): v for key, v in _below(state, "visual.").items()})
     width = config["projection_dim"]
     head = nn.Sequential(nn.Linear(row.width, width), nn.GELU(), nn.Linear(width, width))
-    bert = BertModel(BertConfig(**config["text_config"]), add_pooling_layer=True)
     _fill(head, _below(state, "visual_head."), folder, "visual_head")
+    tower = _text(folder, config["text_config"], state) if text else None
+    scale = math.exp(float(state["logit_scale"]))
+    return VisionLanguage("keep", Encoder(vit, row), head, tower, scale)
+
+
+def _text(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> BertText:
+    try:
+        from transformers import BertConfig, BertModel, BertTokenizerFast
+    except ImportError as error:
+        raise TextError(
+            "keep: its text tower is a BERT of `transformers`, which is not installed. "
+            "Run: pip install transformers"
+        ) from error
+    bert = BertModel(BertConfig(**config), add_pooling_layer=True)
     _fill(bert, _below(state, "text."), folder, "text")
     settings = folder / "tokenizer_config.json"
     lower = json.loads(settings.read_text()).get("do_lower_case", True)
     # its constructor took the file in transformers 4 and takes what is in it in 5: this reads both
-    tokenizer = BertTokenizerFast.from_pretrained(folder, do_lower_case=lower)
-    scale = math.exp(float(state["logit_scale"]))
-    return VisionLanguage("keep", Encoder(vit, row), head, BertText(bert, tokenizer), scale)
+    return BertText(bert, BertTokenizerFast.from_pretrained(folder, do_lower_case=lower))
 
 
 def _folder(weights: str | None) -> Path:

@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +41,16 @@ class Recipe:
     """d."""
     scale: float
     """Of the cosines."""
-    images: str
-    """The image tower."""
+    towers: Mapping[str, str | None]
+    """Which they were: `Question.towers`."""
     fingerprint: str
     """Of the image tower as published."""
+    strategy: Mapping[str, Any] | None
+    """What of the image tower was trained; None: nothing."""
+    tiles: Mapping[str, Any]
+    """Their geometry and tissue: `tapfm.config.TileSettings` as it is written."""
+    stain: str | None
+    """How stains were normalised."""
 
 
 class PathPT(nn.Module):
@@ -90,6 +97,15 @@ def save(
         save_file(state, partial, {"pathpt": json.dumps(header)})
 
 
+def is_pathpt(path: Path) -> bool:
+    """Whether a file is one of these; one that cannot be read is not."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "pathpt" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def load(path: Path) -> tuple[PathPT, Tensor, Recipe, dict[str, Tensor]]:
     """Model in eval mode, class vectors, recipe, and the image tower's trained weights.
 
@@ -100,11 +116,11 @@ def load(path: Path) -> tuple[PathPT, Tensor, Recipe, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["pathpt"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        known = {k: header[k] for k in Recipe.__dataclass_fields__}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error})."
         ) from error
-    known = {k: header[k] for k in Recipe.__dataclass_fields__}
     recipe = Recipe(**{**known, "classes": tuple(known["classes"])})
     image = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
     model, classes_Kd = PathPT(recipe.dim, None, recipe.scale), state["classes_Kd"]

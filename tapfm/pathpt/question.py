@@ -3,6 +3,9 @@
 Each subtype says by `where` which of the cohort's label columns are 1 and 0 for its slides; the
 first class is normal tissue and has none. A slide that no subtype fits, or whose labels are unknown
 where it matters, takes no part; one that two fit is a fault of the question.
+
+Source: PathPT (arXiv 2508.15904): shots, draws, prompts, epochs, rate and scale, by default.
+Differs: `images` without a text tower and `strategy`, end to end, are our additions.
 """
 
 from __future__ import annotations
@@ -117,6 +120,12 @@ class Question:
     def columns(self) -> list[str]:
         """Label columns that decide."""
         return list(dict.fromkeys(key for each in self.classes for key in each.where))
+
+    @property
+    def towers(self) -> dict[str, str | None]:
+        """What `tiles.load_towers` loads."""
+        names = ("teacher", "weights", "images", "image_weights")
+        return {name: getattr(self, name) for name in names}
 
     def sentences(self) -> list[list[str]]:
         """Every prompt of each class: templates times names."""

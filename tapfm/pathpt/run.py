@@ -9,12 +9,16 @@ PathPT does not look at. Pictures of tile classes are of the first draw with the
     <out>/<shots>_shots/draw_<n>/pathpt.safetensors    and predictions.csv, pathpt_losses.csv
     <out>/tile_classes/<slide>.png, .geojson        what each tile is called, for people and QuPath
 
+Source: PathPT (arXiv 2508.15904): shots, draws and a fixed test set.
+Differs: intervals by test case and paired differences to the frozen rows are ours.
+
 Shapes: N tiles, K classes of a tile, d joint width, S test slides, R draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.cohort import SlideRow, read_cohort
-from tapfm.adapt import make_optimizer, make_strategy
+from slides.reader import Slide
+from tapfm.adapt import make_optimizer, make_strategy, spell
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.config import Source, read_data, read_source
 from tapfm.opener import Opener
@@ -85,7 +90,7 @@ def run_pathpt(
     cohort = read_cohort(Path(data["table"]), question.columns, folder and Path(folder))
     source = read_source(configs)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    towers = load_towers(question, device)
+    towers = load_towers(device, **question.towers)
     subtype = subtypes(question, question.columns, cohort.rows)
     rows = [row for row in cohort.rows if subtype[row.slide_id] is not None]
     few_of(question, rows, subtype, seed)  # what cannot be asked is said before hours of work
@@ -168,7 +173,7 @@ def one_draw(
             )
             for each in chosen
         ]
-        own = load_towers(question, towers.device) if joined else towers
+        own = load_towers(towers.device, **question.towers) if joined else towers
         image = image_tower(question, own, chunk) if joined else None
         model, losses = fit(question, own, few, seed, image)
         with torch.no_grad():
@@ -176,8 +181,11 @@ def one_draw(
         stem = "pathpt_end_to_end" if joined else "pathpt"
         vit = own.encoder.vit  # where it is not trained, all of it is frozen
         trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
-        key = own.encoder.row.key
-        recipe = Recipe(tuple(question.names), classes_Kd.shape[1], question.scale, key, mark)
+        recipe = Recipe(
+            tuple(question.names), classes_Kd.shape[1], question.scale, question.towers, mark,
+            spell(make_strategy(question.strategy)) if joined else None,
+            asdict(source.tiles), source.stain,
+        )  # fmt: skip
         save(here / f"{stem}.safetensors", model, classes_Kd, recipe, trained)
         write_losses(here / f"{stem}_losses.csv", losses)
         answer[arm] = []
@@ -189,8 +197,13 @@ def one_draw(
                 logits_NK = model(z_Nd, each.places_N2, classes_Kd)
             answer[arm].append(vote(logits_NK))
             if number < drawn and arm == arms[-1]:
-                folder = here.parent.parent / "tile_classes"
-                draw_classes(folder, question, opener, each, logits_NK, answer[arm][-1])
+                row, index = each.row, opener.index(each.row)
+                p_NK, is_ = logits_NK.softmax(1).cpu().numpy(), question.names[each.subtype + 1]
+                with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+                    draw_classes(
+                        here.parent.parent / "tile_classes", slide, index, question.names, p_NK,
+                        answer[arm][-1], f", is {is_}",
+                    )  # fmt: skip
     return answer
 
 

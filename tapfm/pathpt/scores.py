@@ -9,6 +9,9 @@ lacks a subtype is left out, so that all average the same subtypes.
 
 The figures are those of `tapfm.confusions`, the bootstrap that of `tapfm.bootstrap`.
 
+Source: PathPT (arXiv 2508.15904): these two figures.
+Differs: the intervals are ours.
+
 Shapes: S test slides, R draws of training slides, B bootstrap draws, C subtypes.
 """
 

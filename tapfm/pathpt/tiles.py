@@ -27,7 +27,7 @@ from tapfm.features import Extraction, extract, read_features
 from tapfm.fingerprint import state_fingerprint
 from tapfm.opener import Opener
 from tapfm.pathpt.keep import load_keep
-from tapfm.pathpt.question import Question, QuestionError
+from tapfm.pathpt.question import QuestionError
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.towers import VisionLanguage
 from tapfm.pathpt.words import load_demo
@@ -50,7 +50,8 @@ class EncodedSlide:
 class Towers:
     """The teacher, and the encoder that learns from it where that is another."""
 
-    teacher: VisionLanguage
+    teacher: VisionLanguage | None
+    """None beside a student that has learned."""
     student: backbones.Encoder | None
     device: str
 
@@ -70,15 +71,29 @@ class Towers:
         return state_fingerprint(self.encoder.row, vit.state_dict(), self.encoder.tile_px)
 
 
-def load_towers(question: Question, device: str) -> Towers:
-    """Teacher and student, frozen, on their device."""
-    load = {"demo": lambda _: load_demo(), "keep": load_keep}
-    teacher = load[question.teacher](question.weights).to(device)
-    student = None
-    if question.images:
-        student = backbones.load(question.images, question.image_weights)
+def load_towers(
+    device: str,
+    teacher: str,
+    weights: str | None,
+    images: str | None,
+    image_weights: str | None,
+    learned: bool = False,
+) -> Towers:
+    """Teacher and student, as a question names them, frozen, on their device.
+
+    Where all has been `learned`, there is no text tower, and no teacher beside a student.
+
+    Raises:
+        TextError, BackboneError: a tower that cannot be had.
+    """
+    student, pair = None, None
+    if images:
+        student = backbones.load(images, image_weights)
         student.requires_grad_(False).eval().to(device)
-    return Towers(teacher, student, device)
+    if not (learned and student):
+        pair = load_demo() if teacher == "demo" else load_keep(weights, text=not learned)
+        pair.to(device)
+    return Towers(pair, student, device)
 
 
 def read_slides(

@@ -57,12 +57,17 @@ class VisionLanguage(nn.Module):
         name: for messages and files.
         encoder: the image tower.
         head: its feature (C, D) to the joint space (C, d).
-        text: the text tower.
+        text: the text tower; None where nothing is left to be said.
         logit_scale: what cosines were multiplied by in its own training.
     """
 
     def __init__(
-        self, name: str, encoder: Encoder, head: nn.Module, text: nn.Module, logit_scale: float
+        self,
+        name: str,
+        encoder: Encoder,
+        head: nn.Module,
+        text: nn.Module | None,
+        logit_scale: float,
     ):
         super().__init__()
         self.name, self.encoder, self.head, self.text = name, encoder, head, text

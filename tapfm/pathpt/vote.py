@@ -19,17 +19,19 @@ from torch import Tensor
 
 def vote(logits_NK: Tensor) -> int:
     """The slide's subtype, 0 to C - 1 (tile class less 1)."""
-    subtypes = logits_NK.shape[1] - 1
-    votes_C = torch.bincount(logits_NK.argmax(1), minlength=subtypes + 1)[1:]
-    first = _leaders(votes_C)
-    if votes_C.any() and len(first) == 1:
-        return int(first[0])
+    return ballot(logits_NK)[0]
+
+
+def ballot(logits_NK: Tensor) -> tuple[int, Tensor]:
+    """The slide's subtype, and the share (C,) of each in the votes that decided."""
     tumour_NC = logits_NK[:, 1:]
-    second = _leaders(torch.bincount(tumour_NC.argmax(1), minlength=subtypes))
-    if len(second) == 1:
-        return int(second[0])
+    subtypes = tumour_NC.shape[1]
+    votes_C = torch.bincount(logits_NK.argmax(1), minlength=subtypes + 1)[1:]
+    if len(_leaders(votes_C)) > 1:  # so have all where none has a vote
+        votes_C = torch.bincount(tumour_NC.argmax(1), minlength=subtypes)
+    first = _leaders(votes_C)
     mean_C = tumour_NC.float().softmax(1).mean(0)
-    return int(second[mean_C[second].argmax()])
+    return int(first[mean_C[first].argmax()]), votes_C / votes_C.sum()
 
 
 def _leaders(votes_C: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""A saved PathPT model on slides of no cohort: `tapfm predict` and `tapfm heatmap`.
+
+    <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal
+    <out>/<slide>_tiles.h5        probabilities (N, K) of the classes in its attributes, coords
+    <out>/<slide>.png, .geojson   drawn: of the called subtype; of all classes, for QuPath
+
+A subtype's probability is its share of the votes that decided (`tapfm.pathpt.vote`), and `normal`
+the share of tiles without a vote in the first count. Class vectors are saved, so no text tower is
+loaded; the image tower is, from where it came from, and it is checked to be the same.
+
+Price: one forward pass a tile; in memory a few chunks of pixels and the vectors of one slide.
+
+Shapes: N tiles, C subtypes, K = C + 1 classes of a tile, d joint width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from slides.cohort import SlideRow
+from slides.errors import SlideError
+from slides.index import TileIndex
+from slides.reader import Slide
+from slides.tissue import Tissue
+from tapfm.adapt import make_strategy
+from tapfm.backbones import BackboneError
+from tapfm.config import TileSettings
+from tapfm.files import replacing, write_csv
+from tapfm.model import CheckpointError
+from tapfm.opener import loose
+from tapfm.pathpt.findings import draw_classes
+from tapfm.pathpt.network import PathPT, Recipe, load
+from tapfm.pathpt.spatial import places
+from tapfm.pathpt.tiles import Towers, encode_slide, load_towers
+from tapfm.pathpt.towers import TextError
+from tapfm.pathpt.vote import ballot
+
+
+def predict_slides(
+    path: Path,
+    rows: Sequence[SlideRow],
+    out: Path,
+    *,
+    case: str | None = None,
+    mpp: float | None = None,
+    masks: str | None = None,
+    chunk: int = 16,
+    workers: int = 2,
+    device: str | None = None,
+    draw: bool = False,
+) -> int:
+    """Name slides and their tiles; a bad slide is reported and the others go on.
+
+    Takes what `tapfm.predict.predict_slides` takes, and a pathpt.safetensors for `path`. The slides
+    of a `case` are named as one: all their tiles have a vote, and with a slide that cannot be read
+    nothing is said of it. Returns 0, or 2 if any slide failed.
+
+    Raises:
+        CheckpointError: the file is damaged, or the image tower cannot be had or is another one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, classes_Kd, recipe, towers = load_whole(path, device)
+    size, trained, overlap = (recipe.tiles[key] for key in ("tile_px", "mpp", "overlap"))
+    if mpp is not None and mpp != trained:
+        print(f"tiles at {mpp:g} microns per pixel; the model was trained at {trained:g}")
+    tissue = Tissue(**{**recipe.tiles["tissue"], "masks": masks, "coords": None})
+    tiles, names, votes = TileSettings(size, mpp or trained, overlap, tissue), recipe.classes, []
+    with loose(rows, tiles, workers, recipe.stain) as (opener, left, failed):
+        for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
+            try:
+                z_Nd, index = encode_slide(towers, each, chunk), opener.index(row)
+                spots_N2 = places(index.coords0, index.grid.step0(index.slide_mpp)).to(device)
+                with torch.no_grad():
+                    logits_NK = model(z_Nd, spots_N2, classes_Kd).cpu()
+                p_NK = logits_NK.softmax(1).numpy()
+                write_tiles(out / f"{row.slide_id}_tiles.h5", names, p_NK, index)
+                if draw:
+                    with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+                        draw_classes(out, slide, index, names, p_NK, ballot(logits_NK)[0])
+            except SlideError as fault:
+                tqdm.write(f"tapfm: {fault}", file=sys.stderr)
+                failed[row.slide_id] = str(fault)
+                continue
+            votes.append((row.slide_id, row.case_id, logits_NK))
+    if case and failed:
+        print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
+        votes = []
+    elif case:
+        votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
+    write_votes(out / "predictions.csv", names, votes)
+    return 2 if failed else 0
+
+
+def write_votes(
+    path: Path, names: Sequence[str], votes: Sequence[tuple[str, str, torch.Tensor]]
+) -> None:
+    """A row a slide, from its id, its case's, and its tiles' logits (N, K); printed as well."""
+    rows = []
+    for slide_id, case_id, logits_NK in votes:
+        called, share_C = ballot(logits_NK)
+        normal = (logits_NK.argmax(1) == 0).float().mean()
+        shares = [f"{share:.6f}" for share in (*share_C, normal)]
+        rows.append([slide_id, case_id, names[called + 1], *shares])
+        print(f"{slide_id}: {len(logits_NK)} tiles; {names[called + 1]}, by {max(share_C):.3f}")
+    header = ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
+    write_csv(path, header, rows)
+
+
+def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, Recipe, Towers]:
+    """Model, class vectors, recipe, and the image tower as it was trained, on their device.
+
+    Raises:
+        CheckpointError: as `predict_slides`.
+    """
+    model, classes_Kd, recipe, image = load(path)
+    tower = recipe.towers["images"] or recipe.towers["teacher"]
+    needs = f"{path}: needs the image tower {tower} that it was trained with"
+    try:
+        towers = load_towers(device, **recipe.towers, learned=True)
+    except (BackboneError, TextError) as error:
+        raise CheckpointError(f"{needs}: {error}") from error
+    if towers.mark() != recipe.fingerprint:
+        raise CheckpointError(
+            f"{needs} (fingerprint {recipe.fingerprint}), and what is there now is another one "
+            f"({towers.mark()}). Put back the weights that it was trained with."
+        )
+    if recipe.strategy:
+        vit = towers.encoder.vit
+        make_strategy(recipe.strategy).prepare(vit)
+        vit.load_state_dict(image, strict=False)  # the rest is frozen, and was checked above
+        vit.to(device).requires_grad_(False)
+    return model.to(device), classes_Kd.to(device), recipe, towers
+
+
+def write_tiles(path: Path, names: Sequence[str], p_NK: np.ndarray, index: TileIndex) -> None:
+    """Tile probabilities beside their corners (N, 2), level-0 pixels."""
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
+        file["probabilities"] = p_NK
+        file["probabilities"].attrs["classes"] = list(names)
+        coords = file.create_dataset("coords", data=index.coords0)
+        coords.attrs["patch_size_level0"] = index.size0

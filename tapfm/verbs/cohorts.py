@@ -1,0 +1,100 @@
+"""Verbs that make a cohort's table: `tapfm demo`, `labels`, `split`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from tapfm.verbs import Do, config_flag, later
+
+
+def demo(verb: ArgumentParser) -> Do:
+    """`tapfm demo`."""
+    add = verb.add_argument
+    add("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
+    add("--seed", type=int, default=0, help="another seed is another cohort")
+    add("--workers", type=int, default=2, help="processes (%(default)s)")
+
+    def do(out: Path, seed: int, workers: int) -> int:
+        marker = out / "seed.txt"  # written last: a cohort that has it is whole
+        if marker.exists() and marker.read_text().strip() == str(seed):
+            print(f"{out}: the demo cohort is there already; delete the folder to repaint it")
+            return 0
+        from slides.synthetic import write_demo
+
+        marker.unlink(missing_ok=True)
+        table = write_demo(out, seed, workers=workers)
+        marker.write_text(f"{seed}\n")
+        print(f"{table}: the demo cohort")
+        return 0
+
+    return do
+
+
+def labels(verb: ArgumentParser) -> Do:
+    """`tapfm labels`."""
+    add = verb.add_argument
+    add("--mutations", type=Path, required=True,
+        help="MAF, cBioPortal matrix or GigaPath's table; or .gz")  # fmt: skip
+    add("--against", type=Path, help="a second one, to compare")
+    add("--profiled", metavar="FILE", help="who was sequenced: cases_sequenced.txt or a text with "
+        "a sample a line; `all`: everyone in the file")  # fmt: skip
+    add("--genes", nargs="+", metavar="GENE[:RULE]", help="columns of the table; the config's")
+    add("--rule", default="nonsynonymous", help="or truncating, hotspot, listed (%(default)s)")
+    add("--manifest", type=Path, help="of a GDC download of slides")
+    add("--slides", type=Path, help="its folder; the config's")
+    config_flag(verb)
+    add("--out", type=Path, help="the table; with a manifest, the config's")
+    add("--on-error", choices=("stop", "skip"), default="stop",
+        help="at a missing or damaged slide (%(default)s)")  # fmt: skip
+    deal_flags(verb)
+
+    def do(mutations, against, profiled, genes, rule, manifest, slides, config, out, on_error,
+           **deal) -> int:  # fmt: skip
+        from tapfm.config import ConfigError, read_data
+        from tapfm.labels import Downloads, parse_genes, run_labels
+
+        data = read_data(config) if config else {}
+        folder = data.get("slides_dir")
+        if bool(manifest) != bool(slides or (manifest and folder)):
+            raise ConfigError(
+                "labels: a manifest and its folder go together: --manifest and --slides"
+            )
+        slides = slides or (Path(folder) if folder else None)
+        if manifest and data:  # the config's table has a row a slide, so takes a manifest
+            out = out or Path(data["table"])
+        beside = Path(folder) if folder else (out or Path(".")).parent
+        downloads = manifest and Downloads(manifest, slides, beside, on_error, **deal)
+        sources = [mutations] + [against] * (against is not None)
+        rules = parse_genes(genes or data.get("labels") or [], rule)
+        return run_labels(sources, rules, profiled, downloads, out)
+
+    return do
+
+
+def split(verb: ArgumentParser) -> Do:
+    """`tapfm split`."""
+    add = verb.add_argument
+    add("--table", type=Path, required=True, help="the cohort's")
+    add("--out", type=Path, required=True, help="a .csv, or a folder for several")
+    add("--labels", nargs="+", help="to stratify over; all; of survival TIME EVENT")
+    add("--task", default="multilabel", help="what they hold (%(default)s)",
+        choices=("multilabel", "multiclass", "regression", "survival"))  # fmt: skip
+    add("--folds", type=int, help="cross-validation")
+    add("--repeats", type=int, help="Monte-Carlo cross-validation")
+    add("--from", type=Path, dest="source", metavar="FILE",
+        help="CLAM's or Patho-Bench's to take the split from")  # fmt: skip
+    add("--fold", type=int, default=0, help="of a Patho-Bench file (%(default)s)")
+    add("--format", nargs="+", default=["table"], dest="formats", help="what to write: any of "
+        "these", choices=("table", "clam", "clam-bool", "patho-bench"))  # fmt: skip
+    deal_flags(verb)
+    return later("tapfm.split:run_split")
+
+
+def deal_flags(verb: ArgumentParser) -> None:
+    """How cases are dealt to train, val and test."""
+    add = verb.add_argument
+    add("--fractions", type=float, nargs=3, default=(0.6, 0.2, 0.2), metavar="SHARE",
+        help="of the cases in train, val, test (%(default)s)")  # fmt: skip
+    add("--preserve-sites", action="store_true", help="a site in one part only")
+    add("--seed", type=int, default=0, help="another seed is another split")

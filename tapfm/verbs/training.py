@@ -1,0 +1,91 @@
+"""Verbs around training: `tapfm plan`, `probe`, `test`, `study`, `report`, `pathpt`, `doctor`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from tapfm.verbs import Do, config_flag, device_flags, later
+
+
+def plan(verb: ArgumentParser) -> Do:
+    """`tapfm plan`."""
+    add = verb.add_argument
+    add("--model", default="h_optimus_0", help="foundation model (%(default)s)")
+    add("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
+    add("--tile-px", type=int, help="side of a tile; the model's own")
+    return later("tapfm.plan:run_plan")
+
+
+def probe(verb: ArgumentParser) -> Do:
+    """`tapfm probe`."""
+    add = verb.add_argument
+    config_flag(verb, dest="configs", required=True)
+    add("--out", type=Path, default=Path("probe"), help="folder (%(default)s)")
+    add("--slides", type=int, default=32, help="training slides (%(default)s)")
+    add("--epochs", type=int, default=3, help="of the trial fit (%(default)s)")
+    return later("tapfm.probe:run_probe")
+
+
+def test(verb: ArgumentParser) -> Do:
+    """`tapfm test`."""
+    add = verb.add_argument
+    run_flags(verb)
+    add("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
+    add("--features", type=Path, help="frozen features that several folders share; <run>/frozen")
+    return later("tapfm.evaluate:run_test")
+
+
+def study(verb: ArgumentParser) -> Do:
+    """`tapfm study`."""
+    add = verb.add_argument
+    add("study", nargs="?", type=Path, help="YAML with the keys below; flags win")
+    add("--config", action="append", help="the cohort's, and others behind it")
+    add("--out", help="folder of the study")
+    add("--folds", type=int, help="cross-validation; the table's split")
+    add("--fold-seed", type=int, help="another one is another deal")
+    add("--preserve-sites", action="store_true", default=None, help="a site in one fold only")
+    add("--seeds", type=int, nargs="+", help="of training; 0")
+    add("--strategies", nargs="+", metavar="STRATEGY", help="names, or configs to put behind; full")
+    add("--aggregators", nargs="+", help="tapfm_gated")
+    add("--jobs", type=int, help="fits at the same time; 1")
+
+    def do(study: Path | None, **flags) -> int:
+        from tapfm.study import read_study, run_study
+
+        return run_study(read_study(study, flags))
+
+    return do
+
+
+def report(verb: ArgumentParser) -> Do:
+    """`tapfm report`."""
+    run_flags(verb)
+    return later("tapfm.page:run_report")
+
+
+def pathpt(verb: ArgumentParser) -> Do:
+    """`tapfm pathpt`."""
+    add = verb.add_argument
+    config_flag(verb, dest="configs", required=True)
+    add("--question", type=Path, required=True, dest="question_file", metavar="YAML",
+        help="of classes and prompts")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/pathpt"), help="folder (%(default)s)")
+    add("--seed", type=int, default=0, help="of draws and training (%(default)s)")
+    add("--drawn", type=int, default=4, help="test slides to draw (%(default)s)")
+    device_flags(verb)
+    return later("tapfm.pathpt.run:run_pathpt")
+
+
+def doctor(verb: ArgumentParser) -> Do:
+    """`tapfm doctor`."""
+    verb.add_argument("--model", help="foundation model to check")
+    verb.add_argument("--weights", help="its weights, as in model.weights")
+    return later("tapfm.doctor:run_doctor")
+
+
+def run_flags(verb: ArgumentParser) -> None:
+    """A cohort's runs, and which split of it."""
+    add = verb.add_argument
+    add("--run", type=Path, required=True, help="folder of the cohort's runs")
+    add("--split", choices=("val", "test"), default="test", help="(%(default)s)")
