@@ -41,6 +41,7 @@ from benchmarks.record import RESULTS, facts, rewrite
 from tapfm import cli
 from tapfm import model as models
 from tapfm.adapt import STRATEGIES, make_strategy
+from tapfm.arms import Arm, read_arm
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
 from tapfm.evaluate import frozen_arms
@@ -48,9 +49,9 @@ from tapfm.fit import read_config
 from tapfm.memory import saved_bytes
 from tapfm.metrics import MACRO, evaluate, paired_difference
 from tapfm.model import SlideModel
-from tapfm.predict import predict_all, write_predictions
-from tapfm.report import Arm, read_arm
+from tapfm.prediction import predict_all, write_predictions
 from tapfm.tables import interval
+from tapfm.tasks import Task
 
 RESULT = RESULTS / "strategies.json"
 FROZEN = "frozen"  # the cell of the baselines, which the others are set against
@@ -203,14 +204,14 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
     chunk, model = settings.model.chunk, models.load(folder / BEST)
     predictions = predict_all(model, data.streamed(data.rows("test")), chunk, name)
     write_predictions(folder / PREDICTIONS, data.task, predictions)
-    labels, arm = read_arm(name, folder / PREDICTIONS, end_to_end=True)
+    labels, arm = data.label_names, read_arm(name, folder / PREDICTIONS, data.task, end_to_end=True)
     tiles = data.streamed(data.rows("val")[:1])
     bag = next(iter(tiles))
     return {
         "lr": lr,
         "parameters": sum(p.numel() for p in model.encoder.parameters() if p.requires_grad),
         "auroc": figures(labels, arm),
-        "minus_frozen": gain(labels, arm, frozen),
+        "minus_frozen": gain(data.task, arm, frozen),
         "val_auroc": models.read_recipe(folder / BEST)[1]["val_auroc"],
         "held_mib": held_mib(model, next(bag.tiles.split(chunk))),
         "processor_s": round(spent),
@@ -224,10 +225,11 @@ def figures(labels: Sequence[str], arm: Arm) -> dict[str, dict]:
     return {label: asdict(each["auroc"]) for label, each in found.items()}
 
 
-def gain(labels: Sequence[str], arm: Arm, frozen: Path) -> dict[str, dict]:
+def gain(task: Task, arm: Arm, frozen: Path) -> dict[str, dict]:
     """AUROC above the best frozen baseline's, on the same slides and the same draws."""
+    labels = list(task.labels)
     arms = [
-        read_arm(path.parent.name, path, end_to_end=False)[1]
+        read_arm(path.parent.name, path, task, end_to_end=False)
         for path in sorted(frozen.glob(f"*/{PREDICTIONS}"))
     ]
     best = max(arms, key=lambda each: figures(labels, each)[MACRO]["value"])

@@ -77,6 +77,8 @@ class Bag:
     labels: Tensor
     """float32 (K,), nan where unknown."""
     turn: Turn
+    counts: tuple[int, ...] = ()
+    """Tiles of each of its slides, in order."""
 
     def on_fault(self, told: Callable[[SlideError], None]) -> None:
         """Who is told of a fault in tiles that are read as they are asked for: `SlideTiles`."""
@@ -190,8 +192,9 @@ class BagDataset(Dataset):
             except Exception as error:
                 raise named_fault(error, slide.slide_id) from error
         tiles, coords0 = zip(*parts, strict=True)
+        counts = tuple(len(each) for each in coords0)
         coords0, labels_K = np.concatenate(coords0), torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn)
+        return Bag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn, counts)
 
     def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray]:
         """The tiles of one slide that an epoch takes, and their corners."""

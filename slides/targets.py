@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -80,9 +80,15 @@ class Columns(Protocol):
 
 
 @dataclass(frozen=True)
-class Labels:
-    """Columns of 1, 0 or unknown."""
+class EachColumn:
+    """Any number of columns, each a target by itself."""
 
+    cell: Callable[[str], float | None]
+    """The number of a text; None where it is none."""
+    unreadable: tuple[str, str, str]
+    """What such cells are; what to do of one; what to do where most are."""
+    lacking: Callable[[str, str, list[float]], list[str]]
+    """What is wrong with the values of a column, a split."""
     apart: ClassVar = True
 
     def choose(self, asked, free):
@@ -91,21 +97,34 @@ class Labels:
 
     def read(self, cells, splits):
         """See `Columns`."""
-        numbers, bad = _numbers(cells, KNOWN.get)
+        numbers, bad = _numbers(cells, self.cell)
         faults = []
         for name, wrong in bad.items():
-            faults += _unreadable(
-                name, wrong, len(cells.texts), "neither 0, 1 nor unknown",
-                "write 1, 0, or leave it blank if it is unknown",
-                "name the labels you want; if it is one, write 1, 0 or leave the cell blank",
-            )  # fmt: skip
+            faults += _unreadable(name, wrong, len(cells.texts), *self.unreadable)
         for split in splits:
             rows = cells.of(split)
             for column, name in enumerate(cells.names):
-                values = [numbers[number][column] for number in rows]
                 if rows and name not in bad:
-                    faults += _one_class(name, split, values)
+                    faults += self.lacking(name, split, [numbers[row][column] for row in rows])
         return Values(numbers, faults)
+
+
+def labels() -> EachColumn:
+    """Columns of 1, 0 or unknown."""
+    return EachColumn(KNOWN.get, (
+        "neither 0, 1 nor unknown",
+        "write 1, 0, or leave it blank if it is unknown",
+        "name the labels you want; if it is one, write 1, 0 or leave the cell blank",
+    ), _one_class)  # fmt: skip
+
+
+def numbers() -> EachColumn:
+    """Columns of finite numbers or unknown."""
+    return EachColumn(_finite, (
+        "not numbers",
+        "write a number with a decimal point, or leave it blank if it is unknown",
+        "name the targets you want with data.labels",
+    ), _one_value)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,40 +174,6 @@ class Classes:
                     "classes, or leave those slides' cells blank"
                 )
         return Values(rows, faults, tuple(classes))
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Columns of finite numbers or unknown."""
-
-    apart: ClassVar = True
-
-    def choose(self, asked, free):
-        """Those asked for, or all."""
-        return free if asked is None else asked
-
-    def read(self, cells, splits):
-        """See `Columns`."""
-        numbers, bad = _numbers(cells, _finite)
-        faults = []
-        for name, wrong in bad.items():
-            faults += _unreadable(
-                name, wrong, len(cells.texts), "not numbers",
-                "write a number with a decimal point, or leave it blank if it is unknown",
-                "name the targets you want with data.labels",
-            )  # fmt: skip
-        for split in splits:
-            rows = cells.of(split)
-            for column, name in enumerate(cells.names):
-                values = {numbers[number][column] for number in rows}
-                values = sorted(value for value in values if not math.isnan(value))
-                if rows and name not in bad and len(values) < 2:
-                    found = f"always {values[0]:g}" if values else "never known"
-                    faults.append(
-                        f"target {name!r} in split {split} is {found}: it must vary there. Move "
-                        "cases between splits, or leave the target out"
-                    )
-        return Values(numbers, faults)
 
 
 @dataclass(frozen=True)
@@ -242,7 +227,7 @@ class Times:
         return Values(rows, faults)
 
 
-COLUMNS = {"multilabel": Labels, "multiclass": Classes, "regression": Numbers, "survival": Times}
+COLUMNS = {"multilabel": labels, "multiclass": Classes, "regression": numbers, "survival": Times}
 
 
 def make_columns(task: str | Mapping[str, Any]) -> Columns:
@@ -298,6 +283,17 @@ def _one_class(name: str, split: str, values: list[float]) -> list[str]:
         f"label {name!r} in split {split}: {positives} slides are 1, {negatives} are 0, "
         f"{len(values) - positives - negatives} unknown: no {lacking}, and the split "
         "needs both: move cases between splits, or leave the label out"
+    ]
+
+
+def _one_value(name: str, split: str, values: list[float]) -> list[str]:
+    known = {value for value in values if not math.isnan(value)}
+    if len(known) > 1:
+        return []
+    found = f"always {known.pop():g}" if known else "never known"
+    return [
+        f"target {name!r} in split {split} is {found}: it must vary there. Move cases between "
+        "splits, or leave the target out"
     ]
 
 

@@ -52,3 +52,5 @@ class Bag:
     """Seeds dropout and drop-path: a function of run seed, epoch and slide."""
     turn: tuple[int, int, int] | None = None
     """Its place in training: epoch, position, slide; None outside training."""
+    counts: tuple[int, ...] = ()
+    """Tiles of each of its slides, in order, where it is a case of several."""

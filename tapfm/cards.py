@@ -1,7 +1,8 @@
 """The page's slides to look at: of each model a table of cases, then a card a slide.
 
-A card has the slide's labels and probabilities, the slide with and without its tile weights, and
-the tiles that weigh most. A slide that is a case of several labels has one card.
+A card has what is known and what was said, the slide with and without its tile weights, and the
+tiles that weigh most; that of a patient whose slides are one has them of each slide. A slide that
+is a case of several labels has one card.
 """
 
 from __future__ import annotations
@@ -11,27 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from tapfm.arms import Arm
+from tapfm.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.heatmap import COLOURS
-from tapfm.report import Arm
 from tapfm.runs import Run
-from tapfm.surest import (
-    KINDS,
-    TILE_SIDE,
-    Case,
-    NoPicturesError,
-    Pictures,
-    choose_cases,
-    pictures_of,
-    thresholds,
-)
+from tapfm.surest import Case, Choice, choose
 from tapfm.tables import Html, html, table
+from tapfm.tasks import Task
 
 
 def case_cards(
-    labels: Sequence[str],
+    task: Task,
     arms: Sequence[Arm],
     runs: Sequence[Run],
     split: str,
@@ -41,42 +34,43 @@ def case_cards(
     """The slides each model was surest of, with where it looked.
 
     Args:
-        labels: K names.
+        task: what was predicted.
         arms: the table's rows.
         runs: those that have a folder.
         split: of the slides.
         slides: of the cohort, with their paths.
         facts: of each arm, in metrics_<split>.json.
     """
-    paths = {row["slide_id"]: Path(row["path"]) for row in slides if row.get("path")}
-    yield (
-        "<p>Of each label, the surest true positive, true negative, false positive and false "
-        "negative. A tile's weight is the same for all labels. Framed and shown: the tiles of the "
-        "largest weights.</p>"
-    )
+    chosen = {
+        run.title: choose(task, arm, facts[arm.title])
+        for run in runs
+        for arm in arms
+        if arm.title == run.title and len(arm.slide_ids)
+    }
+    if not chosen:
+        yield '<p class="soft">No run with predictions: no slides to look at.</p>'
+        return
+    for about in dict.fromkeys(choice.about for choice in chosen.values()):
+        yield f"<p>{html(about)} Framed and shown: the tiles of the largest weights.</p>"
     yield _scale()
     for number, run in enumerate(runs):
-        arm = next((arm for arm in arms if arm.title == run.title), None)
-        if arm is None or not labels:
+        if run.title not in chosen:
             continue
-        called = thresholds(facts[arm.title], labels)
-        chosen = choose_cases(labels, arm, called)
+        choice = chosen[run.title]
+        arm = next(arm for arm in arms if arm.title == run.title)
         yield f"<h3>{html(run.title)}</h3>"
-        where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(chosen))}
-        rows = []
-        for label, threshold in zip(labels, called, strict=True):
-            row = {case.kind: case for case in chosen if case.label == label}
-            rows.append([label, threshold, *(_link(row.get(kind), where) for kind in KINDS)])
-        yield table(["label", "positive from", *KINDS], rows)
+        where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(choice.cases))}
+        yield _chosen(choice, where)
         absent: dict[str, list[str]] = {}
-        for slide in where:
-            tile_px = (run.config.get("data") or {}).get("tiles", {}).get("tile_px", TILE_SIDE)
-            try:
-                found = pictures_of(run.folder, split, slide, paths.get(slide), tile_px)
-            except NoPicturesError as reason:
-                found = None
-                absent.setdefault(str(reason), []).append(slide)
-            yield _card(slide, where[slide], labels, arm, chosen, found)
+        for bag in where:
+            shown = {}
+            for slide, path in _files(bag, slides).items():
+                tile_px = (run.config.get("data") or {}).get("tiles", {}).get("tile_px", TILE_SIDE)
+                try:
+                    shown[slide] = pictures_of(run.folder, split, slide, path, tile_px)
+                except NoPicturesError as reason:
+                    absent.setdefault(str(reason), []).append(slide)
+            yield _card(bag, where[bag], arm, choice, shown)
         if absent:
             why = [[", ".join(names), reason] for reason, names in absent.items()]
             yield table(["no pictures", "because"], why)
@@ -86,26 +80,44 @@ def case_cards(
             )
 
 
-def _card(
-    slide: str,
-    name: str,
-    labels: Sequence[str],
-    arm: Arm,
-    chosen: list[Case],
-    found: Pictures | None,
-) -> str:
-    row = list(arm.slide_ids).index(slide)
-    kinds = {case.label: f"surest {case.kind}" for case in chosen if case.slide_id == slide}
-    lines = []
-    for k, label in enumerate(labels):
-        y, p = arm.y_NK[row, k], arm.p_NK[row, k]
-        lines.append([label, "unknown" if np.isnan(y) else int(y), f"{p:.3f}", kinds.get(label)])
-    said = table(["label", "truth", "probability", ""], lines)
-    about, facts = f"case {html(arm.case_ids[row])}", found.facts if found else {}
-    if found:
-        about += f"; {facts['count']} tiles, {facts['effective']:.1f} effective (1 / sum w²)"
-    parts = [f'<h4>{html(slide)}</h4><p class="soft">{about}</p>{said}']
-    if found:
+def _chosen(choice: Choice, where: Mapping[str, str]) -> Html:
+    from_where = "high from" if choice.what == "risk" else "positive from"
+    header = ["label", *[from_where] * bool(choice.called), *choice.kinds]
+    rows = []
+    for label in choice.labels:
+        row = {case.kind: case for case in choice.cases if case.label == label}
+        called = [choice.called[label]] if choice.called else []
+        links = [_link(row.get(kind), choice, where) for kind in choice.kinds]
+        rows.append([label, *called, *links])
+    return table(header, rows)
+
+
+def _files(bag: str, slides: Sequence[Mapping[str, str]]) -> dict[str, Path | None]:
+    """The slides of a bag and where they lie: itself, or those of the case of that name."""
+    own = [row for row in slides if row["slide_id"] == bag]
+    own = own or [row for row in slides if row.get("case_id") == bag]
+    found = {row["slide_id"]: Path(row["path"]) if row.get("path") else None for row in own}
+    return found or {bag: None}
+
+
+def _card(bag: str, name: str, arm: Arm, choice: Choice, shown: Mapping[str, Pictures]) -> str:
+    row = list(arm.slide_ids).index(bag)
+    kinds = {case.label: case.kind for case in choice.cases if case.slide_id == bag}
+    lines = [
+        [label, truth, choice.spell(said), kinds.get(label)]
+        for label, truth, said in zip(
+            choice.labels, choice.truth_NL[row], choice.said_NL[row], strict=True
+        )
+    ]
+    said = table(["label", "truth", choice.what, ""], lines)
+    parts = [f'<h4>{html(bag)}</h4><p class="soft">case {html(arm.case_ids[row])}</p>{said}']
+    for slide, found in shown.items():
+        facts = found.facts
+        of = f"{html(slide)}: " if slide != bag else ""
+        parts.append(
+            f'<p class="soft">{of}{facts["count"]} tiles, {facts["effective"]:.1f} effective '
+            "(1 / sum w²)</p>"
+        )
         whole = _image(found.folder / "thumbnail.jpg", slide)
         seen = _image(found.folder / "overlay.jpg", f"tile weights on {slide}")
         parts.append(f'<div class="slide">{whole}{seen}</div><div class="tiles">')
@@ -136,10 +148,12 @@ def _image(path: Path, said: str) -> str:
             f'alt="{escape(said)}">')  # fmt: skip
 
 
-def _link(case: Case | None, where: Mapping[str, str]) -> object:
+def _link(case: Case | None, choice: Choice, where: Mapping[str, str]) -> object:
     if case is None:
         return "none"
-    return Html(f'{case.prob:.3f} <a href="#{where[case.slide_id]}">{html(case.slide_id)}</a>')
+    return Html(
+        f'{choice.spell(case.said)} <a href="#{where[case.slide_id]}">{html(case.slide_id)}</a>'
+    )
 
 
 def _slides(chosen: Sequence[Case]) -> list[str]:

@@ -279,9 +279,12 @@ class SlideData(L.LightningDataModule):
     def bag(self, row: SlideRow, crew: Crew | None = None) -> Bag:
         """One slide or case, all tiles, read when asked for, by this crew or one of its own."""
         how = crew or self.streaming_workers, partial(self.skip, row.slide_id)
-        tiles = joined([self.opener.tiles(slide, *how) for slide in row.slides])
+        parts = [self.opener.tiles(slide, *how) for slide in row.slides]
+        counts = tuple(part.count for part in parts)
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, tiles, tiles.count, labels_K, seed=0)
+        return Bag(
+            row.slide_id, row.case_id, joined(parts), sum(counts), labels_K, seed=0, counts=counts
+        )
 
     def skip(self, slide_id: str, fault: SlideError) -> None:
         """List a slide that broke while it was read, where such slides are to be left out.
@@ -320,6 +323,7 @@ class SlideData(L.LightningDataModule):
             batch.labels,
             seed,
             batch.turn,
+            batch.counts,
         )
 
     def trained(self, turn: Turn) -> None:

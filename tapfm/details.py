@@ -3,8 +3,9 @@
 `describe` gives them as the plain values that go into metrics_<split>.json, where `tapfm.report`
 lists the keys; `sections` as Markdown. Thresholds and mends of the probabilities come from the
 row's validation predictions, and are left out without them. A group is a site or a stain of the
-cohort's table (the index does not know the scanner); one with fewer than `FEW_CASES` cases of a
-class is shown by its counts alone. Every macro names the labels it averages.
+cohort's table (the index does not know the scanner), `mixed` where a case's slides differ in it;
+one with fewer than `FEW_CASES` cases of a class is shown by its counts alone. Every macro names the
+labels it averages.
 
 Shapes: N slides, K labels, B draws.
 """

@@ -9,9 +9,9 @@ one table with intervals. Thresholds and calibration of every row come from vali
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.aggregators import TILES
+from tapfm.arms import END_TO_END, Arm
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
@@ -39,17 +40,19 @@ from tapfm.metrics import auroc
 from tapfm.model import CheckpointError
 from tapfm.outcome_report import write_outcomes
 from tapfm.page import write_page
-from tapfm.predict import (
+from tapfm.prediction import (
     Prediction,
     pool_cases,
     predict_all,
+    slide_by_slide,
     write_predictions,
     write_weights,
 )
-from tapfm.report import END_TO_END, Arm, write_results
+from tapfm.report import write_results
 from tapfm.tasks.multilabel import Multilabel
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
+MIXED = "mixed"
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
 HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
 FROZEN = (
@@ -85,17 +88,13 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     data = first.datamodule
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device, features)
-    bags = {row.slide_id: row for row in data.rows(split)}
+    of_slides = {  # of each bag: its slides, and how many tiles each has
+        bag.slide_id: (bag.slides, [len(data.opener.index(row)) for row in bag.slides])
+        for bag in data.rows(split)
+    }
     rows = {row.slide_id: row for row in data.cohort.rows}
     truth = Path(first.config.data.table).parent / "truth"
-    groups = {  # of slides, and of cases: that of their last slide
-        kind: {
-            name: getattr(row, kind)
-            for row in data.cohort.rows
-            for name in (row.case_id, row.slide_id)
-        }
-        for kind in GROUPS
-    }
+    groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
     found = {}
     for folder in folders:
         model = models.load(folder / BEST).to(device)
@@ -105,7 +104,11 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
             parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
             predictions = predict_all(model, parts, first.model.chunk, name)
             if part == split:
-                slides = slide_by_slide(data, bags, predictions)
+                slides = [
+                    own
+                    for each in predictions
+                    for own in slide_by_slide(each, *of_slides[each.slide_id])
+                ]
             of[part] = by_case(data, part, predictions)
             write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
         arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
@@ -197,21 +200,6 @@ def feature_bags(
     return bags
 
 
-def slide_by_slide(
-    data: SlideData, bags: dict[str, SlideRow], predictions: list[Prediction]
-) -> list[Prediction]:
-    """Each slide's own tile weights; those of a case sum to 1 over all its slides."""
-    found = []
-    for each in predictions:
-        slides, done = bags[each.slide_id].slides, 0
-        for row in slides:
-            count = len(data.opener.index(row).coords0)
-            weights_T = each.weights_T[done : done + count]
-            found.append(replace(each, slide_id=row.slide_id, weights_T=weights_T))
-            done += count
-    return found
-
-
 def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
     """Slides' logits pooled over their cases, where `data.pool` says so."""
     if data.pool == "union":
@@ -238,6 +226,17 @@ def arm(
         if split == "val" or not val
         else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
     )
+
+
+def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
+    """Slide or case -> its site or stain; a case of slides that differ in it is `mixed`."""
+    known = defaultdict(set)
+    for row in rows:
+        for name in (row.case_id, row.slide_id):
+            known[name] |= {getattr(row, kind)} - {""}
+    return {
+        name: next(iter(values), "") if len(values) < 2 else MIXED for name, values in known.items()
+    }
 
 
 def check_same_data(folder: Path, first: Path) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from tapfm.arms import Arm
     from tapfm.probe import Part
-    from tapfm.report import Arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; no yellow, it vanishes on white.
 TRAINED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

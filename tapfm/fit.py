@@ -116,6 +116,11 @@ def run_fit(arguments: Sequence[str]) -> int:
     resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
     recipe = module.slide_model.recipe
+    if recipe.aggregator == "hierarchical" and data.bags != "case":
+        raise ConfigError(
+            "model.aggregator hierarchical weighs the slides of a case, and data.bags is slide: "
+            "set data.bags: case, or take tapfm_gated."
+        )
     if trainer.is_global_zero:
         prepare_folder(cli)
         print(
@@ -186,6 +191,8 @@ def provenance(data: SlideData) -> dict[str, Any]:
         "cohort_sha256": data.cohort.sha256,
         "tissue": asdict(data.tiles.tissue),
         "stain": data.opener.stain,
+        "bags": data.bags,
+        "pool": data.pool,
         **program(),
     }
 

@@ -52,6 +52,8 @@ class Remembered(FeatureBag):
     score_T: Tensor
     epoch: int
     """Which view of it."""
+    counts: tuple[int, ...] = ()
+    """Tiles of each of its slides, as in `Bag`."""
 
 
 class HeadStart(Callback):
@@ -93,8 +95,11 @@ def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list
                 )
                 kept_T = torch.randperm(bag.count, generator=drawn)[:MOST_TILES].sort().values
                 z_TD, score_T = z_TD.cpu()[kept_T], score_T.cpu()[kept_T]
+                slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
+                counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
                 slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-                found.append(Remembered(*slide, score_T, bag.turn.epoch if bag.turn else 0))
+                view = bag.turn.epoch if bag.turn else 0
+                found.append(Remembered(*slide, score_T, view, counts))
             bar.update(bag.count)
     everyone = [slide for share in gather(found) for slide in share]
     return sorted(everyone, key=lambda slide: (slide.epoch, slide.slide_id))
@@ -121,7 +126,7 @@ def solve_head(
         known.copy_(found)
     parts = [
         [
-            replace(slide, z_TD=aggregator.embed(slide.z_TD, slide.score_T)[0][None])
+            replace(slide, z_TD=aggregator.embed(slide.z_TD, slide.score_T, slide.counts)[0][None])
             for slide in part
         ]
         for part in (train, val)
@@ -137,7 +142,9 @@ def solve_head(
 @torch.no_grad()
 def judge(aggregator: Aggregator, val: Sequence[Remembered], task: Task) -> tuple[float, float]:
     """The task's figure on validation, and the loss."""
-    logits_NK = torch.stack([aggregator(slide.z_TD, slide.score_T)[0] for slide in val])
+    logits_NK = torch.stack(
+        [aggregator(slide.z_TD, slide.score_T, slide.counts)[0] for slide in val]
+    )
     y_NY = torch.stack([slide.y_K for slide in val])
     figure, (_, minus_loss) = validation_score(logits_NK, y_NY, task, task.loss().eval())
     return figure, -minus_loss

@@ -38,7 +38,7 @@ from tapfm.bootstrap import (
 
 __all__ = [
     "MACRO", "Interval", "auprc", "auroc", "auroc_draws", "bootstrap_cases", "evaluate",
-    "macro_auroc", "paired_difference",
+    "interval_of", "macro_auroc", "paired_difference", "pairs_draws",
 ]  # fmt: skip
 
 MACRO = "macro"
@@ -71,6 +71,17 @@ def macro_auroc(y_NK: np.ndarray, p_NK: np.ndarray) -> float:
 def auroc_draws(y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
     """AUROC of every draw (B,), nan where the draw has one class only."""
     return _metrics(y_N, p_N, times_BN)[0]
+
+
+def pairs_draws(y_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
+    """Pairs of a positive and a negative in every draw (B,): what AUROC is a share of."""
+    y_N, times_BN = np.asarray(y_N, float), np.asarray(times_BN, float)
+    return (times_BN @ (y_N == 1)) * (times_BN @ (y_N == 0))
+
+
+def interval_of(name: str, figure_B: np.ndarray) -> Interval:
+    """Of a figure by name: on the logit scale for AUROC, where that was tried, else percentiles."""
+    return interval(figure_B) if name == "auroc" else percentiles(figure_B)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,14 @@ class SlideModel(nn.Module):
         return z_TD.detach(), score_T.detach()
 
     @torch.no_grad()
-    def forward(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks."""
-        return self.aggregator(*self.features(tiles, chunk))
+    def forward(
+        self, tiles: Tiles, chunk: int, counts: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks.
+
+        `counts` are the tiles of each slide, where they are a case's.
+        """
+        return self.aggregator(*self.features(tiles, chunk), counts)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""

@@ -49,7 +49,7 @@ class SlideModule(L.LightningModule):
         task: what is predicted, and what the training split says of it (the data's).
         model: key of the foundation model.
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
-        aggregator: tapfm, gated or tapfm_gated.
+        aggregator: tapfm, gated or tapfm_gated; of cases (`data.bags`) also hierarchical.
         strategy: what of the encoder learns, by name, or by name and options:
             `{name: lora, rank: 16}`; the options are those of the README's table.
         tile_px: side of a tile, in tile pixels (the data's).
@@ -78,7 +78,7 @@ class SlideModule(L.LightningModule):
         task: dict[str, Any],
         model: str = "demo_vit",
         weights: str | None = None,
-        aggregator: Literal["tapfm", "gated", "tapfm_gated"] = "tapfm_gated",
+        aggregator: Literal["tapfm", "gated", "tapfm_gated", "hierarchical"] = "tapfm_gated",
         strategy: StrategyName | dict[str, Any] = "full",
         tile_px: int = 224,
         mpp: float = 0.5,
@@ -150,7 +150,7 @@ class SlideModule(L.LightningModule):
             return None  # nothing has learned from it
 
         with self.meter.phase("aggregate"):
-            logits_K, weights_T = self.slide_model.aggregator(seen.z_TD, seen.score_T)
+            logits_K, weights_T = self.slide_model.aggregator(seen.z_TD, seen.score_T, bag.counts)
             loss = self.loss(logits_K, bag.labels_K.to(self.device))
             self.manual_backward(loss / self.steps.accumulate)
             head_norm = self.update(head_optimizer)
@@ -282,7 +282,7 @@ class SlideModule(L.LightningModule):
     def validation_step(self, bag: Bag, index: int) -> None:
         """All tiles, the same forward path as training."""
         try:
-            logits_K, _ = self.slide_model(bag.tiles, self.chunk)
+            logits_K, _ = self.slide_model(bag.tiles, self.chunk, bag.counts)
         except SkippedBag:
             return
         labels_K = bag.labels_K.to(self.device)

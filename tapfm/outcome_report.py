@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
+from tapfm.arms import Arm, aligned_arms
 from tapfm.bootstrap import percentiles, with_point
 from tapfm.figures import curves_figure
 from tapfm.files import write_csv, write_json, write_text
 from tapfm.heatmap import save_figure
+from tapfm.metrics import interval_of
 from tapfm.plain_table import FEW_DRAWS, ruled, span
-from tapfm.report import Arm, aligned_arms, results_page
-from tapfm.tasks import Task
+from tapfm.report import results_page
+from tapfm.tasks import Task, spell_task
 
 
 def write_outcomes(
@@ -57,14 +59,14 @@ def write_outcomes(
     }
     figures = {
         title: {
-            group: {name: percentiles(figure_B) for name, figure_B in each.items()}
+            group: {name: interval_of(name, figure_B) for name, figure_B in each.items()}
             for group, each in groups.items()
         }
         for title, groups in drawn.items()
     }
     result = {
         "split": split,
-        "task": task.truth,
+        "task": {"labels": list(task.labels), **spell_task(task)},
         "slides": len(cases),
         "cases": len(set(cases)),
         "draws": draws,
@@ -125,7 +127,8 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
     """What a reader must know to read the table."""
     notes = [
         f"{result['split']} split: {result['slides']} slides of {result['cases']} cases. "
-        f"Intervals: 95 %, percentiles of {result['draws']} bootstrap draws of whole cases."
+        f"Intervals: 95 %, from {result['draws']} bootstrap draws of whole cases; of AUROC "
+        "symmetric on the logit scale, of others and of differences percentiles."
     ]
     if horizon := getattr(task, "horizon", None):
         notes.append(
@@ -156,7 +159,7 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
 def _write_said(path: Path, task: Task, arms: Sequence[Arm]) -> None:
     header = [f"{name} ({arm.title})" for arm in arms for name in task.said]
     rows = [
-        [slide, case, *task.spell(y_Y)] + [f"{value:.6f}" for arm in arms for value in arm.p_NK[n]]
+        [slide, case, *task.spell(y_Y)] + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]
         for n, (slide, case, y_Y) in enumerate(
             zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
         )

@@ -22,6 +22,8 @@ Shapes: N slides, B draws, G groups of equal values, U times.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tapfm.bootstrap import BLOCK
@@ -31,9 +33,15 @@ FLAT = 1e-24  # of the sum of squares: what rounding leaves of a spread that is 
 
 def r2(y_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
     """1 - squared error / squared distance from the mean of the draw, (B,)."""
+    spread_B = spread(y_N, times_BN)
     y_N, said_N, times_BN = _known(y_N, said_N, times_BN)
-    _, spread_B = _centred(np.broadcast_to(y_N, times_BN.shape), times_BN)
     return 1 - _ratio(times_BN @ np.square(y_N - said_N), spread_B)
+
+
+def spread(y_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
+    """Squared distance from the mean of the draw, (B,): what `r2` is a share of."""
+    y_N, times_BN = _known(y_N, times_BN)
+    return _centred(np.broadcast_to(y_N, times_BN.shape), times_BN)[1]
 
 
 def pearson(y_N: np.ndarray, said_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
@@ -61,18 +69,20 @@ def concordance(
         times_BN: the draws.
     """
     time_N, event_N, risk_N, times_BN = _known(time_N, event_N, risk_N, times_BN)
-    wins_B, pairs_B = np.zeros(len(times_BN)), np.zeros(len(times_BN))
-    step = max(1, BLOCK // max(1, len(time_N)))
-    for start in range(0, len(time_N), step):
-        n = slice(start, start + step)
-        later_nN = time_N > time_N[n, None]
-        later_nN |= (time_N == time_N[n, None]) & (event_N == 0)
-        later_nN &= (event_N[n] == 1)[:, None]
+    wins_B = np.zeros(len(times_BN))
+    for n, later_nN in _later(time_N, event_N):
         higher_nN = (risk_N[n, None] > risk_N) + 0.5 * (risk_N[n, None] == risk_N)
-        first_Bn = times_BN[:, n]
-        pairs_B += ((first_Bn @ later_nN.astype(float)) * times_BN).sum(1)
-        wins_B += ((first_Bn @ (later_nN * higher_nN)) * times_BN).sum(1)
-    return _ratio(wins_B, pairs_B)
+        wins_B += ((times_BN[:, n] @ (later_nN * higher_nN)) * times_BN).sum(1)
+    return _ratio(wins_B, comparable(time_N, event_N, times_BN))
+
+
+def comparable(time_N: np.ndarray, event_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
+    """Pairs that `concordance` compares, (B,)."""
+    time_N, event_N, times_BN = _known(time_N, event_N, times_BN)
+    pairs_B = np.zeros(len(times_BN))
+    for n, later_nN in _later(time_N, event_N):
+        pairs_B += ((times_BN[:, n] @ later_nN.astype(float)) * times_BN).sum(1)
+    return pairs_B
 
 
 def time_auc(
@@ -87,6 +97,16 @@ def time_auc(
     early_BN = times_BN * ((time_N <= horizon) & (event_N == 1))
     weight_BN = early_BN / np.maximum(_uncensored(time_N, event_N, times_BN), 1e-300)
     return _outranks(risk_N, weight_BN, times_BN * (time_N > horizon))
+
+
+def _later(time_N: np.ndarray, event_N: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some cases at a time, and for each of them who is known to have come after its event."""
+    step = max(1, BLOCK // max(1, len(time_N)))
+    for start in range(0, len(time_N), step):
+        n = slice(start, start + step)
+        later_nN = time_N > time_N[n, None]
+        later_nN |= (time_N == time_N[n, None]) & (event_N == 0)
+        yield n, later_nN & (event_N[n] == 1)[:, None]
 
 
 def _known(*arrays: np.ndarray) -> list[np.ndarray]:

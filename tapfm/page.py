@@ -20,15 +20,17 @@ import numpy as np
 import yaml
 
 from tapfm import __version__
+from tapfm.arms import Arm
 from tapfm.cards import case_cards
 from tapfm.figures import read_curves
 from tapfm.files import write_text
 from tapfm.label_record import label_record, label_tables, left_out
-from tapfm.panels import BINS, cost_panels, key, label_panels, training_panels
-from tapfm.report import Arm
-from tapfm.runs import Run, read_arms, read_metrics, read_runs
+from tapfm.outcome_panels import task_curves
+from tapfm.panels import cost_panels, key, training_panels
+from tapfm.runs import Run, read_arms, read_metrics, read_runs, read_task
 from tapfm.slide_table import by_split, slide_table
 from tapfm.tables import further_table, html, pairs, results_table, split_table, table
+from tapfm.tasks import Task
 
 PAGE = "report.html"
 PHASES = ("encode", "aggregate", "adapt")
@@ -67,18 +69,17 @@ def write_page(run: Path, split: str) -> Path:
     report = run / f"report_{split}"
     metrics = read_metrics(report / f"metrics_{split}.json", run, split)
     runs = read_runs(run)
-    labels, arms = read_arms(report / f"predictions_{split}.csv", metrics, runs)
+    task = read_task(metrics)
+    arms = read_arms(report / f"predictions_{split}.csv", metrics, task, runs)
     data = runs[0].config.get("data") or {} if runs else {}
     slides = slide_table(report / "slides.csv", data)
     record = label_record(report / "labels.json", data)
     body = [
         _section("Results", results(metrics, report, split)),
-        _section("Curves", curves(labels, arms)),
+        _section("Curves", curves(task, arms)),
         _section("Training", training(arms)),
         _section("Memory and throughput", cost(arms, runs)),
-        _section(
-            "Slides to look at", case_cards(labels, arms, runs, split, slides, metrics["arms"])
-        ),
+        _section("Slides to look at", case_cards(task, arms, runs, split, slides, metrics["arms"])),
         _section("Slide ledger", ledger(slides, metrics, runs, record)),
         _section("Provenance", provenance(runs, metrics, record)),
         _section("Configuration", configuration(runs)),
@@ -118,17 +119,12 @@ def results(metrics: Mapping, report: Path, split: str) -> Iterator[str]:
         yield beside
 
 
-def curves(labels: Sequence[str], arms: Sequence[Arm]) -> Iterator[str]:
-    """ROC, precision and recall, reliability of each label."""
-    if not labels:
-        yield _soft("No label that is 0 or 1 with a probability of every model: no curves.")
+def curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
+    """What was said against what is true, the way of the task."""
+    if not arms or not len(arms[0].slide_ids):
+        yield _soft("No predictions of the models: no curves.")
         return
-    for kind, panels in label_panels(labels, arms).items():
-        yield f'<h3>{kind}</h3>{key(arms)}<div class="panels">{"".join(panels)}</div>'
-    yield _soft(
-        f"Calibration: slides in {BINS} bins of equal number by probability; few slides make a "
-        "ragged line. Brier score: mean squared error of the probability, 0 is best."
-    )
+    yield from task_curves(task, arms)
 
 
 def training(arms: Sequence[Arm]) -> Iterator[str]:

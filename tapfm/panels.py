@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from tapfm.report import Arm
+    from tapfm.arms import Arm
 
 SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
 WIDE = 3.7, 2.7

@@ -162,14 +162,15 @@ def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float
         z_TD, score_T, _ = encode_bag(
             model.encode, bag.tiles.split(module.chunk), seed=bag.seed, device=device
         )
-        frozen.append((z_TD.detach(), score_T.detach(), bag.labels_K.to(device)))
+        features = z_TD.detach(), score_T.detach(), bag.counts
+        frozen.append((features, bag.labels_K.to(device)))
     if not frozen:
         raise ProbeError("probe: no slide of the train split could be read; see the ledger")
 
     def losses(order: Iterable[int]) -> Iterator[Tensor]:
         for number in order:
-            z_TD, score_T, labels_K = frozen[number]
-            yield loss(aggregator(z_TD, score_T)[0], labels_K)
+            features, labels_K = frozen[number]
+            yield loss(aggregator(*features)[0], labels_K)
 
     def mean() -> float:
         with torch.no_grad():
@@ -206,7 +207,7 @@ def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[Part]:
     for bag in bags:
         same = {"seed": bag.seed, "device": model.device}
         z_TD, score_T, _ = encode_bag(model.encode, bag.tiles.split(module.chunk), **same)
-        logits_K, _ = model.aggregator(z_TD, score_T)
+        logits_K, _ = model.aggregator(z_TD, score_T, bag.counts)
         module.loss(logits_K, bag.labels_K.to(model.device)).backward()
         adapt_bag(model.encode, bag.tiles.split(module.chunk), z_TD.grad, score_T.grad, **same)
         for name, each in parts.items():

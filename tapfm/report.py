@@ -17,6 +17,7 @@ Keys of metrics_<split>.json. An INTERVAL is {value, low, high, draws}, 95 %; wh
 null. LABELS stands for an entry a label, and one, `macro`: the mean of those its `labels` names.
 
     split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
+    task {name, labels, ...}, see `tapfm.tasks`
     arms.<title>
         end_to_end
         figures              LABELS: auroc, auprc INTERVAL; positives, known
@@ -40,15 +41,12 @@ Shapes: N slides, K labels.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 
-import numpy as np
-
+from tapfm.arms import Arm, aligned_arms
 from tapfm.details import describe, sections
 from tapfm.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.files import write_csv, write_json, write_text
@@ -57,60 +55,6 @@ from tapfm.metrics import MACRO, evaluate, paired_difference
 from tapfm.plain_table import FEW_DRAWS, markdown, ruled, span
 
 ONE_CLASS = "one class only"
-END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of the table: a model's predictions of a split."""
-
-    title: str
-    end_to_end: bool
-    """Whether its encoder was trained. Those that were not are what it is measured against."""
-    slide_ids: Sequence[str]
-    case_ids: Sequence[str]
-    y_NK: np.ndarray
-    """0, 1, or nan where unknown."""
-    p_NK: np.ndarray
-    metrics_csv: Path | None = None
-    """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
-    validation: tuple[np.ndarray, np.ndarray] | None = None
-    """y_NK and p_NK of the validation split, from which thresholds and calibration are taken."""
-
-
-def read_arm(title: str, path: Path, *, end_to_end: bool) -> tuple[list[str], Arm]:
-    """An arm from its own predictions_<split>.csv, and the names of its labels.
-
-    Args:
-        title: of the row.
-        path: a CSV with slide_id, case_id, then `<label>` (blank if unknown) and `p_<label>`.
-        end_to_end: see `Arm`.
-
-    Raises:
-        ValueError: the file has no such columns.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows, header = list(reader), reader.fieldnames or []
-    labels = [name[2:] for name in header if name.startswith("p_") and name[2:] in header]
-    if not labels or not {"slide_id", "case_id"} <= set(header):
-        raise ValueError(
-            f"{path}: columns are {', '.join(header) or 'missing'}, but slide_id, case_id and "
-            "pairs of <label> and p_<label> are needed. Is this a run's predictions file?"
-        )
-    y_NK = [[float(row[label] or "nan") for label in labels] for row in rows]
-    p_NK = [[float(row[f"p_{label}"]) for label in labels] for row in rows]
-    curves = path.parent / "metrics.csv"
-    arm = Arm(
-        title,
-        end_to_end,
-        [row["slide_id"] for row in rows],
-        [row["case_id"] for row in rows],
-        np.array(y_NK).reshape(-1, len(labels)),
-        np.array(p_NK).reshape(-1, len(labels)),
-        curves if curves.exists() else None,
-    )
-    return labels, arm
 
 
 def write_results(
@@ -139,8 +83,7 @@ def write_results(
         The table and its notes as text.
 
     Raises:
-        ValueError: no arms, titles or slides twice, arms that disagree on a slide's labels or case,
-            or no slide that all predicted.
+        ValueError: rows that cannot be set side by side, see `aligned_arms`.
     """
     labels = list(labels)
     arms, skipped = aligned_arms(arms, skipped)
@@ -162,6 +105,7 @@ def write_results(
     }  # fmt: skip
     result = {
         "split": split,
+        "task": {"name": "multilabel", "labels": labels},
         "slides": len(cases),
         "cases": len(set(cases)),
         "draws": draws,
@@ -194,52 +138,6 @@ def write_results(
     write_text(folder / "report.md", text)
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
     return "\n".join([*ruled(table), "", *wrapped])
-
-
-def aligned_arms(
-    arms: Sequence[Arm], skipped: Sequence[tuple[str, str]] = ()
-) -> tuple[list[Arm], list[tuple[str, str]]]:
-    """The arms on the slides they share, in one order; skipped slides and the others, with reasons.
-
-    Raises:
-        ValueError: see `write_results`.
-    """
-    titles = [arm.title for arm in arms]
-    if not arms or len(set(titles)) < len(titles):
-        raise ValueError(f"a report needs rows with different titles, got {titles}")
-    for arm in arms:
-        if len(set(arm.slide_ids)) < len(arm.slide_ids):
-            twice = sorted({s for s in arm.slide_ids if list(arm.slide_ids).count(s) > 1})
-            raise ValueError(f"{arm.title}: predicted twice: {', '.join(twice)}")
-    rows = [{slide: row for row, slide in enumerate(arm.slide_ids)} for arm in arms]
-    every = sorted(set().union(*rows))
-    missed = [
-        (slide, f"no prediction by {', '.join(without)}")
-        for slide in every
-        if (without := [t for t, row in zip(titles, rows, strict=True) if slide not in row])
-    ]
-    shared = [slide for slide in every if all(slide in row for row in rows)]
-    if not shared:
-        raise ValueError(f"no slide was predicted by all of {', '.join(titles)}")
-    found = []
-    for arm, row in zip(arms, rows, strict=True):
-        order = [row[slide] for slide in shared]
-        cases = [str(arm.case_ids[n]) for n in order]
-        y_NK, p_NK = np.asarray(arm.y_NK, float)[order], np.asarray(arm.p_NK, float)[order]
-        found.append(replace(arm, slide_ids=shared, case_ids=cases, y_NK=y_NK, p_NK=p_NK))
-    for arm in found[1:]:
-        same_N = np.array([a == b for a, b in zip(arm.case_ids, found[0].case_ids, strict=True)])
-        same_N &= ((arm.y_NK == found[0].y_NK) | np.isnan(arm.y_NK) & np.isnan(found[0].y_NK)).all(
-            1
-        )
-        if not same_N.all():
-            slide = shared[int(np.argmin(same_N))]
-            raise ValueError(
-                f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
-                "they run on different cohort tables? Run the older one again."
-            )
-    told = {slide for slide, _ in skipped}
-    return found, [*skipped, *(each for each in missed if each[0] not in told)]
 
 
 def _reference(arms: Sequence[Arm], figures: dict) -> Arm | None:
@@ -330,7 +228,7 @@ def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[Arm]) -
                for k, label in enumerate(labels)]  # fmt: skip
     rows = [
         [slide, case, *("" if math.isnan(y) else int(y) for y in y_K)]
-        + [f"{p_N[n]:.6f}" for _, p_N in columns]
+        + [f"{p_N[n]:.7g}" for _, p_N in columns]
         for n, (slide, case, y_K) in enumerate(
             zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
         )

@@ -1,23 +1,22 @@
 """A cohort's folder of runs, read back: settings, figures and predictions of each.
 
 Nothing here needs a slide, a model or a GPU.
-
-Shapes: N slides, K labels.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from tapfm.arms import END_TO_END, Arm, read_arm
 from tapfm.metrics import MACRO
-from tapfm.report import END_TO_END, Arm
+from tapfm.tasks import Task, make_task
+from tapfm.tasks.multilabel import Multilabel
 
 
 class RunsError(ValueError):
@@ -68,39 +67,29 @@ def read_metrics(path: Path, run: Path, split: str) -> dict:
     return found
 
 
-def read_arms(path: Path, metrics: Mapping, runs: Sequence[Run]) -> tuple[list[str], list[Arm]]:
-    """Rows of the table with their predictions, of those labels that are 0 or 1.
+def read_task(metrics: Mapping) -> Task:
+    """What was predicted; of a report that does not say so, labels of 0 and 1."""
+    told = metrics.get("task")
+    if isinstance(told, Mapping):
+        return make_task({k: v for k, v in told.items() if k != "labels"}, told["labels"])
+    names = {name: None for arm in metrics["arms"].values() for name in arm.get("figures") or {}}
+    return Multilabel(tuple(name for name in names if name != MACRO))
 
-    Returns:
-        Names of the labels; a row for every arm, in the table's order.
+
+def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[Arm]:
+    """Rows of the table with their predictions, in the table's order; without them, no slides.
+
+    Raises:
+        ValueError: the file there is has other columns.
     """
-    rows: list[dict[str, str]] = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    told = {name for arm in metrics["arms"].values() for name in arm.get("figures") or {}} - {MACRO}
-    labels = [
-        name
-        for name in (rows[0] if rows else ())
-        if name in told
-        and {row[name] for row in rows} <= {"0", "1", ""}
-        and all(f"p_{name} ({title})" in rows[0] for title in metrics["arms"])
-    ]
     logs = {run.title: run.folder / "metrics.csv" for run in runs}
-    shape, arms = (len(rows), len(labels)), []
+    arms = []
     for title, facts in metrics["arms"].items():
-        log = logs.get(title)
-        y = [[float(row[name] or "nan") for name in labels] for row in rows]
-        p = [[float(row[f"p_{name} ({title})"]) for name in labels] for row in rows]
-        arms.append(
-            Arm(
-                title,
-                bool(facts.get("end_to_end")),
-                [row["slide_id"] for row in rows],
-                [row["case_id"] for row in rows],
-                np.array(y).reshape(shape),
-                np.array(p).reshape(shape),
-                log if log and log.is_file() else None,
-            )
-        )
-    return labels, arms
+        trained, log = bool(facts.get("end_to_end")), logs.get(title)
+        if path.is_file():
+            arm = read_arm(title, path, task, end_to_end=trained, of=f" ({title})")
+        else:
+            nothing = np.empty((0, task.width)), np.empty((0, len(task.said)))
+            arm = Arm(title, trained, [], [], *nothing)
+        arms.append(replace(arm, metrics_csv=log if log and log.is_file() else None))
+    return arms

@@ -175,8 +175,12 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
                 "delete that folder to start anew."
             )
     elif study.folds is not None:
-        run_split(table, out / "folds", data.get("labels"), folds=study.folds,
-                  seed=study.fold_seed, preserve_sites=study.preserve_sites)  # fmt: skip
+        task = data.get("task") or "multilabel"
+        options = task if isinstance(task, Mapping) else {"name": task}
+        columns = [options[key] for key in ("time", "event") if key in options]
+        run_split(table, out / "folds", columns or data.get("labels"), folds=study.folds,
+                  seed=study.fold_seed, preserve_sites=study.preserve_sites,
+                  task=options.get("name"))  # fmt: skip
     write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]

@@ -12,40 +12,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tapfm.arms import Arm, read_arm
 from tapfm.bootstrap import Interval
 from tapfm.evaluate import row_folder
 from tapfm.files import write_csv
-from tapfm.metrics import MACRO
 from tapfm.plain_table import aligned, span
-from tapfm.pooling import Fold, Pool, pool
-from tapfm.report import ONE_CLASS, read_arm
+from tapfm.pooling import Pool, pool
+from tapfm.report import ONE_CLASS
+from tapfm.runs import read_task
 
 if TYPE_CHECKING:
     from tapfm.study import Cell, Study
+    from tapfm.tasks import Task
 
 FINISHED, RUN = "finished.json", "run"
 
 
 def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
     """The table as text, and all behind it for study.json."""
-    labels, runs, order = gather(cells)
+    task, runs, order = gather(cells)
     folds = len({cell.fold for cell in cells})
     result: dict[str, Any] = {
         "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
     }  # fmt: skip
     why = [f"failed: {cell}: {fault}" for cell, fault in failed.items()]
     try:
-        found = pool(labels, runs, folds)
+        found = pool(task, runs, folds)
     except ValueError as error:
         return "\n".join([f"no table: {error}", *why]), result
     frozen = [title for title in found.rows if not order[title]]
     trained = [title for title in found.rows if order[title]]
-    value = {title: row.figures["pooled"][MACRO].value for title, row in found.rows.items()}
+    value = {title: row.figures["pooled"][found.head].value for title, row in found.rows.items()}
     defined = [title for title in frozen if not math.isnan(value[title])]
     best = max(defined, key=value.get) if defined else None
     first = trained[0] if trained else None
-    result |= {"slides": found.slides, "cases": found.cases, "macro": list(found.averaged),
-               "reference": best, "first": first}  # fmt: skip
+    result |= {"slides": found.slides, "cases": found.cases, "figure": task.selects,
+               "macro": list(found.averaged), "reference": best, "first": first}  # fmt: skip
     for title in order:
         if title not in found.rows:
             result["arms"][title] = {"end_to_end": order[title], "seeds": []}
@@ -63,37 +65,42 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
                 if order[title] and other not in (None, title)
             },
         }
-    return _text(study.folds, len(study.seeds), labels, result, found, why), result
+    return _text(study.folds, len(study.seeds), task, result, found, why), result
 
 
-def gather(cells: Sequence[Cell]) -> tuple[list[str], dict, dict[str, bool]]:
-    """Labels; title -> seed -> fold -> predictions of finished cells; title -> is it trained."""
-    labels: list[str] = []
-    runs: dict[str, dict[int, dict[int, Fold]]] = {}
+def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
+    """The task; title -> seed -> fold -> predictions of finished cells; title -> is it trained.
+
+    What a task takes from its training split differs by fold; the first one's does not matter to
+    its figure.
+    """
+    task: Task | None = None
+    runs: dict[str, dict[int, dict[int, Arm]]] = {}
     frozen: dict[str, bool] = {}
     for cell in cells:
         if not (cell.folder / FINISHED).exists():
             continue
-        rows = json.loads((cell.folder / "report_test" / "metrics_test.json").read_text())["arms"]
-        for title, facts in rows.items():
+        metrics = json.loads((cell.folder / "report_test" / "metrics_test.json").read_text())
+        own = read_task(metrics)
+        task = task or own
+        for title, facts in metrics["arms"].items():
             trained = facts["end_to_end"]
             name = RUN if trained else f"frozen/{row_folder(title)}"
-            labels, arm = read_arm(
-                title, cell.folder / name / "predictions_test.csv", end_to_end=trained
-            )
+            path = cell.folder / name / "predictions_test.csv"
+            arm = read_arm(title, path, own, end_to_end=trained)
             row = cell.arm if trained else title
-            fold = Fold(arm.slide_ids, arm.case_ids, arm.y_NK, arm.p_NK)
-            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, fold)
+            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, arm)
             if not trained:
                 frozen[title] = False
-    return labels, runs, frozen | {cell.arm: True for cell in cells}
+    return task, runs, frozen | {cell.arm: True for cell in cells}
 
 
 def _text(
-    folds: int | None, seeds: int, labels, result: Mapping, found: Pool, why: list[str]
+    folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, why: list[str]
 ) -> str:
     best, first = result["reference"], result["first"]
-    head = ["model", "macro AUROC [95 %]", *labels, "within folds", "seeds, deviation",
+    undefined = ONE_CLASS if task.selects == "auroc" else "undefined"
+    head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
             "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
     table = [head]
     for title, arm in result["arms"].items():
@@ -106,25 +113,26 @@ def _text(
         table.append(
             [
                 title + mark,
-                span(pooled[MACRO], undefined=ONE_CLASS),
-                *(_number(pooled[name].value) for name in labels),
+                span(pooled[found.head], undefined=undefined),
+                *(_number(pooled[name].value) for name in found.groups),
             ]
-            + [_number(arm["figures"]["within_folds"][MACRO].value)]
+            + [_number(arm["figures"]["within_folds"][found.head].value)]
             + [f"{len(arm['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
             + [
-                span(gain and gain["pooled"][MACRO], sign="+", undefined=ONE_CLASS)
+                span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
                 for gain in gains
             ]
         )
     dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
+    over = f"; macro: {', '.join(found.averaged) or 'none is defined'}" if found.groups else ""
     notes = [
         "",
-        f"{result['slides']} slides of {result['cases']} cases; {dealt}; AUROC averaged over the "
-        f"seeds; macro: {', '.join(result['macro']) or 'no label has both classes'}.",
+        f"{result['slides']} slides of {result['cases']} cases; {dealt}; averaged over the "
+        f"seeds{over}.",
         "Intervals: 95 %, from bootstrap draws of whole cases; differences paired, on the same "
         "draws. They say nothing of training anew: the deviation over seeds does.",
-        "* the frozen row of the highest macro AUROC, chosen on what is reported here, which "
-        "favours it; ** the first end-to-end row; study.json has every pair.",
+        f"* the frozen row of the highest {task.title}, chosen on what is reported here, "
+        "which favours it; ** the first end-to-end row; study.json has every pair.",
     ]
     short = [f"{title}: {len(arm['seeds'])} of {seeds} seeds have every fold; the "
              "others are left out" for title, arm in result["arms"].items()
@@ -134,7 +142,8 @@ def _text(
 
 def write_figures(path: Path, result: Mapping) -> None:
     """study.csv: a row a model and label."""
-    spans = [f"{name}_{end}" for name in ("auroc", "minus_frozen", "minus_first")
+    figure = result.get("figure", "figure")
+    spans = [f"{name}_{end}" for name in (figure, "minus_frozen", "minus_first")
              for end in ("value", "low", "high")]  # fmt: skip
     rows = []
     for title, arm in result["arms"].items():
@@ -145,7 +154,7 @@ def write_figures(path: Path, result: Mapping) -> None:
                 cells += _ends(gain["pooled"][label]) if gain else [""] * 3
             within = _ends(arm["figures"]["within_folds"][label])[0]
             rows.append([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells, within])
-    header = ["model", "end_to_end", "seeds", "label", *spans, "auroc_within_folds"]
+    header = ["model", "end_to_end", "seeds", "label", *spans, f"{figure}_within_folds"]
     write_csv(path, header, rows)
 
 

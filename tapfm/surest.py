@@ -1,50 +1,43 @@
-"""Slides worth looking at: of every label, those a model is surest of, rightly and wrongly.
+"""Slides worth looking at: those a model is surest of, rightly and wrongly, by task.
 
-    <run>/<name>/cases_<split>/<slide>/thumbnail.jpg    the slide, small
-                                       overlay.jpg      tile weights on it, by rank
-                                       tile_1.jpg ...   the tiles of the largest weights
-                                       case.json        where those are, what they weigh
+    multilabel    of each label true and false positives and negatives
+    multiclass    of each class, one against the rest: rightly and wrongly said, and missed
+    regression    of each target the nearest of either half, the most too high and too low
+    survival      an event up to the horizon against being seen for longer, at the median risk
 
-The pictures are made where the slide can be opened, kept beside the run, and shown from there
-afterwards. They are drawn anew when the slide's tile weights are no longer those they were made of.
-
-Shapes: N slides, T tiles of a slide, K labels.
+Shapes: N slides, L labels, classes or targets.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from slides.errors import SlideError
-from slides.reader import Slide
-from tapfm.files import replacing, write_json
-from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
-
-if TYPE_CHECKING:
-    from tapfm.report import Arm
+from tapfm.arms import Arm
+from tapfm.tasks import Task
+from tapfm.tasks.multiclass import Multiclass
+from tapfm.tasks.multilabel import Multilabel
+from tapfm.tasks.regression import Regression
+from tapfm.tasks.survival import Survival
 
 CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
 POINT = "balanced"  # operating point, of those that were
-KINDS = {  # (truth, call)
+LABEL = {  # kind: (truth, call)
     "true positive": (1, 1),
     "true negative": (0, 0),
     "false positive": (0, 1),
     "false negative": (1, 0),
 }
-TILES = 8
-SIDE = 640  # px, the longer side of the pictures of a slide
-TILE_SIDE = 224  # px at most
-LEGIBLE = 15  # px of a tile on the thumbnail, from which its number fits into it
-QUALITY = 88
+CLASS = {"rightly said": (1, 1), "wrongly said": (0, 1), "missed": (1, 0)}
+TIME = {
+    "early, high risk": (1, 1),
+    "late, low risk": (0, 0),
+    "late, high risk": (0, 1),
+    "early, low risk": (1, 0),
+}
+VALUE = ("near, low half", "near, high half", "most too high", "most too low")
 
 
 @dataclass(frozen=True)
@@ -53,27 +46,43 @@ class Case:
 
     label: str
     kind: str
-    """One of `KINDS`."""
+    """One of the task's."""
     slide_id: str
-    prob: float
+    said: float
+    """Its probability, value or risk."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Of one slide, on disk."""
+class Choice:
+    """What of a model's slides is shown, and what is said of each."""
 
-    folder: Path
-    facts: dict
-    """`count` and `effective` tiles, `tiles`: x0, y0 and weight of each, the largest first."""
+    about: str
+    kinds: tuple[str, ...]
+    called: Mapping[str, float]
+    """From where on a label is called positive; empty where nothing is."""
+    cases: list[Case]
+    labels: tuple[str, ...]
+    truth_NL: Sequence[Sequence[str]]
+    said_NL: np.ndarray
+    what: str = "probability"
+    """That `said` is."""
 
-    @property
-    def tiles(self) -> list[Path]:
-        """Pictures of the tiles, the largest weight first."""
-        return [self.folder / f"tile_{n + 1}.jpg" for n in range(len(self.facts["tiles"]))]
+    def spell(self, said: float) -> str:
+        """As the page writes it."""
+        return f"{said:.3f}" if self.what == "probability" else f"{said:.6g}"
 
 
-class NoPicturesError(ValueError):
-    """Why a slide cannot be shown."""
+def choose(task: Task, arm: Arm, facts: Mapping) -> Choice:
+    """The slides of a model that are worth looking at.
+
+    Args:
+        task: what was predicted.
+        arm: what the model said.
+        facts: of it, in metrics_<split>.json.
+    """
+    return {
+        Multilabel: _labels, Multiclass: _classes, Regression: _values, Survival: _times
+    }[type(task)](task, arm, facts)  # fmt: skip
 
 
 def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
@@ -88,125 +97,88 @@ def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
     return [CALLED if value is None else value for value in chosen]
 
 
-def choose_cases(labels: Sequence[str], arm: Arm, called: Sequence[float]) -> list[Case]:
-    """Of each label and each of `KINDS` the slide of the most extreme probability, if any.
+def _labels(task: Multilabel, arm: Arm, facts: Mapping) -> Choice:
+    called = dict(zip(task.labels, thresholds(facts, task.labels), strict=True))
+    cases = [
+        case
+        for k, label in enumerate(task.labels)
+        for case in _surest(label, LABEL, arm, k, arm.y_NK[:, k], arm.p_NK[:, k] >= called[label])
+    ]
+    about = (
+        "Of each label, the surest true positive, true negative, false positive and false "
+        "negative. A tile's weight is the same for all labels."
+    )
+    return Choice(about, tuple(LABEL), called, cases, task.labels, _one_or_zero(arm.y_NK), arm.p_NK)
 
-    Args:
-        labels: K names.
-        arm: the model's probabilities.
-        called: K thresholds.
-    """
-    found = []
-    for k, (label, threshold) in enumerate(zip(labels, called, strict=True)):
+
+def _classes(task: Multiclass, arm: Arm, facts: Mapping) -> Choice:
+    said_N, rest = arm.p_NK.argmax(1), task.one_vs_rest(arm.y_NK)
+    cases = [
+        case
+        for k, (name, is_N) in enumerate(rest.items())
+        for case in _surest(name, CLASS, arm, k, is_N, said_N == k)
+    ]
+    about = (
+        "Of each class, the slide that was most surely said to be of it and is, the one that is "
+        "not, and the slide of it with the least probability of those said to be of another."
+    )
+    truth_NL = _one_or_zero(np.stack(list(rest.values()), axis=1))
+    return Choice(about, tuple(CLASS), {}, cases, task.labels, truth_NL, arm.p_NK)
+
+
+def _values(task: Regression, arm: Arm, facts: Mapping) -> Choice:
+    cases = []
+    for k, label in enumerate(task.labels):
         y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
-        for kind, (truth, call) in KINDS.items():
-            rows = np.flatnonzero((y_N == truth) & ((p_N >= threshold) == call))
+        known, off_N = np.flatnonzero(~np.isnan(y_N)), p_N - y_N
+        high_N = y_N > np.median(y_N[known]) if len(known) else y_N > 0
+        picks = (
+            (known[~high_N[known]], -np.abs(off_N)), (known[high_N[known]], -np.abs(off_N)),
+            (known[off_N[known] > 0], off_N), (known[off_N[known] < 0], -off_N),
+        )  # fmt: skip
+        for kind, (rows, merit_N) in zip(VALUE, picks, strict=True):
             if len(rows):
-                row = rows[np.argmax(p_N[rows]) if call else np.argmin(p_N[rows])]
-                found.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
+                row = rows[np.argmax(merit_N[rows])]
+                cases.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
+    about = (
+        "Of each target, the slides predicted nearest to their value, of the lower and the upper "
+        "half of values, and those predicted most too high and most too low."
+    )
+    truth_NL = [["unknown" if np.isnan(y) else f"{y:.6g}" for y in y_K] for y_K in arm.y_NK]
+    return Choice(about, VALUE, {}, cases, task.labels, truth_NL, arm.p_NK, "predicted")
+
+
+def _times(task: Survival, arm: Arm, facts: Mapping) -> Choice:
+    time_N, event_N, risk_N = arm.y_NK[:, 0], arm.y_NK[:, 1], arm.p_NK[:, 0]
+    early_N = np.where((time_N <= task.horizon) & (event_N == 1), 1.0, np.nan)
+    early_N[time_N > task.horizon] = 0
+    middle = float(np.median(risk_N)) if len(risk_N) else 0.0
+    cases = _surest("risk", TIME, arm, 0, early_N, risk_N >= middle)
+    about = (
+        f"Early: with the event up to {task.time} = {task.horizon:g}, the training split's median; "
+        "late: seen for longer. High risk: from the median of this split on. Of each pair, the "
+        "most extreme risk."
+    )
+    truth_NL = [
+        ["unknown" if np.isnan(time) else f"{'event' if event else 'no event'} at {time:.6g}"]
+        for time, event in arm.y_NK[:, :2]
+    ]
+    called = {"risk": middle}
+    return Choice(about, tuple(TIME), called, cases, ("risk",), truth_NL, arm.p_NK[:, :1], "risk")
+
+
+def _surest(
+    label: str, kinds: Mapping[str, tuple[int, int]], arm: Arm, k: int, y_N, called_N
+) -> list[Case]:
+    """Of each kind the slide of the most extreme number k that the arm says, if there is any."""
+    p_N, found = arm.p_NK[:, k], []
+    for kind, (truth, call) in kinds.items():
+        rows = np.flatnonzero((y_N == truth) & (called_N == call))
+        if len(rows):
+            row = rows[np.argmax(p_N[rows]) if call else np.argmin(p_N[rows])]
+            found.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
     return found
 
 
-def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px: int) -> Pictures:
-    """The pictures of a slide, made if they are not there or not of these weights.
-
-    Args:
-        run: folder of one run.
-        split: of the slide.
-        slide_id: its name.
-        path: its file; None where that is not known.
-        tile_px: side of a tile.
-
-    Raises:
-        NoPicturesError: there are none, and they cannot be made.
-    """
-    weights, folder = run / f"weights_{split}" / f"{slide_id}.h5", run / f"cases_{split}" / slide_id
-    facts = _read_facts(folder)
-    try:
-        with h5py.File(weights) as file:
-            weights_T, coords0 = file["weights"][:], file["coords"][:]
-            size0 = int(file["coords"].attrs["patch_size_level0"])
-    except (OSError, KeyError) as error:
-        if facts:
-            return Pictures(folder, facts)
-        raise NoPicturesError(f"{weights} cannot be read ({error})") from error
-    digest = hashlib.sha256(weights_T.tobytes()).hexdigest()
-    if facts and facts["weights_sha256"] == digest:
-        return Pictures(folder, facts)
-    if path is None or not path.is_file():
-        where = f"{path} is not there" if path else "the index is not there to say where it lies"
-        raise NoPicturesError(f"{slide_id} cannot be opened: {where}")
-    try:
-        with Slide(path, name=slide_id) as slide:
-            facts = _draw(folder, slide, weights_T, coords0, size0, min(tile_px, TILE_SIDE))
-    except SlideError as error:
-        raise NoPicturesError(str(error)) from error
-    facts["weights_sha256"] = digest
-    write_json(folder / "case.json", facts)  # last: pictures that have it are whole
-    return Pictures(folder, facts)
-
-
-def _read_facts(folder: Path) -> dict | None:
-    """Those of pictures that are all there."""
-    try:
-        facts = json.loads((folder / "case.json").read_text())
-    except (OSError, ValueError):
-        return None
-    there = [folder / "thumbnail.jpg", folder / "overlay.jpg", *Pictures(folder, facts).tiles]
-    return facts if all(path.is_file() for path in there) else None
-
-
-def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
-    """All pictures of an open slide; the facts of them."""
-    (folder / "case.json").unlink(missing_ok=True)
-    thumbnail, downsample = slide.thumbnail(max_side=SIDE)
-    top = np.argsort(-weights_T, kind="stable")[:TILES]
-    _save(folder / "thumbnail.jpg", Image.fromarray(thumbnail))
-    ranks_T = rank_percentile(weights_T)
-    overlay = _overlay(thumbnail, downsample, coords0, size0, ranks_T)
-    _frames(overlay, coords0[top] / downsample, size0 / downsample)
-    _save(folder / "overlay.jpg", overlay)
-    for number, (x0, y0) in enumerate(coords0[top].tolist(), start=1):
-        tile = slide.region(x0, y0, size0, min(size, size0))
-        _save(folder / f"tile_{number}.jpg", Image.fromarray(tile))
-    return {
-        "count": len(weights_T),
-        "effective": float(1 / np.square(weights_T, dtype=float).sum()),
-        "tiles": [
-            {
-                "x0": int(coords0[row, 0]),
-                "y0": int(coords0[row, 1]),
-                "weight": float(weights_T[row]),
-            }
-            for row in top
-        ],
-    }
-
-
-def _overlay(thumbnail, downsample, coords0, size0, ranks_T) -> Image.Image:
-    """Ranks as colours over the thumbnail, as `overlay_png` draws them."""
-    from matplotlib import colormaps
-
-    painted = tile_map(thumbnail.shape[:2], downsample, coords0, size0, ranks_T)
-    veil = colormaps[COLOURS](np.nan_to_num(painted) / 100)[..., :3] * 255
-    opacity = np.where(np.isnan(painted), 0, OPACITY)[..., None]
-    return Image.fromarray((thumbnail * (1 - opacity) + veil * opacity).round().astype(np.uint8))
-
-
-def _frames(picture: Image.Image, corners: np.ndarray, side: float) -> None:
-    """The top tiles framed in white on black, with their numbers where they fit in."""
-    draw, number_px = ImageDraw.Draw(picture), min(side * 0.7, 16)
-    for number, (x, y) in reversed(list(enumerate(corners.tolist(), start=1))):
-        box = [round(x), round(y), round(x + side) - 1, round(y + side) - 1]
-        box[2:] = max(box[2], box[0] + 4), max(box[3], box[1] + 4)
-        draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline="black", width=3)
-        draw.rectangle(box, outline="white", width=1)
-        if side >= LEGIBLE:
-            font = ImageFont.load_default(number_px)
-            middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            draw.text(middle, str(number), "white", font, "mm", stroke_width=2, stroke_fill="black")
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    with replacing(path) as partial:
-        picture.save(partial, format="JPEG", quality=QUALITY)
+def _one_or_zero(y_NL: np.ndarray) -> list[list[str]]:
+    return [["unknown" if np.isnan(y) else str(int(y)) for y in y_L] for y_L in y_NL]

@@ -23,11 +23,23 @@ NAMES = {
     "ece": "ECE",
     "delong": "DeLong",
     "f1": "F1",
+    "r2": "R²",
     "sha256": "SHA-256",
 }
 INTERVAL = {"value", "low", "high", "draws"}
 SAID = {"positives", "known", "labels"}  # beside the table of results
-OF_ALL = {"split", "slides", "cases", "draws", "seed", "reference", "arms", "skipped", "notes"}
+OF_ALL = {
+    "split",
+    "task",
+    "slides",
+    "cases",
+    "draws",
+    "seed",
+    "reference",
+    "arms",
+    "skipped",
+    "notes",
+}
 HEADLINE = 2  # figures of the table of results: AUROC and AUPRC, for labels that are 0 or 1
 LISTED = 6  # numbers of a list that are written out; longer ones are curves, and stay in the JSON
 UNBROKEN = 60  # characters of a cell that stay on one line

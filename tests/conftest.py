@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import tifffile
+from browser import NAMES, Browser, find_browser
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +32,20 @@ def shared_data() -> Path:
     if not (folder / "slides").is_dir():
         pytest.skip(f"no real slides at {folder}; set TAPFM_DATA to the folder that has them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium; tests are skipped without one."""
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path, none of Playwright's")
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(Browser(program))
+        except (AssertionError, OSError) as error:  # one that may not run here, such as a snap
+            pytest.skip(f"{program} does not start: {error}")
+        yield found
 
 
 @dataclass(frozen=True)

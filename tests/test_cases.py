@@ -1,4 +1,7 @@
-"""A case is the tiles of all its slides in one bag, exactly, in training and after it."""
+"""A case is the tiles of all its slides in one bag, exactly, in training and after it.
+
+Where slides are weighed as a whole (`hierarchical`), the reference is the two levels written out.
+"""
 
 import h5py
 import numpy as np
@@ -13,12 +16,14 @@ from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import CohortError
 from slides.stream import Augment, BagDataset
+from tapfm import backbones
 from tapfm import model as models
 from tapfm.aggregators import make_aggregator
 from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.cli import main
+from tapfm.evaluate import groups_of
 from tapfm.fit import read_config
-from tapfm.predict import Prediction, pool_cases
+from tapfm.prediction import Prediction, pool_cases
 from tapfm.tasks import make_task
 
 NAN = float("nan")
@@ -95,31 +100,113 @@ def test_streamed_it_is_the_same_tiles_whatever_the_chunks(data):
     assert bag.count == len(expected)
 
 
-def test_two_passes_over_the_union_are_the_gradient_of_one_graph(data):
-    case = data.rows("train")[0]
-    tiles = BagDataset([case], data.opener, budget=4)[0].tiles
-    encoder = tiny_encoder()
+def two_levels(aggregator, z_TD, score_T, counts):
+    """Logits and weights, slide by slide: its embedding, then its share of the case."""
+    embeddings, within = [], []
+    for z, s in zip(z_TD.split(counts), score_T.split(counts), strict=True):
+        w = torch.softmax((s - s.min()) / (s.max() - s.min()) + aggregator.gate(z), 0)
+        within.append(w)
+        embeddings.append((w[:, None] * z).sum(0))
+    shares = torch.softmax(aggregator.slide_gate(torch.stack(embeddings)), 0)
+    case = sum(share * b for share, b in zip(shares, embeddings, strict=True))
+    weights = [share * w for share, w in zip(shares, within, strict=True)]
+    return aggregator.head(aggregator.norm(case)), torch.cat(weights)
+
+
+def spread(aggregator):
+    """Gates that have learned something."""
     torch.manual_seed(0)
-    aggregator = make_aggregator("tapfm_gated", 24, 1).double()
+    for gate in (aggregator.gate, aggregator.slide_gate):
+        if gate is not None:
+            torch.nn.init.normal_(gate.last.weight)
+    return aggregator.double()
+
+
+def test_hierarchical_is_its_two_levels_and_starts_as_the_mean_of_slides():
+    torch.manual_seed(1)
+    z_TD, score_T = torch.randn(17, 7).double(), torch.rand(17).double()
+    counts = (5, 1, 11)
+    aggregator = make_aggregator("hierarchical", 7, 2).double()
+    weights_T = aggregator(z_TD, score_T, counts)[1]
+    shares = [each.sum().item() for each in weights_T.split(counts)]
+    assert shares == pytest.approx([1 / 3] * 3)
+    spread(aggregator)
+    counts = (6, 11)
+    found = aggregator(z_TD, score_T, counts)
+    torch.testing.assert_close(found, two_levels(aggregator, z_TD, score_T, counts))
+    assert found[1].sum().item() == pytest.approx(1)
+    assert found[1][:6].sum().item() != pytest.approx(6 / 17, abs=0.01)
+    union = make_aggregator("tapfm_gated", 7, 2).double()
+    union.load_state_dict(aggregator.state_dict(), strict=False)
+    torch.testing.assert_close(aggregator(z_TD, score_T), union(z_TD, score_T))
+
+
+@pytest.mark.parametrize("name", ["tapfm_gated", "hierarchical"])
+def test_two_passes_over_a_case_are_the_gradient_of_one_graph(data, name):
+    case = data.rows("train")[0]
+    bag = BagDataset([case], data.opener, budget=4)[0]
+    tiles, counts = bag.tiles, bag.counts
+    assert counts == (4, 4)
+    encoder, aggregator = tiny_encoder(), spread(make_aggregator(name, 24, 1))
     z_TD, score_T = encoder.encode(tiles)
-    aggregator(z_TD, score_T)[0].sum().backward()
-    expected = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
-    for size in (3, 5):  # the union's chunks run over the border of its slides
+    if name == "hierarchical":
+        logits_K = two_levels(aggregator, z_TD, score_T, counts)[0]
+        assert not torch.allclose(logits_K, aggregator(z_TD, score_T, (8,))[0], rtol=1e-3)
+    else:
+        logits_K = aggregator(z_TD, score_T)[0]
+    logits_K.sum().backward()
+    learners = [*encoder.parameters(), *aggregator.parameters()]
+    expected = [p.grad.clone() for p in learners if p.grad is not None]
+    for size in (3, 5):  # chunks run over the border of the slides
         encoder.zero_grad()
+        aggregator.zero_grad()
         how = {"seed": 0, "device": torch.device("cpu")}
         z_TD, score_T, kept = encode_bag(encoder.encode, tiles.split(size), **how)
-        aggregator(z_TD, score_T)[0].sum().backward()
+        aggregator(z_TD, score_T, counts)[0].sum().backward()
         adapt_bag(encoder.encode, tiles.split(size), z_TD.grad, score_T.grad, kept=kept, **how)
-        found = [p.grad for p in encoder.parameters() if p.grad is not None]
+        found = [p.grad for p in learners if p.grad is not None]
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_from_fit_to_test_a_row_is_a_case(paired):
+def predicted(config, run, case=None, slides=("s10.tif", "s11.svs")):
+    """What `tapfm predict` says of two slides, and the folder."""
+    out = run / "predicted"
+    where = [str(config.parent / "slides" / name) for name in slides]
+    more = ["--case", case] if case else []
+    verb = ["predict", *where, "--model", str(run / "best.safetensors"), "--out", str(out), *more]
+    return main(verb), pd.read_csv(out / "predictions.csv"), out
+
+
+def test_from_fit_to_test_a_row_is_a_case(paired, capsys):
     fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1"]
     assert main([*fit, "--name", "union"]) == 0
+    ours = ["--model.aggregator", "hierarchical", "--model.steps.head_lr", "0.1",
+            "--model.steps.head_start", "true"]  # fmt: skip
+    assert main([*fit, "--name", "slides", *ours]) == 0
     runs = paired.parent / "runs"
     assert main(["test", "--run", str(runs), "--overlays", "4"]) == 0
+    tested = {}
+    for name in ("union", "slides"):
+        code, table, out = predicted(paired, runs / name, "c10")
+        assert code == 0
+        assert table["slide_id"].tolist() == ["c10"]
+        row = pd.read_csv(runs / name / "predictions_test.csv").iloc[0]
+        tested[name] = row["p_KRAS"]
+        assert table["p_KRAS"][0] == pytest.approx(row["p_KRAS"], abs=2e-6)
+        for slide in ("s10", "s11"):
+            with (h5py.File(out / f"{slide}_weights.h5") as one,
+                  h5py.File(runs / name / "weights_test" / f"{slide}.h5") as other):  # fmt: skip
+                np.testing.assert_allclose(one["weights"], other["weights"], rtol=1e-4)
+                np.testing.assert_array_equal(one["coords"], other["coords"])
+    assert tested["union"] != pytest.approx(tested["slides"], abs=1e-4)
+    code, table, _ = predicted(paired, runs / "slides")  # each by itself, as a case of one slide
+    assert table["slide_id"].tolist() == ["s10", "s11"]
+    assert set(table["p_KRAS"]) - {tested["slides"]}
+    capsys.readouterr()
+    code, table, _ = predicted(paired, runs / "slides", "c10", ("s10.tif", "gone.svs"))
+    assert (code, len(table)) == (2, 0)
+    assert "c10: a slide of it failed, and nothing is said of it" in capsys.readouterr().err
     metrics = pd.read_csv(runs / "union" / "metrics.csv")
     assert sorted(metrics["slide_id"].dropna()) == ["c0", "c2", "c3", "c4", "c6"]
     for folder in (runs / "union", runs / "frozen" / "frozen_gated_attention"):
@@ -153,9 +240,29 @@ def test_logits_of_slides_pooled(pool):
     np.testing.assert_allclose(second.probs_K, 0.5)
 
 
-def test_bags_of_cases_have_nothing_left_to_pool(paired, capsys):
+def test_a_case_of_slides_of_several_stains_is_mixed():
+    stains = {
+        "a": ("c1", "HE"),
+        "b": ("c2", "HE"),
+        "d": ("c1", "CK7"),
+        "e": ("c2", ""),
+        "f": ("c3", ""),
+    }
+    rows = [SlideRow(case, name, None, "test", None, stain, "", ()) for name, (case, stain)
+            in stains.items()]  # fmt: skip
+    assert groups_of(rows, "stain") == {
+        "a": "HE", "b": "HE", "d": "CK7", "e": "", "f": "", "c1": "mixed", "c2": "HE", "c3": ""
+    }  # fmt: skip
+    same_name = [SlideRow("s1", "s1", None, "test", None, "HE", "", ())]
+    assert groups_of(same_name, "stain") == {"s1": "HE"}
+
+
+def test_bags_of_cases_have_nothing_left_to_pool_and_slides_nothing_to_weigh(paired, capsys):
     assert main(["fit", "--config", str(paired), "--data.pool", "max"]) == 2
     assert "data.pool max is of slides" in capsys.readouterr().err
+    of_slides = ["--data.bags", "slide", "--model.aggregator", "hierarchical"]
+    assert main(["fit", "--config", str(paired), *of_slides]) == 2
+    assert "weighs the slides of a case, and data.bags is slide" in capsys.readouterr().err
 
 
 def test_slides_are_trained_and_cases_tested(paired):
@@ -173,3 +280,15 @@ def test_slides_are_trained_and_cases_tested(paired):
     two = [model(data.bag(each).tiles, 16)[0].item() for each in data.cohort.split("test")[:2]]
     expected = 1 / (1 + np.exp(-np.mean(two)))
     assert table["p_KRAS"][0] == pytest.approx(expected, abs=2e-6)
+    code, alone, _ = predicted(paired, runs / "slides", "c10")
+    assert code == 0
+    assert alone["p_KRAS"].tolist() == [pytest.approx(expected, abs=2e-6)]
+
+
+def test_a_model_of_slides_says_nothing_of_cases(paired, tmp_path, capsys):
+    recipe = models.Recipe("demo_vit", "tapfm_gated", ("KRAS",), 32, 0.5)
+    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    models.save(model, tmp_path / "best.safetensors", bags="slide", pool="union")
+    slide, best = str(paired.parent / "slides" / "s10.tif"), str(tmp_path / "best.safetensors")
+    assert main(["predict", slide, "--model", best, "--case", "c10"]) == 2
+    assert "says nothing of a case of several. Leave --case out" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from tapfm.cli import main
 from tapfm.evaluate import tile_auroc
 from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import read_config
-from tapfm.predict import Prediction
+from tapfm.prediction import Prediction
 
 VAL = ["s7", "s8", "s9"]
 

@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import ExitStack
-from html.parser import HTMLParser
 
 import h5py
 import numpy as np
@@ -17,57 +15,17 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from browser import NAMES, Browser, find_browser
 from conftest import stained_picture, write_pyramid
+from pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 from safetensors.torch import save_file
 
+from tapfm.arms import Arm
 from tapfm.cli import main
-from tapfm.report import Arm, write_results
+from tapfm.report import write_results
 
 EVIL = '<script>alert("x")</script>&'  # a label may be called anything
 LABELS = ["EGFR", EVIL]
 SLIDES, SIDE = 12, 32
-VOID = {"meta", "link", "img", "br"}
-
-
-class Page(HTMLParser):
-    """A page's elements, and what is wrong with how they are nested."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.faults, self.stack, self.elements, self.rows, self.text = [], [], [], [], ""
-        self.feed(text)
-        self.faults += [f"<{tag}> is never closed" for tag in self.stack]
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("th", "td"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if self.stack[-1:] == [tag]:
-            self.stack.pop()
-        else:
-            self.faults.append(f"</{tag}> within <{self.stack[-1] if self.stack else 'nothing'}>")
-
-    def handle_data(self, data):
-        if self.stack[-1:] not in (["style"], ["script"]):
-            self.text += data
-        if {"th", "td"} & set(self.stack):
-            self.rows[-1][-1] += data
-
-    def values(self, *names):
-        return [attrs[name] for _, attrs in self.elements for name in names if attrs.get(name)]
-
-    def tags(self, name):
-        return [attrs for tag, attrs in self.elements if tag == name]
 
 
 def write_run(folder):
@@ -260,42 +218,6 @@ def test_nothing_to_report_says_what_to_run(tmp_path, capsys):
 # ------------------------------------------------------------------------- in a real browser
 
 LOOKS = {"wide": (1280, False), "narrow": (390, False), "dark": (1280, True)}
-
-BROKEN_PICTURES = """[...document.images].filter(i => !i.complete || !i.naturalWidth).length"""
-WIDTH = "document.scrollingElement.scrollWidth"  # a phone makes its window as wide as the page
-# text of a drawing that is cut off, lies on other text, or is smaller than 9 px
-ILLEGIBLE = """[...document.querySelectorAll('.panel svg')].flatMap(svg => {
-  const frame = svg.getBoundingClientRect(), found = [];
-  const texts = [...svg.querySelectorAll('text')]
-    .map(t => [t.textContent, t.getBoundingClientRect()]);
-  texts.forEach(([said, a], n) => {
-    if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1
-        || a.bottom > frame.bottom + 1) found.push('cut: ' + said);
-    if (Math.min(a.width, a.height) < 9 && said.length > 1) found.push('small: ' + said);
-    texts.slice(n + 1).forEach(([other, b]) => {
-      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
-          && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
-        found.push('on each other: ' + said + ' / ' + other);
-    });
-  });
-  return found;
-})"""
-ROWS = "[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))"
-BRIGHT = """(() => { const style = getComputedStyle(document.body);
-  return [style.backgroundColor, style.color].map(c => Number(c.match(/\\d+/)[0])); })()"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = find_browser()
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path, none of Playwright's")
-    with ExitStack() as stack:
-        try:
-            found = stack.enter_context(Browser(program))
-        except (AssertionError, OSError) as error:  # one that may not run here, such as a snap
-            pytest.skip(f"{program} does not start: {error}")
-        yield found
 
 
 @pytest.mark.parametrize("look", LOOKS)

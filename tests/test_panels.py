@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tapfm.arms import Arm
 from tapfm.figures import arm_styles
 from tapfm.metrics import auprc
 from tapfm.panels import (
@@ -19,7 +20,6 @@ from tapfm.panels import (
     reliability_axis,
     training_panels,
 )
-from tapfm.report import Arm
 
 
 def arm(title, end_to_end, y, p):

@@ -24,7 +24,8 @@ from tapfm import backbones
 from tapfm import model as models
 from tapfm.bag import Bag
 from tapfm.cli import main
-from tapfm.predict import loose_bag, predict_bag
+from tapfm.predict import loose_bag
+from tapfm.prediction import predict_bag
 
 TILE = 32
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tapfm.arms import Arm, read_arm
 from tapfm.delong import delong_difference
 from tapfm.metrics import auroc, evaluate, paired_difference
-from tapfm.report import Arm, read_arm, write_results
+from tapfm.report import write_results
+from tapfm.tasks.multilabel import Multilabel
 from tapfm.thresholds import choose_threshold
 
 LABELS = ["NUCA", "VACU"]
@@ -235,16 +237,16 @@ def test_disagreements_are_named(tmp_path):
 def test_read_arm_reads_a_runs_predictions(tmp_path):
     path = tmp_path / "predictions_test.csv"
     path.write_text("slide_id,case_id,A,p_A,p_53,p_p_53\ns1,c1,1,0.75,,0.5\ns2,c1,0,0.25,1,0.125\n")
-    labels, arm = read_arm("tapfm", path, end_to_end=True)
-    assert labels == ["A", "p_53"]  # a gene may be called so
+    arm = read_arm("tapfm", path, Multilabel(("A", "p_53")), end_to_end=True)  # a gene may be so
     assert (arm.title, arm.end_to_end, arm.slide_ids, arm.case_ids, arm.metrics_csv) == (
         "tapfm", True, ["s1", "s2"], ["c1", "c1"], None,
     )  # fmt: skip
     np.testing.assert_array_equal(arm.y_NK, [[1, np.nan], [0, 1]])
     np.testing.assert_array_equal(arm.p_NK, [[0.75, 0.5], [0.25, 0.125]])
     path.write_text("slide,score\na,1\n")
-    with pytest.raises(ValueError, match="columns are slide, score, but slide_id, case_id and"):
-        read_arm("tapfm", path, end_to_end=True)
+    said = "columns are slide, score, and slide_id, case_id, A, p_A are needed"
+    with pytest.raises(ValueError, match=said):
+        read_arm("tapfm", path, Multilabel(("A",)), end_to_end=True)
 
 
 def test_pictures_are_written(tmp_path):

@@ -52,8 +52,53 @@ else:
     report = pathlib.Path(values["--run"]) / "report_test"
     report.mkdir(exist_ok=True)
     arms = {"frozen, probe": {"end_to_end": False}, "end to end, run": {"end_to_end": True}}
-    (report / "metrics_test.json").write_text(json.dumps({"arms": arms}))
+    task = {"name": "multilabel", "labels": ["EGFR"]}
+    (report / "metrics_test.json").write_text(json.dumps({"task": task, "arms": arms}))
 """
+
+OUTCOMES = """
+import csv, json, sys, pathlib, random
+import yaml
+verb, *rest = sys.argv[1:]
+values = {k: v for k, v in zip(rest, rest[1:])}
+if verb == "fit":
+    configs = [yaml.safe_load(pathlib.Path(p).read_text()) for k, p in zip(rest, rest[1:])
+               if k == "--config"]
+    folder, data = pathlib.Path(configs[-1]["run_dir"]), configs[0]["data"]
+    rows = [row for row in csv.DictReader(open(configs[-1]["data"]["table"]))]
+    draw = random.Random(str(folder))
+    for name, noise in (("run", 1), ("frozen/frozen_probe", 4)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        with (folder / name / "predictions_test.csv").open("w") as out:
+            said = [n for n in data["said"]]
+            out.write(",".join(["slide_id", "case_id", *data["truth"], *said]) + chr(10))
+            for row in rows:
+                if row["split"] == "test":
+                    v = float(row["v"]) + noise * draw.gauss(0, 1)
+                    p = {"p_high": v, "p_low": -v, "predicted_v": v, "risk": -v}
+                    cells = [row["slide_id"], row["case_id"], *(row[n] for n in data["truth"])]
+                    out.write(",".join([*cells, *(str(p[n]) for n in said)]) + chr(10))
+else:
+    run = pathlib.Path(values["--run"])
+    report = run / "report_test"
+    report.mkdir(exist_ok=True)
+    spec = yaml.safe_load((run.parents[3] / "config.yaml").read_text())["data"]["spec"]
+    arms = {"frozen, probe": {"end_to_end": False}, "end to end, run": {"end_to_end": True}}
+    (report / "metrics_test.json").write_text(json.dumps({"task": spec, "arms": arms}))
+"""
+KINDS = {  # task, labels, what metrics_test.json says of it, columns, words of the table
+    "multiclass": ("multiclass", ["grade"],
+                   {"name": "multiclass", "labels": ["high", "low"], "column": "grade",
+                    "weight": [1, 1]},
+                   ["grade"], ["p_high", "p_low"], "macro AUROC, one against the rest [95 %]"),
+    "regression": ("regression", ["v"],
+                   {"name": "regression", "labels": ["v"], "mean": [0], "std": [1]},
+                   ["v"], ["predicted_v"], "R² (mean over targets) [95 %]"),
+    "survival": ({"name": "survival", "time": "months", "event": "dead", "loss": "cox"}, None,
+                 {"name": "survival", "labels": ["h"], "time": "months", "event": "dead",
+                  "edges": [], "horizon": 5, "with_loss": "cox"},
+                 ["months", "dead"], ["risk"], "concordance [95 %]"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -137,6 +182,45 @@ def test_every_cell_once_and_the_table_pools_the_folds(quick, capsys):
     rows = list(csv.DictReader((out / "study.csv").open()))
     (row,) = [r for r in rows if (r["model"], r["label"]) == ("tapfm_gated_lora", "EGFR")]
     assert float(row["minus_first_value"]) == pytest.approx(gain, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_is_dealt_and_has_its_own_figure(quick, kind, capsys):
+    folder = quick.parent
+    task, labels, spec, truth, said, title = KINDS[kind]
+    (folder / "stand_in.py").write_text(OUTCOMES)
+    values = np.random.default_rng(0).standard_normal(60)
+    lines = ["case_id,slide_id,slide_path,split,grade,v,months,dead"]
+    for n, v in enumerate(values):
+        grade, months = "high" if v > 0 else "low", 10 + 3 * v
+        lines.append(f"c{n},s{n},s{n}.svs,train,{grade},{v:.6f},{months:.4f},{int(n % 3 > 0)}")
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    data = {"table": str(folder / "cohort.csv"), "task": task, "labels": labels,
+            "spec": spec, "truth": truth, "said": said}  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    assert cli.main(["study", str(quick), "--strategies", "full", "lora"]) == 0
+    text = capsys.readouterr().out
+    assert title in text
+    assert "60 slides of 60 cases; 3 folds, out-of-fold predictions pooled" in text
+    result = json.loads((folder / "out" / "study.json").read_text())
+    assert result["reference"] == "frozen, probe"
+    head = "all" if kind == "survival" else "macro"
+    full, probe = (result["arms"][name] for name in ("tapfm_gated_full", "frozen, probe"))
+    gain = full["differences"]["frozen, probe"]["pooled"][head]
+    both = [arm["figures"]["pooled"][head]["value"] for arm in (full, probe)]
+    assert gain["value"] == pytest.approx(both[0] - both[1])
+    assert 0 < gain["low"] < gain["value"] < gain["high"]
+    assert f"{gain['value']:+.3f} [" in text
+    row = next(csv.DictReader((folder / "out" / "study.csv").open()))
+    assert f"{result['figure']}_value" in row
+    tables = [list(csv.DictReader((folder / f"out/folds/cohort_{n}.csv").open())) for n in range(3)]
+    tested = [[row for row in rows if row["split"] == "test"] for rows in tables]
+    assert sorted(row["slide_id"] for rows in tested for row in rows) == sorted(
+        f"s{n}" for n in range(60)
+    )
+    if kind == "multiclass":  # stratified over the classes
+        shares = [np.mean([row["grade"] == "high" for row in rows]) for rows in tested]
+        assert np.ptp(shares) < 0.06
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on_then_it_alone_is_run_again(quick, capsys):

@@ -6,8 +6,13 @@ import pytest
 from conftest import write_pyramid
 from PIL import Image
 
-from tapfm.report import Arm
-from tapfm.surest import NoPicturesError, choose_cases, pictures_of, thresholds
+from tapfm.arms import Arm
+from tapfm.case_pictures import NoPicturesError, pictures_of
+from tapfm.surest import choose, thresholds
+from tapfm.tasks.multiclass import Multiclass
+from tapfm.tasks.multilabel import Multilabel
+from tapfm.tasks.regression import Regression
+from tapfm.tasks.survival import Survival
 
 SIDE = 32
 
@@ -16,8 +21,8 @@ def test_the_surest_of_every_kind():
     slides = [f"s{n}" for n in range(7)]
     y = np.array([[1, 1, 1, 0, 0, np.nan, 0], [0, 0, 0, 0, 0, 0, 1]]).T
     p = np.array([[0.9, 0.2, 0.97, 0.5, 0.1, 1.0, 0.8], [0.4, 0.3, 0.2, 0.1, 0.3, 0.45, 0.5]]).T
-    found = choose_cases(["A", "B"], Arm("x", True, slides, slides, y, p), [0.5, 0.5])
-    assert [(case.label, case.kind, case.slide_id, case.prob) for case in found] == [
+    found = choose(Multilabel(("A", "B")), Arm("x", True, slides, slides, y, p), {})
+    assert listed(found) == [
         ("A", "true positive", "s2", 0.97),
         ("A", "true negative", "s4", 0.1),
         ("A", "false positive", "s6", 0.8),
@@ -33,8 +38,54 @@ def test_positive_is_called_from_the_threshold_that_was_chosen():
     assert thresholds(chosen, ["A", "B", "C", "D"]) == [0.25, 0.5, 0.5, 0.5]
     assert thresholds({"operating_points": None}, ["A"]) == [0.5]
     one = Arm("x", True, ["s"], ["c"], np.array([[1.0]]), np.array([[0.3]]))
-    assert [case.kind for case in choose_cases(["A"], one, [0.25])] == ["true positive"]
-    assert [case.kind for case in choose_cases(["A"], one, [0.5])] == ["false negative"]
+    for facts, kind in ((chosen, "true positive"), ({}, "false negative")):
+        assert [case.kind for case in choose(Multilabel(("A",)), one, facts).cases] == [kind]
+
+
+def test_of_classes_values_and_times():
+    slides = [f"s{n}" for n in range(6)]
+    y = np.array([[0.0], [0], [1], [1], [2], [np.nan]])
+    p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1],
+                  [0.5, 0.3, 0.2], [0, 0, 1]])  # fmt: skip
+    task = Multiclass(("a", "b", "c"), "kind", (1.0, 1.0, 1.0))
+    found = choose(task, Arm("x", True, slides, slides, y, p), {})
+    assert listed(found) == [
+        ("a", "rightly said", "s0", 0.6),
+        ("a", "wrongly said", "s4", 0.5),
+        ("a", "missed", "s1", 0.2),
+        ("b", "rightly said", "s2", 0.8),
+        ("b", "wrongly said", "s1", 0.7),
+        ("c", "missed", "s4", 0.2),
+    ]
+    assert found.truth_NL[1] == ["1", "0", "0"]
+    assert found.truth_NL[5] == ["unknown"] * 3
+
+    y = np.array([[1.0], [2], [3], [4], [np.nan], [5]])
+    p = np.array([[3.0], [2.25], [2.5], [3.75], [9], [3]])
+    found = choose(Regression(("v",), (0.0,), (1.0,)), Arm("x", True, slides, slides, y, p), {})
+    assert listed(found) == [
+        ("v", "near, low half", "s1", 2.25),
+        ("v", "near, high half", "s3", 3.75),
+        ("v", "most too high", "s0", 3),
+        ("v", "most too low", "s5", 3),
+    ]
+
+    time = np.array([[2, 1], [3, 1], [4, 0], [9, 1], [8, 0], [np.nan, np.nan]], float)
+    risk = np.array([[5.0], [1], [9], [4], [0], [3.5]])
+    task = Survival(("h",), "months", "dead", (), 5.0, "cox")
+    found = choose(task, Arm("x", True, slides, slides, np.c_[time, time[:, 0]], risk), {})
+    assert found.called == {"risk": 3.75}  # s2 was lost before the horizon: it is neither
+    assert listed(found) == [
+        ("risk", "early, high risk", "s0", 5),
+        ("risk", "late, low risk", "s4", 0),
+        ("risk", "late, high risk", "s3", 4),
+        ("risk", "early, low risk", "s1", 1),
+    ]
+    assert found.truth_NL[2:4] == [["no event at 4"], ["event at 9"]]
+
+
+def listed(choice):
+    return [(case.label, case.kind, case.slide_id, case.said) for case in choice.cases]
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tapfm.report import Arm, write_results
+from tapfm.arms import Arm
+from tapfm.report import write_results
 from tapfm.tables import Group, Html, further_table, results_table, split_table, table
 
 

@@ -75,6 +75,11 @@ def test_widths_agree(name):
     task.loss()(leaf, unknown).backward()
     assert leaf.grad.abs().sum() == 0
     assert task.spell(unknown.numpy()) == [""] * len(task.truth)
+    assert np.isnan(task.parse([""] * len(task.truth))).all()
+    known = {"multilabel": ["1", "0"], "multiclass": ["b"], "regression": ["1.5", "-2"]}
+    texts = known.get(name, ["12.5", "1"])
+    assert len(task.parse(texts)) == task.width
+    assert task.spell(np.array(task.parse(texts))) == texts
     figures = watched(task)
     assert task.selects in figures
     assert all(math.isnan(value) for value in figures.values())

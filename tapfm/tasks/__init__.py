@@ -70,6 +70,9 @@ class Task(Protocol):
     def spell(self, target_Y: np.ndarray) -> list[str]:
         """A target as the table has it, blank where unknown."""
 
+    def parse(self, texts: Sequence[str]) -> list[float]:
+        """A target from what `spell` wrote."""
+
     def unweighted(self) -> Task:
         """The same, with a loss that takes every slide as it comes."""
 
@@ -85,6 +88,13 @@ class Task(Protocol):
             target_NY: what is known.
             said_NP: what was predicted.
             times_BN: how often each slide takes part in each draw; ones are the slides as they are.
+        """
+
+    def compared(self, target_NY: np.ndarray, times_BN: np.ndarray) -> dict[str, np.ndarray]:
+        """What the figure `selects` is a share of: pairs that can be compared, or a spread, (B,).
+
+        By group of `measure`, but for one that is the mean of the others. Folds of a
+        cross-validation are put together by it.
         """
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tapfm.bootstrap import mean_of_defined
 from tapfm.confusions import averages, confusions
 from tapfm.losses import MaskedCrossEntropy
-from tapfm.metrics import auroc_draws
+from tapfm.metrics import auroc_draws, pairs_draws
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Multiclass:
         """Name of the class, or blank."""
         return ["" if np.isnan(target_Y[0]) else self.labels[int(target_Y[0])]]
 
+    def parse(self, texts):
+        """The number of the class, or nan."""
+        return [float(self.labels.index(text)) if text else np.nan for text in texts]
+
     def unweighted(self):
         """All classes count the same."""
         return replace(self, weight=(1.0,) * len(self.labels))
@@ -83,10 +87,10 @@ class Multiclass:
     def measure(self, target_NY, said_NP, times_BN):
         """AUROC of each class, their mean, and how often the likeliest class is right."""
         class_N, draws = target_NY[:, 0], len(times_BN)
-        each = {}
-        for k, name in enumerate(self.labels):
-            is_N = np.where(np.isnan(class_N), np.nan, class_N == k)
-            each[name] = {"auroc": auroc_draws(is_N, said_NP[:, k], times_BN)}
+        each = {
+            name: {"auroc": auroc_draws(is_N, said_NP[:, k], times_BN)}
+            for k, (name, is_N) in enumerate(self.one_vs_rest(target_NY).items())
+        }
         known_N = ~np.isnan(class_N)
         said = averages(
             confusions(
@@ -99,3 +103,17 @@ class Multiclass:
             "accuracy": said["accuracy"],
         }
         return {"macro": macro, **each}
+
+    def one_vs_rest(self, target_NY: np.ndarray) -> dict[str, np.ndarray]:
+        """Of each class: 1 for its slides, 0 for those of others, nan where that is unknown."""
+        class_N = target_NY[:, 0]
+        unknown_N = np.isnan(class_N)
+        return {
+            name: np.where(unknown_N, np.nan, class_N == k) for k, name in enumerate(self.labels)
+        }
+
+    def compared(self, target_NY, times_BN):
+        """Pairs of a class and the rest."""
+        return {
+            name: pairs_draws(is_N, times_BN) for name, is_N in self.one_vs_rest(target_NY).items()
+        }

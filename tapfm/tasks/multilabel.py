@@ -12,13 +12,13 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedBCE
-from tapfm.metrics import auroc_draws
+from tapfm.metrics import auroc_draws, pairs_draws
+from tapfm.tasks.columns import ColumnTask
 
 
 @dataclass(frozen=True)
-class Multilabel:
+class Multilabel(ColumnTask):
     """See `tapfm.tasks.Task`."""
 
     labels: tuple[str, ...]
@@ -28,21 +28,13 @@ class Multilabel:
     options: ClassVar = ()
     selects: ClassVar = "auroc"
     title: ClassVar = "macro AUROC"
+    figures: ClassVar = {"auroc": auroc_draws}
+    share_of: ClassVar = pairs_draws
 
     @classmethod
     def learn(cls, names, classes, target_NY):
         """See `tapfm.tasks.learn_task`."""
         return cls(names, positive_weights(target_NY, names))
-
-    @property
-    def truth(self):
-        """The labels."""
-        return self.labels
-
-    @property
-    def width(self):
-        """A number a label."""
-        return len(self.labels)
 
     @property
     def said(self):
@@ -71,15 +63,6 @@ class Multilabel:
             (max((y_N == 1).sum(), 1) ** -0.5, [np.flatnonzero(y_N == side) for side in (1, 0)])
             for y_N in target_NY.T
         ]
-
-    def measure(self, target_NY, said_NP, times_BN):
-        """AUROC of each label, and their mean."""
-        each = {
-            label: auroc_draws(target_NY[:, k], said_NP[:, k], times_BN)
-            for k, label in enumerate(self.labels)
-        }
-        macro = {"auroc": mean_of_defined(list(each.values()), len(times_BN))}
-        return {"macro": macro, **{label: {"auroc": figure} for label, figure in each.items()}}
 
 
 def positive_weights(target_NK: np.ndarray, labels: Sequence[str]) -> tuple[float, ...]:

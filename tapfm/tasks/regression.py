@@ -15,16 +15,15 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.bootstrap import mean_of_defined
 from tapfm.losses import MaskedMSE
-from tapfm.outcomes import pearson, r2, spearman
+from tapfm.outcomes import pearson, r2, spearman, spread
+from tapfm.tasks.columns import ColumnTask
 
 QUARTERS = 4
-FIGURES = {"r2": r2, "pearson": pearson, "spearman": spearman}
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(ColumnTask):
     """See `tapfm.tasks.Task`."""
 
     labels: tuple[str, ...]
@@ -37,6 +36,8 @@ class Regression:
     options: ClassVar = ()
     selects: ClassVar = "r2"
     title: ClassVar = "R² (mean over targets)"
+    figures: ClassVar = {"r2": r2, "pearson": pearson, "spearman": spearman}
+    share_of: ClassVar = spread
 
     @classmethod
     def learn(cls, names, classes, target_NY):
@@ -48,16 +49,6 @@ class Regression:
         return cls(
             names, tuple(float(y.mean()) for y in known), tuple(float(y.std()) for y in known)
         )
-
-    @property
-    def truth(self):
-        """The targets."""
-        return self.labels
-
-    @property
-    def width(self):
-        """A number a target."""
-        return len(self.labels)
 
     @property
     def said(self):
@@ -89,19 +80,3 @@ class Regression:
             rising = known[np.argsort(y_N[known], kind="stable")]
             families.append((1.0, np.array_split(rising, QUARTERS)))
         return families
-
-    def measure(self, target_NY, said_NP, times_BN):
-        """R², Pearson's and Spearman's correlation of each target, and their means."""
-        each = {
-            name: {
-                figure: of(target_NY[:, k], said_NP[:, k], times_BN)
-                for figure, of in FIGURES.items()
-            }
-            for k, name in enumerate(self.labels)
-        }
-        draws = len(times_BN)
-        macro = {
-            figure: mean_of_defined([found[figure] for found in each.values()], draws)
-            for figure in FIGURES
-        }
-        return {"macro": macro, **each}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tapfm.cox import CoxLoss
 from tapfm.losses import HazardNLL
-from tapfm.outcomes import concordance, time_auc
+from tapfm.outcomes import comparable, concordance, time_auc
 
 LOSSES = ("hazard", "cox")
 
@@ -105,6 +105,10 @@ class Survival:
         time, event = target_Y[:2]
         return ["", ""] if np.isnan(time) else [f"{time:.7g}", str(int(event))]
 
+    def parse(self, texts):
+        """Time and event, or nan; whose slide's they are is not told."""
+        return [*(float(text or "nan") for text in texts), np.nan]
+
     def unweighted(self):
         """Nothing is weighted."""
         return self
@@ -121,3 +125,7 @@ class Survival:
             "auc": time_auc(time_N, event_N, risk_N, self.horizon, times_BN),
         }
         return {"all": figures}
+
+    def compared(self, target_NY, times_BN):
+        """Pairs of which it is known who was first."""
+        return {"all": comparable(target_NY[:, 0], target_NY[:, 1], times_BN)}
