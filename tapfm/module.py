@@ -24,6 +24,7 @@ from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag, too_late_to_skip
 from tapfm.compiled import need_compiler
+from tapfm.dither import dither
 from tapfm.masters import MasterAdamW
 from tapfm.memory import PhaseMeter
 from tapfm.model import Recipe, SlideModel
@@ -239,6 +240,8 @@ class SlideModule(L.LightningModule):
         encoder = self.strategy.parameters(
             self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
         )
+        if self.slide_model.recipe.precision != "fp32":
+            dither(p for group in encoder for p in group["params"])
         for group in head + encoder:
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
         for group in encoder:

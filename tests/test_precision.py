@@ -11,6 +11,7 @@ from torch import nn
 
 from tapfm.aggregators import make_aggregator
 from tapfm.cli import main
+from tapfm.dither import dither
 
 
 def moved(encoder):
@@ -85,3 +86,48 @@ def test_buffers_stay_fp32_where_weights_do_not():
     assert {b.dtype for b in buffers} == {torch.float32}
     assert all(p.dtype == torch.float32 for p in model.aggregator.parameters())
     assert isinstance(model.aggregator.head, nn.Linear)
+
+
+def jump(encoder, size):
+    """How far features move when every weight moves by `size`, to the side a gradient points to."""
+    tiles, signs = random_tiles(4), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        before, _ = encoder.encode(tiles, "bf16")
+        for parameter in encoder.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=signs).sign())
+        after, _ = encoder.encode(tiles, "bf16")
+    return float((after - before).norm())
+
+
+def stored_as(dtype):
+    encoder = tiny_encoder(dtype=torch.float32)
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return encoder
+
+
+def test_weights_stored_in_float16_do_not_jump_at_the_first_update():
+    """A weight in eight lies between two bfloat16 numbers, and any update rounds it anew."""
+    naive = jump(stored_as(torch.float16), 1e-8)
+    assert naive > 0.3 * jump(stored_as(torch.float16), 1e-5), "else this file were needless"
+    ours = stored_as(torch.float16)
+    assert dither(ours.parameters()) > 10_000
+    assert jump(ours, 1e-8) < 0.4 * naive, "a weight or two cross, and bfloat16's own noise"
+    assert jump(ours, 1e-5) > 0.2 * naive
+
+
+def test_dither_stays_within_what_was_stored_and_leaves_the_rest():
+    half, ours = stored_as(torch.float16), stored_as(torch.float16)
+    dither(ours.parameters())
+    for before, after in zip(half.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(after == 0, before == 0)
+        if not torch.equal(before, before.bfloat16().float()):
+            assert torch.isclose(after.half().float(), before, rtol=2**-10, atol=2**-24).all()
+            assert (after.half().float() == before).float().mean() > 0.99
+            assert not torch.equal(after, before)
+    again = stored_as(torch.float16)
+    dither(again.parameters())
+    for one, other in zip(ours.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), "the same every time, in every process"
+    for untouched in (tiny_encoder(dtype=torch.float32), stored_as(torch.bfloat16)):
+        assert dither(untouched.parameters()) == 0

@@ -53,7 +53,7 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     add("--model", type=Path, required=True, dest="path",
         help="best.safetensors of a run, or pathpt.safetensors")  # fmt: skip
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
-    add("--case", help="its name: the slides are one patient's, predicted as one")
+    add("--case", help="its name: these slides are one patient's")
     tile_flags(verb, "the model's own")
     add("--workers", type=int, default=2, help="reading processes (%(default)s)")
     device_flags(verb)
