@@ -149,6 +149,14 @@ def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys
     assert pd.read_csv(out / "predictions.csv")["slide_id"].tolist() == ["one"]
 
 
+def test_two_slides_of_one_name_are_refused(saved, slide, tmp_path, capsys):
+    other = tmp_path / "other" / "one.tif"
+    assert main(["predict", str(slide), str(other), "--model", str(saved)]) == 2
+    said = capsys.readouterr().err
+    assert f"one: {slide} and {other} are both called so" in said
+    assert "--out" in said
+
+
 def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
     model = models.load(saved)
     with Slide(slide) as opened:
