@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
 
 
+class ArmError(ValueError):
+    """Rows cannot be read back, or not be set side by side."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One row of the table: a model's predictions of a split."""
@@ -49,7 +53,7 @@ def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = 
         of: what follows the names of the columns that were said, in a file of several rows.
 
     Raises:
-        ValueError: the file has no such columns.
+        ArmError: the file has no such columns.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -57,7 +61,7 @@ def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = 
     said = [f"{name}{of}" for name in task.said]
     if missing := [name for name in ("slide_id", "case_id", *task.truth, *said)
                    if name not in header]:  # fmt: skip
-        raise ValueError(
+        raise ArmError(
             f"{path}: columns are {', '.join(header) or 'missing'}, and {', '.join(missing)} "
             "are needed, too. Is this a run's predictions file?"
         )
@@ -81,16 +85,16 @@ def aligned_arms(
     """The arms on the slides they share, in one order; skipped slides and the others, with reasons.
 
     Raises:
-        ValueError: no arms, titles or slides twice, arms that disagree on a slide's labels or case,
+        ArmError: no arms, titles or slides twice, arms that disagree on a slide's labels or case,
             or no slide that all predicted.
     """
     titles = [arm.title for arm in arms]
     if not arms or len(set(titles)) < len(titles):
-        raise ValueError(f"a report needs rows with different titles, got {titles}")
+        raise ArmError(f"a report needs rows with different titles, got {titles}")
     for arm in arms:
         if len(set(arm.slide_ids)) < len(arm.slide_ids):
             twice = sorted({s for s in arm.slide_ids if list(arm.slide_ids).count(s) > 1})
-            raise ValueError(f"{arm.title}: predicted twice: {', '.join(twice)}")
+            raise ArmError(f"{arm.title}: predicted twice: {', '.join(twice)}")
     rows = [{slide: row for row, slide in enumerate(arm.slide_ids)} for arm in arms]
     every = sorted(set().union(*rows))
     missed = [
@@ -100,7 +104,7 @@ def aligned_arms(
     ]
     shared = [slide for slide in every if all(slide in row for row in rows)]
     if not shared:
-        raise ValueError(f"no slide was predicted by all of {', '.join(titles)}")
+        raise ArmError(f"no slide was predicted by all of {', '.join(titles)}")
     found = []
     for arm, row in zip(arms, rows, strict=True):
         order = [row[slide] for slide in shared]
@@ -114,7 +118,7 @@ def aligned_arms(
         )
         if not same_N.all():
             slide = shared[int(np.argmin(same_N))]
-            raise ValueError(
+            raise ArmError(
                 f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
                 "they run on different cohort tables? Run the older one again."
             )

@@ -38,6 +38,10 @@ BATCH = 8  # slides an update: steadier than one, still tens of updates an epoch
 WEIGHT_DECAY = 1e-2
 
 
+class BaselineError(ValueError):
+    """Nothing can be fitted to these slides."""
+
+
 @dataclass(frozen=True)
 class FeatureBag:
     """One slide as frozen features."""
@@ -164,7 +168,7 @@ def fit_mean_pool_mlp(
         schedule: for each candidate.
 
     Raises:
-        ValueError: bags are empty or of unequal width, or targets are not the task's.
+        BaselineError: bags are empty or of unequal width, or targets are not the task's.
     """
     check_bags(train, val, task)
     parts = pooled(train), pooled(val)
@@ -294,23 +298,23 @@ def bag_statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
 def check_bags(train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Task) -> None:
     """Refuse bags that nothing can be fitted to, by name."""
     if not train or not val:
-        raise ValueError(
+        raise BaselineError(
             f"a baseline needs training and validation bags, got {len(train)} and {len(val)}"
         )
     dim = train[0].z_TD.shape[-1]
     for bag in [*train, *val]:
         if bag.z_TD.ndim != 2 or not len(bag.z_TD) or bag.z_TD.shape[1] != dim:
-            raise ValueError(
+            raise BaselineError(
                 f"{bag.slide_id}: features of shape {tuple(bag.z_TD.shape)}, but one tile or more "
                 f"of {dim} features is needed"
             )
         if bag.y_K.shape != (task.width,):
-            raise ValueError(
+            raise BaselineError(
                 f"{bag.slide_id}: {bag.y_K.numel()} labels, but {task.width} are named: "
                 f"{', '.join(task.truth)}"
             )
         if not bag.z_TD.isfinite().all():
-            raise ValueError(
+            raise BaselineError(
                 f"{bag.slide_id}: its features hold nan or infinity. Was it encoded in fp16? "
                 "Encode it in bf16 or float32."
             )

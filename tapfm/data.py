@@ -21,7 +21,7 @@ from slides.balance import balanced_order
 from slides.cases import gather
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
-from slides.errors import CohortError, SlideError
+from slides.errors import CohortError, SlideError, all_faults
 from slides.held import host_budget, joined, tiles_to_hold
 from slides.order import SlideSampler, Turn, stable_seed
 from slides.stain import refuse_other_stains
@@ -177,24 +177,28 @@ class SlideData(L.LightningDataModule):
         return gather(rows, self.cohort.labels) if self.bags == "case" else list(rows)
 
     def rows(self, split: str) -> list[SlideRow]:
-        """The bags of a split; slides without tiles are skipped or raise, as asked."""
-        rows = []
-        for row in self.cohort.split(split):
+        """The bags of a split; slides without tiles are skipped or raise, as asked.
+
+        Raises:
+            CohortError: all of them are skipped.
+        """
+        rows, every = [], self.cohort.split(split)
+        for row in every:
             try:
                 self.opener.index(row)
                 rows.append(row)
             except SlideError as fault:
                 if self.on_error != "skip":
                     raise
-                self.skipped[row.slide_id] = str(fault)
+                self.skipped.setdefault(row.slide_id, str(fault))  # indexing said why
+        if every and not rows:
+            why = [self.skipped[row.slide_id] for row in every]
+            raise CohortError(all_faults(f"split {split}, no slide of which can be read", why))
         return self.gathered(rows)
 
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""
-        rows = self.rows("train")
-        if not rows:
-            raise ValueError("the train split has no slide that can be read; see the ledger")
-        order = None
+        rows, order = self.rows("train"), None
         if self.balanced:
             families = self.task.strata(targets(rows, self.task.width))
             order = balanced_order(rows, families, self.seed)

@@ -118,7 +118,7 @@ def solve_head(
         task: what is learned.
 
     Raises:
-        ValueError: a label has one value only in `train`.
+        BaselineError: a label has one value only in `train`.
     """
     for known, found in zip(
         (aggregator.center_D, aggregator.scale_D), bag_statistics(train), strict=True

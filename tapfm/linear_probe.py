@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tapfm.baselines import (
+    BaselineError,
     FeatureBag,
     bag_statistics,
     check_bags,
@@ -94,7 +95,7 @@ def fit_linear_probe(
             how sure a model is of what it gets wrong.
 
     Raises:
-        ValueError: a label has one value only in `train`, or bags are empty or of unequal width.
+        BaselineError: a label has one value only in `train`, or bags are empty or of unequal width.
     """
     check_bags(train, val, task)
     train, val = pooled(train), pooled(val)
@@ -176,7 +177,7 @@ def _check_values(name: str, y_NY: Tensor) -> None:
     known = y_NY[~y_NY.isnan()]
     if len(known.unique()) < 2:
         said = f"all {known[0].item():g}" if len(known) else "none"
-        raise ValueError(
+        raise BaselineError(
             f"{name}: {len(known)} known training slides, {said}; a probe needs two values. Were "
             "slides skipped? Add slides, or leave the label out."
         )

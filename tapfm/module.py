@@ -38,6 +38,10 @@ class SettingError(ValueError):
     """Settings of a run that cannot be, or not together."""
 
 
+class ValidationError(ValueError):
+    """No slide of the val split can be read."""
+
+
 StrategyName = Literal[tuple(STRATEGIES)]
 
 
@@ -290,11 +294,16 @@ class SlideModule(L.LightningModule):
         self.validated.append((labels_K.cpu(), logits_K.cpu(), loss.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Mean loss, and the task's figures: the first is what the best weights are chosen by."""
+        """Mean loss, and the task's figures: the first is what the best weights are chosen by.
+
+        Raises:
+            ValidationError: every slide was skipped.
+        """
         validated = [slide for share in gather(self.validated) for slide in share]
         self.validated.clear()
         if not validated:
-            raise ValueError("validation: no slide of the val split could be read; see the ledger")
+            why = "".join(f"\n  {fault}" for fault in self.trainer.datamodule.skipped.values())
+            raise ValidationError(f"no slide of the val split could be read; left out:{why}")
         labels_NK, logits_NK, loss_N = (torch.stack(each) for each in zip(*validated, strict=True))
         said_NP = self.task.predict(logits_NK.double())
         figures = {"loss": float(loss_N.mean())}

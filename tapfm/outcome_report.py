@@ -42,7 +42,7 @@ def write_outcomes(
         The table and its notes as text.
 
     Raises:
-        ValueError: as there.
+        ArmError: as there.
     """
     arms, skipped = aligned_arms(arms, skipped)
     cases, target_NY = arms[0].case_ids, arms[0].y_NK

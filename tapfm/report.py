@@ -83,7 +83,7 @@ def write_results(
         The table and its notes as text.
 
     Raises:
-        ValueError: rows that cannot be set side by side, see `aligned_arms`.
+        ArmError: rows that cannot be set side by side, see `aligned_arms`.
     """
     labels = list(labels)
     arms, skipped = aligned_arms(arms, skipped)

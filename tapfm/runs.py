@@ -80,7 +80,7 @@ def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> 
     """Rows of the table with their predictions, in the table's order; without them, no slides.
 
     Raises:
-        ValueError: the file there is has other columns.
+        ArmError: the file there is has other columns.
     """
     logs = {run.title: run.folder / "metrics.csv" for run in runs}
     arms = []

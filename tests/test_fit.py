@@ -1,6 +1,8 @@
 """`tapfm fit` leaves a whole run behind, and a run that was killed ends as one never killed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,10 +283,23 @@ def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, caps
     (tmp_path / "slides" / "s1.svs").write_bytes(b"no slide")
     arguments = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
     assert main([*arguments, "--name", "skip"]) == 0
-    assert "s1" in (tmp_path / "runs" / "skip" / "skipped.json").read_text()
+    skipped = json.loads((tmp_path / "runs" / "skip" / "skipped.json").read_text())
+    assert list(skipped) == ["s1"]
+    assert "NotASlideError" in skipped["s1"], "what indexing found, and not that there is no index"
     assert len(pd.read_csv(tmp_path / "runs" / "skip" / "memory.csv")) == 6
     assert main([*arguments, "--name", "stop", "--data.on_error", "stop"]) == 2
     assert "s1" in capsys.readouterr().err
+    for number in (7, 8, 9):
+        next((tmp_path / "slides").glob(f"s{number}.*")).write_bytes(b"no slide")
+    assert main([*arguments, "--name", "none"]) == 2
+    said = capsys.readouterr().err
+    assert "no slide of the val split could be read" in said
+    assert all(f"s{number}: " in said for number in (7, 8, 9))
+    shutil.rmtree(tmp_path / "index")
+    assert main([*arguments, "--name", "none"]) == 2
+    said = capsys.readouterr().err
+    assert "split val, no slide of which can be read: 3 faults" in said
+    assert all(f"s{number}: " in said for number in (7, 8, 9))
 
 
 @pytest.mark.parametrize("scheme", ["adamw", "master"])

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 
-from tapfm.baselines import FeatureBag
+from tapfm.baselines import BaselineError, FeatureBag
 from tapfm.linear_probe import STRENGTHS, fit_linear_probe
 from tapfm.metrics import auroc, macro_auroc
 from tapfm.tasks import learn_task
@@ -222,7 +222,7 @@ def test_bad_bags_are_named(cohort):
     train, val, _ = cohort
     single = [replace(bag, y_K=torch.tensor([0.0, 1.0])) for bag in train]
     with pytest.raises(
-        ValueError, match="A: 61 known training slides, all 0; a probe needs two values"
+        BaselineError, match="A: 61 known training slides, all 0; a probe needs two values"
     ):
         fit(single, val)
     with pytest.raises(ValueError, match=r"s0: .* one tile or more of 11 features"):

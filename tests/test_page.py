@@ -213,6 +213,11 @@ def test_nothing_to_report_says_what_to_run(tmp_path, capsys):
     (tmp_path / "report_test" / "metrics_test.json").write_text('{"arms": ')
     assert main(["report", "--run", str(tmp_path)]) == 2
     assert "not the figures of a report (JSONDecodeError" in capsys.readouterr().err
+    facts = {"arms": {"x": {"end_to_end": False}}, "task": {"name": "multilabel", "labels": ["A"]}}
+    (tmp_path / "report_test" / "metrics_test.json").write_text(json.dumps(facts))
+    (tmp_path / "report_test" / "predictions_test.csv").write_text("slide_id,case_id,A\n")
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    assert "and p_A (x) are needed, too" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------- in a real browser

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfm.arms import Arm, read_arm
+from tapfm.arms import Arm, ArmError, read_arm
 from tapfm.delong import delong_difference
 from tapfm.metrics import auroc, evaluate, paired_difference
 from tapfm.report import write_results
@@ -220,7 +220,7 @@ def test_disagreements_are_named(tmp_path):
     y = rows[1].y_NK.copy()
     row = list(rows[1].slide_ids).index("s11")
     y[row] = 1 - np.nan_to_num(y[row])
-    with pytest.raises(ValueError, match="s11: case or labels differ between 'RGB' and 'frozen, M"):
+    with pytest.raises(ArmError, match="s11: case or labels differ between 'RGB' and 'frozen, M"):
         write_results(tmp_path, "test", LABELS, [rows[0], replace(rows[1], y_NK=y)])
     with pytest.raises(ValueError, match="rows with different titles"):
         write_results(tmp_path, "test", LABELS, [rows[0], rows[0]])
