@@ -59,21 +59,25 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "needle")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     arguments = parser.parse_args()
-    about, cells = facts("cpu"), []
+    about = facts("cpu")
     write_table()
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = arguments.out / "weights.yaml"
     weights.write_text(yaml.safe_dump({"model": {"weights": str(WEIGHTS)}}))
-    for row in arguments.only:
-        aggregators, strategies = ROWS[row]
-        study = read_study(None, {
+    studies = {
+        row: read_study(None, {
             "config": [CONFIG, weights], "out": arguments.out / "study", "folds": FOLDS,
             "aggregators": aggregators, "strategies": strategies,
-        })  # fmt: skip
+        })
+        for row, (aggregators, strategies) in ROWS.items()
+    }  # fmt: skip
+    for row in arguments.only:
+        study = studies[row]
         if run_study(study):
             return 2
         tables = prepare(study, read_data([Path(each) for each in study.config]))
-        cells += plan_cells(study, tables)
+        # of all rows: one that is not finished takes no part, one that was before stays
+        cells = [cell for each in studies.values() for cell in plan_cells(each, tables)]
         _, result = summary(study, cells, {})
         result = about | result | {"tile_auroc": tile_aurocs(cells)}
         write_json(RESULTS / "needle.json", result)
