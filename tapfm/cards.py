@@ -58,14 +58,15 @@ def case_cards(
             continue
         choice = chosen[run.title]
         arm = next(arm for arm in arms if arm.title == run.title)
+        data = run.config.get("data") or {}
         yield f"<h3>{html(run.title)}</h3>"
         where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(choice.cases))}
         yield _chosen(choice, where)
         absent: dict[str, list[str]] = {}
         for bag in where:
             shown = {}
-            for slide, path in _files(bag, slides).items():
-                tile_px = (run.config.get("data") or {}).get("tiles", {}).get("tile_px", TILE_SIDE)
+            for slide, path in _files(bag, slides, data).items():
+                tile_px = data.get("tiles", {}).get("tile_px", TILE_SIDE)
                 try:
                     shown[slide] = pictures_of(run.folder, split, slide, path, tile_px)
                 except NoPicturesError as reason:
@@ -92,10 +93,10 @@ def _chosen(choice: Choice, where: Mapping[str, str]) -> Html:
     return table(header, rows)
 
 
-def _files(bag: str, slides: Sequence[Mapping[str, str]]) -> dict[str, Path | None]:
-    """The slides of a bag and where they lie: itself, or those of the case of that name."""
-    own = [row for row in slides if row["slide_id"] == bag]
-    own = own or [row for row in slides if row.get("case_id") == bag]
+def _files(bag: str, slides: Sequence[Mapping[str, str]], data: Mapping) -> dict[str, Path | None]:
+    """The slides of a row and where they lie: itself, or a case's; a slide may have its name."""
+    of_cases = data.get("bags") == "case" or data.get("pool", "union") != "union"
+    own = [row for row in slides if row.get("case_id" if of_cases else "slide_id") == bag]
     found = {row["slide_id"]: Path(row["path"]) if row.get("path") else None for row in own}
     return found or {bag: None}
 

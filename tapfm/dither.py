@@ -10,7 +10,8 @@ So weights that lie on float16's grid get uniform noise of half its last place, 
 are trained: what was lost when they were stored, put back at random. Then as many weights cross a
 middle as the size of the update says. fp32 files are not on the grid, and stay as they are.
 
-Price: nothing that bfloat16 would see: the noise is a sixteenth of its own rounding at most.
+Price: nothing that bfloat16 would see: the noise is a sixteenth of its last place at most, and of
+    weights below 6e-5, which float16 holds coarsely, 3e-8.
 Source: none; dither as in quantising signals.
 """
 

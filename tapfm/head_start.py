@@ -141,13 +141,15 @@ def solve_head(
 
 @torch.no_grad()
 def judge(aggregator: Aggregator, val: Sequence[Remembered], task: Task) -> tuple[float, float]:
-    """The task's figure on validation, and the loss."""
+    """The task's figure on validation, and the mean loss of a slide, as a run measures them."""
+    loss = task.loss().eval()
     logits_NK = torch.stack(
         [aggregator(slide.z_TD, slide.score_T, slide.counts)[0] for slide in val]
     )
     y_NY = torch.stack([slide.y_K for slide in val])
-    figure, (_, minus_loss) = validation_score(logits_NK, y_NY, task, task.loss().eval())
-    return figure, -minus_loss
+    figure, _ = validation_score(logits_NK, y_NY, task, loss)
+    each_N = [loss(logits_K, y_Y) for logits_K, y_Y in zip(logits_NK, y_NY, strict=True)]
+    return figure, float(torch.stack(each_N).mean())
 
 
 @contextmanager

@@ -84,10 +84,10 @@ class Passes:
                     bag, *encode_bag(self._chunk, chunks, seed=bag.seed, device=device, keep=keep)
                 )
             except torch.OutOfMemoryError as fault:
-                if self.keep <= 1:
+                if keep <= 1:
                     self._shrink(self.chunk // 2, fault)
-            if self.keep > 1:
-                print(f"memory ran out with {self.keep} graphs kept: going on with 1", flush=True)
+            if keep > 1:
+                print(f"memory ran out with {keep} graphs kept: going on with 1", flush=True)
                 self.keep = 1
 
     def adapt(self, seen: Seen) -> None:

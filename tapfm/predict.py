@@ -106,7 +106,7 @@ def predict_slides(
                 for slide, part, index in zip(row.slides, parts, indices, strict=True):
                     write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
                     if draw:
-                        draw_slide(out, slide, index, part, recipe.labels)
+                        draw_slide(out, slide, index, part, _said(model.task.said, part))
             except SlideError as fault:
                 tqdm.write(f"tapfm: {fault}", file=sys.stderr)
                 failed[row.slide_id] = str(fault)
@@ -158,16 +158,18 @@ def _said(names: Sequence[str], prediction: Prediction) -> str:
 
 
 def draw_slide(
-    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, labels: Sequence[str]
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, said: str
 ) -> None:
-    """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath."""
+    """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
+
+    `said` is what the title says of the slide.
+    """
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
-    said = (f"{k} {p:.3f}" for k, p in zip(labels, prediction.probs_K, strict=True))
     exact_T = weights_T.astype(float)
     effective = exact_T.sum() ** 2 / np.square(exact_T).sum()  # a case's slide has a share of it
-    title = f"{row.slide_id}: {', '.join(said)}; {effective:.1f} effective of {len(index)} tiles"
+    title = f"{row.slide_id}: {said}; {effective:.1f} effective of {len(index)} tiles"
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)

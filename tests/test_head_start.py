@@ -1,5 +1,7 @@
 """The head start: a linear probe in the head, saved as the run's first, and not had twice."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -44,6 +46,21 @@ def test_the_aggregator_says_what_the_probe_says(name):
         logits_K, same_T = aggregator(val[0].z_TD, val[0].score_T)
     torch.testing.assert_close(logits_K, said_K, rtol=1e-4, atol=1e-4)
     assert torch.equal(weights_T, same_T)
+
+
+def test_a_slide_of_few_known_labels_counts_as_the_others():
+    """As it does after an epoch: of two models of one figure the lower loss is better."""
+    torch.manual_seed(0)
+    task, val = make_task({"name": "multilabel"}, ("A", "B")), slides(9, 3)
+    y_NK = torch.tensor([0.0, 1.0]).repeat(9, 1)
+    y_NK[:4, 1], y_NK[8] = torch.nan, torch.nan
+    val = [replace(slide, y_K=y_K) for slide, y_K in zip(val, y_NK, strict=True)]
+    aggregator = make_aggregator("gated", 8, 2)
+    with torch.no_grad():
+        p_NK = torch.stack([aggregator(s.z_TD, s.score_T)[0] for s in val]).sigmoid()
+    right_NK = torch.where(y_NK == 1, p_NK, 1 - p_NK).where(~y_NK.isnan(), torch.nan)
+    of_N = -right_NK.log().nanmean(1).nan_to_num()
+    assert judge(aggregator, val, task)[1] == pytest.approx(of_N.mean().item(), rel=1e-5)
 
 
 def test_a_run_begins_there(tmp_path, monkeypatch, capsys):

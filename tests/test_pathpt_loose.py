@@ -113,8 +113,9 @@ def test_a_case_is_named_by_all_its_tiles_or_not_at_all(ran, tmp_path, capsys):
     assert shares == pytest.approx(share_C.tolist(), abs=1e-6)
 
     gone = loose_rows([tmp_path / "gone.svs"], None)
-    assert predict_slides(path, [*slides, *gone], tmp_path, case="P1", workers=0) == 2
-    assert list(csv.DictReader((tmp_path / "predictions.csv").open())) == []
+    assert predict_slides(path, [*slides, *gone], tmp_path / "out", case="P1", workers=0) == 2
+    assert list(csv.DictReader((tmp_path / "out" / "predictions.csv").open())) == []
+    assert not list(tmp_path.glob("out/*.h5")), "no slide is read in vain"
     assert "P1: a slide of it failed" in capsys.readouterr().err
 
 

@@ -68,6 +68,21 @@ def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
     np.testing.assert_array_equal(ring.max(0), coords[0] + 64)
 
 
+def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkeypatch):
+    """Not by those of the logits, which are hazards, and as many."""
+    task = {"name": "survival", "time": "t", "event": "e", "edges": (12.0, 24.0), "horizon": 14.0}
+    recipe = models.Recipe("demo_vit", "gated", ("h1", "h2", "h3"), TILE, 0.5, task=task)
+    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=TILE))
+    path, titles = tmp_path / "m.safetensors", []
+    models.save(model, path, tissue={"min_area_um2": 1000.0})
+    monkeypatch.setattr("tapfm.predict.overlay_png", lambda *_, title: titles.append(title))
+    out = tmp_path / "out"
+    assert main(["heatmap", str(slide), "--model", str(path), "--out", str(out)]) == 0
+    row = pd.read_csv(out / "predictions.csv").iloc[0]
+    said = ", ".join(f"{key} {row[key]:.3f}" for key in ("risk", "survival_12", "survival_24"))
+    assert titles[0].startswith(f"one: {said}; ")
+
+
 def test_stains_are_normalised_as_in_training(saved, slide, tmp_path):
     """The model says how; its prediction is that of the tiles normalised by hand."""
     model = models.load(saved)
@@ -132,6 +147,14 @@ def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys
     for fault, reason in zip(faults[1:4], ("--slide-mpp|mpp", "no tissue", "2 "), strict=True):
         assert any(part in fault for part in reason.split("|")), fault
     assert pd.read_csv(out / "predictions.csv")["slide_id"].tolist() == ["one"]
+
+
+def test_two_slides_of_one_name_are_refused(saved, slide, tmp_path, capsys):
+    other = tmp_path / "other" / "one.tif"
+    assert main(["predict", str(slide), str(other), "--model", str(saved)]) == 2
+    said = capsys.readouterr().err
+    assert f"one: {slide} and {other} are both called so" in said
+    assert "--out" in said
 
 
 def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):

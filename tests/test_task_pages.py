@@ -49,7 +49,7 @@ def said_of(task, v):
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
-    """Slides, and the cohort's table and index, of all tasks; two slides a case."""
+    """Slides, and the cohort's table and index, of all tasks; two a case of the first's name."""
     folder = tmp_path_factory.mktemp("slides")
     index = folder / "index" / "20x_32px_0px_overlap"
     index.mkdir(parents=True)
@@ -58,7 +58,7 @@ def slides(tmp_path_factory):
     picture = stained_picture(167, 139, 0)
     for n in range(SLIDES):
         path = write_pyramid(folder / f"s{n:02d}.tif", picture, 0.5, 1)
-        table.append(f"c{n // 2:02d},s{n:02d},s{n:02d}.tif,test")
+        table.append(f"s{n // 2 * 2:02d},s{n:02d},s{n:02d}.tif,test")
         ledger.append(f"s{n:02d},{path},0.5,tiff,0.5,20,0.1,indexed,")
     (folder / "cohort.csv").write_text("\n".join(table) + "\n")
     (index / "ledger.csv").write_text("\n".join(ledger) + "\n")
@@ -69,9 +69,11 @@ def write_run(folder, slides, task, of_cases=False):
     """What `tapfm fit` and `tapfm test` leave of a run and two baselines."""
     rng = np.random.default_rng(5)
     v = rng.standard_normal(SLIDES)
-    names, cases = [f"s{n:02d}" for n in range(SLIDES)], [f"c{n // 2:02d}" for n in range(SLIDES)]
+    names = [f"s{n:02d}" for n in range(SLIDES)]
+    cases = [names[n // 2 * 2] for n in range(SLIDES)]
     tiles = {"tile_px": SIDE, "mpp": 0.5, "overlap": 0}
     data = {"table": str(slides / "cohort.csv"), "index_dir": str(slides / "index"), "tiles": tiles}
+    data["bags"] = "case" if of_cases else "slide"
     run = folder / "tapfm_gated"
     (run / "weights_test").mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))

@@ -73,6 +73,7 @@ def predict_slides(
     tissue = Tissue(**{**recipe.tiles["tissue"], "masks": masks, "coords": None})
     tiles, names, votes = TileSettings(size, mpp or trained, overlap, tissue), recipe.classes, []
     with loose(rows, tiles, workers, recipe.stain) as (opener, left, failed):
+        left = [] if case and failed else left
         for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
             try:
                 z_Nd, index = encode_slide(towers, each, chunk), opener.index(row)

@@ -162,8 +162,21 @@ def source_of(
 
 
 def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
-    """Slides without a table, as rows of one: named by their files, nothing known of them."""
+    """Slides without a table, as rows of one: named by their files, nothing known of them.
+
+    Raises:
+        ConfigError: two have one name.
+    """
     from slides.cohort import SlideRow
     from slides.reader import slide_stem
+    from tapfm.config import ConfigError
 
-    return [SlideRow(slide_stem(p), slide_stem(p), p, "test", mpp, "", "", ()) for p in paths]
+    named: dict[str, Path] = {}
+    for path in paths:
+        if (other := named.setdefault(slide_stem(path), path)) is not path:
+            raise ConfigError(
+                f"{slide_stem(path)}: {other} and {path} are both called so, and what is written "
+                "of one would take the other's place. Rename one, or run them apart, each with "
+                "its own --out."
+            )
+    return [SlideRow(name, name, path, "test", mpp, "", "", ()) for name, path in named.items()]
