@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from slides.errors import SlideError
 from slides.reader import Slide
 from tapfm.files import replacing, write_json
-from tapfm.heatmap import COLOURS, OPACITY, rank_percentile, tile_map
+from tapfm.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
 
 TILES = 8
 SIDE = 640  # px, the longer side of the pictures of a slide
@@ -107,8 +107,7 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
     thumbnail, downsample = slide.thumbnail(max_side=SIDE)
     top = np.argsort(-weights_T, kind="stable")[:TILES]
     _save(folder / "thumbnail.jpg", Image.fromarray(thumbnail))
-    ranks_T, exact_T = rank_percentile(weights_T), weights_T.astype(float)
-    overlay = _overlay(thumbnail, downsample, coords0, size0, ranks_T)
+    overlay = _overlay(thumbnail, downsample, coords0, size0, rank_percentile(weights_T))
     _frames(overlay, coords0[top] / downsample, size0 / downsample)
     _save(folder / "overlay.jpg", overlay)
     for number, (x0, y0) in enumerate(coords0[top].tolist(), start=1):
@@ -116,7 +115,7 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
         _save(folder / f"tile_{number}.jpg", Image.fromarray(tile))
     return {
         "count": len(weights_T),
-        "effective": float(exact_T.sum() ** 2 / np.square(exact_T).sum()),  # a case's share is < 1
+        "effective": effective_tiles(weights_T),
         "tiles": [
             {
                 "x0": int(coords0[row, 0]),

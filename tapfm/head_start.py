@@ -12,7 +12,8 @@ what tells one from another.
 The outcome is the run's first candidate for its best weights: end to end begins where a linear
 probe of the frozen features ends, and is never saved below it.
 
-Price: as many tiles encoded as in an epoch of training; 6 kB of host memory a tile of a ViT-g.
+Price: as many tiles encoded as in an epoch of training; 6 kB of host memory a tile of a ViT-g, in
+    each process for the slides of all: 25 GB for four views of 500 slides of 2,048 tiles.
 Source: Kumar et al. 2022 (LP-FT, arXiv 2202.10054).
 Differs: what is probed is the slide's embedding, tiles weighed as the fresh aggregator does, and
     behind its LayerNorm.

@@ -41,6 +41,12 @@ SCALES = ("rank", "linear")
 LETTERS = 11  # of a title in an inch, at least
 
 
+def effective_tiles(weights_T: np.ndarray) -> float:
+    """1 / sum w^2, 1 to T, of weights brought to sum to 1: a case's slide has a share of it."""
+    exact_T = weights_T.astype(float)
+    return float(exact_T.sum() ** 2 / np.square(exact_T).sum())
+
+
 def rank_percentile(values_T: np.ndarray) -> np.ndarray:
     """Each value's place among them, 0 (lowest) to 100 (highest); ties share one; nan stays.
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag
 from tapfm.config import TileSettings
-from tapfm.heatmap import overlay_png, rank_percentile, write_geojson
+from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.opener import loose
 from tapfm.prediction import (
     Prediction,
@@ -167,9 +166,8 @@ def draw_slide(
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
-    exact_T = weights_T.astype(float)
-    effective = exact_T.sum() ** 2 / np.square(exact_T).sum()  # a case's slide has a share of it
-    title = f"{row.slide_id}: {said}; {effective:.1f} effective of {len(index)} tiles"
+    effective = f"{effective_tiles(weights_T):.1f} effective of {len(index)} tiles"
+    title = f"{row.slide_id}: {said}; {effective}"
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
