@@ -102,7 +102,7 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
     """
     data: dict[str, Any] = {}
     for config in configs:
-        data = _merged(data, _read(config).get("data") or {})
+        data = _merged(data, read_yaml(config).get("data") or {})
     if "table" not in data:
         raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
     return data
@@ -147,18 +147,25 @@ def preamble(config: Path) -> str:
     return "\n".join(lines)
 
 
-def _read(config: Path) -> Mapping[str, Any]:
+def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
+    """A YAML file's keys and values; `what` it is to be called.
+
+    Raises:
+        ConfigError: it is missing, or something else.
+    """
     import yaml
 
-    if not config.is_file():
-        there = sorted(path.stem for path in config.parent.glob("*.yaml"))
+    if not file.is_file():
+        there = sorted(path.stem for path in file.parent.glob("*.yaml"))
         listed = f" There are: {', '.join(there)}." if there else ""
-        raise ConfigError(f"{config}: there is no such config.{listed}")
+        raise ConfigError(f"{file}: there is no such {what}.{listed}")
     try:
-        found = yaml.safe_load(config.read_text())
+        found = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{config}: not YAML: {error}") from error
-    return found or {}
+        raise ConfigError(f"{file}: not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")
+    return found
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

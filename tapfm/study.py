@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from tapfm.config import ConfigError, index_and_cache, read_data, read_source
+from tapfm.config import ConfigError, index_and_cache, read_data, read_source, read_yaml
 from tapfm.files import write_json, write_text
 from tapfm.split import run_split
 from tapfm.study_table import FINISHED, RUN, summary, write_figures
@@ -89,11 +89,7 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
     Raises:
         ConfigError: an unknown key, something missing, or something twice.
     """
-    found: dict[str, Any] = {}
-    if file is not None:
-        if not file.is_file():
-            raise ConfigError(f"{file}: there is no such study")
-        found = yaml.safe_load(file.read_text()) or {}
+    found = {} if file is None else read_yaml(file, "study")
     found |= {key: value for key, value in flags.items() if value is not None}
     known = [each.name for each in fields(Study)]
     if unknown := sorted(set(found) - set(known)):

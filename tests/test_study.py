@@ -280,6 +280,13 @@ def test_faults_of_a_study_are_named(tmp_path):
     with pytest.raises(ConfigError, match="there is no such study"):
         read_study(tmp_path / "none.yaml", {})
     file = tmp_path / "s.yaml"
+    for text, said in (
+        ("- a.yaml", "s.yaml: holds .'a.yaml'., and a study is"),
+        ("a: [", "not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_study(file, {})
     file.write_text("epochs: 3")
     with pytest.raises(ConfigError, match="unknown epochs; there are config, out, folds"):
         read_study(file, {})
