@@ -12,8 +12,8 @@ what tells one from another.
 The outcome is the run's first candidate for its best weights: end to end begins where a linear
 probe of the frozen features ends, and is never saved below it.
 
-Price: as many tiles encoded as in an epoch of training; 6 kB of host memory a tile of a ViT-g, in
-    each process for the slides of all: 25 GB for four views of 500 slides of 2,048 tiles.
+Price: as many tiles encoded as in an epoch of training; 6 kB of host memory a tile of a ViT-g: 25
+    GB for four views of 500 slides of 2,048 tiles, which several processes share.
 Source: Kumar et al. 2022 (LP-FT, arXiv 2202.10054).
 Differs: what is probed is the slide's embedding, tiles weighed as the fresh aggregator does, and
     behind its LayerNorm.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import lightning as L
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from slides.order import stable_seed
 from tapfm.aggregators import Aggregator
 from tapfm.bag import Bag, SkippedBag
-from tapfm.baselines import FeatureBag, bag_statistics, validation_score
+from tapfm.baselines import FeatureBag, validation_score
 from tapfm.callbacks import BestWeights
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.processes import gather
@@ -51,14 +51,14 @@ class Remembered(FeatureBag):
     """A slide as the frozen encoder sees it, on the CPU."""
 
     score_T: Tensor
-    epoch: int
-    """Which view of it."""
     counts: tuple[int, ...] = ()
     """Tiles of each of its slides, as in `Bag`."""
 
 
 class HeadStart(Callback):
     """Before the first slide of a run; a resumed one has had it.
+
+    Of several processes each remembers the tiles of its own slides; slides' embeddings go to all.
 
     Args:
         best: is given the outcome, as the first that may be best.
@@ -71,13 +71,15 @@ class HeadStart(Callback):
         """Encode the slides as they are, and solve the last layer."""
         if module.slides_seen:
             return
-        data = trainer.datamodule
+        data, task = trainer.datamodule, module.task
         train = remember(module, data.seen_in_training(VIEWS), "frozen train")
         val = remember(module, data.val_dataloader(), "frozen val")
         aggregator = module.slide_model.aggregator.cpu()
-        probe = solve_head(aggregator, train, val, module.task)
+        standardise(aggregator, train)
+        train, val = (embed(aggregator, slides) for slides in (train, val))
+        probe = solve_head(aggregator, train, val, task)
         aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
-        figure, loss = judge(aggregator, val, module.task)
+        figure, loss = judge(aggregator, val, task)
         aggregator.to(module.device)
         if trainer.is_global_zero:
             print(f"head start: {len(train)} views of slides, {probe.describe()}", flush=True)
@@ -85,7 +87,7 @@ class HeadStart(Callback):
 
 
 def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[Remembered]:
-    """Slides as the encoder sees them now; of all processes, in one order."""
+    """Slides as the encoder sees them now."""
     model, found = module.slide_model, []
     with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
         for bag in bags:
@@ -99,21 +101,46 @@ def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list
                 slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
                 counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
                 slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-                view = bag.turn.epoch if bag.turn else 0
-                found.append(Remembered(*slide, score_T, view, counts))
+                found.append(Remembered(*slide, score_T, counts))
             bar.update(bag.count)
-    everyone = [slide for share in gather(found) for slide in share]
-    return sorted(everyone, key=lambda slide: (slide.epoch, slide.slide_id))
+    return found
+
+
+@torch.no_grad()
+def standardise(aggregator: Aggregator, mine: Sequence[Remembered]) -> None:
+    """Let the aggregator bring features to mean 0 and deviation 1 over all processes' slides.
+
+    Every slide counts the same, and a feature that is constant is divided by 1.
+    """
+    moments = [
+        torch.stack([z_TD.mean(0), z_TD.square().mean(0)])
+        for z_TD in (slide.z_TD.double() for slide in mine)
+    ]
+    mean_D, square_D = torch.stack([each for share in gather(moments) for each in share]).mean(0)
+    std_D = (square_D - mean_D.square()).clamp_min(0).sqrt()
+    constant = std_D <= 1e-6 * mean_D.abs().clamp(min=1e-6)
+    aggregator.center_D.copy_(mean_D)
+    aggregator.scale_D.copy_(torch.where(constant, 1.0, std_D))
+
+
+@torch.no_grad()
+def embed(aggregator: Aggregator, mine: Sequence[Remembered]) -> list[FeatureBag]:
+    """The slides of all processes, each as its embedding: bags of one tile."""
+    embedded = []
+    for slide in mine:
+        b_D, _ = aggregator.embed(slide.z_TD, slide.score_T, slide.counts)
+        embedded.append(FeatureBag(slide.slide_id, slide.case_id, b_D[None], slide.y_K))
+    return sorted((bag for share in gather(embedded) for bag in share), key=lambda b: b.slide_id)
 
 
 @torch.no_grad()
 def solve_head(
-    aggregator: Aggregator, train: Sequence[Remembered], val: Sequence[Remembered], task: Task
+    aggregator: Aggregator, train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Task
 ) -> LinearProbe:
-    """Standardise the features, then put a linear probe of the slides' embeddings in the head.
+    """Put a linear probe of the slides' embeddings in the aggregator's head.
 
     Args:
-        aggregator: is changed; its gate stays as it is.
+        aggregator: is changed.
         train: fitted on.
         val: chooses the strength.
         task: what is learned.
@@ -121,19 +148,8 @@ def solve_head(
     Raises:
         BaselineError: a label has one value only in `train`.
     """
-    for known, found in zip(
-        (aggregator.center_D, aggregator.scale_D), bag_statistics(train), strict=True
-    ):
-        known.copy_(found)
-    parts = [
-        [
-            replace(slide, z_TD=aggregator.embed(slide.z_TD, slide.score_T, slide.counts)[0][None])
-            for slide in part
-        ]
-        for part in (train, val)
-    ]
     with torch.enable_grad():
-        probe = fit_linear_probe(*parts, task, surest=True)
+        probe = fit_linear_probe(train, val, task, surest=True)
     weight_KD = probe.weight_KD / probe.std_D
     aggregator.head.weight.copy_(weight_KD)
     aggregator.head.bias.copy_(probe.bias_K - weight_KD @ probe.mean_D)
@@ -141,12 +157,10 @@ def solve_head(
 
 
 @torch.no_grad()
-def judge(aggregator: Aggregator, val: Sequence[Remembered], task: Task) -> tuple[float, float]:
+def judge(aggregator: Aggregator, val: Sequence[FeatureBag], task: Task) -> tuple[float, float]:
     """The task's figure on validation, and the mean loss of a slide, as a run measures them."""
     loss = task.loss().eval()
-    logits_NK = torch.stack(
-        [aggregator(slide.z_TD, slide.score_T, slide.counts)[0] for slide in val]
-    )
+    logits_NK = aggregator.head(torch.cat([slide.z_TD for slide in val]))
     y_NY = torch.stack([slide.y_K for slide in val])
     figure, _ = validation_score(logits_NK, y_NY, task, loss)
     each_N = [loss(logits_K, y_Y) for logits_K, y_Y in zip(logits_NK, y_NY, strict=True)]

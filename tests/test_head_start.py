@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tapfm import backbones, head_start
 from tapfm import model as models
 from tapfm.aggregators import AGGREGATORS, make_aggregator
+from tapfm.baselines import bag_statistics
 from tapfm.cli import main
-from tapfm.head_start import Remembered, judge, solve_head
+from tapfm.head_start import Remembered, embed, judge, solve_head, standardise
 from tapfm.tasks import make_task
 
 TASK = make_task({"name": "multilabel"}, ("A",))
@@ -26,7 +27,7 @@ def slides(count, seed):
         z_TD, label = 50 + torch.randn(10, 8, generator=drawn), float(place % 2)
         z_TD[:, 0] += 2 * label
         score_T = torch.randn(10, generator=drawn)
-        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T, place))
+        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T))
     return found
 
 
@@ -34,12 +35,15 @@ def slides(count, seed):
 def test_the_aggregator_says_what_the_probe_says(name):
     torch.manual_seed(0)
     aggregator, train, val = make_aggregator(name, 8, 1), slides(60, 1), slides(40, 2)
-    probe = solve_head(aggregator, train, val, TASK)
-    figure, _ = judge(aggregator, val, TASK)
+    standardise(aggregator, train)
+    embedded = embed(aggregator, train), embed(aggregator, val)
+    probe = solve_head(aggregator, *embedded, TASK)
+    figure, _ = judge(aggregator, embedded[1], TASK)
     assert figure == pytest.approx(probe.val_score)
     assert figure > 0.85
-    x_TD = (train[0].z_TD - aggregator.center_D) / aggregator.scale_D
-    assert x_TD.abs().max() < 6
+    mean_D, std_D = bag_statistics(train)
+    torch.testing.assert_close(aggregator.center_D, mean_D)
+    torch.testing.assert_close(aggregator.scale_D, std_D, rtol=1e-5, atol=0)
     with torch.no_grad():
         b_D, weights_T = aggregator.embed(val[0].z_TD, val[0].score_T)
         said_K = probe.weight_KD @ ((b_D - probe.mean_D) / probe.std_D) + probe.bias_K
@@ -60,14 +64,16 @@ def test_a_slide_of_few_known_labels_counts_as_the_others():
         p_NK = torch.stack([aggregator(s.z_TD, s.score_T)[0] for s in val]).sigmoid()
     right_NK = torch.where(y_NK == 1, p_NK, 1 - p_NK).where(~y_NK.isnan(), torch.nan)
     of_N = -right_NK.log().nanmean(1).nan_to_num()
-    assert judge(aggregator, val, task)[1] == pytest.approx(of_N.mean().item(), rel=1e-5)
+    assert judge(aggregator, embed(aggregator, val), task)[1] == pytest.approx(
+        of_N.mean().item(), rel=1e-5
+    )
 
 
 def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     """One that then stands still saves the head start, and a resumed one has no second."""
     config, starts = write_cohort(tmp_path), []
-    solve = head_start.solve_head
-    monkeypatch.setattr(head_start, "solve_head", lambda *each: starts.append(each) or solve(*each))
+    real = head_start.standardise
+    monkeypatch.setattr(head_start, "standardise", lambda *each: starts.append(each) or real(*each))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
     fit = ["fit", "--config", str(config), *still, "--model.steps.head_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
