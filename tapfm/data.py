@@ -260,11 +260,16 @@ class SlideData(L.LightningDataModule):
         """Slides of the val split, all tiles, streamed; each process takes its share.
 
         Raises:
-            CohortError: a process would have none, and the others would wait for it.
+            CohortError: there is none, or a process would have none, and the others wait for it.
         """
         rank, world = self.place
         rows = self.rows("val")
-        if world > 1 and len(rows) < world:
+        if not rows:
+            raise CohortError(
+                "the val split has no slide, and the best weights are chosen there. Give the table "
+                "one: `tapfm split` deals it."
+            )
+        if len(rows) < world:
             raise CohortError(
                 f"the val split has {len(rows)} slides for {world} processes: each needs one at "
                 "least. Train with fewer devices."

@@ -204,6 +204,15 @@ def test_a_backward_of_some_tiles(tmp_path, capsys):
     assert "must be 1 or more, got 0" in capsys.readouterr().err
 
 
+def test_a_cohort_without_validation_is_refused(tmp_path, capsys):
+    """Nothing would say which weights are best, and none would be kept."""
+    config = write_cohort(tmp_path)
+    table = tmp_path / "cohort.csv"
+    table.write_text(table.read_text().replace(",val,", ",train,"))
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "the val split has no slide" in capsys.readouterr().err
+
+
 def test_an_unknown_strategy_or_option_is_named(finished, capsys):
     _, config = finished
     fit = ["fit", "--config", str(config), "--model.strategy"]
