@@ -5,8 +5,8 @@
 A cell is a strategy on a seed's cohort, the one of `benchmarks.demo_seeds` (painted where it is not
 there yet): `tapfm fit` for as many epochs as every other cell, then the test split, set against the
 best frozen baseline of that cohort. All begin with the head as a linear probe has it
-(`head_start`), so what a row has above the probe is the strategy's. Cells run in processes of their
-own, one thread each.
+(`head_start`), and then train the slide model too: `full@0` does that and no more, so what a row
+has above it is the strategy's. Cells run in processes of their own, one thread each.
 results/strategies.json and the table between the markers in README.md are written after each; a
 cell that is in it is not run again, and a fit that was stopped goes on.
 
@@ -54,6 +54,7 @@ from tapfm.tables import interval
 from tapfm.tasks import Task
 
 RESULT = RESULTS / "strategies.json"
+ALONE = "full@0"  # the encoder stays as it came, and the slide model learns
 FROZEN = "frozen"  # the cell of the baselines, which the others are set against
 OWN_MATRICES = {"full": 2e-5, "last_n": 2e-5}
 DEMO = yaml.safe_load(CONFIG.read_text())
@@ -65,7 +66,8 @@ MIB = 2**20
 def main() -> int:
     """Run the cells that are asked for and not there yet; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME[@LR]")
+    parser.add_argument("--strategies", nargs="+", default=[ALONE, *STRATEGIES],
+                        metavar="NAME[@LR]")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=DEMO["trainer"]["max_epochs"],
                         help="of every cell (%(default)s)")  # fmt: skip
@@ -258,7 +260,7 @@ def table(results: dict) -> str:
     baselines = {t: None for cells in seeds.values() for t in cells.get(FROZEN, {}).get("arms", {})}
     names = {name: None for cells in seeds.values() for name in cells if name != FROZEN}
     order = [*STRATEGIES, *names]  # as the package lists them
-    names = sorted(names, key=lambda name: (order.index(name.partition("@")[0]), name))
+    names = sorted(names, key=lambda n: (n != ALONE, order.index(n.partition("@")[0]), n))
     titles = ["strategy", "LR", "learns", *(f"seed {seed}: macro AUROC [95 %]" for seed in seeds)]
     titles += [
         "mean",
@@ -278,7 +280,13 @@ def table(results: dict) -> str:
         resident = [cell["resident_gib"] for cell in there if cell["resident_gib"]]
         lines.append(
             row(
-                [name, f"{there[0]['lr']:.0e}".replace("e-0", "e-"), f"{there[0]['parameters']:,}"],
+                ["slide model alone", "", "0"]
+                if name == ALONE
+                else [
+                    name,
+                    f"{there[0]['lr']:.0e}".replace("e-0", "e-"),
+                    f"{there[0]['parameters']:,}",
+                ],
                 [cell and cell["auroc"] for cell in cells],
                 [
                     f"{above} of {len(there)}",
