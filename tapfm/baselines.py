@@ -291,8 +291,13 @@ def bag_statistics(bags: Sequence[FeatureBag]) -> tuple[Tensor, Tensor]:
     mean_D = torch.stack([bag.z_TD.double().mean(0) for bag in bags]).mean(0)
     spread = [(bag.z_TD.double() - mean_D).square().mean(0) for bag in bags]
     std_D = torch.stack(spread).mean(0).sqrt()
+    return mean_D.float(), divisor(mean_D, std_D).float()
+
+
+def divisor(mean_D: Tensor, std_D: Tensor) -> Tensor:
+    """What features are divided by: their deviation, or 1 where that is but rounding."""
     constant = std_D <= 1e-6 * mean_D.abs().clamp(min=1e-6)
-    return mean_D.float(), torch.where(constant, torch.ones_like(std_D), std_D).float()
+    return torch.where(constant, torch.ones_like(std_D), std_D)
 
 
 def check_bags(train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Task) -> None:

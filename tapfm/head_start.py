@@ -36,7 +36,7 @@ from tqdm import tqdm
 from slides.order import stable_seed
 from tapfm.aggregators import Aggregator
 from tapfm.bag import Bag, SkippedBag
-from tapfm.baselines import FeatureBag, validation_score
+from tapfm.baselines import FeatureBag, divisor, validation_score
 from tapfm.callbacks import BestWeights
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.processes import gather
@@ -118,9 +118,8 @@ def standardise(aggregator: Aggregator, mine: Sequence[Remembered]) -> None:
     ]
     mean_D, square_D = torch.stack([each for share in gather(moments) for each in share]).mean(0)
     std_D = (square_D - mean_D.square()).clamp_min(0).sqrt()
-    constant = std_D <= 1e-6 * mean_D.abs().clamp(min=1e-6)
     aggregator.center_D.copy_(mean_D)
-    aggregator.scale_D.copy_(torch.where(constant, 1.0, std_D))
+    aggregator.scale_D.copy_(divisor(mean_D, std_D))
 
 
 @torch.no_grad()

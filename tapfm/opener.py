@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,6 +96,22 @@ class Opener:
         every = [(row, joined([self.tiles(slide, crew) for slide in row.slides])) for row in rows]
         with crew:
             yield from every
+
+
+def tiles_as_trained(
+    trained: TileSettings, mpp: float | None = None, masks: str | None = None
+) -> TileSettings:
+    """Which tiles a model is to see of slides of no cohort; says so where they are others.
+
+    Args:
+        trained: those of its training.
+        mpp: microns per tile pixel, where it is not to be the model's own.
+        masks: folder of masks to take for the tissue; those of the training cohort are not.
+    """
+    if mpp is not None and mpp != trained.mpp:
+        print(f"tiles at {mpp:g} microns per pixel; the model was trained at {trained.mpp:g}")
+    tissue = replace(trained.tissue, masks=masks, coords=None)
+    return replace(trained, mpp=mpp or trained.mpp, tissue=tissue)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,7 +90,7 @@ def of_values(task: Regression, arms: Sequence[Arm]) -> Iterator[str]:
         ends = _ends([arm.y_NK[:, k] for arm in arms] + [arm.p_NK[:, k] for arm in arms])
         panels = [
             panel(
-                lambda axis: value_axis(axis, k, arm, ends),  # noqa: B023
+                partial(value_axis, k=k, arm=arm, ends=ends),
                 f"predicted against true {label}, {arm.title}",
             )
             for arm in arms
@@ -115,7 +116,7 @@ def value_axis(axis: Axes, k: int, arm: Arm, ends: tuple[float, float]) -> None:
 def of_times(task: Survival, arms: Sequence[Arm]) -> Iterator[str]:
     """Kaplan-Meier's curves of two halves, a panel a row, and who is still seen when."""
     panels = [
-        panel(lambda axis: time_axis(axis, task, arm), f"survival by risk, {arm.title}")  # noqa: B023
+        panel(partial(time_axis, task=task, arm=arm), f"survival by risk, {arm.title}")
         for arm in arms
     ]
     yield f"<h3>Survival by risk</h3>{_side_by_side(panels)}"

@@ -30,7 +30,7 @@ from tapfm.aggregators import TILES
 from tapfm.bag import Bag
 from tapfm.config import TileSettings
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
-from tapfm.opener import loose
+from tapfm.opener import loose, tiles_as_trained
 from tapfm.prediction import (
     Prediction,
     pool_cases,
@@ -84,13 +84,9 @@ def predict_slides(
             f"{path}: was trained on labelled tiles and says nothing of a slide. Its encoder is "
             "for `tapfm features` and `tapfm export`."
         )
-    if mpp is not None and mpp != recipe.mpp:
-        print(f"tiles at {mpp:g} microns per pixel; the model was trained at {recipe.mpp:g}")
     pool = pool_of(path, facts) if case else None
-    tissue = Tissue(
-        **{**facts.get("tissue", {}), "masks": masks, "coords": None}
-    )  # otherwise as in training, and so are the stains
-    tiles = TileSettings(recipe.tile_px, mpp or recipe.mpp, tissue=tissue)
+    trained = TileSettings(recipe.tile_px, recipe.mpp, tissue=Tissue(**facts.get("tissue", {})))
+    tiles = tiles_as_trained(trained, mpp, masks)
     width, predictions = model.task.width, []
     rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
     with loose(rows, tiles, workers, facts.get("stain")) as (opener, left, failed):

@@ -34,7 +34,7 @@ from tapfm.backbones import BackboneError
 from tapfm.config import TileSettings
 from tapfm.files import replacing, write_csv
 from tapfm.model import CheckpointError
-from tapfm.opener import loose
+from tapfm.opener import loose, tiles_as_trained
 from tapfm.pathpt.findings import draw_classes
 from tapfm.pathpt.network import PathPT, Recipe, load
 from tapfm.pathpt.spatial import places
@@ -67,11 +67,8 @@ def predict_slides(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, classes_Kd, recipe, towers = load_whole(path, device)
-    size, trained, overlap = (recipe.tiles[key] for key in ("tile_px", "mpp", "overlap"))
-    if mpp is not None and mpp != trained:
-        print(f"tiles at {mpp:g} microns per pixel; the model was trained at {trained:g}")
-    tissue = Tissue(**{**recipe.tiles["tissue"], "masks": masks, "coords": None})
-    tiles, names, votes = TileSettings(size, mpp or trained, overlap, tissue), recipe.classes, []
+    trained = TileSettings(**{**recipe.tiles, "tissue": Tissue(**recipe.tiles["tissue"])})
+    tiles, names, votes = tiles_as_trained(trained, mpp, masks), recipe.classes, []
     with loose(rows, tiles, workers, recipe.stain) as (opener, left, failed):
         left = [] if case and failed else left
         for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
