@@ -7,8 +7,9 @@ COHORT ?= demo
 STRATEGY ?=
 SEED ?= 0
 RUN ?= runs/$(COHORT)
-# the paper's aggregator beside the default: drop one where a run takes days
-ARMS ?= tapfm tapfm_gated
+# the paper's aggregator, the default, and its control, which trains all but the encoder: drop one
+# where a run takes days
+ARMS ?= tapfm tapfm_gated tapfm_gated_frozen
 # what `labels` reads: GDC's manifest, and mutations.tsv, .txt, .maf.gz or .csv
 MANIFEST ?= data/$(COHORT)/manifest.txt
 MUTATIONS ?= $(firstword $(wildcard data/$(COHORT)/mutations.*) data/$(COHORT)/mutations.txt)
@@ -53,10 +54,13 @@ pathpt: $(READY) ## name every tile by learned prompts, from few slides: make pa
 	$(BIN)/tapfm pathpt --config configs/cohorts/$(COHORT).yaml \
 		--question configs/pathpt/$(COHORT).yaml --out runs/$(COHORT)_pathpt --seed $(SEED)
 
-fit-tapfm: AS_PUBLISHED = --model.steps.head_first 0
+fit-%: AGGREGATOR = $*
+fit-tapfm: OWN = --model.steps.head_first 0
+fit-tapfm_gated_frozen: AGGREGATOR = tapfm_gated
+fit-tapfm_gated_frozen: OWN = --model.strategy frozen
 fit-%: $(READY)
 	$(BIN)/tapfm fit $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
-		--model.aggregator $* $(AS_PUBLISHED)
+		--model.aggregator $(AGGREGATOR) $(OWN)
 
 test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes at most)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

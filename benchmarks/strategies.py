@@ -5,7 +5,7 @@
 A cell is a strategy on a seed's cohort, the one of `benchmarks.demo_seeds` (painted where it is not
 there yet): `tapfm fit` for as many epochs as every other cell, then the test split, set against the
 best frozen baseline of that cohort. All begin with the head as a linear probe has it
-(`head_start`), and then train the slide model too: `full@0` does that and no more, so what a row
+(`head_start`), and then train the slide model too: `frozen` does that and no more, so what a row
 has above it is the strategy's. Cells run in processes of their own, one thread each.
 results/strategies.json and the table between the markers in README.md are written after each; a
 cell that is in it is not run again, and a fit that was stopped goes on.
@@ -54,8 +54,7 @@ from tapfm.tables import interval
 from tapfm.tasks import Task
 
 RESULT = RESULTS / "strategies.json"
-ALONE = "full@0"  # the encoder stays as it came, and the slide model learns
-FROZEN = "frozen"  # the cell of the baselines, which the others are set against
+BASELINES = "baselines"  # the cell of the frozen rows, which the others are set against
 OWN_MATRICES = {"full": 2e-5, "last_n": 2e-5}
 DEMO = yaml.safe_load(CONFIG.read_text())
 PREDICTIONS = "predictions_test.csv"
@@ -66,8 +65,7 @@ MIB = 2**20
 def main() -> int:
     """Run the cells that are asked for and not there yet; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--strategies", nargs="+", default=[ALONE, *STRATEGIES],
-                        metavar="NAME[@LR]")  # fmt: skip
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME[@LR]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=DEMO["trainer"]["max_epochs"],
                         help="of every cell (%(default)s)")  # fmt: skip
@@ -79,14 +77,14 @@ def main() -> int:
     parser.add_argument("--cell", action="store_true", help="run the one cell in this process")
     arguments = parser.parse_args()
     try:  # what is misspelt is said before hours are spent
-        for name in {*arguments.strategies} - {FROZEN}:
+        for name in {*arguments.strategies} - {BASELINES}:
             learning_rate(name)
     except ValueError as fault:
         parser.error(str(fault))
     if arguments.cell:
         return run_cell(arguments.strategies[0], arguments.seeds[0], arguments)
     results, failed = read_results(arguments.result, arguments.epochs), 0
-    for names in ([FROZEN], arguments.strategies):
+    for names in ([BASELINES], arguments.strategies):
         missing = [
             (name, seed)
             for seed in arguments.seeds
@@ -164,15 +162,15 @@ def run_cell(name: str, seed: int, arguments: argparse.Namespace) -> int:
     """One cell, its figures in cell.json."""
     cohort, folder = arguments.cohorts / str(seed), folder_of(name, seed, arguments)
     about = facts("cpu")
-    config = prepare(seed, cohort)[0] if name == FROZEN else cohort / "config.yaml"
+    config = prepare(seed, cohort)[0] if name == BASELINES else cohort / "config.yaml"
     run = ["--config", str(config), "--seed_everything", str(seed)]
-    if name == FROZEN:
+    if name == BASELINES:
         found = measure_frozen(run, folder)
     else:
         validate = math.gcd(arguments.epochs, DEMO["trainer"]["check_val_every_n_epoch"])
         run += ["--trainer.max_epochs", str(arguments.epochs)]  # and the last one is validated
         run += ["--trainer.check_val_every_n_epoch", str(validate)]
-        found = measure(name, run, folder, folder_of(FROZEN, seed, arguments))
+        found = measure(name, run, folder, folder_of(BASELINES, seed, arguments))
     (folder / "cell.json").write_text(json.dumps({**about, **found}))
     return 0
 
@@ -257,21 +255,22 @@ def peak(memory_csv: Path) -> float | None:
 def table(results: dict) -> str:
     """A row a strategy, AUROC by seed; the baselines first."""
     seeds = dict(sorted(results["seeds"].items(), key=lambda item: int(item[0])))
-    baselines = {t: None for cells in seeds.values() for t in cells.get(FROZEN, {}).get("arms", {})}
-    names = {name: None for cells in seeds.values() for name in cells if name != FROZEN}
-    order = [*STRATEGIES, *names]  # as the package lists them
-    names = sorted(names, key=lambda n: (n != ALONE, order.index(n.partition("@")[0]), n))
-    titles = ["strategy", "LR", "learns", *(f"seed {seed}: macro AUROC [95 %]" for seed in seeds)]
-    titles += [
+    rows = [cells[BASELINES]["arms"] for cells in seeds.values() if BASELINES in cells]
+    baselines = dict.fromkeys(title for arms in rows for title in arms)
+    names = {name: None for cells in seeds.values() for name in cells if name != BASELINES}
+    order = ["frozen", *STRATEGIES]  # the control, then as the package lists them
+    names = sorted(names, key=lambda n: (order.index(n.partition("@")[0]), n))
+    header = ["strategy", "LR", "learns", *(f"seed {seed}: macro AUROC [95 %]" for seed in seeds)]
+    header += [
         "mean",
         "above the best frozen",
         "held for a chunk, MiB",
         "resident, GiB",
         "fit, processor s",
     ]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for title in baselines:
-        found = [cells.get(FROZEN, {}).get("arms", {}).get(title) for cells in seeds.values()]
+        found = [cells.get(BASELINES, {}).get("arms", {}).get(title) for cells in seeds.values()]
         lines.append(row([title, "", "0"], found, [""] * 4))
     for name in names:
         cells = [seeds[seed].get(name) for seed in seeds]
@@ -280,11 +279,9 @@ def table(results: dict) -> str:
         resident = [cell["resident_gib"] for cell in there if cell["resident_gib"]]
         lines.append(
             row(
-                ["slide model alone", "", "0"]
-                if name == ALONE
-                else [
+                [
                     name,
-                    f"{there[0]['lr']:.0e}".replace("e-0", "e-"),
+                    f"{there[0]['lr']:.0e}".replace("e-0", "e-").replace("0e+00", ""),
                     f"{there[0]['parameters']:,}",
                 ],
                 [cell and cell["auroc"] for cell in cells],

@@ -6,17 +6,18 @@ Shapes: N slides, K labels, Y numbers of a target, P predicted numbers.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from tapfm.tasks import Task
 
-END_TO_END = "end to end, "  # how the rows of trained encoders are called, before their run's name
+# how runs' rows are called, before the run's name
+END_TO_END, FROZEN_ENCODER = "end to end, ", "frozen encoder, "
 
 
 class ArmError(ValueError):
@@ -40,6 +41,17 @@ class Arm:
     """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
     validation: tuple[np.ndarray, np.ndarray] | None = None
     """y_NK and p_NK of the validation split, from which thresholds and calibration are taken."""
+
+
+def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]:
+    """Title of a run's row, and whether its encoder was trained.
+
+    Args:
+        name: the run's.
+        strategy: as its config or its model's recipe has it: a name, or a name and options.
+    """
+    trained = (strategy if isinstance(strategy, str) else strategy["name"]) != "frozen"
+    return f"{END_TO_END if trained else FROZEN_ENCODER}{name}", trained
 
 
 def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = "") -> Arm:

@@ -26,7 +26,7 @@ from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.aggregators import TILES
-from tapfm.arms import END_TO_END, Arm
+from tapfm.arms import Arm, row_of_run
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
@@ -111,7 +111,8 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
                 ]
             of[part] = by_case(data, part, predictions)
             write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
-        arms.append(arm(f"{END_TO_END}{folder.name}", folder, of, split, end_to_end=True))
+        title, trained = row_of_run(folder.name, model.recipe.strategy)
+        arms.append(arm(title, folder, of, split, end_to_end=trained))
         for each in slides:
             index = data.opener.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)

@@ -226,8 +226,9 @@ class SlideModule(L.LightningModule):
 
     @property
     def adapting(self) -> bool:
-        """Whether the encoder learns from this slide: not while the head goes first."""
-        return self.slides_seen >= self.steps.head_first * self.slides_in_run
+        """Whether the encoder learns from this slide: not while the head goes first, nor frozen."""
+        frozen = not any(p.requires_grad for p in self.slide_model.encoder.parameters())
+        return not frozen and self.slides_seen >= self.steps.head_first * self.slides_in_run
 
     @property
     def slides_in_run(self) -> int:

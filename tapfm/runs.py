@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tapfm.arms import END_TO_END, Arm, read_arm
+from tapfm.arms import Arm, read_arm, row_of_run
 from tapfm.metrics import MACRO
 from tapfm.tasks import Task, make_task
 from tapfm.tasks.multilabel import Multilabel
@@ -40,10 +40,12 @@ class Run:
 
 def read_runs(folder: Path) -> list[Run]:
     """The runs below a folder, by name."""
-    return [
-        Run(path.parent, yaml.safe_load(path.read_text()) or {}, f"{END_TO_END}{path.parent.name}")
-        for path in sorted(folder.glob("*/config.yaml"))
-    ]
+    runs = []
+    for path in sorted(folder.glob("*/config.yaml")):
+        config = yaml.safe_load(path.read_text()) or {}
+        strategy = config.get("model", {}).get("strategy", "full")
+        runs.append(Run(path.parent, config, row_of_run(path.parent.name, strategy)[0]))
+    return runs
 
 
 def read_metrics(path: Path, run: Path, split: str) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapfm.arms import Arm, read_arm
+from tapfm.arms import END_TO_END, FROZEN_ENCODER, Arm, read_arm
 from tapfm.bootstrap import Interval
 from tapfm.evaluate import row_folder
 from tapfm.files import write_csv
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tapfm.tasks import Task
 
 FINISHED, RUN = "finished.json", "run"
+OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # its row in its own report
 
 
 def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
@@ -61,8 +62,8 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
             "figures": row.figures,
             "differences": {
                 other: row.minus(found.rows[other])
-                for other in [best, *trained]
-                if order[title] and other not in (None, title)
+                for other in found.rows
+                if order[title] and other != title
             },
         }
     return _text(study.folds, len(study.seeds), task, result, found, why), result
@@ -76,7 +77,8 @@ def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
     """
     task: Task | None = None
     runs: dict[str, dict[int, dict[int, Arm]]] = {}
-    frozen: dict[str, bool] = {}
+    baselines: dict[str, bool] = {}
+    trained = {cell.arm: True for cell in cells}
     for cell in cells:
         if not (cell.folder / FINISHED).exists():
             continue
@@ -84,15 +86,14 @@ def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
         own = read_task(metrics)
         task = task or own
         for title, facts in metrics["arms"].items():
-            trained = facts["end_to_end"]
-            name = RUN if trained else f"frozen/{row_folder(title)}"
+            of_cell = title in OF_CELL
+            name = RUN if of_cell else f"frozen/{row_folder(title)}"
             path = cell.folder / name / "predictions_test.csv"
-            arm = read_arm(title, path, own, end_to_end=trained)
-            row = cell.arm if trained else title
+            arm = read_arm(title, path, own, end_to_end=facts["end_to_end"])
+            row = cell.arm if of_cell else title
             runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, arm)
-            if not trained:
-                frozen[title] = False
-    return task, runs, frozen | {cell.arm: True for cell in cells}
+            (trained if of_cell else baselines)[row] = facts["end_to_end"]
+    return task, runs, baselines | trained
 
 
 def _text(

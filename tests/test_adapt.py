@@ -84,7 +84,7 @@ def names(vit):
 
 
 def test_every_strategy_has_a_case():
-    assert {case["name"] for case in CASES.values()} == STRATEGIES.keys()
+    assert {case["name"] for case in CASES.values()} == STRATEGIES.keys() - {"frozen"}
     assert get_args(StrategyName) == tuple(STRATEGIES)  # what `tapfm fit --help` offers
 
 
@@ -190,6 +190,7 @@ UNI = {  # measured elsewhere, and computed where that rounds
     "last_n": 12_596_224 + 2_048 + 2_048,
     "hiadapter": 11_686_145 + 66_848,
     "pathotune": 245_760 + 1_024 + 371_264 + 526_336,
+    "frozen": 0,
 }
 UNI_OPTIONS = [
     ({"name": "vpt_deep", "n": 50}, 1_228_800),
@@ -675,3 +676,34 @@ def test_a_copy_is_a_model_of_its_own(case, recompute):
     (z.sum() + score.sum()).backward()
     assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
     assert all(p.grad is None for p in encoder.parameters())
+
+
+# frozen, the control of all others
+
+
+@each_make
+def test_frozen_is_the_base_encoder_and_stays_it(make):
+    encoder, base, tiles = tiny_encoder(**MAKES[make]), tiny_encoder(**MAKES[make]), random_tiles(3)
+    strategy = make_strategy("frozen")
+    strategy.prepare(encoder.vit)
+    assert names(encoder.vit) == set()
+    assert encoder.train()(tiles)[0].grad_fn is None, "no graph"
+    torch.testing.assert_close(encoder(tiles), base(tiles), rtol=1e-12, atol=1e-12)
+    make_optimizer(strategy, strategy.parameters(encoder.vit, 1e-2, 0.1)).step()
+    exported = strategy.export(encoder.vit)
+    assert all(torch.equal(exported[key], value) for key, value in base.vit.state_dict().items())
+    total = sum(p.numel() for p in base.vit.parameters())
+    assert strategy.describe(encoder.vit) == f"frozen: 0 of {total:,} parameters learn"
+
+
+def test_frozen_saves_the_slide_model_alone(tmp_path):
+    model = models.SlideModel(
+        models.Recipe("demo_vit", "gated", ("A",), TILE, 0.5, strategy={"name": "frozen"}),
+        backbones.load("demo_vit", tile_px=TILE),
+    )
+    models.save(model, tmp_path / "best.safetensors")
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"aggregator"}  # noqa: SIM118
+    tiles = random_tiles(3)
+    again = models.load(tmp_path / "best.safetensors")
+    assert torch.equal(again(tiles, 2)[0], model.eval()(tiles, 2)[0])

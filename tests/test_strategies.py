@@ -30,7 +30,7 @@ def cell(value, gain=0.2, lr=2e-4, **also):
     return {**about, "lr": lr, **figures, **cost, **also}
 
 
-def frozen(value):
+def baselines(value):
     return {**cell(0), "arms": {"frozen, gated attention": {"macro": interval(value)}}}
 
 
@@ -41,19 +41,19 @@ def test_what_is_there_is_not_run_again(bench, monkeypatch, tmp_path, capsys):
         started.append((name, seed))
         if name == "ssf":
             raise RuntimeError("failed, see log.txt")
-        return frozen(0.9) if name == "frozen" else cell(0.95)
+        return baselines(0.9) if name == "baselines" else cell(0.95)
 
     monkeypatch.setattr(bench, "start_cell", start)
     result = tmp_path / "strategies.json"
     asked = ["bench", "--strategies", "lora@1e-3", "ssf", "--seeds", "4", "--epochs", "2"]
     monkeypatch.setattr(sys, "argv", [*asked, "--result", str(result)])
     assert bench.main() == 1, "one failed"
-    assert started[0] == ("frozen", 4), "the others are set against it"
-    assert set(started) == {("frozen", 4), ("lora@1e-3", 4), ("ssf", 4)}
+    assert started[0] == ("baselines", 4), "the others are set against it"
+    assert set(started) == {("baselines", 4), ("lora@1e-3", 4), ("ssf", 4)}
     started.clear()
     assert bench.main() == 1
     assert started == [("ssf", 4)], "what failed is tried again, and nothing else"
-    assert set(json.loads(result.read_text())["seeds"]["4"]) == {"frozen", "lora@1e-3"}
+    assert set(json.loads(result.read_text())["seeds"]["4"]) == {"baselines", "lora@1e-3"}
     monkeypatch.setattr(sys, "argv", [*asked[:-1], "3", "--result", str(result)])
     with pytest.raises(SystemExit, match="cells of 2 epochs, and 3 were asked for"):
         bench.main()
@@ -65,10 +65,10 @@ def test_what_is_there_is_not_run_again(bench, monkeypatch, tmp_path, capsys):
 
 def test_the_table_has_seeds_side_by_side_in_the_packages_order(bench):
     seeds = {
-        "10": {"frozen": frozen(0.8), "ssf": cell(0.7, gain=0.05, lr=1e-3)},
+        "10": {"baselines": baselines(0.8), "ssf": cell(0.7, gain=0.05, lr=1e-3)},
         "2": {
             "lora": cell(0.91, processor_s=200),
-            "frozen": frozen(0.9),
+            "baselines": baselines(0.9),
             "ssf": cell(0.5, lr=1e-3),
         },
     }
@@ -91,16 +91,17 @@ def test_a_cell_fits_and_tests_beside_the_baselines(bench, monkeypatch, tmp_path
 
     assert cli.main(["index", "--config", str(config)]) == 0
     found = {}
-    for name in ("frozen", "last_n@1e-3"):
+    for name in ("baselines", "last_n@1e-3", "frozen"):
         folder = bench.folder_of(name, 5, arguments)
         folder.mkdir(parents=True)
         assert bench.run_cell(name, 5, arguments) == 0
         found[name] = json.loads((folder / "cell.json").read_text())
-    assert len(found["frozen"]["arms"]) == 4
+    assert len(found["baselines"]["arms"]) == 4
+    assert found["frozen"]["parameters"] == found["frozen"]["held_mib"] == 0
     cell = found["last_n@1e-3"]
     assert cell["lr"] == 1e-3
     assert cell["parameters"] == 198_272 + 256, "a block of the demo encoder, and the final norm"
     assert cell["held_mib"] > 0
-    best = max(arm["macro"]["value"] for arm in found["frozen"]["arms"].values())
+    best = max(arm["macro"]["value"] for arm in found["baselines"]["arms"].values())
     gain = cell["minus_frozen"]["macro"]["value"]
     assert gain == pytest.approx(cell["auroc"]["macro"]["value"] - best)

@@ -36,7 +36,8 @@ if verb == "fit":
         print("tapfm: the disk is full")
         sys.exit(2)
     table = list(csv.DictReader(open(config["data"]["table"])))
-    skills = {"run": {"full": 1.2, "lora": 0.8}[strategy], "frozen/frozen_probe": 0.5}
+    skills = {"run": {"full": 1.2, "lora": 0.8, "frozen": 1.0}[strategy],
+              "frozen/frozen_probe": 0.5}
     for name, skill in skills.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         with (folder / name / "predictions_test.csv").open("w") as out:
@@ -51,7 +52,10 @@ if verb == "fit":
 else:
     report = pathlib.Path(values["--run"]) / "report_test"
     report.mkdir(exist_ok=True)
-    arms = {"frozen, probe": {"end_to_end": False}, "end to end, run": {"end_to_end": True}}
+    config = yaml.safe_load((report.parent / "cell.yaml").read_text())
+    trained = config["model"]["strategy"] != "frozen"
+    title = "end to end, run" if trained else "frozen encoder, run"
+    arms = {"frozen, probe": {"end_to_end": False}, title: {"end_to_end": trained}}
     task = {"name": "multilabel", "labels": ["EGFR"]}
     (report / "metrics_test.json").write_text(json.dumps({"task": task, "arms": arms}))
 """
@@ -136,17 +140,22 @@ def test_two_strategies_for_real(tmp_path, monkeypatch, capsys):
     short = tmp_path / "short.yaml"
     short.write_text("trainer: {max_epochs: 1}")
     flags = ["--config", str(config), "--config", str(short), "--out", str(tmp_path / "out"),
-             "--strategies", "full", "bitfit"]  # fmt: skip
+             "--strategies", "full", "bitfit", "frozen"]  # fmt: skip
     assert cli.main(["study", *flags]) == 0
     text = capsys.readouterr().out
     assert "4 slides of 4 cases; one split" in text
     result = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert list(result["arms"])[-2:] == ["tapfm_gated_full", "tapfm_gated_bitfit"]
-    assert len(result["arms"]) == 6
-    for arm in ("full", "bitfit"):
+    trained = {f"tapfm_gated_{arm}": arm != "frozen" for arm in ("full", "bitfit", "frozen")}
+    assert list(result["arms"])[-3:] == list(trained)
+    assert len(result["arms"]) == 7
+    assert {arm: result["arms"][arm]["end_to_end"] for arm in trained} == trained
+    assert "tapfm_gated_frozen" in result["arms"]["tapfm_gated_full"]["differences"]
+    for arm in ("full", "bitfit", "frozen"):
         run = tmp_path / "out" / "fold_0" / "seed_0" / f"tapfm_gated_{arm}"
         own = json.loads((run / "report_test" / "metrics_test.json").read_text())
-        expected = own["arms"]["end to end, run"]["figures"]["EGFR"]["auroc"]["value"]
+        row = "frozen encoder, run" if arm == "frozen" else "end to end, run"
+        assert own["reference"] != "end to end, run"
+        expected = own["arms"][row]["figures"]["EGFR"]["auroc"]["value"]
         found = result["arms"][f"tapfm_gated_{arm}"]["figures"]["pooled"]["EGFR"]["value"]
         assert found == pytest.approx(expected)
         assert yaml.safe_load((run / "run" / "config.yaml").read_text())["model"]["strategy"] == arm
@@ -156,7 +165,7 @@ def test_two_strategies_for_real(tmp_path, monkeypatch, capsys):
     best = (run / "run" / "best.safetensors").read_bytes()
     (run / "finished.json").unlink()
     assert cli.main(["study", *flags]) == 0
-    assert "2 cells, 1 finished before" in capsys.readouterr().out
+    assert "3 cells, 2 finished before" in capsys.readouterr().out
     assert (run / "run" / "best.safetensors").read_bytes() == best
     assert json.loads((tmp_path / "out" / "study.json").read_text()) == result
 
@@ -182,6 +191,19 @@ def test_every_cell_once_and_the_table_pools_the_folds(quick, capsys):
     rows = list(csv.DictReader((out / "study.csv").open()))
     (row,) = [r for r in rows if (r["model"], r["label"]) == ("tapfm_gated_lora", "EGFR")]
     assert float(row["minus_first_value"]) == pytest.approx(gain, abs=1e-6)
+
+
+def test_a_frozen_encoder_trained_alike_is_what_the_others_are_measured_against(quick, capsys):
+    assert cli.main(["study", str(quick), "--strategies", "full", "frozen"]) == 0
+    result = json.loads((quick.parent / "out" / "study.json").read_text())
+    alike, full = (result["arms"][f"tapfm_gated_{name}"] for name in ("frozen", "full"))
+    assert (result["reference"], alike["end_to_end"]) == ("tapfm_gated_frozen", False)
+    assert alike["differences"] == {}
+    gain = full["differences"]["tapfm_gated_frozen"]["pooled"]["EGFR"]["value"]
+    values = [arm["figures"]["pooled"]["EGFR"]["value"] for arm in (full, alike)]
+    assert gain == pytest.approx(values[0] - values[1])
+    assert "frozen, probe" in full["differences"]
+    assert "tapfm_gated_frozen *" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tapfm.adapt.adaptformer import AdaptFormer
 from tapfm.adapt.bitfit import BitFit
 from tapfm.adapt.dora import Dora
+from tapfm.adapt.frozen import Frozen
 from tapfm.adapt.full import Full
 from tapfm.adapt.hiadapter import HiAdapter
 from tapfm.adapt.last_n import LastN
@@ -71,6 +72,7 @@ STRATEGIES: dict[str, type] = {
     "ssf": Ssf,
     "hiadapter": HiAdapter,
     "pathotune": PathoTune,
+    "frozen": Frozen,
 }
 _KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text"}
 
