@@ -45,7 +45,9 @@ CONFIG = ROOT / "configs" / "cohorts" / "needle.yaml"
 TABLE = ROOT / "data" / "needle" / "cohort.csv"
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 FOLDS = 5
+ATTENTION = "frozen, gated attention"
 ROWS = {  # aggregators and strategies; LR is the config's, LoRA's its own
+    "frozen": (["tapfm_gated"], ["frozen"]),
     "full": (["tapfm_gated"], ["full"]),
     "last_n": (["tapfm_gated"], [{"name": "last_n", "n": 4}]),
     "lora": (["tapfm_gated"], [str(ROOT / "configs" / "strategies" / "lora.yaml")]),
@@ -58,6 +60,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "needle")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     about = facts("cpu")
     write_table()
@@ -67,7 +71,8 @@ def main() -> int:
     studies = {
         row: read_study(None, {
             "config": [CONFIG, weights], "out": arguments.out / "study", "folds": FOLDS,
-            "aggregators": aggregators, "strategies": strategies,
+            "aggregators": aggregators, "strategies": strategies, "seeds": arguments.seeds,
+            "jobs": arguments.jobs,
         })
         for row, (aggregators, strategies) in ROWS.items()
     }  # fmt: skip
@@ -132,24 +137,26 @@ def truth_rows() -> list[dict[str, str]]:
 def markdown(result: dict) -> str:
     """A row a model."""
     lines = [
-        "| model | AUROC, folds pooled [95 %] | mean of folds | minus the best frozen [95 %] "
-        "| tile AUROC |",
-        "|---|---|---|---|---|",
+        "| model | seeds | AUROC, folds pooled [95 %] | mean of folds "
+        "| minus frozen attention [95 %] | minus the best frozen [95 %] | tile AUROC |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, arm in result["arms"].items():
         if not arm["seeds"]:
             continue
-        gain = arm["differences"].get(result["reference"])
+        gains = [arm["differences"].get(other) for other in (ATTENTION, result["reference"])]
+        over = (span(gain["pooled"][MACRO], sign="+") if gain else "" for gain in gains)
         tile = result["tile_auroc"].get(title)
         lines.append(
             f"| {title}{' (best frozen)' if title == result['reference'] else ''} "
-            f"| {span(arm['figures']['pooled'][MACRO])} "
+            f"| {len(arm['seeds'])} | {span(arm['figures']['pooled'][MACRO])} "
             f"| {arm['figures']['within_folds'][MACRO].value:.3f} "
-            f"| {span(gain['pooled'][MACRO], sign='+') if gain else ''} "
+            f"| {' | '.join(over)} "
             f"| {f'{tile:.3f}' if tile else ''} |"
         )
     lines.append(
-        f"\n{result['slides']} slides of {result['cases']} cases, {FOLDS} folds, seed 0. "
+        f"\n{result['slides']} slides of {result['cases']} cases, {FOLDS} folds; seeds are "
+        f"averaged. "
         f"{result['machine']}; {result['date']}, commit {result['commit']}, torch "
         f"{result['torch']}, timm {result['timm']}."
     )
