@@ -6,8 +6,8 @@ Forward and backward of the last block of a ViT-L (width 1,024, 16 heads, LayerS
 and score, on random tokens as in front of it: 197 (UNI), 261 (H-optimus, 4 registers) and 1,029
 (512 px at patch 16, 4 registers). Three ways to the same feature and score, in turn:
 
-    tail    `tapfm.tail`
-    tap     the whole block, and one row of its attention (`tapfm.attention`)
+    tail    `encoders.tail`
+    tap     the whole block, and one row of its attention (`encoders.attention`)
     hook    the whole block, and a forward hook that projects qkv once more and forms all N x N
             attention, with a graph, to take the one row from: the published manner
 
@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.attention import prefix_mass
-from tapfm.backbones import Encoder
-from tapfm.memory import saved_bytes
-from tapfm.registry import Backbone
+from tapfm.encoders.attention import prefix_mass
+from tapfm.encoders.backbones import Encoder
+from tapfm.encoders.registry import Backbone
+from tapfm.engine.memory import saved_bytes
 
 SIZES = {197: 1, 261: 5, 1029: 5}  # tokens, prefix tokens of them
 WIDTH, TILES, MIB = 1024, 2, 2**20

@@ -22,10 +22,10 @@ import numpy as np
 from scipy.stats import norm
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.bootstrap import bootstrap_cases, interval, once, percentiles
-from tapfm.delong import delong
-from tapfm.metrics import auroc_draws
-from tapfm.plain_table import markdown
+from tapfm.reports.plain_table import markdown
+from tapfm.stats.bootstrap import bootstrap_cases, interval, once, percentiles
+from tapfm.stats.delong import delong
+from tapfm.stats.metrics import auroc_draws
 
 SIMULATIONS, DRAWS = 500, 1000
 CASES, PREVALENCES, AUROCS = (40, 150), (0.4, 0.2), (0.7, 0.8, 0.9)

@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from tapfm.backbones import load
-from tapfm.chunked import encode_bag
+from tapfm.encoders.backbones import load
+from tapfm.engine.chunked import encode_bag
 
 TILES, CHUNK = 32, 16
 

@@ -36,10 +36,10 @@ import yaml
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.config import read_data
 from tapfm.files import write_json
-from tapfm.metrics import MACRO, auroc
-from tapfm.plain_table import span
+from tapfm.reports.plain_table import span
+from tapfm.reports.study_table import summary
+from tapfm.stats.metrics import MACRO, auroc
 from tapfm.study import Cell, plan_cells, prepare, read_study, run_study
-from tapfm.study_table import summary
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm import backbones
-from tapfm.masters import KEEPERS, MasterAdamW
+from tapfm.encoders import backbones
+from tapfm.engine.masters import KEEPERS, MasterAdamW
 from tapfm.optim import parameter_groups
 
 UPDATES, LR, TILES = 200, 1e-6, 4

@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite, write_rows
-from tapfm import backbones
-from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.encoders import backbones
+from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.engine.masters import MasterAdamW
+from tapfm.engine.memory import PhaseMeter, SavedBytes
 from tapfm.losses import MaskedBCE
-from tapfm.masters import MasterAdamW
-from tapfm.memory import PhaseMeter, SavedBytes
 from tapfm.model import Recipe, SlideModel
 
 METHODS = {"two_pass": "two passes (tapfm)", "one_graph": "one graph"}

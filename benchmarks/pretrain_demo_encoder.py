@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slides.tissue_painter import GLASS, Specimen, paint, site_stain
-from tapfm.backbones import Encoder, build, find
+from tapfm.encoders.backbones import Encoder, build, find
 from tapfm.optim import parameter_groups, warmup_cosine
 
 SEED = 20_250_101

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slides.tissue_painter import COMPARTMENTS, Specimen, compartments, paint, site_stain
-from tapfm import backbones
+from tapfm.encoders import backbones
 from tapfm.optim import warmup_cosine
 from tapfm.pathpt.towers import tokenise
 from tapfm.pathpt.words import FILE, WordTower, image_head

@@ -28,13 +28,13 @@ import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
-from tapfm.bootstrap import percentiles, with_point
 from tapfm.cli import main as tapfm
-from tapfm.confusions import averages, confusions
-from tapfm.plain_table import markdown
-from tapfm.tables import interval
-from tapfm.tile_fit import PROBE, RGB
-from tapfm.tile_metrics import FIGURES
+from tapfm.labelled.fit import PROBE, RGB
+from tapfm.labelled.metrics import FIGURES
+from tapfm.reports.plain_table import markdown
+from tapfm.reports.tables import interval
+from tapfm.stats.bootstrap import percentiles, with_point
+from tapfm.stats.confusions import averages, confusions
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))
@@ -90,8 +90,8 @@ def fit(strategy: str, seed: int, epochs: int, run: Path) -> float:
 
 def trainable(strategy: str) -> int:
     """Parameters of the encoder that learn."""
-    from tapfm import backbones
     from tapfm.adapt import make_strategy
+    from tapfm.encoders import backbones
 
     vit = backbones.load("dinov2_vits14", "random", tile_px=112).vit
     make_strategy(strategy).prepare(vit)

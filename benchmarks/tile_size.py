@@ -14,7 +14,7 @@ import sys
 from benchmarks.record import rewrite
 from slides.errors import TooCoarseError
 from slides.grid import Grid
-from tapfm.plain_table import markdown
+from tapfm.reports.plain_table import markdown
 
 SCANS = (0.23, 0.2485, 0.25, 0.2527, 0.265, 0.33, 0.46, 0.499, 0.5021, 0.55)  # mpp
 COARSE = 0.30  # from here on a scan is "20x"

@@ -8,7 +8,7 @@
 
 then the bag embedding b = sum_t w_t z_t, LayerNorm, Linear. The slide model stands on a graph of
 its own whose leaves are `z_TD` and the raw `score_T`, so min-max and softmax keep their exact
-Jacobian and the encoder's chunks separate (see `tapfm.chunked`).
+Jacobian and the encoder's chunks separate (see `engine.chunked`).
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184) for `tapfm`; Ilse et al. 2018 (arXiv
     1802.04712), gated attention, for g and h; MOOZY for the two levels, tiles of a slide and

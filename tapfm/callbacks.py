@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from tapfm import model as models
 from tapfm.files import replacing
-from tapfm.fingerprint import adapted_fingerprint
+from tapfm.model import adapted_fingerprint
 from tapfm.processes import gather
 
 RESUME = "last.ckpt"

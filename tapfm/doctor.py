@@ -5,7 +5,7 @@
 
 With a model: the weights must be that model's; the CLS row that scores a tile must be the row of
 the block's own attention matrix, caught where an unfused block drops out of it; and the fingerprint
-(`tapfm.fingerprint`) says on any machine whether two people hold the same weights.
+(`encoders.fingerprint`) says on any machine whether two people hold the same weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from tapfm import __version__
-from tapfm.backbones import BackboneError, Encoder, load
-from tapfm.fingerprint import fingerprint, known_tiles
-from tapfm.tail import TOLERANCE
+from tapfm.encoders.backbones import BackboneError, Encoder, load
+from tapfm.encoders.fingerprint import fingerprint, known_tiles
+from tapfm.encoders.tail import TOLERANCE
 
 PACKAGES = (
     "torch", "torchvision", "timm", "lightning", "numpy", "zarr", "h5py", "tifffile", "imagecodecs",

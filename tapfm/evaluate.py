@@ -26,20 +26,15 @@ from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.aggregators import TILES
-from tapfm.arms import Arm, row_of_run
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
 from tapfm.features import Extraction, read_features
-from tapfm.fingerprint import adapted_fingerprint
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
-from tapfm.metrics import auroc
-from tapfm.model import CheckpointError
-from tapfm.outcome_report import write_outcomes
-from tapfm.page import write_page
+from tapfm.model import CheckpointError, adapted_fingerprint
 from tapfm.prediction import (
     Prediction,
     pool_cases,
@@ -48,7 +43,11 @@ from tapfm.prediction import (
     write_predictions,
     write_weights,
 )
-from tapfm.report import write_results
+from tapfm.reports.arms import Arm, row_folder, row_of_run
+from tapfm.reports.outcome_report import write_outcomes
+from tapfm.reports.page import write_page
+from tapfm.reports.report import write_results
+from tapfm.stats.metrics import auroc
 from tapfm.tasks.multilabel import Multilabel
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
@@ -175,11 +174,6 @@ def frozen_arms(
             write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
         arms.append(arm(title, folder / name, of, split, end_to_end=False))
     return arms
-
-
-def row_folder(title: str) -> str:
-    """Where a frozen row's predictions lie, below `frozen`."""
-    return title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
 
 
 def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:

@@ -23,7 +23,7 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 
 from tapfm import __version__
-from tapfm.backbones import BackboneError, Encoder
+from tapfm.encoders.backbones import BackboneError, Encoder
 from tapfm.files import replacing, write_json, write_text
 from tapfm.model import load_encoder
 from tapfm.tasks import make_task

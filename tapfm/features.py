@@ -35,10 +35,10 @@ from slides.index_file import TileIndex, index_attributes
 from slides.stain import refuse_other_stains
 from slides.tissue import Tissue
 from tapfm import __version__
-from tapfm.backbones import Encoder, find
 from tapfm.bag import Tiles
-from tapfm.chunked import encode_bag
 from tapfm.config import Source, TileSettings, index_and_cache
+from tapfm.encoders.backbones import Encoder, find
+from tapfm.engine.chunked import encode_bag
 from tapfm.files import replacing
 from tapfm.model import load_encoder, read_recipe
 from tapfm.opener import Opener
@@ -60,7 +60,7 @@ class Extraction:
     name: str
     """Of the encoder, in `features_<name>`."""
     fingerprint: str
-    """Of the encoder, see `tapfm.fingerprint`."""
+    """Of the encoder, see `encoders.fingerprint`."""
     precision: str = "fp32"
     """What it computes in: `fp32`, `fp16` or `bf16`."""
     dtype: str = "fp32"

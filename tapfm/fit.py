@@ -24,13 +24,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
-from tapfm.backbones import find
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.config import ConfigError
 from tapfm.data import SlideData
+from tapfm.encoders.backbones import find
+from tapfm.engine.footprint import CONTEXT_GIB, Setup
 from tapfm.files import write_text
-from tapfm.footprint import CONTEXT_GIB, Setup
-from tapfm.head_start import HeadStart
+from tapfm.head_start.callback import HeadStart
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
 from tapfm.processes import part

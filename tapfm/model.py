@@ -22,13 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tapfm import __version__, backbones
-from tapfm.adapt import make_strategy, spell
+from tapfm import __version__
+from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.aggregators import make_aggregator
 from tapfm.bag import Tiles
-from tapfm.chunked import encode_bag
+from tapfm.encoders import backbones
+from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
+from tapfm.engine.chunked import encode_bag
 from tapfm.files import replacing
-from tapfm.fingerprint import fingerprint
 from tapfm.tasks import make_task
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
@@ -252,6 +253,16 @@ def _fingerprint(encoder: backbones.Encoder) -> str:
     found = fingerprint(encoder)
     encoder.float()
     return found
+
+
+def adapted_fingerprint(model: SlideModel) -> str | None:
+    """Of an adapted encoder as plain timm weights; None where its strategy has no such form."""
+    encoder = model.encoder
+    try:
+        plain = model.strategy.export(encoder.vit)
+    except StrategyError:
+        return None
+    return state_fingerprint(encoder.row, plain, encoder.tile_px)
 
 
 def load_weights(model: SlideModel, path: Path) -> None:

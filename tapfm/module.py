@@ -19,17 +19,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tapfm import backbones
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
 from tapfm.bag import Bag, SkippedBag, too_late_to_skip
-from tapfm.compiled import need_compiler
-from tapfm.dither import dither
-from tapfm.masters import MasterAdamW
-from tapfm.memory import PhaseMeter
+from tapfm.encoders import backbones
+from tapfm.encoders.compiled import need_compiler
+from tapfm.engine.dither import dither
+from tapfm.engine.masters import MasterAdamW
+from tapfm.engine.memory import PhaseMeter
+from tapfm.engine.passes import Passes
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
-from tapfm.passes import Passes
 from tapfm.processes import average, gather, unwrap
 from tapfm.tasks import watched
 
@@ -62,14 +62,14 @@ class SlideModule(L.LightningModule):
         keep_chunks: chunks of a slide whose graphs are kept from pass 1, at the memory of as many
             chunks: they are encoded once, not twice. `tapfm plan` says how many fit.
         recompute: keep block boundaries only, and compute the rest again for backward.
-        compile: blocks by torch.compile (`tapfm.compiled`): faster, after a wait at the start.
+        compile: blocks by torch.compile (`encoders.compiled`): faster, after a wait at the start.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
-            exact values are kept: master, residual or offload (`tapfm.masters`).
+            exact values are kept: master, residual or offload (`engine.masters`).
         temperature: of the CLS score's softmax; None is the aggregator's own.
         drop_path: stochastic depth of the encoder while training.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
-            that the encoder's is right on average (`tapfm.sampling`); None is all: exact.
+            that the encoder's is right on average (`engine.sampling`); None is all: exact.
         cosine_every: after so many slides, measure how near the gradient of `backward_tiles` is to
             that of all tiles, as train/sampling_cosine; it costs pass 2 of all, and two gradients'
             memory. None is never.

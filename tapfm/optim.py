@@ -40,7 +40,7 @@ class Steps:
     head_first: float = 0.0
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
     head_start: bool = False
-    """Begin with the head as a linear probe of the frozen features has it (`tapfm.head_start`)."""
+    """Begin with the slide model fitted to the frozen features (`tapfm.head_start`)."""
 
     def __post_init__(self):
         faults = [

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 from slides.order import epoch_order
 from slides.stream import BagDataset
+from tapfm.adapt.surgery import need_vit
 from tapfm.bag import Bag
-from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.data import SlideData
 from tapfm.drift import cls_by_block, linear_cka
-from tapfm.figures import probe_figure
+from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.files import write_csv
 from tapfm.fit import read_config
 from tapfm.heatmap import save_figure
 from tapfm.module import SlideModule
-from tapfm.surgery import need_vit
+from tapfm.reports.figures import probe_figure
 
 SHARE = 0.8  # of the gradient over weight that the suggested blocks have
 HEAD_PASSES, HEAD_LR = 20, 1e-3  # over the frozen features: seconds

@@ -35,8 +35,8 @@ import yaml
 
 from tapfm.config import ConfigError, index_and_cache, read_data, read_source, read_yaml
 from tapfm.files import write_json, write_text
+from tapfm.reports.study_table import FINISHED, RUN, summary, write_figures
 from tapfm.split import run_split
-from tapfm.study_table import FINISHED, RUN, summary, write_figures
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features

@@ -17,10 +17,10 @@ from test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
 from tiny import random_tiles, tiny_encoder
 from torch import nn
 
-from tapfm import backbones
 from tapfm import model as models
 from tapfm.adapt import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
 from tapfm.adapt.pathotune import hold
+from tapfm.encoders import backbones
 from tapfm.module import StrategyName
 from tapfm.optim import layerwise, parameter_groups
 

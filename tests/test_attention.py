@@ -8,7 +8,7 @@ import torch
 from tiny import MAKES, random_tiles, tiny_encoder
 from torch import nn
 
-from tapfm.attention import ClsTap, NoClsAttentionError, prefix_mass
+from tapfm.encoders.attention import ClsTap, NoClsAttentionError, prefix_mass
 
 TILES = 3
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from tapfm import backbones, checkpoints
-from tapfm.attention import NoClsAttentionError
-from tapfm.backbones import BACKBONES, BackboneError, Encoder, build, find, load
-from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.doctor import cls_row_error
+from tapfm.encoders import backbones, checkpoints
+from tapfm.encoders.attention import NoClsAttentionError
+from tapfm.encoders.backbones import BACKBONES, BackboneError, Encoder, build, find, load
+from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
+from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.model import Recipe, SlideModel, save
-from tapfm.registry import FEATURES, LEFT_OUT, ROWS
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted
 # at, where it is not the row's. Typed from there, not from the rows.
@@ -216,7 +216,7 @@ def test_an_architecture_timm_lacks_is_said():
 
 
 def test_demo_weights_ship_and_are_small():
-    from tapfm.checkpoints import PACKAGED
+    from tapfm.encoders.checkpoints import PACKAGED
 
     file = PACKAGED / "demo_vit.safetensors"
     assert file.stat().st_size <= 6_000_000

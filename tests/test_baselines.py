@@ -19,7 +19,7 @@ from tapfm.baselines import (
     fit_mean_pool_mlp,
     rgb_bag,
 )
-from tapfm.metrics import macro_auroc
+from tapfm.stats.metrics import macro_auroc
 from tapfm.tasks import learn_task, make_task
 
 TASK = make_task({"name": "multilabel"}, ["A", "B"])

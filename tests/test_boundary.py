@@ -6,8 +6,8 @@ from tiny import MAKES, random_tiles, tiny_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt import make_strategy
-from tapfm.boundary import Boundary, BoundaryTokens, find_boundary
-from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.engine.boundary import Boundary, BoundaryTokens, find_boundary
+from tapfm.engine.chunked import adapt_bag, encode_bag
 
 CPU = torch.device("cpu")
 TILES, CHUNK = 7, 3

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 from torchmetrics.functional.classification import binary_calibration_error
 
-from tapfm.bootstrap import once
-from tapfm.calibration import (
+from tapfm.stats.bootstrap import once
+from tapfm.stats.calibration import (
     SLOPES,
     Scaling,
     brier,

@@ -16,11 +16,11 @@ from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import CohortError
 from slides.stream import Augment, BagDataset
-from tapfm import backbones
 from tapfm import model as models
 from tapfm.aggregators import make_aggregator
-from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluate import groups_of
 from tapfm.fit import read_config
 from tapfm.prediction import Prediction, pool_cases

@@ -1,7 +1,7 @@
-"""`tapfm.chunked` must give the gradient of the one-graph reference below.
+"""`tapfm.engine.chunked` must give the gradient of the one-graph reference below.
 
-The reference is plain autograd over the whole slide: read it first. Everything in `tapfm.chunked`
-is a way to skip its memory, never a different answer.
+The reference is plain autograd over the whole slide: read it first. Everything in the module is a
+way to skip its memory, never a different answer.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from tiny import MAKES, random_tiles, tiny_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.aggregators import make_aggregator
-from tapfm.chunked import adapt_bag, chunk_rng, encode_bag
+from tapfm.engine.chunked import adapt_bag, chunk_rng, encode_bag
 from tapfm.losses import MaskedBCE
 
 TILES, SEED = 23, 5  # 23 is prime: the last chunk is always short

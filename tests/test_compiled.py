@@ -15,9 +15,9 @@ from test_chunked import CPU, Slide, difference
 from tiny import random_tiles, tiny_encoder
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tapfm import compiled
 from tapfm.cli import main
-from tapfm.compiled import CompilerError, need_compiler, padded
+from tapfm.encoders import compiled
+from tapfm.encoders.compiled import CompilerError, need_compiler, padded
 
 # "lora, q v" is in some of the blocks only: what was compiled without must not serve those with
 HOOKED = ["lora", "lora, q v", "dora", "vpt_deep", "adaptformer", "ssf", "hiadapter", "pathotune"]

@@ -167,7 +167,7 @@ def test_readme_tree_is_the_tree():
 
 
 def test_readme_names_every_model_with_its_licence():
-    from tapfm.backbones import ROWS
+    from tapfm.encoders.backbones import ROWS
 
     for row in ROWS:
         assert f"| `{row.key}` | {row.source} | {row.parameters:,} | {row.licence} |" in README

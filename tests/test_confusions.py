@@ -10,9 +10,9 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from tapfm import confusions as module
-from tapfm.bootstrap import bootstrap_cases, once
-from tapfm.confusions import averages, confusions, f1s, recalls
+from tapfm.stats import confusions as module
+from tapfm.stats.bootstrap import bootstrap_cases, once
+from tapfm.stats.confusions import averages, confusions, f1s, recalls
 
 
 def said_of(seed=0, slides=53):

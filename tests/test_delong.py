@@ -1,4 +1,4 @@
-"""`tapfm.delong` must give DeLong's variance as its definition has it, every pair compared.
+"""`tapfm.stats.delong` must give DeLong's variance as its definition has it, every pair compared.
 
 The reference below is the definition: kernels of all pairs, placements as their row and column
 means, the sample covariances of 1988 for independent slides; Obuchowski's sums for cases.
@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from tapfm.delong import covariance, delong, delong_difference
+from tapfm.stats.delong import covariance, delong, delong_difference
 
 
 def cohort(slides=61, scores=2, seed=0, levels=9):

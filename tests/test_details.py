@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from tapfm.bootstrap import interval, with_point
-from tapfm.calibration import ece, fit_platt, fit_temperature, reliability
-from tapfm.delong import delong, delong_difference
-from tapfm.details import FEW_CASES, describe, sections
-from tapfm.metrics import auroc_draws
-from tapfm.thresholds import choose_threshold, figures_at
+from tapfm.reports.details import FEW_CASES, describe, sections
+from tapfm.stats.bootstrap import interval, with_point
+from tapfm.stats.calibration import ece, fit_platt, fit_temperature, reliability
+from tapfm.stats.delong import delong, delong_difference
+from tapfm.stats.metrics import auroc_draws
+from tapfm.stats.thresholds import choose_threshold, figures_at
 
 LABELS = ["A", "B"]
 DRAWS = 61

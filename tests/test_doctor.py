@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from tiny import MAKES, tiny_encoder
 
 from tapfm import doctor
-from tapfm.backbones import find
 from tapfm.doctor import cls_row_error, run_doctor
+from tapfm.encoders.backbones import find
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import pytest
 from cohorts import LABELS, write_cohort
 from PIL import Image
 
-from tapfm import backbones
 from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.evaluate import tile_auroc
-from tapfm.fingerprint import state_fingerprint
 from tapfm.fit import read_config
 from tapfm.prediction import Prediction
 

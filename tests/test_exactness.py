@@ -17,13 +17,13 @@ import torch
 from tiny import random_tiles, tiny_encoder
 from torch.func import functional_call
 
-from tapfm import compiled
 from tapfm.adapt import make_strategy
 from tapfm.aggregators import make_aggregator
-from tapfm.boundary import BoundaryTokens, find_boundary
-from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.encoders import compiled
+from tapfm.engine.boundary import BoundaryTokens, find_boundary
+from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.engine.masters import MasterAdamW
 from tapfm.losses import MaskedBCE
-from tapfm.masters import MasterAdamW
 
 CPU, TILES = torch.device("cpu"), 23
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6}

@@ -10,11 +10,12 @@ import torch
 from cohorts import LABELS
 from torch import nn
 
-from tapfm import backbones, export
+from tapfm import export
 from tapfm import model as models
 from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.encoders.registry import ROWS
 from tapfm.export import arguments, readme, spell
-from tapfm.registry import ROWS
 
 TILE = 32
 

@@ -12,11 +12,12 @@ from slides.grid import Grid
 from slides.index import index_slide
 from slides.reader import Slide
 from slides.tissue import Tissue
-from tapfm import backbones, features
+from tapfm import features
 from tapfm import model as models
 from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.encoders.fingerprint import fingerprint
 from tapfm.features import Extraction, FeatureError
-from tapfm.fingerprint import fingerprint
 
 TAG = "20x_32px_0px_overlap"
 CONFIG_SLIDES = 14

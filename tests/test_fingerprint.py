@@ -3,8 +3,8 @@
 import torch
 from tiny import tiny_encoder
 
-from tapfm.backbones import Encoder, build, find, load
-from tapfm.fingerprint import fingerprint, known_tiles, state_fingerprint
+from tapfm.encoders.backbones import Encoder, build, find, load
+from tapfm.encoders.fingerprint import fingerprint, known_tiles, state_fingerprint
 from tapfm.model import load_encoder
 
 

@@ -16,10 +16,12 @@ from cohorts import LABELS, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import epoch_order
-from tapfm import backbones, callbacks, passes
+from tapfm import callbacks
 from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.engine import passes
 
 HERE = Path(__file__).parent
 

@@ -8,12 +8,15 @@ import torch
 from cohorts import write_cohort
 from safetensors.torch import load_file
 
-from tapfm import backbones, head_start
 from tapfm import model as models
 from tapfm.aggregators import AGGREGATORS, make_aggregator
 from tapfm.baselines import bag_statistics
 from tapfm.cli import main
-from tapfm.head_start import Remembered, embed, judge, solve_head, standardise
+from tapfm.encoders import backbones
+from tapfm.head_start import callback
+from tapfm.head_start.remembered import Remembered, standardise
+from tapfm.head_start.solved import embed, judge, solve_head
+from tapfm.head_start.taught import teach
 from tapfm.tasks import make_task
 
 TASK = make_task({"name": "multilabel"}, ("A",))
@@ -38,7 +41,7 @@ def test_the_aggregator_says_what_the_probe_says(name):
     standardise(aggregator, train)
     embedded = embed(aggregator, train), embed(aggregator, val)
     probe = solve_head(aggregator, *embedded, TASK)
-    figure, _ = judge(aggregator, embedded[1], TASK)
+    figure, *_ = judge(aggregator, embedded[1], TASK)
     assert figure == pytest.approx(probe.val_score)
     assert figure > 0.85
     mean_D, std_D = bag_statistics(train)
@@ -50,6 +53,79 @@ def test_the_aggregator_says_what_the_probe_says(name):
         logits_K, same_T = aggregator(val[0].z_TD, val[0].score_T)
     torch.testing.assert_close(logits_K, said_K, rtol=1e-4, atol=1e-4)
     assert torch.equal(weights_T, same_T)
+
+
+def needles(count, seed, tiles=100):
+    """Two tiles of 100 lean far where the label is 1, each its own way in what the others share."""
+    drawn = torch.Generator().manual_seed(seed)
+    found = []
+    for place in range(count):
+        z_TD, label = 50 + 3 * torch.randn(tiles, 8, generator=drawn), float(place % 2)
+        if label:
+            z_TD[torch.randperm(tiles, generator=drawn)[:2], 0] += 15
+        score_T = torch.randn(tiles, generator=drawn)
+        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T))
+    return found
+
+
+@pytest.mark.parametrize("name", ["gated", "tapfm_gated", "hierarchical"])
+def test_a_taught_gate_finds_what_the_mean_tile_hides(name):
+    torch.manual_seed(0)
+    train, val, unseen = needles(120, 1), needles(60, 2), needles(60, 3)
+    fresh = make_aggregator(name, 8, 1)
+    standardise(fresh, train)
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    taught = teach(fresh, train, val, TASK, seed=0)
+    assert all(torch.equal(before[key], value) for key, value in fresh.state_dict().items())
+    figure, _, loss = judge(taught.aggregator, embed(taught.aggregator, val), TASK)
+    assert loss == pytest.approx(taught.loss)
+    solved = make_aggregator(name, 8, 1)
+    standardise(solved, train)
+    solve_head(solved, embed(solved, train), embed(solved, val), TASK)
+    probe, _, its_loss = judge(solved, embed(solved, unseen), TASK)
+    figure, _, loss = judge(taught.aggregator, embed(taught.aggregator, unseen), TASK)
+    assert figure > max(0.9, probe + 0.05)
+    assert loss < its_loss
+    again = teach(fresh, train, val, TASK, seed=0)
+    for key, value in again.aggregator.state_dict().items():
+        assert torch.equal(value, taught.aggregator.state_dict()[key]), key
+
+
+def test_an_epoch_sees_one_view_of_each_slide(monkeypatch):
+    from tapfm.head_start import taught
+
+    monkeypatch.setattr(taught, "EPOCHS", 4)
+    monkeypatch.setattr(taught, "RATES", (1e-3,))
+    train = [*slides(6, 1), *slides(6, 4)]  # twice the same six
+    fresh, seen = make_aggregator("gated", 8, 1), []
+    forward = type(fresh).forward
+    monkeypatch.setattr(
+        type(fresh), "forward", lambda self, z, *rest: seen.append(z) or forward(self, z, *rest)
+    )
+    teach(fresh, train, slides(8, 2), TASK, seed=0)
+    number = {id(slide.z_TD): n for n, slide in enumerate(train)}
+    epochs = [sorted(number[id(z)] for z in seen[at : at + 6]) for at in range(0, 24, 6)]
+    assert epochs == 2 * [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+
+
+def test_cox_is_taught_by_slides_beside_each_other():
+    """A slide alone has no one to be compared with; its loss would be 0 whatever is said."""
+    task = make_task({"name": "survival", "time": "t", "event": "e", "edges": (), "horizon": 1.0,
+                      "with_loss": "cox"}, ("log_relative_hazard",))  # fmt: skip
+
+    def timed(slides):
+        return [replace(slide, y_K=torch.tensor([3.0 - 2 * slide.y_K[0] + 0.01 * n, 1.0, n]))
+                for n, slide in enumerate(slides)]  # fmt: skip
+
+    torch.manual_seed(0)
+    fresh, train, val = make_aggregator("gated", 8, 1), timed(slides(60, 1)), timed(slides(40, 2))
+    standardise(fresh, train)
+    first = judge(fresh, embed(fresh, val), task)
+    taught = teach(fresh, train, val, task, seed=0)
+    figure, each, loss = judge(taught.aggregator, embed(taught.aggregator, val), task)
+    assert each == 0.0
+    assert loss < first[2] - 0.1
+    assert figure > 0.7
 
 
 def test_a_slide_of_few_known_labels_counts_as_the_others():
@@ -72,12 +148,14 @@ def test_a_slide_of_few_known_labels_counts_as_the_others():
 def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     """One that then stands still saves the head start, and a resumed one has no second."""
     config, starts = write_cohort(tmp_path), []
-    real = head_start.standardise
-    monkeypatch.setattr(head_start, "standardise", lambda *each: starts.append(each) or real(*each))
+    real = callback.standardise
+    monkeypatch.setattr(callback, "standardise", lambda *each: starts.append(each) or real(*each))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
     fit = ["fit", "--config", str(config), *still, "--model.steps.head_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
-    assert "head start: 28 views of slides, chosen on validation: C" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "head start: 28 views of slides; a linear probe, chosen on validation: C" in said
+    assert "; attention taught on them, lr " in said
     run = tmp_path / "runs" / "tapfm_gated"
     facts = models.read_recipe(run / "best.safetensors")[1]
     assert facts["epoch"] == -1

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tapfm import cli
-from tapfm.backbones import Encoder, build, find, load_state
-from tapfm.heads import AttentionPool, Projection
+from tapfm.encoders.backbones import Encoder, build, find, load_state
+from tapfm.encoders.heads import AttentionPool, Projection
 from tapfm.model import Recipe, SlideModel
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
@@ -110,7 +110,7 @@ def test_the_token_is_a_feature_too_and_has_no_head(key, width):
 
 
 def test_export_says_that_timm_has_no_such_head(monkeypatch, tmp_path, capsys):
-    from tapfm import backbones
+    from tapfm.encoders import backbones
 
     row, vit = tiny("keep")
     save_file(vit.state_dict(), tmp_path / "model.safetensors")

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from tiny import random_tiles, tiny_encoder
 from torch import nn
 
-from tapfm import backbones
 from tapfm.adapt import StrategyError, make_strategy
-from tapfm.pixels import optical_density
+from tapfm.adapt.pixels import optical_density
+from tapfm.encoders import backbones
 
 SPEC = {"name": "hiadapter", "stages": 2, "reduction": 8}
 

@@ -18,8 +18,8 @@ from slides.cohort import SPLITS, read_cohort
 from slides.errors import LabelError
 from slides.tcga import parse_slide
 from tapfm import cli
-from tapfm.label_record import label_record, label_tables
 from tapfm.labels import parse_genes
+from tapfm.reports.label_record import label_record, label_tables
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")
 UNPROFILED = "TCGA-38-4629"  # in the slide table, not in cBioPortal's matrix

@@ -10,42 +10,48 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TORCH_IN_SLIDES = {"stream.py", "chunks.py", "workers.py", "crew.py", "held.py", "augment.py"}
 LEAVES = {  # tapfm's files that know no other part of tapfm, but for those named
-    "attention": set(),
-    "heads": set(),
-    "registry": {"heads"},
-    "transformers_layout": set(),
-    "checkpoints": {"registry", "transformers_layout"},
-    "tail": {"attention"},
-    "compiled": set(),
-    "backbones": {"attention", "checkpoints", "compiled", "registry", "tail"},
+    "encoders.attention": set(),
+    "encoders.heads": set(),
+    "encoders.registry": {"encoders.heads"},
+    "encoders.transformers_layout": set(),
+    "encoders.checkpoints": {"encoders.registry", "encoders.transformers_layout"},
+    "encoders.tail": {"encoders.attention"},
+    "encoders.compiled": set(),
+    "encoders.backbones": {
+        "encoders.attention",
+        "encoders.checkpoints",
+        "encoders.compiled",
+        "encoders.registry",
+        "encoders.tail",
+    },
     "aggregators": set(),
     "losses": set(),
     "cox": set(),
-    "outcomes": {"bootstrap"},
-    "confusions": {"bootstrap"},
-    "plain_table": {"bootstrap"},
-    "chunked": set(),
-    "rescue": {"chunked"},
-    "boundary": {"backbones", "bag", "chunked"},
+    "stats.outcomes": {"stats.bootstrap"},
+    "stats.confusions": {"stats.bootstrap"},
+    "reports.plain_table": {"stats.bootstrap"},
+    "engine.chunked": set(),
+    "engine.rescue": {"engine.chunked"},
+    "engine.boundary": {"bag", "encoders.backbones", "engine.chunked"},
     "processes": set(),
-    "sampling": set(),
+    "engine.sampling": set(),
     "optim": set(),
-    "masters": set(),
-    "bootstrap": set(),
-    "metrics": {"bootstrap"},
-    "arms": set(),
-    "pooling": {"arms", "bootstrap", "metrics"},
-    "delong": set(),
-    "thresholds": {"confusions"},
-    "calibration": set(),
-    "memory": set(),
-    "surgery": {"optim"},
-    "pixels": set(),
-    "prototypes": set(),
-    "lowrank": {"surgery"},
+    "engine.masters": set(),
+    "stats.bootstrap": set(),
+    "stats.metrics": {"stats.bootstrap"},
+    "reports.arms": set(),
+    "reports.pooling": {"reports.arms", "stats.bootstrap", "stats.metrics"},
+    "stats.delong": set(),
+    "stats.thresholds": {"stats.confusions"},
+    "stats.calibration": set(),
+    "engine.memory": set(),
+    "adapt.surgery": {"optim"},
+    "adapt.pixels": set(),
+    "labelled.prototypes": set(),
+    "adapt.lowrank": {"adapt.surgery"},
     "bag": set(),
-    "tile_batch": set(),
-    "tile_metrics": {"bootstrap", "confusions", "metrics"},
+    "labelled.batch": set(),
+    "labelled.metrics": {"stats.bootstrap", "stats.confusions", "stats.metrics"},
 }
 
 
@@ -64,9 +70,13 @@ def tops(path):
 
 
 def ours(path):
-    """Modules of tapfm that a file imports."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("tapfm.")}
-    return {name for name in names if (ROOT / "tapfm" / f"{name}.py").exists()}
+    """Modules of tapfm that a file imports, as `engine.chunked`."""
+    names = {name.removeprefix("tapfm.") for name in imports(path) if name.startswith("tapfm.")}
+    return {name for name in names if file_of(name).exists()}
+
+
+def file_of(module):
+    return ROOT / "tapfm" / f"{module.replace('.', '/')}.py"
 
 
 def files(folder):
@@ -83,7 +93,7 @@ def test_slides_knows_no_models(path):
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_leaves_know_nothing_of_the_rest(leaf):
-    path = ROOT / "tapfm" / f"{leaf}.py"
+    path = file_of(leaf)
     assert ours(path) <= LEAVES[leaf]
     assert "slides" not in tops(path)
 
@@ -98,27 +108,46 @@ def test_what_pathpt_computes_knows_no_slides(part):
 
 
 def test_module_and_data_meet_in_the_bag_only():
-    module, data = ROOT / "tapfm" / "module.py", ROOT / "tapfm" / "data.py"
+    module, data = file_of("module"), file_of("data")
     assert "slides" not in tops(module)
     assert "data" not in ours(module)
-    assert not ours(data) & {"module", "adapt"}
+    assert "module" not in ours(data)
+    assert not any(name.startswith("tapfm.adapt") for name in imports(data))
     assert "bag" in ours(module) & ours(data)
 
 
 def test_module_and_data_of_tiles_meet_in_the_batch_only():
-    module, data = ROOT / "tapfm" / "tile_module.py", ROOT / "tapfm" / "tile_data.py"
+    module, data = file_of("labelled.module"), file_of("labelled.data")
     assert "slides" not in tops(module)
-    assert not ours(module) & {"tile_data", "data"}
-    assert not ours(data) & {"tile_module", "module", "adapt"}
-    assert "tile_batch" in ours(module) & ours(data)
+    assert not ours(module) & {"labelled.data", "data"}
+    assert not ours(data) & {"labelled.module", "module"}
+    assert not any(name.startswith("tapfm.adapt") for name in imports(data))
+    assert "labelled.batch" in ours(module) & ours(data)
 
 
 def test_strategies_do_not_know_each_other():
-    strategies = {path.stem for path in files("tapfm/adapt")} - {"__init__"}
+    from tapfm.adapt import STRATEGIES
+
+    strategies = {kind.__module__.rpartition(".")[2] for kind in STRATEGIES.values()}
+    assert len(strategies) == len(STRATEGIES), "a file each"
     for strategy in strategies:
         names = set(imports(ROOT / "tapfm" / "adapt" / f"{strategy}.py"))
         others = {f"tapfm.adapt.{other}" for other in strategies - {strategy}}
         assert not names & others
+
+
+@pytest.mark.parametrize(
+    ("room", "below"),
+    [
+        ("encoders", {"encoders"}),
+        ("engine", {"encoders", "adapt", "engine", "bag", "model"}),
+        ("stats", {"stats"}),
+    ],
+)
+def test_rooms_know_what_is_below_them(room, below):
+    for path in files(f"tapfm/{room}"):
+        assert {name.split(".")[0] for name in ours(path)} <= below, path
+        assert not tops(path) & {"slides", "lightning"}, path
 
 
 def test_nothing_imports_the_command_line():

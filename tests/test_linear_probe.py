@@ -10,7 +10,7 @@ from sklearn.metrics import r2_score
 
 from tapfm.baselines import BaselineError, FeatureBag
 from tapfm.linear_probe import STRENGTHS, fit_linear_probe
-from tapfm.metrics import auroc, macro_auroc
+from tapfm.stats.metrics import auroc, macro_auroc
 from tapfm.tasks import learn_task
 from tapfm.tasks.multilabel import Multilabel
 

@@ -1,4 +1,4 @@
-"""`tapfm.memory`: what a phase cost, and what autograd holds; and the benchmark that shows both.
+"""`engine.memory`: what a phase cost, and what autograd holds; and the benchmark that shows both.
 
 A count of bytes is exact and checked as such. Of times and resident memory only what must hold on
 any machine is checked: order, and that a large array shows.
@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny import random_tiles, tiny_encoder
 
-from tapfm.chunked import encode_bag
-from tapfm.memory import PhaseMeter, SavedBytes, reset_resident, resident_gib, saved_bytes
+from tapfm.engine.chunked import encode_bag
+from tapfm.engine.memory import PhaseMeter, SavedBytes, reset_resident, resident_gib, saved_bytes
 
 ROOT = Path(__file__).parent.parent
 ROWS, COLUMNS = 13, 7
@@ -111,7 +111,7 @@ class TestPhaseMeter:
     @linux
     def test_resident_memory_where_the_system_says_nothing(self, monkeypatch, tmp_path):
         assert resident_gib() > 0
-        monkeypatch.setattr("tapfm.memory.PROCESS", tmp_path / "none")
+        monkeypatch.setattr("tapfm.engine.memory.PROCESS", tmp_path / "none")
         reset_resident()
         assert resident_gib() is None
         meter = PhaseMeter("cpu")

@@ -1,4 +1,4 @@
-"""`tapfm.metrics` must give scikit-learn's figures, and the intervals of the loop below.
+"""`tapfm.stats.metrics` must give scikit-learn's figures, and the intervals of the loop below.
 
 The loop draws cases one by one, gathers their slides and asks scikit-learn: read it first. The
 vectorised bootstrap is a way to skip its work, never a different answer.
@@ -14,9 +14,9 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from tapfm import metrics
-from tapfm.bootstrap import interval, mean_of_defined, percentiles
-from tapfm.metrics import (
+from tapfm.stats import metrics
+from tapfm.stats.bootstrap import interval, mean_of_defined, percentiles
+from tapfm.stats.metrics import (
     Interval,
     auprc,
     auroc,

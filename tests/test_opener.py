@@ -13,10 +13,10 @@ import torch
 from cohorts import LABELS, write_cohort
 
 from slides import crew as crews
-from tapfm import backbones
 from tapfm import model as models
 from tapfm.cli import main
 from tapfm.config import index_and_cache, read_source
+from tapfm.encoders import backbones
 from tapfm.opener import Opener
 
 SLIDES = 4

@@ -1,4 +1,4 @@
-"""`tapfm.outcomes` says what scikit-learn and scipy say, and what pairs counted one by one say.
+"""`stats.outcomes` says what scikit-learn and scipy say, and what pairs counted one by one say.
 
 A draw is weights; the figure of a draw must be that of the slides repeated as often.
 """
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import r2_score
 
-from tapfm.bootstrap import bootstrap_cases
-from tapfm.outcomes import (
+from tapfm.stats.bootstrap import bootstrap_cases
+from tapfm.stats.outcomes import (
     concordance,
     pearson,
     r2,

@@ -19,9 +19,9 @@ from conftest import stained_picture, write_pyramid
 from pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 from safetensors.torch import save_file
 
-from tapfm.arms import Arm
 from tapfm.cli import main
-from tapfm.report import write_results
+from tapfm.reports.arms import Arm
+from tapfm.reports.report import write_results
 
 EVIL = '<script>alert("x")</script>&'  # a label may be called anything
 LABELS = ["EGFR", EVIL]

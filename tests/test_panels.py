@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tapfm.arms import Arm
-from tapfm.figures import arm_styles
-from tapfm.metrics import auprc
-from tapfm.panels import (
+from tapfm.reports.arms import Arm
+from tapfm.reports.figures import arm_styles
+from tapfm.reports.panels import (
     BINS,
     cost_panels,
     inline,
@@ -20,6 +19,7 @@ from tapfm.panels import (
     reliability_axis,
     training_panels,
 )
+from tapfm.stats.metrics import auprc
 
 
 def arm(title, end_to_end, y, p):
@@ -95,7 +95,7 @@ def test_peaks_are_the_largest_of_the_phases_there_were(monkeypatch, arms, tmp_p
         draw(axis)
         drawn.append(axis)
 
-    monkeypatch.setattr("tapfm.panels.panel", drawing)
+    monkeypatch.setattr("tapfm.reports.panels.panel", drawing)
     cost_panels(arms, {"a": log})
     found = [line.get_xydata().tolist() for line in drawn[1].lines if len(line.get_xdata())]
     assert found == [[[1, 2.5], [2, 3.5], [3, 4]]]

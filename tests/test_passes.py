@@ -3,9 +3,10 @@
 import torch
 from tiny import random_tiles
 
-from tapfm import backbones, passes
 from tapfm import model as models
 from tapfm.bag import Bag
+from tapfm.encoders import backbones
+from tapfm.engine import passes
 
 
 def test_graphs_that_are_not_kept_now_are_kept_later(monkeypatch, capsys):

@@ -10,8 +10,8 @@ import torch
 from tiny import random_tiles, tiny_encoder
 
 from slides.augment import orient
-from tapfm.backbones import Encoder
-from tapfm.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
+from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
+from tapfm.encoders.backbones import Encoder
 
 H_AND_E = ("haematoxylin", "eosin")
 

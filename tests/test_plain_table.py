@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from tapfm.bootstrap import Interval
-from tapfm.plain_table import aligned, markdown, ruled, span
+from tapfm.reports.plain_table import aligned, markdown, ruled, span
+from tapfm.stats.bootstrap import Interval
 
 
 @pytest.mark.parametrize(

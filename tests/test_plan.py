@@ -1,4 +1,4 @@
-"""`tapfm.plan` says what fits before a run, from what `tapfm.footprint` counts.
+"""`tapfm.plan` says what fits before a run, from what `tapfm.engine.footprint` counts.
 
 Three anchors: our own earlier table of activations and peaks (measured with a separate script on
 the same timm models), what a real forward and backward on the CPU really hold and compute, and
@@ -12,14 +12,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm import footprint as counting
 from tapfm import plan as planning
 from tapfm.adapt import make_strategy
-from tapfm.backbones import BackboneError, Encoder, build, find
-from tapfm.boundary import find_boundary
-from tapfm.chunked import adapt_bag, encode_bag
-from tapfm.footprint import PHASES, Cost, Footprint, Setup
-from tapfm.memory import saved_bytes
+from tapfm.encoders.backbones import BackboneError, Encoder, build, find
+from tapfm.engine import footprint as counting
+from tapfm.engine.boundary import find_boundary
+from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.engine.footprint import PHASES, Cost, Footprint, Setup
+from tapfm.engine.memory import saved_bytes
 from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
 
 MIB = 2**20

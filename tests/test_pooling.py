@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
-from tapfm.arms import Arm
-from tapfm.bootstrap import with_point
-from tapfm.metrics import auroc_draws, paired_difference
-from tapfm.pooling import pool
+from tapfm.reports.arms import Arm
+from tapfm.reports.pooling import pool
+from tapfm.stats.bootstrap import with_point
+from tapfm.stats.metrics import auroc_draws, paired_difference
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression

@@ -11,7 +11,7 @@ from torch import nn
 
 from tapfm.aggregators import make_aggregator
 from tapfm.cli import main
-from tapfm.dither import dither
+from tapfm.engine.dither import dither
 
 
 def moved(encoder):

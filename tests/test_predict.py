@@ -20,10 +20,10 @@ from slides.index import index_slide
 from slides.reader import Slide
 from slides.stain import StainedSlide
 from slides.tissue import Tissue
-from tapfm import backbones
 from tapfm import model as models
 from tapfm.bag import Bag
 from tapfm.cli import main
+from tapfm.encoders import backbones
 from tapfm.predict import loose_bag
 from tapfm.prediction import predict_bag
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tapfm.prototypes import PrototypeLoss
+from tapfm.labelled.prototypes import PrototypeLoss
 
 
 def example(**options):

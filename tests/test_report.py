@@ -1,6 +1,6 @@
 """The report says what the numbers say: rows compared on the same slides, against the right row.
 
-Figures in the table, the JSON and the CSV are checked against `tapfm.metrics` called directly.
+Figures in the table, the JSON and the CSV are checked against `stats.metrics` called directly.
 """
 
 import csv
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfm.arms import Arm, ArmError, read_arm
-from tapfm.delong import delong_difference
-from tapfm.metrics import auroc, evaluate, paired_difference
-from tapfm.report import write_results
+from tapfm.reports.arms import Arm, ArmError, read_arm
+from tapfm.reports.report import write_results
+from tapfm.stats.delong import delong_difference
+from tapfm.stats.metrics import auroc, evaluate, paired_difference
+from tapfm.stats.thresholds import choose_threshold
 from tapfm.tasks.multilabel import Multilabel
-from tapfm.thresholds import choose_threshold
 
 LABELS = ["NUCA", "VACU"]
 SLIDES, DRAWS = 37, 101

@@ -6,10 +6,10 @@ import torch
 from cohorts import write_cohort
 from tiny import random_tiles, tiny_encoder
 
-from tapfm.backbones import Encoder
-from tapfm.chunked import adapt_bag, encode_bag
 from tapfm.cli import main
-from tapfm.rescue import Rescue
+from tapfm.encoders.backbones import Encoder
+from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.engine.rescue import Rescue
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from cohorts import write_cohort
 from safetensors.torch import load_file
 from tiny import random_tiles, tiny_encoder
 
-from tapfm.chunked import adapt_bag
 from tapfm.cli import main
-from tapfm.sampling import _chances, chosen, cosine, draw_tiles, give, taken
+from tapfm.engine.chunked import adapt_bag
+from tapfm.engine.sampling import _chances, chosen, cosine, draw_tiles, give, taken
 
 CPU = torch.device("cpu")
 T, D = 40, 24

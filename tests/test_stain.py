@@ -218,7 +218,7 @@ class TestTheWholeWay:
 
 def test_features_of_other_colours_are_made_anew(tmp_path):
     """A file says how its tiles were normalised; one that says otherwise does not count."""
-    from tapfm import backbones
+    from tapfm.encoders import backbones
 
     encoder = backbones.load("demo_vit", tile_px=32).eval()
     index = make_index(3, grid=tiles_of("demo_vit").grid)

@@ -6,9 +6,9 @@ import pytest
 from conftest import write_pyramid
 from PIL import Image
 
-from tapfm.arms import Arm
-from tapfm.case_pictures import NoPicturesError, pictures_of
-from tapfm.surest import choose, thresholds
+from tapfm.reports.arms import Arm
+from tapfm.reports.case_pictures import NoPicturesError, pictures_of
+from tapfm.reports.surest import choose, thresholds
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression

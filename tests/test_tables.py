@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tapfm.arms import Arm
-from tapfm.report import write_results
-from tapfm.tables import Group, Html, further_table, results_table, split_table, table
+from tapfm.reports.arms import Arm
+from tapfm.reports.report import write_results
+from tapfm.reports.tables import Group, Html, further_table, results_table, split_table, table
 
 
 class Rows(HTMLParser):

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt import make_strategy
-from tapfm.backbones import Backbone, Encoder, load
-from tapfm.boundary import find_boundary
-from tapfm.tail import TOLERANCE, ClsTail
+from tapfm.encoders.backbones import Backbone, Encoder, load
+from tapfm.encoders.tail import TOLERANCE, ClsTail
+from tapfm.engine.boundary import find_boundary
 
 TILES = 3
 RANDOM = {"init_values": 0.1}  # or LayerScale hides the block
@@ -208,7 +208,7 @@ def test_another_make_takes_the_whole_block_and_says_why(monkeypatch, capsys):
     assert tiny_encoder("cls+mean").no_tail == "the feature is cls+mean"
     assert load("demo_vit", "random").tail is not None
     assert "last block" not in capsys.readouterr().err
-    monkeypatch.setattr("tapfm.tail.BLOCKS", ("EvaBlock",))
+    monkeypatch.setattr("tapfm.encoders.tail.BLOCKS", ("EvaBlock",))
     assert load("demo_vit", "random").tail is None
     said = capsys.readouterr().err
     assert "demo_vit: the last block is computed for every token: Block is none of EvaBlo" in said

@@ -10,9 +10,9 @@ import yaml
 from conftest import stained_picture, write_pyramid
 from pages import BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 
-from tapfm.arms import Arm
 from tapfm.cli import main
-from tapfm.outcome_report import write_outcomes
+from tapfm.reports.arms import Arm
+from tapfm.reports.outcome_report import write_outcomes
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 
-from tapfm.bootstrap import bootstrap_cases, once
-from tapfm.thresholds import FIGURES, RULES, choose_threshold, figures_at
+from tapfm.stats.bootstrap import bootstrap_cases, once
+from tapfm.stats.thresholds import FIGURES, RULES, choose_threshold, figures_at
 
 
 def cohort(slides=47, seed=0, levels=13):

@@ -7,8 +7,8 @@ from slides.augment import orient
 from slides.order import Turn
 from slides.stream import Augment
 from slides.tiles import read_tiles
-from tapfm.pixels import STAINS, StainMaps, optical_density
-from tapfm.tile_data import TileData, TileDataset
+from tapfm.adapt.pixels import STAINS, StainMaps, optical_density
+from tapfm.labelled.data import TileData, TileDataset
 
 
 def epoch_of(dataset, epoch):

@@ -20,12 +20,12 @@ from tile_sets import arguments, write_tiles
 from tapfm import model as models
 from tapfm.adapt import StrategyError
 from tapfm.cli import main
-from tapfm.memory import PhaseMeter
-from tapfm.tile_baselines import ProbeError, fit_probe
-from tapfm.tile_batch import TileBatch
-from tapfm.tile_data import TileData
-from tapfm.tile_fit import PROBE, RGB, predict_tiles
-from tapfm.tile_module import TileModule
+from tapfm.engine.memory import PhaseMeter
+from tapfm.labelled.baselines import ProbeError, fit_probe
+from tapfm.labelled.batch import TileBatch
+from tapfm.labelled.data import TileData
+from tapfm.labelled.fit import PROBE, RGB, predict_tiles
+from tapfm.labelled.module import TileModule
 
 HERE = Path(__file__).parent
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from tapfm.backbones import BackboneError, Encoder, find, load_state
-from tapfm.transformers_layout import is_transformers, to_timm
+from tapfm.encoders.backbones import BackboneError, Encoder, find, load_state
+from tapfm.encoders.transformers_layout import is_transformers, to_timm
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32}
 MAKES = {  # a row of the registry, its model in `transformers`, timm's kwargs of the same size

@@ -5,7 +5,7 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from tapfm.backbones import Backbone, Encoder
+from tapfm.encoders.backbones import Backbone, Encoder
 
 TILE = 32  # 4 x 4 patches of 8 px
 

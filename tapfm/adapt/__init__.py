@@ -1,7 +1,9 @@
 """Which of the encoder's parameters learn: one file a strategy, one small contract.
 
 Adding a strategy is a file with a frozen dataclass that has the four methods of `Strategy`, and its
-name here. Its fields are its options. A strategy never imports another.
+name here. Its fields are its options. A strategy never imports another; what they share stands in
+`surgery` (what is needed of a timm ViT), `lowrank` (the layer of LoRA and DoRA, whose files
+`peft_layout` reads and writes) and `pixels` (a tile's colours and stains).
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from tapfm.adapt.lora import Lora
 from tapfm.adapt.norm_only import NormOnly
 from tapfm.adapt.pathotune import PathoTune
 from tapfm.adapt.ssf import Ssf
+from tapfm.adapt.surgery import StrategyError
 from tapfm.adapt.vpt_deep import VptDeep
-from tapfm.surgery import StrategyError
 
 __all__ = [
     "STRATEGIES",

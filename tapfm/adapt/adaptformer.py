@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.surgery import Inserted, StrategyError, share
+from tapfm.adapt.surgery import Inserted, StrategyError, share
 
 
 class Bottleneck(nn.Module):

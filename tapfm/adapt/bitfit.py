@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.surgery import share, train_only
 from tapfm.optim import parameter_groups
-from tapfm.surgery import share, train_only
 
 
 @dataclass(frozen=True)

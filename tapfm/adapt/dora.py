@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tapfm.lowrank import LowRank
+from tapfm.adapt.lowrank import LowRank
 from tapfm.optim import parameter_groups
 
 

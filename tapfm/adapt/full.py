@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.surgery import StrategyError
 from tapfm.optim import layerwise, parameter_groups
-from tapfm.surgery import StrategyError
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ Differs: optical density is that of the tile, not of the normalised input; norms
     maps (nuclei, all else) offline by a network and thresholds; here colour deconvolution makes a
     haematoxylin and an eosin map of the tile itself. Layers that the code makes and never uses
     (0.04 M on a ViT-L) are left out. The prototype loss needs labels of tiles: it is
-    `tapfm.prototypes`, and comes with this strategy in `tapfm fit-tiles`.
+    `labelled.prototypes`, and comes with this strategy in `tapfm fit-tiles`.
 
 Shapes: C tiles of a chunk, N tokens (n patches), D width, E places of the stem's output, W width of
     the stain part, M stains, R bottleneck.
@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
-from tapfm.surgery import Inserted, StrategyError, need_vit, share
+from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
+from tapfm.adapt.surgery import Inserted, StrategyError, need_vit, share
 
 PARTS = ("stain", "morphology")
 HEADS = 8  # of the cross-attention

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.surgery import StrategyError, last_blocks, share
 from tapfm.optim import layerwise, parameter_groups
-from tapfm.surgery import StrategyError, last_blocks, share
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.surgery import share
 from tapfm.optim import parameter_groups
-from tapfm.surgery import share
 
 
 @dataclass(frozen=True)

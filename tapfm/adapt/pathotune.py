@@ -47,8 +47,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfm.pixels import Colours, placed, stem
-from tapfm.surgery import Inserted, StrategyError, hold_prompts, need_vit, new_prompts, share
+from tapfm.adapt.pixels import Colours, placed, stem
+from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, need_vit, new_prompts, share
 
 PARTS = ("task", "text", "instance")  # in the order of their tokens
 REFINED = 256  # channels of the network that looks at the tile

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.surgery import mlp_linears, qkv_linears, share, timm_state
 from tapfm.optim import parameter_groups
-from tapfm.surgery import mlp_linears, qkv_linears, share, timm_state
 
 
 @dataclass(frozen=True)

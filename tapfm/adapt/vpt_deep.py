@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from tapfm.surgery import Inserted, StrategyError, hold_prompts, new_prompts, share
+from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, new_prompts, share
 
 
 @dataclass(frozen=True)

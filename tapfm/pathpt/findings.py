@@ -17,7 +17,7 @@ from tapfm.heatmap import overlay_png, write_geojson
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.tiles import EncodedSlide
-from tapfm.plain_table import markdown, span
+from tapfm.reports.plain_table import markdown, span
 
 
 def draw_classes(

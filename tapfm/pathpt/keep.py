@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapfm.backbones import Encoder, build, load_state
-from tapfm.checkpoints import read_weights
+from tapfm.encoders.backbones import Encoder, build, load_state
+from tapfm.encoders.checkpoints import read_weights
+from tapfm.encoders.registry import Backbone
 from tapfm.pathpt.towers import TextError, VisionLanguage
-from tapfm.registry import Backbone
 
 REPOSITORY = "Astaxanthin/KEEP"
 FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")

@@ -30,8 +30,8 @@ from slides.index import TileIndex
 from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm.adapt import make_strategy
-from tapfm.backbones import BackboneError
 from tapfm.config import TileSettings
+from tapfm.encoders.backbones import BackboneError
 from tapfm.files import replacing, write_csv
 from tapfm.model import CheckpointError
 from tapfm.opener import loose, tiles_as_trained

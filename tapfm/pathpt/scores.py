@@ -7,7 +7,7 @@ Few-shot figures are means over the draws of training slides, taken within each 
 the test cases: an interval says how sure the test set makes us of that mean. A bootstrap draw that
 lacks a subtype is left out, so that all average the same subtypes.
 
-The figures are those of `tapfm.confusions`, the bootstrap that of `tapfm.bootstrap`.
+The figures are those of `stats.confusions`, the bootstrap that of `stats.bootstrap`.
 
 Source: PathPT (arXiv 2508.15904): these two figures.
 Differs: the intervals are ours.
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapfm.bootstrap import Interval, percentiles, with_point
-from tapfm.confusions import averages, confusions
+from tapfm.stats.bootstrap import Interval, percentiles, with_point
+from tapfm.stats.confusions import averages, confusions
 
 METRICS = ("balanced_accuracy", "weighted_f1")
 DRAWS = 2000

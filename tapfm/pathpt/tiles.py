@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from slides.cohort import SlideRow
-from tapfm import backbones
 from tapfm.bag import Tiles
-from tapfm.chunked import encode_bag
 from tapfm.config import Source, index_and_cache
+from tapfm.encoders import backbones
+from tapfm.encoders.fingerprint import state_fingerprint
+from tapfm.engine.chunked import encode_bag
 from tapfm.features import Extraction, extract, read_features
-from tapfm.fingerprint import state_fingerprint
 from tapfm.opener import Opener
 from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.question import QuestionError

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.backbones import Encoder
+from tapfm.encoders.backbones import Encoder
 
 
 class TextError(ValueError):

@@ -3,7 +3,7 @@
 On frozen features a step is one backward pass. End to end it is the engine's two: tile vectors
 without a graph, chunk by chunk; the tile loss on a graph of its own, which leaves dL/dz; the chunks
 again, with a graph, each given its rows of dL/dz. That is the gradient of one joint graph, whatever
-the number of tiles (`tapfm.chunked`).
+the number of tiles (`engine.chunked`).
 
 A plain loop, as for the frozen baselines: there are a few slides, many draws of them, and nothing
 to stop and resume.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tapfm.bag import Tiles
-from tapfm.chunked import adapt_bag, encode_bag
+from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.optim import warmup_cosine
 from tapfm.pathpt.network import PathPT
 from tapfm.pathpt.question import Question

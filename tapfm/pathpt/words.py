@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tapfm import backbones
-from tapfm.checkpoints import PACKAGED
+from tapfm.encoders import backbones
+from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.pathpt.towers import TextError, VisionLanguage
 
 FILE = PACKAGED / "demo_text.safetensors"

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tapfm.bootstrap import mean_of_defined
+from tapfm.stats.bootstrap import mean_of_defined
 
 
 class ColumnTask:

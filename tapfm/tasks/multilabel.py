@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from tapfm.losses import MaskedBCE
-from tapfm.metrics import auroc_draws, pairs_draws
+from tapfm.stats.metrics import auroc_draws, pairs_draws
 from tapfm.tasks.columns import ColumnTask
 
 

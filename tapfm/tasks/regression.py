@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from tapfm.losses import MaskedMSE
-from tapfm.outcomes import pearson, r2, spearman, spread
+from tapfm.stats.outcomes import pearson, r2, spearman, spread
 from tapfm.tasks.columns import ColumnTask
 
 QUARTERS = 4

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tapfm.cox import CoxLoss
 from tapfm.losses import HazardNLL
-from tapfm.outcomes import comparable, concordance, time_auc
+from tapfm.stats.outcomes import comparable, concordance, time_auc
 
 LOSSES = ("hazard", "cox")
 

@@ -1,0 +1,211 @@
+"""A low-rank change of a linear layer, W + (alpha / r) B A: what LoRA and DoRA share.
+
+A and B are children of the layer they adapt, by the names of the peft library, so that what is
+trained is already in peft's layout. Of a fused qkv, q, k and v can be chosen: they share one A, as
+in peft, and B has the rows of those chosen.
+
+Price: two thin products a layer; DoRA forms W + BA once a chunk for its norm, without a graph.
+
+Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1; Liu et al. 2024 (DoRA, arXiv
+    2402.09353), sections 4.1 and 4.3 (the norm is a constant of the backward pass).
+
+Shapes: I and O in and out features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tapfm.adapt.surgery import (
+    StrategyError,
+    last_blocks,
+    mlp_linears,
+    qkv_linears,
+    share,
+    timm_state,
+)
+
+PARTS = ("q", "k", "v", "proj", "mlp")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What both strategies do but for their parameter groups; `magnitude` tells them apart."""
+
+    rank: int = 8
+    """Rows of A, columns of B."""
+    alpha: float = 16.0
+    """The change is alpha / rank times B A."""
+    dropout: float = 0.0
+    """Of the input of A, while training."""
+    targets: tuple[str, ...] = ("q", "k", "v")
+    """Which layers of a block: some of q, k, v, proj, mlp."""
+    last: int = 0
+    """In how many blocks, counted from the last; 0 is all."""
+    lr: ClassVar[float] = 2e-4
+    name: ClassVar[str]
+    magnitude: ClassVar[bool]
+    """Whether the length of the rows learns as well."""
+
+    def __post_init__(self):
+        check(self.name.lower(), self.rank, self.alpha, self.dropout, self.targets, self.last)
+
+    def prepare(self, vit: nn.Module) -> None:
+        """Freeze the model; give the chosen layers an A and a B, and a magnitude where asked for.
+
+        Raises:
+            StrategyError: the model has no such layers.
+        """
+        options = self.rank, self.alpha, self.dropout, self.targets, self.last
+        insert(vit, self.name.lower(), *options, magnitude=self.magnitude)
+
+    def export(self, vit: nn.Module) -> dict[str, Tensor]:
+        """The model's own state dict, the changes added in."""
+        return merged_state(vit, timm_state(vit, "lora_"))
+
+    def describe(self, vit: nn.Module) -> str:
+        """Rank, where, and how much that is."""
+        where = f"{len(list(adapted(vit)))} layers ({', '.join(self.targets)})"
+        return f"{self.name} of rank {self.rank} in {where}: {share(vit)}"
+
+
+def check(name: str, rank: int, alpha: float, dropout: float, targets: tuple, last: int) -> None:
+    """All faults of the options at once.
+
+    Raises:
+        StrategyError: with all of them.
+    """
+    unknown = [t for t in targets if t not in PARTS]
+    faults = [
+        fault
+        for fault, bad in (
+            (f"rank must be 1 or more, got {rank}", rank < 1),
+            (f"alpha must be above 0, got {alpha}", alpha <= 0),
+            (f"dropout must be in [0, 1), got {dropout}", not 0 <= dropout < 1),
+            (f"last must be 0 (all blocks) or more, got {last}", last < 0),
+            (f"targets must be some of {', '.join(PARTS)}, got {list(targets)}",
+             bool(unknown) or not targets),
+        )
+        if bad
+    ]  # fmt: skip
+    if faults:
+        raise StrategyError(f"model.strategy: {name}: " + "; ".join(faults))
+
+
+def insert(
+    vit: nn.Module,
+    name: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    last: int,
+    magnitude: bool,
+) -> None:
+    """Freeze the model and give the chosen layers an A and a B (and a magnitude); BA is 0."""
+    vit.requires_grad_(False)
+    for block in last_blocks(vit, last, name):
+        for linear, parts in _chosen(block, name, targets):
+            rows = sum(size for size, learns in parts if learns)
+            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            linear.lora_A = nn.Linear(linear.in_features, rank, bias=False, **like)
+            linear.lora_B = nn.Linear(rank, rows, bias=False, **like)
+            nn.init.kaiming_uniform_(linear.lora_A.weight, a=math.sqrt(5))
+            nn.init.zeros_(linear.lora_B.weight)
+            linear.lora_parts, linear.lora_scaling = parts, alpha / rank
+            linear.lora_dropout = nn.Dropout(dropout)
+            if magnitude:
+                norm_O = torch.linalg.vector_norm(linear.weight.detach(), dim=1)
+                linear.lora_magnitude_vector = nn.Parameter(take(linear, norm_O))
+            linear.register_forward_hook(_dora if magnitude else _lora)
+
+
+def adapted(vit: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that were given an A and a B, by name."""
+    return ((name, m) for name, m in vit.named_modules() if hasattr(m, "lora_A"))
+
+
+def take(linear: nn.Linear, rows: Tensor) -> Tensor:
+    """The chosen rows of all O rows."""
+    parts = zip(rows.split([size for size, _ in linear.lora_parts]), linear.lora_parts, strict=True)
+    return torch.cat([each for each, (_, learns) in parts if learns])
+
+
+def spread(linear: nn.Linear, rows: Tensor) -> Tensor:
+    """The chosen rows in their places among all O rows, which are 0 elsewhere."""
+    if all(learns for _, learns in linear.lora_parts):
+        return rows
+    given = iter(rows.split([size for size, learns in linear.lora_parts if learns]))
+    return torch.cat([
+        next(given) if learns else rows.new_zeros(size, *rows.shape[1:])
+        for size, learns in linear.lora_parts
+    ])  # fmt: skip
+
+
+def merged(linear: nn.Linear) -> Tensor:
+    """The one weight (O, I) that computes the same."""
+    weight_OI = linear.weight + _change(linear)
+    if hasattr(linear, "lora_magnitude_vector"):
+        weight_OI = weight_OI * _stretch(linear)[:, None]
+    return weight_OI.detach()
+
+
+def merged_state(vit: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A plain state dict with each adapted layer's weight replaced by the merged one."""
+    return {**state, **{f"{name}.weight": merged(linear) for name, linear in adapted(vit)}}
+
+
+def _chosen(
+    block: nn.Module, name: str, targets: tuple[str, ...]
+) -> Iterator[tuple[nn.Linear, tuple[tuple[int, bool], ...]]]:
+    """Layers to adapt, each with its row groups: how many rows, and whether they are chosen."""
+    if set("qkv") & set(targets):
+        linears = qkv_linears(block, name)
+        if len(linears) == 3:  # apart
+            yield from ((m, ((m.out_features, True),)) for m, p in zip(linears, "qkv", strict=True)
+                        if p in targets)  # fmt: skip
+        else:
+            heads = block.attn.num_heads
+            q = heads * getattr(block.attn, "head_dim", linears[0].out_features // (3 * heads))
+            kv = (linears[0].out_features - q) // 2  # fewer than q where k and v share heads
+            sizes = zip((q, kv, kv), "qkv", strict=True)
+            yield linears[0], tuple((size, part in targets) for size, part in sizes)
+    if "proj" in targets:
+        yield block.attn.proj, ((block.attn.proj.out_features, True),)
+    if "mlp" in targets:
+        yield from ((m, ((m.out_features, True),)) for m in mlp_linears(block))
+
+
+def _change(linear: nn.Linear) -> Tensor:
+    """(alpha / r) B A, (O, I)."""
+    with torch.autocast(linear.weight.device.type, enabled=False):
+        b_OR = spread(linear, linear.lora_B.weight)
+        return linear.lora_scaling * (b_OR @ linear.lora_A.weight)
+
+
+def _stretch(linear: nn.Linear) -> Tensor:
+    """Magnitude / norm of W + (alpha / r) B A, for each row (O,); exactly 1 at the start."""
+    with torch.no_grad():
+        norm_O = torch.linalg.vector_norm(linear.weight + _change(linear), dim=1)
+    stretch = linear.lora_magnitude_vector / take(linear, norm_O)
+    return 1 + spread(linear, stretch - 1)  # rows that were not chosen stay
+
+
+def _lora(linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    h_R = linear.lora_A(linear.lora_dropout(args[0])) * linear.lora_scaling
+    return out + F.linear(h_R, spread(linear, linear.lora_B.weight))
+
+
+def _dora(linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    stretch_O = _stretch(linear)
+    product = out if linear.bias is None else out - linear.bias
+    h_R = linear.lora_A(linear.lora_dropout(args[0])) * linear.lora_scaling
+    change = F.linear(h_R, spread(linear, linear.lora_B.weight))
+    return out + ((stretch_O - 1) * product + stretch_O * change).to(out.dtype)

@@ -1,0 +1,166 @@
+"""What is frozen in front of the first block that learns is computed once a slide, not twice.
+
+The tokens at that boundary are kept from pass 1, and pass 2 starts there: with the last n of L
+blocks learning, a tile costs 1 + 3 n / L forwards instead of 2 + 2 n / L. To the engine
+(`engine.chunked`) the tokens are the tiles, and the blocks behind the boundary are the encoder.
+
+    boundary = find_boundary(encoder)                 None where something in front learns
+    tokens = BoundaryTokens(boundary.tokens, tiles)   in place of the tiles, and
+    boundary.encode                                   in place of the encoder, in both passes
+
+How: a hook in front of the first block that learns sees what the block is given, whatever the
+model does before (patches, positions, RoPE), and ends the forward there.
+
+Price: tokens x width numbers a tile (ViT-L in bfloat16: 0.4 MB) in host memory, pinned where there
+is a GPU, up to `BUDGET_GIB`; chunks beyond it are computed again.
+Condition: blocks in a row, then the final norm, as in timm's VisionTransformer and Eva; on one tile
+it is checked that nothing changes.
+
+Shapes: C tiles of a chunk, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tapfm.bag import Tiles
+from tapfm.encoders.backbones import Encoder
+from tapfm.engine.chunked import Encoded, chunk_rng
+
+BUDGET_GIB = 8.0
+
+
+class _Reached(Exception):
+    """The forward has come to the boundary."""
+
+
+class Boundary:
+    """An encoder cut in front of one of its blocks.
+
+    Args:
+        encoder: the encoder.
+        first: number of the first block behind the cut.
+        precision: as in `Encoder.encode`.
+    """
+
+    def __init__(self, encoder: Encoder, first: int, precision: str = "fp32"):
+        self.encoder, self.first, self.precision = encoder, first, precision
+        self.given: Mapping[str, Any] = {}
+        """What the blocks are given beside the tokens, such as RoPE's angles."""
+
+    @torch.no_grad()
+    def tokens(self, tiles_CP: Tensor) -> Tensor:
+        """What the first block behind the cut is given: (C, N, D)."""
+        found = []
+
+        def stop(_block: nn.Module, args: tuple, kwargs: dict) -> None:
+            found.append(args[0])
+            self.given = kwargs
+            raise _Reached
+
+        encoder = self.encoder
+        hook = encoder.vit.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with encoder.autocast(self.precision):
+                encoder(tiles_CP.to(encoder.mean.device, non_blocking=True))
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
+    def encode(self, tokens_CND: Tensor) -> Encoded:
+        """Features and raw scores, as the whole encoder's."""
+        encoder = self.encoder
+        with encoder.autocast(self.precision):
+            x_CND = tokens_CND.to(encoder.mean.device, non_blocking=True)
+            with encoder.reading():
+                for block in encoder.vit.blocks[self.first :]:
+                    x_CND = block(x_CND, **self.given)
+            return encoder.read(encoder.vit.norm(x_CND))
+
+    def agrees(self) -> bool:
+        """Whether the cut encoder computes what the whole one does."""
+        side = self.encoder.tile_px
+        tiles = (torch.arange(3 * side * side) % 251).to(torch.uint8).view(1, 3, side, side)
+        training = self.encoder.training
+        self.encoder.eval()
+        with torch.no_grad():
+            whole = self.encoder.encode(tiles, self.precision)
+            cut = self.encode(self.tokens(tiles))
+        self.encoder.train(training)
+        return all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+class BoundaryTokens:
+    """A slide's tokens in place of its tiles (`bag.Tiles`): computed once, kept for pass 2.
+
+    Args:
+        make: a chunk of tiles to its tokens.
+        tiles: the slide's.
+        seed: of dropout and drop-path in front of the boundary.
+        budget_gib: of host memory.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Tensor], Tensor],
+        tiles: Tiles,
+        seed: int,
+        budget_gib: float = BUDGET_GIB,
+    ):
+        self.make, self.tiles, self.seed, self.budget = make, tiles, seed, budget_gib * 2**30
+        self.size: int | None = None
+        self.kept: list[Tensor] = []
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Chunks (C, N, D) of `size` tiles in order; the same every time for one size."""
+        if size != self.size:
+            self.size, self.kept, self.room = size, [], self.budget
+        before = list(self.kept)
+        for number, tiles_CP in enumerate(self.tiles.split(size)):
+            if number < len(before):
+                yield before[number]
+                continue
+            with chunk_rng(~self.seed, number, tiles_CP.device):
+                tokens_CND = self.make(tiles_CP)
+            self._keep(number, tokens_CND)
+            yield tokens_CND
+
+    def _keep(self, number: int, tokens_CND: Tensor) -> None:
+        """While there is room, and in order: none behind one that had none."""
+        size = tokens_CND.numel() * tokens_CND.element_size()
+        if number != len(self.kept) or size > self.room:
+            return
+        self.room -= size
+        if tokens_CND.is_cuda:
+            there = torch.empty(tokens_CND.shape, dtype=tokens_CND.dtype, pin_memory=True)
+            tokens_CND = there.copy_(tokens_CND, non_blocking=True)
+        self.kept.append(tokens_CND)
+
+
+def first_to_learn(vit: nn.Module) -> int | None:
+    """Number of the block where learning begins; None where that is the first, or before it."""
+    blocks, norm = getattr(vit, "blocks", None), getattr(vit, "norm", None)
+    if blocks is None or norm is None:
+        return None
+    learns = {id(p) for p in vit.parameters() if p.requires_grad}
+    behind = {id(p) for p in norm.parameters()}
+    first = len(blocks)
+    while first and not learns <= behind:
+        first -= 1
+        behind |= {id(p) for p in blocks[first].parameters()}
+    return first if 0 < first < len(blocks) else None
+
+
+def find_boundary(encoder: Encoder, precision: str = "fp32") -> Boundary | None:
+    """Where learning begins; None where there is nothing to spare, or the model is another make."""
+    first = first_to_learn(encoder.vit)
+    if first is None:
+        return None
+    boundary = Boundary(encoder, first, precision)
+    return boundary if boundary.agrees() else None

@@ -1,0 +1,56 @@
+"""The head start as a run has it: before its first slide, and once."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from tapfm.callbacks import BestWeights
+from tapfm.head_start.remembered import remember, standardise
+from tapfm.head_start.solved import embed, judge, solve_head
+from tapfm.head_start.taught import teach
+from tapfm.processes import gather
+
+VIEWS = 4  # of each training slide: a forward each, together an epoch's work
+
+
+class HeadStart(Callback):
+    """Before the first slide of a run; a resumed one has had it.
+
+    Of several processes each remembers the tiles of its own slides; slides' embeddings go to all.
+
+    Args:
+        best: is given the outcome, as the first that may be best.
+    """
+
+    def __init__(self, best: BestWeights):
+        self.best = best
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Encode the slides as they are, solve the head, teach the gate, and take the better."""
+        if module.slides_seen:
+            return
+        data, task = trainer.datamodule, module.task
+        train = remember(module, data.seen_in_training(VIEWS), "frozen train")
+        val = remember(module, data.val_dataloader(), "frozen val")
+        aggregator = module.slide_model.aggregator
+        standardise(aggregator, train)
+        fresh = deepcopy(aggregator)
+        aggregator.cpu()
+        probe = solve_head(aggregator, embed(aggregator, train), embed(aggregator, val), task)
+        figure, loss, together = judge(aggregator, embed(aggregator, val), task)
+        said = f"a linear probe, {probe.describe()}, validation loss {together:.3f}"
+        if aggregator.gate is not None:
+            taught = teach(fresh, train, val, task, data.seed)
+            said += f"; attention taught on them, {taught.describe()}"
+            if taught.loss < together:
+                aggregator.load_state_dict(taught.aggregator.state_dict())
+                figure, loss, _ = judge(aggregator, embed(aggregator, val), task)
+                said += ", which begins the run"
+        aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
+        aggregator.to(module.device)
+        if trainer.is_global_zero:
+            print(f"head start: {len(train)} views of slides; {said}", flush=True)
+            self.best.offer(module, figure, loss, epoch=-1)

@@ -1,0 +1,79 @@
+"""Slides as the frozen encoder sees them, remembered on the CPU.
+
+Shapes: T tiles of a slide, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from slides.order import stable_seed
+from tapfm.aggregators import Aggregator
+from tapfm.bag import Bag, SkippedBag
+from tapfm.baselines import FeatureBag, divisor
+from tapfm.processes import gather
+
+MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g
+
+
+@dataclass(frozen=True)
+class Remembered(FeatureBag):
+    """A slide as the frozen encoder sees it, on the CPU."""
+
+    score_T: Tensor
+    counts: tuple[int, ...] = ()
+    """Tiles of each of its slides, as in `Bag`."""
+
+
+def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[Remembered]:
+    """Slides as the encoder sees them now."""
+    model, found = module.slide_model, []
+    with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
+        for bag in bags:
+            with suppress(SkippedBag):
+                z_TD, score_T = model.features(bag.tiles, module.chunk)
+                drawn = torch.Generator().manual_seed(
+                    stable_seed("head start", bag.slide_id) % 2**63
+                )
+                kept_T = torch.randperm(bag.count, generator=drawn)[:MOST_TILES].sort().values
+                z_TD, score_T = z_TD.cpu()[kept_T], score_T.cpu()[kept_T]
+                slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
+                counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
+                slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
+                found.append(Remembered(*slide, score_T, counts))
+            bar.update(bag.count)
+    return found
+
+
+@torch.no_grad()
+def standardise(aggregator: Aggregator, mine: Sequence[Remembered]) -> None:
+    """Let the aggregator bring features to mean 0 and deviation 1 over all processes' slides.
+
+    Every slide counts the same, and a feature that is constant is divided by 1.
+    """
+    moments = [
+        torch.stack([z_TD.mean(0), z_TD.square().mean(0)])
+        for z_TD in (slide.z_TD.double() for slide in mine)
+    ]
+    mean_D, square_D = torch.stack([each for share in gather(moments) for each in share]).mean(0)
+    std_D = (square_D - mean_D.square()).clamp_min(0).sqrt()
+    aggregator.center_D.copy_(mean_D)
+    aggregator.scale_D.copy_(divisor(mean_D, std_D))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and then as before."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

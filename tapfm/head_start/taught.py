@@ -1,0 +1,99 @@
+"""Gate and head trained on remembered features, as frozen gated attention is.
+
+A linear probe knows the mean tile. Where two tiles in a hundred carry the label that is nothing to
+begin from, and a gate that learns inside the run pays the encoder's forward for every look. An
+epoch is one view of every slide; rate and epoch are chosen on validation by the loss.
+
+Shapes: D features, K labels, N slides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+
+from tapfm.aggregators import Aggregator
+from tapfm.baselines import undisturbed
+from tapfm.head_start.remembered import Remembered
+from tapfm.head_start.solved import embed, judge
+from tapfm.processes import average, gather
+from tapfm.tasks import Task
+
+RATES = (3e-3, 1e-3, 3e-4)
+WEIGHT_DECAY = 1e-2
+BATCH = 8  # slides an update, of all processes together
+EPOCHS, PATIENCE = 30, 8
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The best slide model that was met."""
+
+    aggregator: Aggregator
+    loss: float
+    """Of all validation slides together."""
+    lr: float
+    epoch: int
+    """From 0."""
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"lr {self.lr:g}, epoch {self.epoch + 1}, validation loss {self.loss:.3f}"
+
+
+def teach(
+    fresh: Aggregator, train: Sequence[Remembered], val: Sequence[Remembered], task: Task, seed: int
+) -> Taught:
+    """Train copies of a slide model on remembered slides, where it is, and take the best.
+
+    Args:
+        fresh: as it begins, features standardised; it is not changed.
+        train: this process's, one or more views of each slide.
+        val: this process's; those of all choose.
+        task: what is learned.
+        seed: of the order.
+    """
+    best = Taught(fresh, math.inf, 0.0, -1)
+    for lr in RATES:
+        stale, own = 0, math.inf
+        for epoch, aggregator in enumerate(_epochs(fresh, train, task, lr, seed)):
+            *_, loss = judge(aggregator, embed(aggregator, val), task)
+            loss = gather(loss)[0]  # all processes stop together
+            stale, own = (0, loss) if loss < own else (stale + 1, own)
+            if loss < best.loss:
+                best = Taught(deepcopy(aggregator), loss, lr, epoch)
+            if stale >= PATIENCE:
+                break
+    return best
+
+
+def _epochs(
+    fresh: Aggregator, train: Sequence[Remembered], task: Task, lr: float, seed: int
+) -> Iterator[Aggregator]:
+    """The slide model after each epoch."""
+    device = fresh.head.weight.device
+    views: dict[str, list[Remembered]] = {}
+    for slide in train:
+        views.setdefault(slide.slide_id, []).append(slide)
+    shares = gather(len(views))
+    steps = max(1, min(shares) * len(shares) // BATCH)  # the same in each process
+    aggregator, loss = deepcopy(fresh), task.loss().to(device).train()
+    optimizer = torch.optim.AdamW(aggregator.parameters(), lr, weight_decay=WEIGHT_DECAY)
+    order = torch.Generator().manual_seed(seed)
+    for epoch in range(EPOCHS):
+        slides = [seen[epoch % len(seen)] for seen in views.values()]
+        with undisturbed(device):
+            for chosen in torch.randperm(len(slides), generator=order).tensor_split(steps):
+                batch = [slides[n] for n in chosen]
+                logits = [
+                    aggregator(s.z_TD.to(device), s.score_T.to(device), s.counts)[0] for s in batch
+                ]
+                optimizer.zero_grad(set_to_none=True)
+                loss(torch.stack(logits), torch.stack([s.y_K for s in batch]).to(device)).backward()
+                average(p.grad for p in aggregator.parameters() if p.grad is not None)
+                optimizer.step()
+        yield aggregator

@@ -1,0 +1,186 @@
+"""`tapfm fit-tiles`: from labelled tiles to trained weights and a table that says what they gained.
+
+Lightning's CLI reads the config, as for `tapfm fit`: the signatures of `TileModule`, `TileData` and
+Trainer are its schema. After training the best weights are set against a linear probe on the
+unadapted encoder's features and against RGB statistics, on the same tiles, with intervals. The same
+command again goes on where it stopped, and writes the report anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tapfm import model as models
+from tapfm.adapt import make_strategy, spell
+from tapfm.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
+from tapfm.encoders import backbones
+from tapfm.encoders.fingerprint import state_fingerprint
+from tapfm.files import replacing
+from tapfm.fit import Cli, prepare_folder, program, read_config
+from tapfm.labelled.baselines import Probe, features, fit_probe
+from tapfm.labelled.data import TileData
+from tapfm.labelled.module import TileModule
+from tapfm.labelled.report import TileArm, write_tile_results
+from tapfm.model import SlideModel
+from tapfm.module import SettingError
+
+PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
+
+
+class TileCli(Cli):
+    """Lightning's CLI with the keys of a run on tiles."""
+
+    kinds = TileModule, TileData
+    verb = "fit-tiles"
+
+    def add_arguments_to_parser(self, parser):
+        """Those of any run; classes and tile geometry come from the data."""
+        self.add_run_arguments(parser)
+        parser.link_arguments("data.tile_px", "model.tile_px")
+        parser.link_arguments("data.mpp", "model.mpp")
+        parser.link_arguments("data.class_names", "model.labels", apply_on="instantiate")
+        parser.link_arguments("data.class_weight", "model.class_weight", apply_on="instantiate")
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        name = spell(make_strategy(self.config.model.strategy))["name"]
+        return Path(self.config.run_dir) / (self.config.name or name)
+
+
+class TileLog(RunLog):
+    """metrics.csv and memory.csv of a run on tiles; a row a batch."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, [])
+        train = ["loss", "ppcl", "head_grad_norm", "encoder_grad_norm"]
+        val = ["loss", "f1", "balanced_accuracy"]
+        self.metrics.columns = [
+            "step", "epoch", "slide_id", *(f"train/{name}" for name in train),
+            "lr/head", "lr/encoder", *(f"val/{name}" for name in val),
+        ]  # fmt: skip
+
+
+def run_fit_tiles(arguments: Sequence[str]) -> int:
+    """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
+
+    Raises:
+        SettingError: several processes were asked for, or a head start, which is of slides.
+    """
+    cli = read_config(arguments, TileCli)
+    if cli.model.steps.head_start:
+        raise SettingError(
+            "model.steps.head_start is of slides. A classifier of tiles begins as the linear probe "
+            "with model.head: probe."
+        )
+    if cli.trainer.world_size > 1:
+        raise SettingError(
+            f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "
+            "Set trainer.devices: 1."
+        )
+    prepare_folder(cli)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probes = fit_probes(cli, frozen_features(cli, device))
+    train(cli, probes[PROBE])
+    report(cli, probes, device)
+    return 0
+
+
+@dataclass(frozen=True)
+class FrozenArm:
+    """A baseline and what it says of every tile."""
+
+    probe: Probe
+    p_NK: np.ndarray
+    """Probabilities, in the table's order."""
+
+
+def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenArm]:
+    """The frozen baselines, fitted on train and chosen on val."""
+    data, found = cli.datamodule, {}
+    y_N = np.array([data.tiles.classes.index(row.label) for row in data.tiles.rows])
+    part_N = np.array([row.part for row in data.tiles.rows])
+    for title, name in ((RGB, "rgb"), (PROBE, "z")):
+        z_ND = frozen[name].numpy()
+        parts = ((z_ND[part_N == part], y_N[part_N == part]) for part in ("train", "val"))
+        probe = fit_probe(*parts, len(data.tiles.classes), data.class_weight)
+        found[title] = FrozenArm(probe, probe.predict(z_ND))
+        print(f"{title}: {probe.describe()}")
+    return found
+
+
+def train(cli: TileCli, frozen: FrozenArm) -> None:
+    """To the last epoch, from where an earlier call came to."""
+    module, data, folder = cli.model, cli.datamodule, cli.folder
+    trainer: L.Trainer = cli.trainer
+    recipe = module.slide_model.recipe
+    module.provenance = {"tiles_sha256": data.tiles.sha256, "head": module.head, **program()}
+    parts = ", ".join(f"{len(data.tiles.part(part))} {part}" for part in ("train", "val", "test"))
+    print(
+        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
+        f"at {module.encoder_lr:g}; loss {'ce' if module.prototype_loss is None else 'ppcl'}; "
+        f"{len(recipe.labels)} classes; tiles: {parts}; batches of {data.batch} in "
+        f"{recipe.precision}"
+    )
+    if module.head == "probe":
+        module.start_head(*frozen.probe.linear())
+    trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    trainer.callbacks += [
+        TileLog(folder),
+        BestWeights(folder, "f1"),
+        ResumePoint(folder, cli.config.resume_every),
+    ]
+    resume = (folder / RESUME).exists()
+    point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
+    trainer.fit(module, datamodule=data, **point)
+    print(f"{folder / BEST}: the weights of the best validation macro F1")
+
+
+def report(cli: TileCli, probes: dict[str, FrozenArm], device: str) -> None:
+    """The best weights beside the frozen baselines, on val and test."""
+    data, folder = cli.datamodule, cli.folder
+    model = models.load(folder / BEST).to(device)
+    for split in ("val", "test"):
+        rows_N = [n for n, row in enumerate(data.tiles.rows) if row.part == split]
+        if not rows_N:
+            continue
+        arms = [TileArm(title, frozen.p_NK[rows_N]) for title, frozen in probes.items()]
+        arms.append(TileArm(f"adapted, {folder.name}", predict_tiles(model, data, split)))
+        tiles = [data.tiles.rows[n] for n in rows_N]
+        where, known = folder / f"report_{split}", data.tiles.cases_known
+        classes = data.tiles.classes
+        print(write_tile_results(where, split, classes, tiles, arms, PROBE, cases_known=known))
+        print(f"{where}: report.md, metrics_{split}.json, predictions_{split}.csv")
+
+
+@torch.no_grad()
+def predict_tiles(model: SlideModel, data: TileData, split: str) -> np.ndarray:
+    """Probabilities (N, K) of a part's tiles, in their order."""
+    batches = tqdm(data.loader(data.tiles.part(split)), desc=split, unit=" batches")
+    logits = [model.aggregator(model.encode(batch.tiles_CP)[0]).float() for batch in batches]
+    return torch.cat(logits).double().softmax(1).cpu().numpy()
+
+
+def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
+    """Of every tile, in the table's order; kept in the cohort's folder for its other runs."""
+    data, recipe = cli.datamodule, cli.model.slide_model.recipe
+    encoder = backbones.load(recipe.model, recipe.weights, tile_px=recipe.tile_px).eval()
+    print_of = state_fingerprint(encoder.row, encoder.vit.state_dict(), recipe.tile_px)
+    name = f"{encoder.row.key}_{print_of[:8]}_{recipe.precision}_{data.tiles.sha256[:8]}"
+    path = Path(cli.config.run_dir) / "frozen" / f"{name}.safetensors"
+    if not path.exists():
+        batches = tqdm(data.loader(data.tiles.rows), desc="frozen features", unit=" batches")
+        z_ND, rgb_N6 = features(encoder.to(device), batches, recipe.precision)
+        with replacing(path) as partial:
+            save_file({"z": z_ND, "rgb": rgb_N6}, partial)
+    return load_file(path)

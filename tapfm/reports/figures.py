@@ -1,0 +1,240 @@
+"""The report's pictures: ROC, reliability and training curves, an arm a colour in all.
+
+Arms trained end to end are solid and thick, the others thin and broken, so that a print in grey
+still tells them apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tapfm.stats.calibration import ece, reliability
+from tapfm.stats.metrics import auroc
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tapfm.probe import Part
+    from tapfm.reports.arms import Arm
+
+# Okabe and Ito's colours, told apart by the colour-blind; no yellow, it vanishes on white.
+TRAINED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+FROZEN = ("#000000", "#E69F00", "#56B4E9", "#999999")
+DASHES = ("--", "-.", ":")
+MARKERS = "os^D"
+
+
+def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]) -> None:
+    """ROC curves of label k."""
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    values = []
+    for arm, style in zip(arms, styles, strict=True):
+        y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+        value = auroc(y_N, p_N)
+        if math.isnan(value):
+            continue
+        values.append(f"{value:.3f}")
+        axis.plot(*_roc(y_N, p_N), label=f"{value:.3f}", **style)
+    if values:
+        axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
+    known = int((~np.isnan(arms[0].y_NK[:, k])).sum())
+    positives = int(np.nansum(arms[0].y_NK[:, k]))
+    axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10)
+    axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
+
+
+def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+    """ROC curves, a panel a label, an arm a curve.
+
+    Args:
+        labels: K names.
+        arms: predictions of the same slides.
+    """
+    figure, axes = _figure(len(labels))
+    styles = arm_styles(arms)
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        roc_axis(axis, k, label, arms, styles)
+    axes[0].set_ylabel("true positive rate")
+    _legend(figure, [arm.title for arm in arms], styles)
+    return figure
+
+
+def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+    """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
+    figure, axes = _figure(len(labels))
+    styles = [style | {"markersize": 4.5} for style in arm_styles(arms)]
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        for row, arm in enumerate(arms):
+            if bins := reliability(arm.y_NK[:, k], arm.p_NK[:, k]):
+                said, seen = zip(*((each.predicted, each.observed) for each in bins), strict=True)
+                axis.plot(said, seen, label=f"{ece(bins):.3f}", **styles[row])
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(loc="upper left", fontsize=8, title="ECE", title_fontsize=8)
+        axis.set_title(label, fontsize=10)
+        axis.set(xlabel="mean probability", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
+    axes[0].set_ylabel("share positive")
+    _legend(figure, [arm.title for arm in arms], styles)
+    return figure
+
+
+def curves_figure(
+    arms: Sequence[Arm], figure_name: str = "auroc", title: str = "macro AUROC", chance: float = 0.5
+) -> Figure:
+    """Loss, validation AUROC (or what the task chooses by) and effective tiles, by slides seen."""
+    rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
+    curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
+    figure, axes = _figure(3)
+    styles = arm_styles(arms)
+    for row in rows:
+        dots = styles[row] | {"markersize": 4.5}
+        line = styles[row] | {"linewidth": 1.4}
+        thin = styles[row] | {"linewidth": 1, "alpha": 0.6}
+        for axis, column, look in [
+            (axes[0], "train/loss", thin),
+            (axes[0], "val/loss", dots),
+            (axes[1], f"val/{figure_name}", dots),
+            (axes[2], "train/effective_tiles", line),
+        ]:
+            if column in curves[row]:
+                smoothed = smoothed_curve(*curves[row][column])
+                axis.plot(
+                    *(smoothed if column.startswith("train/") else curves[row][column]), **look
+                )
+    axes[0].set_title("loss (marked: validation; thin: training, smoothed)", fontsize=9)
+    axes[1].set_title(f"validation {title}", fontsize=9)
+    axes[2].set_title("effective tiles of a slide, 1 / sum w² (smoothed)", fontsize=9)
+    axes[1].axhline(chance, color="0.7", linewidth=1)
+    for axis in axes:
+        axis.set_xlabel("slides seen")
+    titles = [arms[row].title for row in rows]
+    _legend(figure, titles, [styles[row] | {"markersize": 4.5} for row in rows])
+    return figure
+
+
+def probe_figure(found: Sequence[Part], last: int) -> Figure:
+    """What `tapfm probe` found: gradient over weight and drift by part, one panel above the other.
+
+    Args:
+        found: the parts, in the order of the forward pass.
+        last: how many of the last blocks are suggested; they are shaded.
+    """
+    figure, axes = _figure(2, across=1)
+    blocks = range(len(found) - 2)
+    apart = math.ceil(len(blocks) / 12)  # blocks from one written number to the next
+    ends = (-1.5 * apart, blocks[-1] + 1.5 * apart)  # not of one kind: no line to them
+    for axis, title, values, colour, marker in (
+        (axes[0], "gradient norm / weight norm", [p.relative for p in found], TRAINED[0], "o"),
+        (axes[1], "drift of CLS, 1 - linear CKA", [p.drift for p in found], TRAINED[1], "s"),
+    ):
+        axis.axvspan(blocks[-last] - 0.5, blocks[-1] + 0.5, color="0.93", zorder=0)
+        look = {"color": colour, "marker": marker, "markersize": 4.5}
+        axis.plot(blocks, values[1:-1], linewidth=1.5, **look)
+        axis.plot(ends, [values[0], values[-1]], linewidth=0, **look)
+        if max((v for v in values if not math.isnan(v)), default=0) > 0:
+            axis.set_yscale("log")
+        axis.set_xlim(ends[0] - apart / 2, ends[1] + apart / 2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks([ends[0], *blocks[::apart], ends[1]],
+                        ["front", *blocks[::apart], "norm"], fontsize=8)  # fmt: skip
+    axes[0].text(blocks[-1] + 0.4, 0.97, f"last {last}", ha="right", va="top", color="0.3",
+                 transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
+    axes[1].set_xlabel(
+        "block; front: patches, tokens and positions; norm: the final one", fontsize=9
+    )
+    return figure
+
+
+def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Columns of a metrics.csv as (steps, values), without their blank or nan cells."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("step")]
+    found = {}
+    for column in rows[0] if rows else ():
+        pairs = [
+            (float(row["step"]), value)
+            for row in rows
+            if (value := _number(row[column])) is not None
+        ]
+        if pairs:
+            steps, values = (np.array(each) for each in zip(*pairs, strict=True))
+            found[column] = (steps, values)
+    return found
+
+
+def _roc(y_N: np.ndarray, p_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates at every threshold; tied scores are one slanted step."""
+    known_N = ~np.isnan(y_N)
+    order = np.argsort(-p_N[known_N], kind="stable")
+    y_N, p_N = y_N[known_N][order], p_N[known_N][order]
+    ends = np.append(p_N[1:] != p_N[:-1], True)
+    rates = [np.append(0, np.cumsum(y_N == side)[ends] / (y_N == side).sum()) for side in (0, 1)]
+    return rates[0], rates[1]
+
+
+def smoothed_curve(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over a twentieth of the run: one slide's loss says little."""
+    width = max(1, len(values) // 20)
+    if width == 1:
+        return steps, values
+    kernel = np.full(width, 1 / width)
+    return steps[width - 1 :], np.convolve(values, kernel, mode="valid")
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "nan")
+    except ValueError:  # a name, such as slide_id
+        return None
+    return None if math.isnan(value) else value
+
+
+def arm_styles(arms: Sequence[Arm]) -> list[dict]:
+    """How each arm is drawn, the same in every panel and picture."""
+    styles = []
+    for row, arm in enumerate(arms):
+        nth = sum(other.end_to_end == arm.end_to_end for other in arms[:row])
+        colours = TRAINED if arm.end_to_end else FROZEN
+        dash, width = ("-", 2.2) if arm.end_to_end else (DASHES[nth % len(DASHES)], 1.5)
+        colour, marker = colours[nth % len(colours)], MARKERS[nth % len(MARKERS)]
+        look = {"color": colour, "linestyle": dash, "linewidth": width}
+        styles.append(
+            look | {"marker": marker, "markersize": 0}
+        )  # sized where there are few points
+    return styles
+
+
+def _figure(panels: int, across: int = 4) -> tuple[Figure, list]:
+    """A figure of `panels` axes and room for one legend below."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    columns = min(panels, across)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(max(3.6 * columns, 5), 3.5 * rows + 0.9), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    for axis in axes[:panels]:
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:panels]
+
+
+def _legend(figure: Figure, titles: Sequence[str], styles: Sequence[dict]) -> None:
+    """One for all panels, below them."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], **style) for style in styles]
+    columns = max(1, int(figure.get_figwidth() / 3.4))
+    figure.legend(
+        lines, titles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3
+    )

@@ -1,0 +1,193 @@
+"""The page's curves of each task: what a reader of its results expects to see.
+
+    multilabel    ROC, precision and recall, calibration of each label (`reports.panels`)
+    multiclass    the same of each class against the rest, and confusions
+    regression    predicted against true values
+    survival      Kaplan-Meier's curves of the halves of higher and lower risk, log-rank test
+
+Source: curves and test as scipy has them (`scipy.stats.ecdf`, `logrank`). They take cases to be
+    independent, so the slides of a case are one, of their mean risk.
+
+Shapes: N slides, K labels, C cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tapfm.reports.arms import Arm
+from tapfm.reports.figures import TRAINED
+from tapfm.reports.panels import BINS, key, label_panels, panel
+from tapfm.reports.tables import Html, html, table
+from tapfm.stats.outcomes import r2
+from tapfm.tasks import Task
+from tapfm.tasks.multiclass import Multiclass
+from tapfm.tasks.multilabel import Multilabel
+from tapfm.tasks.regression import Regression
+from tapfm.tasks.survival import Survival
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HALVES = ("higher risk", "lower risk")
+WHEN = 4  # times at which it is said who is still seen
+
+
+def task_curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
+    """Curves of every row, as parts of the page."""
+    shown = {
+        Multilabel: of_labels, Multiclass: of_classes, Regression: of_values, Survival: of_times
+    }[type(task)]  # fmt: skip
+    yield from shown(task, arms)
+
+
+def of_labels(task: Multilabel, arms: Sequence[Arm]) -> Iterator[str]:
+    """ROC, precision and recall, reliability of each label."""
+    for kind, panels in label_panels(task.labels, arms).items():
+        yield f"<h3>{kind}</h3>{key(arms)}{_side_by_side(panels)}"
+    yield (
+        f'<p class="soft">Calibration: slides in {BINS} bins of equal number by probability; few '
+        "slides make a ragged line. Brier score: mean squared error of the probability, 0 is best."
+        "</p>"
+    )
+
+
+def of_classes(task: Multiclass, arms: Sequence[Arm]) -> Iterator[str]:
+    """The same of each class against the rest; then which class was taken for which."""
+    each = [np.stack(list(task.one_vs_rest(arm.y_NK).values()), axis=1) for arm in arms]
+    rest = [replace(arm, y_NK=y_NK) for arm, y_NK in zip(arms, each, strict=True)]
+    yield '<p class="soft">Each class against the rest.</p>'
+    yield from of_labels(Multilabel(task.labels), rest)
+    yield "<h3>Confusions</h3>"
+    for arm in arms:
+        rows = [
+            [name, *map(str, row), f"{row[k] / sum(row):.0%}" if sum(row) else ""]
+            for k, (name, row) in enumerate(zip(task.labels, confusion(task, arm), strict=True))
+        ]
+        yield table([f"{task.column} is \\ said", *task.labels, "right"], rows, arm.title)
+
+
+def confusion(task: Multiclass, arm: Arm) -> list[list[int]]:
+    """Slides by class and by the likeliest class."""
+    from sklearn.metrics import confusion_matrix
+
+    known_N = ~np.isnan(arm.y_NK[:, 0])
+    if not known_N.any():
+        return np.zeros((len(task.labels),) * 2, int).tolist()
+    y_N, said_N = arm.y_NK[known_N, 0].astype(int), arm.p_NK[known_N].argmax(1)
+    return confusion_matrix(y_N, said_N, labels=range(len(task.labels))).tolist()
+
+
+def of_values(task: Regression, arms: Sequence[Arm]) -> Iterator[str]:
+    """Predicted against true, a panel a row."""
+    for k, label in enumerate(task.labels):
+        ends = _ends([arm.y_NK[:, k] for arm in arms] + [arm.p_NK[:, k] for arm in arms])
+        panels = [
+            panel(
+                partial(value_axis, k=k, arm=arm, ends=ends),
+                f"predicted against true {label}, {arm.title}",
+            )
+            for arm in arms
+        ]
+        yield f"<h3>{html(label)}, predicted against true</h3>{_side_by_side(panels)}"
+    yield '<p class="soft">A point a slide; grey: predicted as it is.</p>'
+
+
+def value_axis(axis: Axes, k: int, arm: Arm, ends: tuple[float, float]) -> None:
+    """A point a slide whose value is known, and the line they should lie on."""
+    y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+    known_N = ~np.isnan(y_N)
+    axis.plot(ends, ends, color="0.7", linewidth=1)
+    value = float(r2(y_N, p_N, np.ones((1, len(y_N))))[0])
+    look = {"color": TRAINED[0], "linestyle": "none", "marker": "o", "markersize": 4.5}
+    axis.plot(y_N[known_N], p_N[known_N], label=f"R² {value:.3f}", alpha=0.7, **look)
+    axis.legend(loc="upper left", fontsize=8)
+    axis.set_title(arm.title)
+    axis.locator_params(nbins=5)
+    axis.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect=1)
+
+
+def of_times(task: Survival, arms: Sequence[Arm]) -> Iterator[str]:
+    """Kaplan-Meier's curves of two halves, a panel a row, and who is still seen when."""
+    panels = [
+        panel(partial(time_axis, task=task, arm=arm), f"survival by risk, {arm.title}")
+        for arm in arms
+    ]
+    yield f"<h3>Survival by risk</h3>{_side_by_side(panels)}"
+    time_C = by_case(arms[0])[0]
+    when = np.linspace(0, time_C.max(), WHEN + 2)[1:-1] if len(time_C) else np.empty(0)
+    rows = []
+    for arm in arms:
+        for half, (time_C, event_C) in zip(HALVES, halves(arm), strict=True):
+            still = (int((time_C >= t).sum()) for t in when)
+            rows.append([arm.title, half, len(time_C), int(event_C.sum()), *still])
+    seen = (f"seen at {t:.3g}" for t in when)
+    yield table(["model", "half", "cases", "events", *seen], rows, first=2)
+    yield (
+        '<p class="soft">Cases halved at the median risk of this split, which was not chosen by '
+        "their times; a case of several slides by their mean. Ticks: last seen without the event. "
+        "p: log-rank test, of one comparison, not of all that are here.</p>"
+    )
+
+
+def by_case(arm: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Time, event and mean risk of each case whose time is known."""
+    known_N = ~np.isnan(arm.y_NK[:, 0])
+    _, first, case_N = np.unique(
+        np.asarray(arm.case_ids, str)[known_N], return_index=True, return_inverse=True
+    )
+    risk_C = np.bincount(case_N, arm.p_NK[known_N, 0]) / np.maximum(np.bincount(case_N), 1)
+    return *arm.y_NK[known_N][first, :2].T, risk_C
+
+
+def halves(arm: Arm) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Times and events of the cases from the median risk on, and of the others."""
+    time_C, event_C, risk_C = by_case(arm)
+    high_C = risk_C >= np.median(risk_C) if len(risk_C) else risk_C > 0
+    return [(time_C[each], event_C[each]) for each in (high_C, ~high_C)]
+
+
+def time_axis(axis: Axes, task: Survival, arm: Arm) -> None:
+    """Share without the event by time; the p-value of their difference."""
+    from scipy.stats import CensoredData, ecdf, logrank
+
+    groups = []
+    for (time_C, event_C), half, colour, dash in zip(
+        halves(arm), HALVES, (TRAINED[1], TRAINED[0]), ("-", "--"), strict=True
+    ):
+        if not len(time_C):
+            continue
+        seen = CensoredData(uncensored=time_C[event_C == 1], right=time_C[event_C == 0])
+        share = ecdf(seen).sf
+        line = {"color": colour, "linestyle": dash, "linewidth": 1.8, "drawstyle": "steps-post"}
+        x, y = np.append(0, share.quantiles), np.append(1, share.probabilities)
+        axis.plot(x, y, label=f"{half}, {len(time_C)} cases", **line)
+        left = time_C[event_C == 0]
+        axis.plot(left, share.evaluate(left), "|", color=colour, markersize=6)
+        groups.append(seen)
+    tested = len(groups) == 2 and any(event_C.any() for _, event_C in halves(arm))
+    p = logrank(*groups).pvalue if tested else math.nan
+    if groups:
+        said = "log-rank p: undefined" if math.isnan(p) else f"log-rank p = {p:.2g}"
+        axis.legend(loc="lower left", fontsize=8, title=said, title_fontsize=8)
+    axis.set_title(arm.title)
+    axis.locator_params(axis="x", nbins=5)
+    axis.set(xlabel=task.time, ylabel="share without the event", ylim=(-0.02, 1.04))
+
+
+def _ends(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
+    """What holds all values, and a little more."""
+    values = np.concatenate(arrays)
+    low, high = np.nanmin(values), np.nanmax(values)
+    edge = 0.05 * (high - low) or 1.0
+    return float(low - edge), float(high + edge)
+
+
+def _side_by_side(panels: Sequence[Html]) -> str:
+    return f'<div class="panels">{"".join(panels)}</div>'

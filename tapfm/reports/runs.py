@@ -1,0 +1,97 @@
+"""A cohort's folder of runs, read back: settings, figures and predictions of each.
+
+Nothing here needs a slide, a model or a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from tapfm.reports.arms import Arm, read_arm, row_of_run
+from tapfm.stats.metrics import MACRO
+from tapfm.tasks import Task, make_task
+from tapfm.tasks.multilabel import Multilabel
+
+
+class RunsError(ValueError):
+    """A folder of runs cannot be reported."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model's folder."""
+
+    folder: Path
+    config: dict
+    title: str
+    """Of its row in the table."""
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.folder.name
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The runs below a folder, by name."""
+    runs = []
+    for path in sorted(folder.glob("*/config.yaml")):
+        config = yaml.safe_load(path.read_text()) or {}
+        strategy = config.get("model", {}).get("strategy", "full")
+        runs.append(Run(path.parent, config, row_of_run(path.parent.name, strategy)[0]))
+    return runs
+
+
+def read_metrics(path: Path, run: Path, split: str) -> dict:
+    """The figures of the report.
+
+    Raises:
+        RunsError: there are none, or they are damaged.
+    """
+    if not path.is_file():
+        raise RunsError(
+            f"{path}: there is no such file. Run `tapfm test --run {run} --split {split}` first."
+        )
+    try:
+        found = json.loads(path.read_text())
+        dict(found["arms"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunsError(
+            f"{path}: not the figures of a report ({type(error).__name__}: {error}). "
+            "Run `tapfm test` again."
+        ) from error
+    return found
+
+
+def read_task(metrics: Mapping) -> Task:
+    """What was predicted; of a report that does not say so, labels of 0 and 1."""
+    told = metrics.get("task")
+    if isinstance(told, Mapping):
+        return make_task({k: v for k, v in told.items() if k != "labels"}, told["labels"])
+    names = {name: None for arm in metrics["arms"].values() for name in arm.get("figures") or {}}
+    return Multilabel(tuple(name for name in names if name != MACRO))
+
+
+def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[Arm]:
+    """Rows of the table with their predictions, in the table's order; without them, no slides.
+
+    Raises:
+        ArmError: the file there is has other columns.
+    """
+    logs = {run.title: run.folder / "metrics.csv" for run in runs}
+    arms = []
+    for title, facts in metrics["arms"].items():
+        trained, log = bool(facts.get("end_to_end")), logs.get(title)
+        if path.is_file():
+            arm = read_arm(title, path, task, end_to_end=trained, of=f" ({title})")
+        else:
+            nothing = np.empty((0, task.width)), np.empty((0, len(task.said)))
+            arm = Arm(title, trained, [], [], *nothing)
+        arms.append(replace(arm, metrics_csv=log if log and log.is_file() else None))
+    return arms

@@ -1,0 +1,166 @@
+"""What a study found: one table, and every interval and difference behind it.
+
+The rows are the frozen ones, then aggregators and strategies, pooled by `reports.pooling`.
+`summary` reads what finished cells left on disk, so the table can be had while others still run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tapfm.files import write_csv
+from tapfm.reports.arms import END_TO_END, FROZEN_ENCODER, Arm, read_arm, row_folder
+from tapfm.reports.plain_table import aligned, span
+from tapfm.reports.pooling import Pool, pool
+from tapfm.reports.report import ONE_CLASS
+from tapfm.reports.runs import read_task
+from tapfm.stats.bootstrap import Interval
+
+if TYPE_CHECKING:
+    from tapfm.study import Cell, Study
+    from tapfm.tasks import Task
+
+FINISHED, RUN = "finished.json", "run"
+OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # its row in its own report
+
+
+def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
+    """The table as text, and all behind it for study.json."""
+    task, runs, order = gather(cells)
+    folds = len({cell.fold for cell in cells})
+    result: dict[str, Any] = {
+        "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
+    }  # fmt: skip
+    why = [f"failed: {cell}: {fault}" for cell, fault in failed.items()]
+    try:
+        found = pool(task, runs, folds)
+    except ValueError as error:
+        return "\n".join([f"no table: {error}", *why]), result
+    frozen = [title for title in found.rows if not order[title]]
+    trained = [title for title in found.rows if order[title]]
+    value = {title: row.figures["pooled"][found.head].value for title, row in found.rows.items()}
+    defined = [title for title in frozen if not math.isnan(value[title])]
+    best = max(defined, key=value.get) if defined else None
+    first = trained[0] if trained else None
+    result |= {"slides": found.slides, "cases": found.cases, "figure": task.selects,
+               "macro": list(found.averaged), "reference": best, "first": first}  # fmt: skip
+    for title in order:
+        if title not in found.rows:
+            result["arms"][title] = {"end_to_end": order[title], "seeds": []}
+            continue
+        row = found.rows[title]
+        result["arms"][title] = {
+            "end_to_end": order[title],
+            "seeds": list(row.seeds),
+            "macro_of_seeds": row.by_seed,
+            "deviation_of_seeds": row.deviation,
+            "figures": row.figures,
+            "differences": {
+                other: row.minus(found.rows[other])
+                for other in found.rows
+                if order[title] and other != title
+            },
+        }
+    return _text(study.folds, len(study.seeds), task, result, found, why), result
+
+
+def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
+    """The task; title -> seed -> fold -> predictions of finished cells; title -> is it trained.
+
+    What a task takes from its training split differs by fold; the first one's does not matter to
+    its figure.
+    """
+    task: Task | None = None
+    runs: dict[str, dict[int, dict[int, Arm]]] = {}
+    baselines: dict[str, bool] = {}
+    trained = {cell.arm: True for cell in cells}
+    for cell in cells:
+        if not (cell.folder / FINISHED).exists():
+            continue
+        metrics = json.loads((cell.folder / "report_test" / "metrics_test.json").read_text())
+        own = read_task(metrics)
+        task = task or own
+        for title, facts in metrics["arms"].items():
+            of_cell = title in OF_CELL
+            name = RUN if of_cell else f"frozen/{row_folder(title)}"
+            path = cell.folder / name / "predictions_test.csv"
+            arm = read_arm(title, path, own, end_to_end=facts["end_to_end"])
+            row = cell.arm if of_cell else title
+            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, arm)
+            (trained if of_cell else baselines)[row] = facts["end_to_end"]
+    return task, runs, baselines | trained
+
+
+def _text(
+    folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, why: list[str]
+) -> str:
+    best, first = result["reference"], result["first"]
+    undefined = ONE_CLASS if task.selects == "auroc" else "undefined"
+    head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
+            "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
+    table = [head]
+    for title, arm in result["arms"].items():
+        mark = " *" if title == best else " **" if title == first else ""
+        if not arm["seeds"]:
+            table.append([title, "not finished", *[""] * (len(head) - 2)])
+            continue
+        pooled, deviation = arm["figures"]["pooled"], arm["deviation_of_seeds"]
+        gains = [arm["differences"].get(other) for other in (best, first)]
+        table.append(
+            [
+                title + mark,
+                span(pooled[found.head], undefined=undefined),
+                *(_number(pooled[name].value) for name in found.groups),
+            ]
+            + [_number(arm["figures"]["within_folds"][found.head].value)]
+            + [f"{len(arm['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
+            + [
+                span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
+                for gain in gains
+            ]
+        )
+    dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
+    over = f"; macro: {', '.join(found.averaged) or 'none is defined'}" if found.groups else ""
+    notes = [
+        "",
+        f"{result['slides']} slides of {result['cases']} cases; {dealt}; averaged over the "
+        f"seeds{over}.",
+        "Intervals: 95 %, from bootstrap draws of whole cases; differences paired, on the same "
+        "draws. They say nothing of training anew: the deviation over seeds does.",
+        f"* the frozen row of the highest {task.title}, chosen on what is reported here, "
+        "which favours it; ** the first end-to-end row; study.json has every pair.",
+    ]
+    short = [f"{title}: {len(arm['seeds'])} of {seeds} seeds have every fold; the "
+             "others are left out" for title, arm in result["arms"].items()
+             if len(arm["seeds"]) < seeds]  # fmt: skip
+    return "\n".join([*aligned(table), *notes, *short, *why])
+
+
+def write_figures(path: Path, result: Mapping) -> None:
+    """study.csv: a row a model and label."""
+    figure = result.get("figure", "figure")
+    spans = [f"{name}_{end}" for name in (figure, "minus_frozen", "minus_first")
+             for end in ("value", "low", "high")]  # fmt: skip
+    rows = []
+    for title, arm in result["arms"].items():
+        for label in arm.get("figures", {}).get("pooled", {}):
+            cells = _ends(arm["figures"]["pooled"][label])
+            for other in (result["reference"], result["first"]):
+                gain = arm["differences"].get(other)
+                cells += _ends(gain["pooled"][label]) if gain else [""] * 3
+            within = _ends(arm["figures"]["within_folds"][label])[0]
+            rows.append([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells, within])
+    header = ["model", "end_to_end", "seeds", "label", *spans, f"{figure}_within_folds"]
+    write_csv(path, header, rows)
+
+
+def _ends(found: Interval) -> list[str]:
+    return ["" if math.isnan(x) else f"{x:.6f}" for x in (found.value, found.low, found.high)]
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
