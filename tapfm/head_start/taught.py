@@ -23,10 +23,10 @@ from tapfm.head_start.solved import embed, judge
 from tapfm.processes import average, gather
 from tapfm.tasks import Task
 
-RATES = (3e-3, 1e-3, 3e-4)
+RATES = (1e-2, 3e-3, 1e-3)
 WEIGHT_DECAY = 1e-2
 BATCH = 8  # slides an update, of all processes together
-EPOCHS, PATIENCE = 30, 8
+EPOCHS, PATIENCE = 50, 15
 
 
 @dataclass(frozen=True)
