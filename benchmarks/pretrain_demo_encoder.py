@@ -1,4 +1,4 @@
-"""Pretrains the demo encoder and writes tapfm/weights/demo_vit.safetensors.
+"""Pretrains the demo encoder and writes tapfm/encoders/weights/demo_vit.safetensors.
 
     python benchmarks/pretrain_demo_encoder.py
 
@@ -38,7 +38,7 @@ SITES = 16
 SPECIMENS = 96
 TILE, MPP = 112, 0.5
 STEPS, BATCH, LR, TEMPERATURE = 240, 160, 1e-3, 0.2
-TARGET = Path(__file__).parents[1] / "tapfm" / "weights" / "demo_vit.safetensors"
+TARGET = Path(__file__).parents[1] / "tapfm" / "encoders" / "weights" / "demo_vit.safetensors"
 
 
 def main():

@@ -21,6 +21,7 @@ from tapfm import model as models
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
 from tapfm.encoders import backbones
+from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.engine import passes
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def test_run_directory(finished):
 def test_weights_moved_and_load_again(finished):
     run, _ = finished
     model = models.load(run / "best.safetensors")
-    start = load_file(Path(models.__file__).parent / "weights" / "demo_vit.safetensors")
+    start = load_file(PACKAGED / "demo_vit.safetensors")
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(model.state_dict()[f"encoder.vit.{name}"], start[name].float())
 
@@ -326,7 +327,7 @@ def test_what_was_learned_before_a_skipped_last_slide_is_not_lost(tmp_path, sche
     metrics = pd.read_csv(tmp_path / "runs" / "run" / "metrics.csv")
     assert metrics["slide_id"].count() == 6
     learned = load_file(tmp_path / "runs" / "run" / "best.safetensors")
-    start = load_file(Path(models.__file__).parent / "weights" / "demo_vit.safetensors")
+    start = load_file(PACKAGED / "demo_vit.safetensors")
     moved = 0
     for key, value in start.items():
         found = learned.get(f"encoder.vit.{key}", value)

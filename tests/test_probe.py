@@ -3,7 +3,6 @@
 import csv
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,11 @@ from cohorts import write_cohort
 
 from tapfm import cli
 from tapfm.drift import cls_by_block, linear_cka
+from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.fit import read_config
 from tapfm.probe import SHARE, fit_head, parts_of, slide_gradients, suggest, training_bags
 
-SHIPPED = Path(__file__).parent.parent / "tapfm" / "weights" / "demo_vit.safetensors"
+SHIPPED = PACKAGED / "demo_vit.safetensors"
 N, D, E = 37, 11, 7
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from slides.order import SlideSampler, epoch_order
 from tapfm.cli import main
+from tapfm.encoders.checkpoints import PACKAGED
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 
@@ -74,7 +75,7 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
     runs = tmp_path / "runs"
     alone, shared = (load_file(runs / name / "best.safetensors") for name in ("one", "two"))
     assert alone.keys() == shared.keys()
-    start = load_file(Path(main.__code__.co_filename).parent / "weights" / "demo_vit.safetensors")
+    start = load_file(PACKAGED / "demo_vit.safetensors")
     moved = 0
     for key, value in alone.items():
         if key.endswith("qkv.bias"):  # softmax does not see k's: AdamW turns its rounding to steps
