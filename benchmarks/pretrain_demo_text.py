@@ -1,4 +1,4 @@
-"""Aligns a small text tower with the demo encoder; writes tapfm/encoders/weights/demo_text.safetensors.
+"""Aligns a small text tower with the demo encoder; writes encoders/weights/demo_text.safetensors.
 
     python -m benchmarks.pretrain_demo_text
 

@@ -24,6 +24,16 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """The number of this one."""
+    return dist.get_rank() if several() else 0
+
+
+def world() -> int:
+    """How many there are."""
+    return dist.get_world_size() if several() else 1
+
+
 def unwrap(module: L.LightningModule) -> None:
     """Take DistributedDataParallel off a module that steps its optimizers itself."""
     if several():
@@ -35,7 +45,7 @@ def average(gradients: Iterable[Tensor]) -> None:
     if several():
         waiting = []
         for gradient in gradients:
-            gradient /= dist.get_world_size()
+            gradient /= world()
             waiting.append(dist.all_reduce(gradient, async_op=True))
         for each in waiting:
             each.wait()
@@ -45,7 +55,7 @@ def gather(mine: T) -> list[T]:
     """What each process gives, in their order, to all of them."""
     if not several():
         return [mine]
-    found: list = [None] * dist.get_world_size()
+    found: list = [None] * world()
     dist.all_gather_object(found, mine)
     return found
 

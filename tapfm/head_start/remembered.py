@@ -31,6 +31,11 @@ class Remembered(FeatureBag):
     counts: tuple[int, ...] = ()
     """Tiles of each of its slides, as in `Bag`."""
 
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """What an aggregator takes, there."""
+        z_TD, score_T = (each.to(device, non_blocking=True) for each in (self.z_TD, self.score_T))
+        return z_TD, score_T, self.counts
+
 
 def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[Remembered]:
     """Slides as the encoder sees them now."""

@@ -22,7 +22,7 @@ def embed(aggregator: Aggregator, mine: Sequence[Remembered]) -> list[FeatureBag
     """The slides of all processes, each as its embedding: bags of one tile."""
     embedded, device = [], aggregator.head.weight.device
     for slide in mine:
-        b_D, _ = aggregator.embed(slide.z_TD.to(device), slide.score_T.to(device), slide.counts)
+        b_D, _ = aggregator.embed(*slide.to(device))
         embedded.append(FeatureBag(slide.slide_id, slide.case_id, b_D[None].cpu(), slide.y_K))
     return sorted((bag for share in gather(embedded) for bag in share), key=lambda b: b.slide_id)
 

@@ -20,12 +20,12 @@ from tapfm.aggregators import Aggregator
 from tapfm.baselines import undisturbed
 from tapfm.head_start.remembered import Remembered
 from tapfm.head_start.solved import embed, judge
-from tapfm.processes import average, gather
+from tapfm.processes import average, gather, rank, world
 from tapfm.tasks import Task
 
 RATES = (1e-2, 3e-3, 1e-3)
 WEIGHT_DECAY = 1e-2
-BATCH = 8  # slides an update, of all processes together
+BATCH = 8  # slides an update
 EPOCHS, PATIENCE = 50, 15
 
 
@@ -74,26 +74,39 @@ def teach(
 def _epochs(
     fresh: Aggregator, train: Sequence[Remembered], task: Task, lr: float, seed: int
 ) -> Iterator[Aggregator]:
-    """The slide model after each epoch."""
-    device = fresh.head.weight.device
-    views: dict[str, list[Remembered]] = {}
-    for slide in train:
-        views.setdefault(slide.slide_id, []).append(slide)
-    shares = gather(len(views))
-    steps = max(1, min(shares) * len(shares) // BATCH)  # the same in each process
+    """The slide model after each epoch.
+
+    Every process knows the order of all slides, and adds the gradients of those that it holds.
+    """
+    device, held = fresh.head.weight.device, views(gather([slide.slide_id for slide in train]))
     aggregator, loss = deepcopy(fresh), task.loss().to(device).train()
     optimizer = torch.optim.AdamW(aggregator.parameters(), lr, weight_decay=WEIGHT_DECAY)
     order = torch.Generator().manual_seed(seed)
+    steps = max(1, len(held) // BATCH)
     for epoch in range(EPOCHS):
-        slides = [seen[epoch % len(seen)] for seen in views.values()]
+        turns = [held[name][epoch % len(held[name])] for name in sorted(held)]
         with undisturbed(device):
-            for chosen in torch.randperm(len(slides), generator=order).tensor_split(steps):
-                batch = [slides[n] for n in chosen]
-                logits = [
-                    aggregator(s.z_TD.to(device), s.score_T.to(device), s.counts)[0] for s in batch
-                ]
-                optimizer.zero_grad(set_to_none=True)
-                loss(torch.stack(logits), torch.stack([s.y_K for s in batch]).to(device)).backward()
-                average(p.grad for p in aggregator.parameters() if p.grad is not None)
+            for chosen in torch.randperm(len(turns), generator=order).tensor_split(steps):
+                for parameter in aggregator.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                for holder, n in (turns[at] for at in chosen):
+                    if holder == rank():
+                        y_K, seen = train[n].y_K.to(device), train[n].to(device)
+                        share = world() / len(chosen)  # of which the mean over processes is taken
+                        (share * loss(aggregator(*seen)[0], y_K)).backward()
+                average(p.grad for p in aggregator.parameters())
                 optimizer.step()
         yield aggregator
+
+
+def views(slides: Sequence[Sequence[str]]) -> dict[str, list[tuple[int, int]]]:
+    """Slide -> its views in the order of the first epochs: process, and which of its slides.
+
+    Args:
+        slides: of each process, as it remembers them; the processes took turns.
+    """
+    turns = [(n, process) for process, own in enumerate(slides) for n in range(len(own))]
+    found: dict[str, list[tuple[int, int]]] = {}
+    for n, process in sorted(turns):
+        found.setdefault(slides[process][n], []).append((process, n))
+    return found
