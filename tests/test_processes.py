@@ -90,7 +90,7 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
         base = start.get(key.removeprefix("encoder.vit."), value)
         if base.shape == value.shape:
             moved += not torch.allclose(value.float(), base.float(), atol=1e-6)
-    # of these few slides the head start may stay the best: then what follows is in the figures below
+    # of so few slides the head start may stay the best; what follows is in the figures below
     assert moved > 20 or "--model.steps.head_start" in options
 
     alone, shared = (pd.read_csv(runs / name / "metrics.csv") for name in ("one", "two"))
