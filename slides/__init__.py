@@ -1,1 +1,50 @@
-"""Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models."""
+"""Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models.
+
+    errors.py          what can be wrong with a user's slide
+    reader.py          one open slide: a tile at (x0, y0), thumbnails
+    levels.py          its levels as pixels, whoever decodes them
+    direct.py          JPEG tiles decoded without OpenSlide, to the same bits
+    plain.py           a plain PNG, JPEG or TIFF as a slide of one level
+    resolution.py      microns per pixel: who says so, and whether to believe it
+    tiff.py            the directories of a TIFF
+    diagnose.py        why a file was refused, or that it was cut short
+    tissue.py          thumbnail -> tissue and pen, pure array functions
+    masks.py           your own outlines: GeoJSON or a mask image
+    focus.py           how blurred a tile is
+    grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
+    choose.py          from an open slide to its tiles, stage by stage
+    stages.py          those stages as a picture
+    index.py           the chosen tiles of a cohort, and its ledger
+    index_file.py      their h5, which TRIDENT reads
+    files.py           text, JSON and CSV that are whole or not there
+    job_folders.py     where other programs keep coordinates
+    foreign.py         tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose
+    tiles.py           slides as features, places and pixels
+    cohort.py          slides, cases, labels, splits; all faults at once
+    cases.py           a patient's slides as one bag
+    targets.py         what label columns hold: 0 and 1, classes, numbers, times
+    tcga.py            what a barcode says
+    mutations.py       labels of cases from a MAF, a matrix, GigaPath's table
+    variants.py        which mutations a label counts
+    manifest.py        a GDC download: whole or not, and which slides are diagnostic
+    splits.py          cases dealt to train, val and test
+    strata.py          what they are stratified over, for every task
+    split_files.py     CLAM's and Patho-Bench's split files
+    cache.py           decoded tiles in zarr; reads like a slide
+    cache_cohort.py    those of a cohort, within a budget
+    cache_room.py      which are in use, and which go
+    order.py           which slide and which tiles come when: pure functions of (seed, epoch)
+    chunks.py          pixels of tiles, and what may go wrong on the way
+    workers.py         processes that fill slots of shared memory with them
+    crew.py            slide after slide, the next one read ahead
+    held.py            those tiles as often as asked, held as far as memory goes
+    balance.py         an order in which what is rare is trained as often
+    stream.py          the tiles of many slides, read ahead by worker processes
+    augment.py         flips, rotations, slide-shared colour
+    stain.py           stain normalisation, one operator a slide
+    synthetic.py       the demo cohort
+    tissue_painter.py  its tissue
+    cell_stamps.py     its cells
+
+Usable on its own: no file here imports `tapfm`, and torch stands in those that stream tiles.
+"""

@@ -1,3 +1,58 @@
-"""tapfm adapts pathology foundation models to slide-level questions, end to end, on one GPU."""
+"""tapfm adapts pathology foundation models to slide-level questions, end to end, on one GPU.
+
+Rooms, each of which lists its files in its own docstring:
+
+    encoders/        foundation models: which there are, loading, a tile's feature and score
+    engine/          the exact gradient of a slide at one chunk's memory
+    adapt/           what of the encoder learns; one file a strategy
+    tasks/           what is predicted; one file a task
+    head_start/      the slide model fitted to frozen features before the encoder learns
+    stats/           figures with intervals
+    reports/         what runs said: tables, pictures, one page
+    labelled/        training on labelled tiles
+    pathpt/          tiles named by learned prompts, from few slides
+    verbs/           the command line's flags, and what is done with them
+
+The training step and what it meets:
+
+    module.py        LightningModule: training_step is the algorithm
+    model.py         encoder and aggregator together; saved and loaded
+    aggregators.py   tile weights and slide logits
+    losses.py        BCE and others, unknown labels masked
+    cox.py           Cox's partial likelihood at one slide a step
+    optim.py         learning rates, parameter groups
+    bag.py           the batch, where data and module meet
+    data.py          LightningDataModule: slides to bags
+    opener.py        a row to its pixels and tiles, slide after slide
+    callbacks.py     metrics.csv, memory.csv, best weights, resume point
+    processes.py     what several GPUs tell each other
+
+Verbs:
+
+    labels.py        tapfm labels: a cohort table from a manifest and mutations
+    split.py         tapfm split: a cohort dealt anew
+    plan.py          what fits on a GPU, before the run
+    probe.py         tapfm probe: which blocks a cohort's labels pull at
+    drift.py         how far features have moved, by linear CKA
+    fit.py           tapfm fit
+    evaluate.py      tapfm test
+    baselines.py     frozen mean-pool MLP and gated attention, RGB statistics
+    linear_probe.py  frozen linear probe, by the task's own loss
+    study.py         tapfm study: folds, seeds and strategies as cells that resume
+    prediction.py    what a model says of a slide or a case; all tiles, streamed
+    predict.py       tapfm predict and heatmap: slides of no cohort, or a patient's as one
+    heatmap.py       PNG overlay, GeoJSON for QuPath
+    features.py      tapfm features: what other tools read, and the frozen baselines
+    export.py        tapfm export: a plain timm model
+    doctor.py        tapfm doctor
+    cli.py           the command line: the list of verbs
+
+What all share:
+
+    config.py        what indexing reads of a config
+    files.py         text, JSON and CSV that are whole or not there
+
+Read `module.py` first.
+"""
 
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
-"""Every config is read as it stands, and the README's commands are the program's."""
+"""Every config is read as it stands, and the READMEs' commands and tables are the program's."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -19,6 +20,11 @@ CONFIGS = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "pathpt"
 )  # questions of `tapfm pathpt` are no configs of a run: tests/test_pathpt_run.py reads them
 README = (ROOT / "README.md").read_text()
+PAGES = {  # all that a user reads
+    str(path.relative_to(ROOT).parent): path.read_text()
+    for top in (".", "configs", "slides", "tapfm")
+    for path in ((ROOT / top).rglob("README.md") if top != "." else [ROOT / "README.md"])
+}
 
 
 def verb_of(config):
@@ -129,8 +135,8 @@ def test_a_flag_wins_over_the_config(tmp_path):
 
 
 def commands():
-    """`make ...` and `tapfm ...` lines of the README's code blocks."""
-    for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.S):
+    """`make ...` and `tapfm ...` lines of the READMEs' code blocks."""
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", "\n".join(PAGES.values()), re.S):
         for line in block.replace("\\\n", " ").splitlines():
             command = line.split(" #")[0].strip()
             if command.startswith(("make", "tapfm")):
@@ -157,20 +163,42 @@ def test_readme_command_exists(command, monkeypatch):
         assert do.__module__ != "tapfm.verbs" or do(**flags), "which takes these flags"
 
 
+PACKAGES = sorted(path.parent for top in ("slides", "tapfm")
+                  for path in (ROOT / top).rglob("__init__.py"))  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_packages_docstring_lists_its_files(package):
+    said = set(
+        re.findall(
+            r"`?(\w+\.py)\b", ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+        )
+    )
+    there = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert said == there
+
+
 def test_readme_tree_is_the_tree():
-    block = re.search(r"```text\nslides/(.*?)```", README, re.S).group(1)
-    said = set(re.findall(r"(\w+\.py)\b", block))
-    there = {path.name for top in ("slides", "tapfm") for path in (ROOT / top).rglob("*.py")}
-    assert said >= there - {"__init__.py"}
-    benchmarks = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py"}
-    assert said == (there | benchmarks) - {"__init__.py"}
+    block = re.search(r"```text\nslides/(.*?)```", README, re.S).group(0)
+    said = set(re.findall(r"^(?:  )?([\w.]+/?)", block, re.M))
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "tapfm").rglob("__init__.py")}
+    assert said == rooms | {"slides/", "configs/", "benchmarks/", "tests/", "text"} - {"text"}
+
+
+def test_benchmarks_are_listed_with_what_they_do():
+    first = (ROOT / "benchmarks" / "README.md").read_text().partition("\n## ")[0]
+    said = re.findall(r"^\| `(\w+)` \|", first, re.M)
+    assert sorted(said) == sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
 
 def test_readme_names_every_model_with_its_licence():
     from tapfm.encoders.backbones import ROWS
 
     for row in ROWS:
-        assert f"| `{row.key}` | {row.source} | {row.parameters:,} | {row.licence} |" in README
+        assert (
+            f"| `{row.key}` | {row.source} | {row.parameters:,} | {row.licence} |"
+            in PAGES["tapfm/encoders"]
+        )
 
 
 def test_readme_has_a_row_for_every_strategy():
@@ -179,7 +207,8 @@ def test_readme_has_a_row_for_every_strategy():
 
     from tapfm.adapt import STRATEGIES, make_strategy, spell
 
-    rows = re.findall(r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|", README)
+    row = r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|"
+    rows = re.findall(row, PAGES["tapfm/adapt"])
     said = {yaml.safe_load(spec)["name"]: (yaml.safe_load(spec), *rest) for spec, *rest in rows}
     assert said.keys() == STRATEGIES.keys()
     for name, (spec, count, lr, export) in said.items():

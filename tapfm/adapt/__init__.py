@@ -1,9 +1,27 @@
 """Which of the encoder's parameters learn: one file a strategy, one small contract.
 
+    full.py         everything
+    last_n.py       the last blocks and the final norm
+    bitfit.py       biases
+    norm_only.py    norms
+    lora.py         a low-rank change of matrices
+    dora.py         the same, and the length of their rows
+    vpt_deep.py     prompt tokens before every block
+    adaptformer.py  a bottleneck beside every MLP
+    ssf.py          scale and shift of every operation
+    hiadapter.py    tokens look at the tile's optical density and stains
+    pathotune.py    prompts for the task, from a sentence, of the tile
+    frozen.py       nothing, all else as in the others: their control
+
+What they share:
+
+    surgery.py      what strategies need of a timm ViT
+    lowrank.py      the layer that LoRA and DoRA share
+    peft_layout.py  their adapters to and from the peft library's files
+    pixels.py       the tile's colours and stains, for strategies that look at them
+
 Adding a strategy is a file with a frozen dataclass that has the four methods of `Strategy`, and its
-name here. Its fields are its options. A strategy never imports another; what they share stands in
-`surgery` (what is needed of a timm ViT), `lowrank` (the layer of LoRA and DoRA, whose files
-`peft_layout` reads and writes) and `pixels` (a tile's colours and stains).
+name here. Its fields are its options. A strategy never imports another.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
 """What is to be predicted: one file a task, one small contract.
 
+    multilabel.py  labels of 0 and 1, each for itself
+    multiclass.py  one of several classes
+    regression.py  numbers
+    survival.py    times to an event: hazards, or Cox's partial likelihood
+    columns.py     what the two share whose columns are each a target
+
 A task says what a cohort's label columns become (`slides.targets` reads them), how many logits the
 model has, by what loss they learn, what is said of a slide, and how well it was said. The training
 step knows none of this: it calls the loss. What comes from data, such as class weights or the edges
