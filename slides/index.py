@@ -214,16 +214,29 @@ def _reusable(
         index = read_index(out, grid, tissue)
     except (IndexSettingsError, IndexFileError) as fault:
         return None, f"rebuilt: {fault}"
-    had = f"it was made with {index.slide_mpp:g}"
-    if mpp is not None and (index.mpp_source != "table" or index.slide_mpp != mpp):
-        return None, f"rebuilt: the table now gives mpp {mpp:g}, {had}"
-    if mpp is None and index.mpp_source == "table":
-        return None, f"rebuilt: the table no longer gives an mpp, {had}"
     if not slide_path.is_file():
         return None, "rebuilt: the slide is gone"
-    if slide_path.stat().st_size != index.slide_bytes:
-        return None, "rebuilt: the slide's file has changed"
+    if why := outdated(index, slide_path, mpp):
+        return None, f"rebuilt: {why}"
     return index, ""
+
+
+def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
+    """Why an index is not that of a slide as it is now, or "".
+
+    Args:
+        index: as it was read.
+        slide_path: the slide; one that is gone, and lives on in the cache, is not looked at.
+        mpp: of the cohort's table, or None.
+    """
+    had = f"it was made with {index.slide_mpp:g}"
+    if mpp is not None and (index.mpp_source != "table" or index.slide_mpp != mpp):
+        return f"the table now gives mpp {mpp:g}, {had}"
+    if mpp is None and index.mpp_source == "table":
+        return f"the table no longer gives an mpp, {had}"
+    if slide_path.is_file() and slide_path.stat().st_size != index.slide_bytes:
+        return "the slide's file has changed"
+    return ""
 
 
 def _write_ledger(path: Path, rows: list[dict]) -> None:

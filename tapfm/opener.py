@@ -20,10 +20,10 @@ from slides.cache import CachedSlide
 from slides.chunks import SlideSource
 from slides.cohort import SlideRow
 from slides.crew import Crew
-from slides.errors import IndexFileError, SlideError
+from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid
 from slides.held import JoinedTiles, SlideTiles, joined
-from slides.index import TileIndex, index_path, read_index
+from slides.index import TileIndex, index_path, outdated, read_index
 from slides.reader import Slide
 from slides.stain import StainedSlide
 from slides.tissue import Tissue
@@ -57,7 +57,13 @@ class Opener:
             SlideError: there is none, or it was made with other settings.
         """
         path = index_path(self.index_dir, self.grid, row.slide_id)
-        return read_index(path, self.grid, self.tissue)
+        index = read_index(path, self.grid, self.tissue)
+        if why := outdated(index, Path(row.path), row.mpp):
+            raise IndexSettingsError(
+                f"{row.slide_id}: {path} is not its index any more: {why}, and no new one could "
+                "be made. The ledger beside it says why; mend that, and run `tapfm index`."
+            )
+        return index
 
     def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
         """Pixels, from the cache where there is one, normalised if asked for, and tiles."""

@@ -13,10 +13,12 @@ import torch
 from cohorts import LABELS, write_cohort
 
 from slides import crew as crews
+from slides.errors import IndexSettingsError
 from tapfm import model as models
 from tapfm.cli import main
 from tapfm.config import index_and_cache, read_source
 from tapfm.encoders import backbones
+from tapfm.fit import read_config
 from tapfm.opener import Opener
 
 SLIDES = 4
@@ -126,3 +128,25 @@ def test_a_process_that_dies_is_an_error_with_its_slides_name(
     assert "s2: a process that was reading died (SIGKILL)" in capsys.readouterr().err
     paths = out.rglob("features_*/*.h5" if verb == "features" else "*_weights.h5")
     assert sorted(path.stem[:2] for path in paths) == ["s0", "s1"]
+
+
+def test_an_index_that_no_longer_fits_its_slide_is_not_used(tmp_path, capsys):
+    """Where no new one can be made, the old one stays on disk; training must not take it."""
+    config = write_cohort(tmp_path, on_error="skip")
+    assert main(["index", "--config", str(config)]) == 0
+    table = tmp_path / "cohort.csv"
+    header, first, *others = table.read_text().splitlines()
+    name = first.split(",")[header.split(",").index("slide_id")]
+    lines = [f"{header},mpp", f"{first},3.0", *(f"{line}," for line in others)]
+    table.write_text("\n".join(lines) + "\n")
+    assert main(["index", "--config", str(config)]) == 0
+    assert "1 slides left out" in capsys.readouterr().out
+    source = read_source([config])
+    opener, row = Opener.of(source), next(r for r in source.rows if r.slide_id == name)
+    with pytest.raises(IndexSettingsError, match=rf"{name}: .*now gives mpp 3, it was made with 0"):
+        opener.index(row)
+    data = read_config(["--config", str(config)]).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    assert name in data.skipped
+    assert name not in {row.slide_id for row in data.rows("train")}
