@@ -178,6 +178,15 @@ def test_a_packages_docstring_lists_its_files(package):
     assert said == there
 
 
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks"])
+def test_links_of_a_page_lead_somewhere(page):
+    text = PAGES[page] if page in PAGES else (ROOT / page / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    assert links or page == "tapfm"
+    for link in links:
+        assert link.startswith("https://") or (ROOT / page / link).exists(), link
+
+
 def test_readme_tree_is_the_tree():
     block = re.search(r"```text\nslides/(.*?)```", README, re.S).group(0)
     said = set(re.findall(r"^(?:  )?([\w.]+/?)", block, re.M))
