@@ -71,6 +71,8 @@ class SlideData(L.LightningDataModule):
             read each time. None is no limit.
         tiles: size, resolution and tissue.
         tiles_per_slide: tiles drawn from a slide each epoch, without replacement; None is all.
+        turns: mirror training tiles and turn them by quarters. What the frozen rows know by which
+            way is up, a run with turns does not.
         colour: strength of the slide-shared colour jitter of training tiles; 0 is none.
         stain: bring the stains of every slide to a common reference, in training and ever after;
             None leaves them as they are.
@@ -99,6 +101,7 @@ class SlideData(L.LightningDataModule):
         cache_gb: float | None = None,
         tiles: TileSettings = TileSettings(),  # noqa: B008 (frozen)
         tiles_per_slide: int | None = None,
+        turns: bool = True,
         colour: float = 0.0,
         stain: Literal["macenko", "reinhard"] | None = None,
         stain_jitter: float = 0.0,
@@ -130,7 +133,7 @@ class SlideData(L.LightningDataModule):
         if host_gb is not None and host_gb < 0:
             raise ConfigError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
         self.sampling, self.host_gb = sampling, host_gb
-        self.augment = Augment(colour=colour, stain=stain_jitter)
+        self.augment = Augment(turns, turns, colour, stain_jitter)
         self.skipped: dict[str, str] = {}
         self.sampler: SlideSampler | None = None
 
@@ -229,6 +232,12 @@ class SlideData(L.LightningDataModule):
         for item in loader:
             if bag := self.on_before_batch_transfer(item, 0):
                 yield bag
+
+    @property
+    def varies(self) -> bool:
+        """Whether a slide looks otherwise from epoch to epoch."""
+        few = self.tiles_per_slide is not None
+        return few or any(vars(self.augment).values())
 
     def hold(self, rows: list[SlideRow]) -> int:
         """Tiles of a training slide that are held in memory; says so where that is not all."""

@@ -13,6 +13,7 @@ from tapfm.aggregators import AGGREGATORS, make_aggregator
 from tapfm.baselines import bag_statistics
 from tapfm.cli import main
 from tapfm.encoders import backbones
+from tapfm.fit import read_config
 from tapfm.head_start import callback
 from tapfm.head_start.remembered import Remembered, standardise
 from tapfm.head_start.solved import embed, judge, solve_head
@@ -174,3 +175,18 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
 
     assert main([*fit, "--trainer.max_epochs", "2"]) == 0
     assert len(starts) == 1
+
+
+def test_slides_that_never_vary_are_seen_once_and_as_they_are(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    same = ["--data.turns", "false", "--data.colour", "0", "--data.tiles_per_slide", "null"]
+    start = ["--model.steps.head_start", "true", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), *same, *start]) == 0
+    assert "head start: 7 views of slides; " in capsys.readouterr().out
+    for options, alike in ((same, True), (same[2:], False)):
+        data = read_config(["--config", str(config), *options]).datamodule
+        assert data.varies != alike
+        data.prepare_data()
+        seen = {bag.slide_id: next(iter(bag.tiles.split(99))) for bag in data.seen_in_training(1)}
+        for bag in data.streamed(data.rows("train")):
+            assert torch.equal(next(iter(bag.tiles.split(99))), seen[bag.slide_id]) == alike

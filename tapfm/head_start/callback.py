@@ -13,7 +13,7 @@ from tapfm.head_start.solved import embed, judge, solve_head
 from tapfm.head_start.taught import teach
 from tapfm.processes import gather
 
-VIEWS = 4  # of each training slide: a forward each, together an epoch's work
+VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 
 
 class HeadStart(Callback):
@@ -33,7 +33,8 @@ class HeadStart(Callback):
         if module.slides_seen:
             return
         data, task = trainer.datamodule, module.task
-        train = remember(module, data.seen_in_training(VIEWS), "frozen train")
+        views = VIEWS if data.varies else 1
+        train = remember(module, data.seen_in_training(views), "frozen train")
         val = remember(module, data.val_dataloader(), "frozen val")
         aggregator = module.slide_model.aggregator
         standardise(aggregator, train)
