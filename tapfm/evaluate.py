@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from slides.cases import gather
 from slides.cohort import SlideRow
+from slides.errors import CohortError
 from slides.reader import Slide
 from slides.tissue import tile_fraction
 from tapfm import model as models
@@ -73,6 +74,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
+        CohortError: the cohort's table has no slide of that split, or none that can be read.
     """
     folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
     if not folders:
@@ -85,6 +87,12 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     # the baselines' encoder is as it came, whatever the run's strategy puts into it
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
+    if not data.rows(split):
+        there = sorted({row.split for row in data.cohort.rows})
+        raise CohortError(
+            f"{first.config.data.table}: no slide of split {split}; there are {', '.join(there)}. "
+            f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device, features)
     of_slides = {  # of each bag: its slides, and how many tiles each has

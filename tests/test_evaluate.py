@@ -94,6 +94,17 @@ def test_nothing_to_test_says_what_to_run(tmp_path, capsys):
     assert "Run `tapfm fit` first" in capsys.readouterr().err
 
 
+def test_a_split_that_the_table_does_not_have_is_named(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    table = tmp_path / "cohort.csv"
+    lines = [line for line in table.read_text().splitlines() if ",test" not in line]
+    table.write_text("\n".join(lines) + "\n")
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
+    assert main(["test", "--run", str(tmp_path / "runs")]) == 2
+    said = "cohort.csv: no slide of split test; there are train, val. Give one of them, as `--split v"
+    assert said in capsys.readouterr().err
+
+
 @pytest.fixture
 def broken_below_the_index(tmp_path):
     """A cohort whose s10 (test) and s8 (val) were indexed, then lost half of their bytes."""
