@@ -101,7 +101,7 @@ def test_a_split_that_the_table_does_not_have_is_named(tmp_path, capsys):
     table.write_text("\n".join(lines) + "\n")
     assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
     assert main(["test", "--run", str(tmp_path / "runs")]) == 2
-    said = "cohort.csv: no slide of split test; there are train, val. Give one of them, as `--split v"
+    said = "cohort.csv: no slide of split test; there are train, val. Give one of them, as `--split"
     assert said in capsys.readouterr().err
 
 
