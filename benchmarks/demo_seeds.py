@@ -121,6 +121,8 @@ def table(results: dict) -> str:
         seconds = result["seconds"]
         stages = ", ".join(f"{name} {value}" for name, value in seconds.items())
         again = f" (tested again: {result['tested_again']})" if "tested_again" in result else ""
+        if "frozen_encoder" in result:  # its row was fitted later
+            again += f" (the row of the frozen encoder: {result['frozen_encoder']})"
         notes.append(
             f"Seed {seed}: {result['slides']} test slides of {result['cases']} cases; seconds: "
             f"{stages}, {sum(seconds.values())} in all. {result['machine']}; {result['date']}, "

@@ -42,3 +42,10 @@ def write_cohort(folder: Path, **changes) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
+
+
+def spoil(path):
+    """Half of a slide's bytes are lost and its size stays: its index is still its own."""
+    data = bytearray(path.read_bytes())
+    data[300 : len(data) // 2] = bytes(len(data) // 2 - 300)
+    path.write_bytes(data)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from cohorts import LABELS, write_cohort
+from cohorts import LABELS, spoil, write_cohort
 from PIL import Image
 
 from tapfm.cli import main
@@ -113,10 +113,7 @@ def broken_below_the_index(tmp_path):
         config = write_cohort(tmp_path, on_error=on_error)
         assert main(["index", "--config", str(config)]) == 0
         for name in ("s8.tif", "s10.tif"):
-            path = tmp_path / "slides" / name
-            data = bytearray(path.read_bytes())
-            data[300 : len(data) // 2] = bytes(len(data) // 2 - 300)  # its size stays
-            path.write_bytes(data)
+            spoil(tmp_path / "slides" / name)
         return config
 
     return make

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import LABELS, write_cohort
+from cohorts import LABELS, spoil, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import epoch_order
@@ -302,12 +301,13 @@ def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, caps
     assert main([*arguments, "--name", "stop", "--data.on_error", "stop"]) == 2
     assert "s1" in capsys.readouterr().err
     for number in (7, 8, 9):
-        next((tmp_path / "slides").glob(f"s{number}.*")).write_bytes(b"no slide")
+        spoil(next((tmp_path / "slides").glob(f"s{number}.*")))
     assert main([*arguments, "--name", "none"]) == 2
     said = capsys.readouterr().err
     assert "no slide of the val split could be read" in said
     assert all(f"s{number}: " in said for number in (7, 8, 9))
-    shutil.rmtree(tmp_path / "index")
+    for number in (7, 8, 9):  # of another size: their indexes are theirs no more
+        next((tmp_path / "slides").glob(f"s{number}.*")).write_bytes(b"no slide")
     assert main([*arguments, "--name", "none"]) == 2
     said = capsys.readouterr().err
     assert "split val, no slide of which can be read: 3 faults" in said
@@ -319,7 +319,7 @@ def test_what_was_learned_before_a_skipped_last_slide_is_not_lost(tmp_path, sche
     config = write_cohort(tmp_path, on_error="skip")
     assert main(["index", "--config", str(config)]) == 0
     last = epoch_order(7, 0, 0)[-1]
-    (tmp_path / f"slides/s{last}.{'svs' if last % 2 else 'tif'}").write_bytes(b"no slide")
+    spoil(tmp_path / f"slides/s{last}.{'svs' if last % 2 else 'tif'}")
     once = ["--trainer.max_epochs", "1", "--model.steps.accumulate", "100"]  # at its very end
     precision = ["--model.precision", "bf16-true" if scheme == "master" else "fp32"]
     how = ["--model.optimizer", scheme, *precision]

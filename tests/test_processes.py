@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import SPLITS, write_cohort
+from cohorts import SPLITS, spoil, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import SlideSampler, epoch_order
@@ -109,7 +109,7 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
 def test_a_broken_slide_stops_all_of_them_and_is_named(tmp_path):
     config = settings(tmp_path, on_error="skip", workers=0)
     assert main(["index", "--config", str(config)]) == 0
-    (tmp_path / "slides" / "s1.svs").write_bytes(b"no slide")
+    spoil(tmp_path / "slides" / "s1.svs")
     said = together(config, check=False)
     assert any("s1" in each and "take it out of the table" in each for each in said), said
 
