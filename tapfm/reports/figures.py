@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tapfm.probe import Part
     from tapfm.reports.arms import Arm
 
-# Okabe and Ito's colours, told apart by the colour-blind, and a brown: their yellow vanishes on white.
+# Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes
+# on white.
 TRAINED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 FROZEN = ("#000000", "#E69F00", "#56B4E9", "#999999", "#A6611A")
 DASHES = ("--", "-.", ":")
