@@ -16,10 +16,10 @@
     stages.py          those stages as a picture
     index.py           the chosen tiles of a cohort, and its ledger
     index_file.py      their h5, which TRIDENT reads
-    files.py           text, JSON and CSV that are whole or not there
+    files.py           files that are whole or not there; damaged ones
     job_folders.py     where other programs keep coordinates
     foreign.py         tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose
-    tiles.py           slides as features, places and pixels
+    tiles.py           labelled tiles: a table or folders, parts by case
     cohort.py          slides, cases, labels, splits; all faults at once
     cases.py           a patient's slides as one bag
     targets.py         what label columns hold: 0 and 1, classes, numbers, times

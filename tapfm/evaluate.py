@@ -87,7 +87,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     # the baselines' encoder is as it came, whatever the run's strategy puts into it
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
-    if not data.rows(split):
+    if not data.cohort.split(split):
         there = sorted({row.split for row in data.cohort.rows})
         raise CohortError(
             f"{first.config.data.table}: no slide of split {split}; there are {', '.join(there)}. "

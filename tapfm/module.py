@@ -129,6 +129,7 @@ class SlideModule(L.LightningModule):
         )  # fmt: skip
         self.slide_model = SlideModel(recipe, encoder)
         self.strategy = self.slide_model.strategy
+        self.learns = any(p.requires_grad for p in self.slide_model.encoder.parameters())
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
             name = spell(self.strategy)["name"]
             raise SettingError(
@@ -227,8 +228,7 @@ class SlideModule(L.LightningModule):
     @property
     def adapting(self) -> bool:
         """Whether the encoder learns from this slide: not while the head goes first, nor frozen."""
-        frozen = not any(p.requires_grad for p in self.slide_model.encoder.parameters())
-        return not frozen and self.slides_seen >= self.steps.head_first * self.slides_in_run
+        return self.learns and self.slides_seen >= self.steps.head_first * self.slides_in_run
 
     @property
     def slides_in_run(self) -> int:

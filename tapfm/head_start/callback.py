@@ -40,8 +40,9 @@ class HeadStart(Callback):
         standardise(aggregator, train)
         fresh = deepcopy(aggregator)
         aggregator.cpu()
-        probe = solve_head(aggregator, embed(aggregator, train), embed(aggregator, val), task)
-        figure, loss, together = judge(aggregator, embed(aggregator, val), task)
+        embedded = embed(aggregator, val)  # the head is no part of it
+        probe = solve_head(aggregator, embed(aggregator, train), embedded, task)
+        figure, loss, together = judge(aggregator, embedded, task)
         said = f"a linear probe, {probe.describe()}, validation loss {together:.3f}"
         if aggregator.gate is not None:
             taught = teach(fresh, train, val, task, data.seed)
