@@ -70,7 +70,7 @@ if verb == "fit":
                if k == "--config"]
     folder, data = pathlib.Path(configs[-1]["run_dir"]), configs[0]["data"]
     rows = [row for row in csv.DictReader(open(configs[-1]["data"]["table"]))]
-    draw = random.Random(str(folder))
+    draw = random.Random(str(folder.relative_to(folder.parents[3])))
     for name, noise in (("run", 1), ("frozen/frozen_probe", 4)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         with (folder / name / "predictions_test.csv").open("w") as out:
