@@ -52,13 +52,15 @@ FOLDS = 5
 ATTENTION = "frozen, gated attention"
 ROWS = {  # aggregator, strategy, learning rate of the encoder
     "frozen": ("tapfm_gated", {"name": "frozen"}, None),
-    "turned": ("tapfm_gated", {"name": "frozen"}, None),
     "full": ("tapfm_gated", {"name": "full"}, 2e-7),
     "lora": ("tapfm_gated", {"name": "lora"}, 5e-5),
     "last_n": ("tapfm_gated", {"name": "last_n", "n": 4}, 1e-6),
     "learned": ("gated", {"name": "full"}, 2e-7),
     "published": ("tapfm", {"name": "full"}, 2e-7),
+    "frozen_turned": ("tapfm_gated", {"name": "frozen"}, None),
+    "full_turned": ("tapfm_gated", {"name": "full"}, 2e-7),
 }
+TURNED = {"data": {"turns": True, "colour": 0.1}}  # what the rows of this name change besides
 
 
 def main() -> int:
@@ -75,11 +77,9 @@ def main() -> int:
     weights.write_text(yaml.safe_dump({"model": {"weights": str(WEIGHTS)}}))
     studies = {}
     for row, (aggregator, strategy, lr) in ROWS.items():
-        name = f"frozen_{row}" if row == "turned" else strategy["name"]  # the row's
-        own, changes = arguments.out / f"{name}.yaml", {}
-        changes["model"] = {"strategy": strategy, "steps": {"encoder_lr": lr}}
-        if row == "turned":
-            changes["data"] = {"turns": True, "colour": 0.1}
+        turned = TURNED if row.endswith("_turned") else {}
+        own = arguments.out / f"{row if turned else strategy['name']}.yaml"  # names the row
+        changes = {"model": {"strategy": strategy, "steps": {"encoder_lr": lr}}} | turned
         own.write_text(yaml.safe_dump(changes))
         flags = {"config": [CONFIG, weights], "out": arguments.out / "study", "folds": FOLDS,
                  "aggregators": [aggregator], "strategies": [str(own)],

@@ -83,13 +83,12 @@ def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
 class CachedSlide:
     """The tiles of one slide, read from its cache. Pickles; opened at the first `read`."""
 
-    def __init__(self, cache_dir: Path, index: TileIndex, slide_path: Path | None = None):
+    def __init__(self, cache_dir: Path, index: TileIndex):
         """Check that the cache is there and is of these tiles.
 
         Args:
             cache_dir: as given to `build_cache`.
             index: the tiles that will be asked for.
-            slide_path: the slide's file, to notice that it was exchanged; it may be away.
 
         Raises:
             IndexFileError: there is no cache, or it is damaged.
@@ -102,13 +101,6 @@ class CachedSlide:
         except FileNotFoundError:
             raise _no_cache(self.path, index) from None
         _check(self.path, index)
-        if slide_path is not None and Path(slide_path).is_file():
-            found = Path(slide_path).stat().st_size
-            if found != index.slide_bytes:
-                raise IndexSettingsError(
-                    f"{self.name}: its file {slide_path} has {found} bytes, the one that was "
-                    f"indexed and cached had {index.slide_bytes}. Index and cache it again."
-                )
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
         """The tile at (x0, y0), uint8 (S, S, 3); one of those in the index.
@@ -219,7 +211,7 @@ def _key(index: TileIndex) -> dict:
     return {
         "version": VERSION,
         "slide_id": index.slide_id,
-        "slide_bytes": int(index.slide_bytes),  # another file under the same name
+        "slide": index.fingerprint,  # another file under the same name
         "slide_mpp": float(index.slide_mpp),
         "size": index.grid.size,
         "mpp": index.grid.mpp,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slides.errors import NoTissueError
+from slides.files import fingerprint
 from slides.focus import BLUR_MPP, blur
 from slides.grid import Grid
 from slides.index_file import TileIndex
@@ -158,7 +159,7 @@ def to_index(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIn
         level=slide.level_for(choice.size0, grid.size),
         tissue_mm2=float(choice.mask.sum()) * mask_mpp**2 / 1e6,
         mask_sha256=hashlib.sha256(np.packbits(choice.mask).tobytes()).hexdigest(),
-        slide_bytes=slide.path.stat().st_size,
+        fingerprint=fingerprint(slide.path),
         pen_fraction=choice.pen_fraction[chosen],
         blur=choice.blur[chosen],
     )

@@ -17,7 +17,7 @@ import csv
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +145,7 @@ def read_cohort(
         texts[number] = [record[name] for name in present]
 
     splits = {number: row.split for number, row in rows.items()}
-    faults += _duplicates(rows, header) + _cases_in_two_splits(rows)
+    faults += _duplicates(rows) + _cases_in_two_splits(rows)
     if len(present) == len(labels) or columns.apart:
         values = columns.read(Cells(present, texts, splits), both_classes)
         faults += values.faults
@@ -202,7 +202,7 @@ def _parquet_lines(table: Path) -> list[list[str]]:
             return ""
         if isinstance(value, float) and value.is_integer():
             return str(int(value))  # a whole-number column with gaps is stored as floats
-        return str(int(value)) if str(value) in ("True", "False") else str(value)
+        return str(int(value)) if pandas.api.types.is_bool(value) else str(value)
 
     columns = [[text(value) for value in frame[name].tolist()] for name in frame.columns]
     return [[str(name) for name in frame.columns], *map(list, zip(*columns, strict=True))]
@@ -213,8 +213,7 @@ def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]
     for name in REQUIRED:
         if name not in header:
             faults.append(f"column {name!r} is missing: add it (there are: {', '.join(header)})")
-    for name in sorted({name for name in header if header.count(name) > 1}):
-        faults.append(f"column {name!r} appears {header.count(name)} times: rename or remove one")
+    faults += repeated_columns(header)
     for name in labels or ():
         if name not in header:
             choice = [h for h in header if h not in REQUIRED + OPTIONAL]
@@ -243,12 +242,17 @@ def _row(number, record, base, faults) -> SlideRow:
 
     path = Path()
     if slide_path := record.get("slide_path"):
-        path = (base / Path(slide_path).expanduser()).absolute()
-        if not path.exists():
+        try:
+            path = (base / Path(slide_path).expanduser()).absolute()
+            found = path.resolve().exists()
+        except (OSError, RuntimeError):  # too long a name, links in a ring, nobody's home
+            path, found = Path(slide_path), False
+        if not found:
             faults.append(
                 f"row {number}: {slide_id or 'the slide'} is not at {path}: correct slide_path "
                 "or the folder that it is relative to, or remove the row"
             )
+            path = Path()
 
     text, mpp = record.get("mpp", ""), None
     if text.lower() not in UNKNOWN:
@@ -278,23 +282,32 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _duplicates(rows: dict[int, SlideRow], header: list[str]) -> list[str]:
-    faults = []
-    for name in ("slide_id", "slide_path"):
-        if name not in header:
-            continue
-        numbers = defaultdict(list)
-        for number, row in rows.items():
-            # One file under two names would leak between splits just as one name twice would.
-            same = row.slide_id if name == "slide_id" else row.path.resolve()
-            if same and same != Path().resolve():
-                numbers[str(same)].append(number)
-        for value, where in numbers.items():
-            if len(where) > 1:
-                faults.append(
-                    f"{some_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
-                )
-    return faults
+def repeated_columns(header: Sequence[str]) -> list[str]:
+    """A fault for each name that stands twice."""
+    return [
+        f"column {name!r} appears {times} times: rename or remove one"
+        for name, times in sorted(Counter(header).items())
+        if times > 1
+    ]
+
+
+def repeated_values(name: str, values: Mapping[int, str]) -> list[str]:
+    """A fault for each value of column `name` that several rows (number -> value) have."""
+    rows = defaultdict(list)
+    for number, value in values.items():
+        rows[value].append(number)
+    return [
+        f"{some_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
+        for value, where in rows.items()
+        if value and len(where) > 1
+    ]
+
+
+def _duplicates(rows: dict[int, SlideRow]) -> list[str]:
+    """One file under two names would leak between splits just as one name twice would."""
+    names = {number: row.slide_id for number, row in rows.items()}
+    files = {n: str(row.path.resolve()) for n, row in rows.items() if row.path != Path()}
+    return repeated_values("slide_id", names) + repeated_values("slide_path", files)
 
 
 def _cases_in_two_splits(rows: dict[int, SlideRow]) -> list[str]:

@@ -54,6 +54,10 @@ class IndexFileError(SlideError):
     """An index cannot be written (full disk), is missing, or is damaged."""
 
 
+class TilingError(ValueError):
+    """Tiles or tissue such as cannot be asked for."""
+
+
 class CohortError(ValueError):
     """What is wrong with a cohort table: all its faults, each with its row and remedy."""
 

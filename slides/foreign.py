@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.errors import CoordinatesError, NoTissueError
-from slides.files import damage_as
+from slides.files import damage_as, fingerprint
 from slides.grid import MPP_RANGE, Grid
 from slides.index_file import TileIndex
 from slides.job_folders import coordinates_sha256, hs2p_parts
@@ -80,7 +80,7 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
         level=slide.level_for(found.size0, found.size),
         tissue_mm2=float("nan"),
         mask_sha256=coordinates_sha256(path),
-        slide_bytes=slide.path.stat().st_size,
+        fingerprint=fingerprint(slide.path),
         origin=f"{found.writer}: {path.absolute()}",
     )
 

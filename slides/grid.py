@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slides.errors import TooCoarseError
+from slides.errors import TilingError, TooCoarseError
 
 UNSCALED_TOLERANCE = 0.05  # of the scan's mpp; scanners that say "0.5" differ by a few percent
 MPP_RANGE = (0.05, 20.0)  # outside it a resolution is a printer's default (72 dpi reads 352.8)
@@ -42,14 +42,14 @@ class Grid:
 
     def __post_init__(self):
         if self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+            raise TilingError(f"size must be at least 1 pixel, got {self.size}")
         if not MPP_RANGE[0] <= self.mpp <= MPP_RANGE[1]:
-            raise ValueError(
+            raise TilingError(
                 f"mpp must be in [{MPP_RANGE[0]:g}, {MPP_RANGE[1]:g}] microns per pixel, "
                 f"got {self.mpp:g}"
             )
         if not 0 <= self.overlap < self.size:
-            raise ValueError(f"overlap must be in [0, {self.size}), got {self.overlap}")
+            raise TilingError(f"overlap must be in [0, {self.size}), got {self.overlap}")
 
     @property
     def magnification(self) -> float:

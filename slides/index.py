@@ -4,9 +4,8 @@
     <index_dir>/20x_224px_0px_overlap/ledger.csv                        what became of every slide
 
 A tile is chosen when enough of it is tissue, or when another program chose it (`Tissue.coords`).
-Before a slide counts as indexed its file has been
-found whole and its best tile has been read, so what is broken shows here and not hours into a run.
-A second run keeps the indexes that are still right, rebuilds those made with other settings, from
+Before a slide counts as indexed its file has been found whole and its best tile has been read, so
+what is broken shows here and not hours into a run. A second run keeps the indexes that are still right, rebuilds those made with other settings, from
 another file or at another resolution, and says so in the ledger.
 """
 
@@ -16,13 +15,14 @@ import contextlib
 import csv
 import io
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slides.choose import choose, index_slide, to_index
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError, SlideError
-from slides.files import write_whole
+from slides.files import fingerprint, write_whole
 from slides.foreign import index_from_coordinates
 from slides.grid import Grid
 from slides.index_file import TileIndex, index_path, read_index, write_index
@@ -84,7 +84,7 @@ def index_cohort(
 
     rows = list(rows)
     ids = [row.slide_id for row in rows]
-    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(ids).items() if times > 1):
         raise SlideError(
             f"{', '.join(twice)}: given more than once, and would overwrite each other's index. "
             f"Give every slide its own slide_id."
@@ -234,7 +234,7 @@ def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
         return f"the table now gives mpp {mpp:g}, {had}"
     if mpp is None and index.mpp_source == "table":
         return f"the table no longer gives an mpp, {had}"
-    if slide_path.is_file() and slide_path.stat().st_size != index.slide_bytes:
+    if slide_path.is_file() and fingerprint(slide_path) != index.fingerprint:
         return "the slide's file has changed"
     return ""
 

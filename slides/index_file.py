@@ -57,8 +57,8 @@ class TileIndex:
     tissue_mm2: float
     """Tissue on the whole slide, in square millimetres."""
     mask_sha256: str
-    slide_bytes: int
-    """Size of the slide's file, by which a replaced slide is noticed."""
+    fingerprint: str
+    """Of the slide's file, by which a replaced slide is noticed (`slides.files`)."""
     pen_fraction: np.ndarray | None = None
     """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
     blur: np.ndarray | None = None
@@ -129,7 +129,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         "read_level": index.level,
         "bounds_level0": np.array(index.bounds0, np.int64),
         "tissue_mm2": index.tissue_mm2,
-        "slide_bytes": index.slide_bytes,
+        "slide_fingerprint": index.fingerprint,
         "writer": WRITER,
         "writer_version": WRITER_VERSION,
         "origin": index.origin,
@@ -183,7 +183,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             level=int(attrs["read_level"]),
             tissue_mm2=float(attrs["tissue_mm2"]),
             mask_sha256=str(attrs["mask_sha256"]),
-            slide_bytes=int(attrs["slide_bytes"]),
+            fingerprint=str(attrs["slide_fingerprint"]),
             origin=str(attrs.get("origin", "")),
             **figures,
         )

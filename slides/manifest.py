@@ -19,6 +19,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,8 +212,9 @@ class _Verified:
             while block := file.read(BLOCK):
                 digest.update(block)
                 advance(len(block))
-        with self.path.open("a", encoding="utf-8") as record:
-            record.write(self.start + "\t".join((*key, digest.hexdigest())) + "\n")
+        line = self.start + "\t".join((*key, digest.hexdigest())) + "\n"
+        with suppress(OSError), self.path.open("a", encoding="utf-8") as record:
+            record.write(line)  # where the folder can be read only, files are hashed every time
         self.start, self.hashed = "", self.hashed + 1
         return digest.hexdigest()
 

@@ -106,7 +106,7 @@ def geojson_polygons(
     try:
         for feature in _features(json.loads(text)):
             shift = np.array(origin0 if _is_qupath(feature) else (0, 0), float)
-            for rings in _polygons(feature.get("geometry", feature)):
+            for rings in filter(None, _polygons(feature.get("geometry", feature))):
                 none = False
                 yield [_ring(ring) + shift for ring in rings]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

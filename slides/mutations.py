@@ -2,7 +2,8 @@
 
     MAF                data_mutations.txt, a GDC MAF; plain or .gz; a row a mutation. The GDC has a
                        file a case now: `cat` them, headers and all, into one
-    cBioPortal matrix  a row a sample, a column a gene; WT, NS (not sequenced) or protein changes
+    cBioPortal matrix  a row a sample, a column a gene; WT, NS (not sequenced) or protein changes,
+                       MUTATED where it has no name
     GigaPath table     a row a slide, a True or False for each gene
 
 A case is 1 if any of its tumour samples has a mutation that the gene's rule (variants.py) counts,
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slides.errors import LabelError, all_faults
+from slides.targets import UNKNOWN
 from slides.tcga import case_of, is_tumour
 from slides.variants import HOTSPOTS, NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
 
@@ -41,8 +43,11 @@ GIGAPATH_GENES = (
     "FAT1", "LRP1B",
 )  # fmt: skip
 NOT_SOMATIC = frozenset({"germline", "wildtype", "loh"})
+NOT_SEQUENCED = UNKNOWN | {"ns", "np"}  # a matrix's cells, in small letters
+NAMELESS = frozenset({"mutated", "promoter"})  # its changes that have no position
 TABLE = {"True": True, "False": False}  # GigaPath's cells
 LISTED = 8  # names spelled out in one line
+CELL = 1 << 24  # characters of a cell: a long deletion's allele has more than csv's own limit
 
 
 @dataclass(frozen=True)
@@ -230,12 +235,11 @@ def _maf(header, rows, rules):
         for kind, n in odd.items()
     ]
     said = "only cases with a row in the file; a case without one is unknown, sequenced or not"
-    return seen, said, faults[:LISTED] + ([f"and {len(faults) - LISTED} more"]
-                                          if len(faults) > LISTED else [])  # fmt: skip
+    return seen, said, _first(faults)
 
 
 def _matrix(header, rows, rules):
-    """Cases of a cBioPortal matrix; NS and blank are not sequenced."""
+    """Cases of a cBioPortal matrix; NS, NA and blank are not sequenced."""
     seen, faults = defaultdict(_Case), _missing_genes(header, rules)
     for number, cells in rows:
         if len(cells) != len(header):
@@ -246,15 +250,24 @@ def _matrix(header, rows, rules):
             continue
         case = seen[case_of(record["SAMPLE_ID"])]
         for gene in rules.keys() & record.keys():
-            changes = record[gene].split()
-            if not changes or changes == ["NS"]:
+            cell = record[gene]
+            if cell.lower() in NOT_SEQUENCED:
                 continue
-            case.profiled.add(gene)
-            if changes != ["WT"]:
-                case.mutated.add(gene)
-                if any(change_counts(gene, rules[gene], change) for change in changes):
-                    case.counted.add(gene)
-    return seen, "", faults
+            if cell.lower() == "wt":
+                case.profiled.add(gene)
+                continue
+            changes = [change for change in re.split(r"[\s,;]+", cell) if change]
+            if any(c.lower() not in NAMELESS and not re.search(r"\d", c) for c in changes):
+                faults.append(
+                    f"row {number}: {gene} is {cell!r}: write protein changes (L858R T790M), "
+                    "MUTATED, WT, or NS where it was not sequenced"
+                )
+            case.mutated.add(gene)
+            if any(change_counts(gene, rules[gene], change) for change in changes):
+                case.counted.add(gene)
+            elif "mutated" not in cell.lower():  # which may be one that the rule counts
+                case.profiled.add(gene)
+    return seen, "", _first(faults)
 
 
 def _gigapath(header, rows, rules):
@@ -279,7 +292,12 @@ def _gigapath(header, rows, rules):
         if any(record.get(gene) == "True" for gene in GIGAPATH_GENES):
             case.profiled |= rules.keys()
     said = "only cases with a mutation of any of its genes; False may mean not sequenced"
-    return seen, said, faults
+    return seen, said, _first(faults)
+
+
+def _first(faults: list[str]) -> list[str]:
+    rest = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+    return faults[:LISTED] + rest
 
 
 def _missing_genes(header: list[str], rules: Mapping[str, str]) -> list[str]:
@@ -308,6 +326,7 @@ def _text(path: Path, data: bytes) -> str:
 
 def _table(path: Path, data: bytes) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Header and numbered rows, below any # lines; tabs if the header has one, else commas."""
+    csv.field_size_limit(CELL)
     lines = io.StringIO(_text(path, data), newline="")
     number, first = 1, lines.readline()
     while first.startswith("#"):

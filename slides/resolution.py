@@ -2,18 +2,23 @@
 
 Order of trust: the user's table, `openslide.mpp-x`, vendor keys, the TIFF resolution, and last
 10 / objective power, with a warning, because "20x" is 0.44 on one scanner and 0.55 on another.
-A value that no microscope makes counts as missing and is named: 352.8 is a 72 dpi default.
+A value that no microscope makes counts as missing and is named: 352.8 is a 72 dpi default. Pixels
+that are not square are refused.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from html import unescape
 import warnings
 from collections.abc import Mapping
 
 from slides.errors import MissingResolutionError
 from slides.grid import MPP_RANGE
+
+OBLONG = 0.05  # scanners' axes differ by a few per mille
+OME_UNITS = {"um": 1.0, "µm": 1.0, "\u03bcm": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3}
 
 
 def find_mpp(
@@ -25,12 +30,19 @@ def find_mpp(
     warning. A value outside 0.05 to 20 counts as missing: 352.8 is a 72 dpi default.
 
     Raises:
-        MissingResolutionError: none is there, or only unbelievable ones, which it names.
+        MissingResolutionError: none is there, or only unbelievable ones, which it names; or pixels
+            are longer than broad.
     """
     found = [("table", table_mpp, table_mpp)] if table_mpp is not None else _stated(properties)
     absurd = []
     for source, x, y in found:
         if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+            if abs(x - y) > OBLONG * min(x, y):
+                raise MissingResolutionError(
+                    f"{name}: its pixels are {x:g} x {y:g} microns ({source}), and tiles of it "
+                    "would be stretched. Make them square when the slide is converted, or, if "
+                    "the file is wrong, give mpp in the cohort table."
+                )
             return x, y, source
         absurd.append(f"{source} = {x:g}" + ("" if x == y else f" x {y:g}"))
     power = _number(properties.get("openslide.objective-power") or properties.get("aperio.AppMag"))
@@ -59,11 +71,13 @@ def _stated(properties: Mapping[str, str]) -> list[tuple[str, float, float]]:
         ("ventana.ScanRes", get("ventana.ScanRes"), get("ventana.ScanRes")),
         ("mirax", get(layer + "X"), get(layer + "Y")),
     ]
-    text = get("tiff.ImageDescription") or get("openslide.comment") or ""
+    text = unescape(get("tiff.ImageDescription") or get("openslide.comment") or "")
     ome = [re.search(rf'PhysicalSize{axis}="([^"]+)"', text) for axis in "XY"]
     unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-    if ome[0] and (unit is None or unit[1] in ("µm", "um", "\u03bcm", "micron")):
-        pairs.append(("OME PhysicalSizeX", *(match and match[1] for match in ome)))
+    factor = OME_UNITS.get(unit[1] if unit else "um")
+    if ome[0] and factor:
+        sizes = (match and _number(match[1]) for match in ome)
+        pairs.append(("OME PhysicalSizeX", *(size and size * factor for size in sizes)))
     described = re.search(r"\bMPP\s*=\s*([\d.]+)", text)
     if described:
         pairs.append(("MPP in the description", described[1], described[1]))

@@ -106,6 +106,9 @@ def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
     column = f"fold_{fold}"
     faults: list[str] = []
     if {"slide_id", column} <= set(header):
+        cut = [n for n, row in enumerate(records, start=2) if len(row) < len(header)]
+        if cut:
+            raise SplitError(f"{path}: row {cut[0]} is cut off. Copy the file again.")
         parts = [(row["slide_id"], row[column], str(n)) for n, row in enumerate(records, start=2)]
     elif {"train", "test"} <= set(header):
         parts = list(_clam_parts(header, records, faults))

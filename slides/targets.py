@@ -236,10 +236,11 @@ def make_columns(task: str | Mapping[str, Any]) -> Columns:
     Raises:
         CohortError: no such task, or survival without its columns.
     """
-    options = {"name": task} if isinstance(task, str) else dict(task)
-    kind = COLUMNS.get(options.get("name"))
-    if kind is None:
-        raise CohortError(f"data.task {options.get('name')!r} is none of {', '.join(COLUMNS)}")
+    options = task if isinstance(task, Mapping) else {"name": task}
+    name = options.get("name")
+    if name not in tuple(COLUMNS):
+        raise CohortError(f"data.task {name!r} is none of {', '.join(COLUMNS)}")
+    kind = COLUMNS[name]
     if kind is not Times:
         return kind()
     if not all(isinstance(options.get(key), str) for key in ("time", "event")):

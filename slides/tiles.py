@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slides.cohort import SPLITS, UNKNOWN, read_table
+from slides.cohort import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.errors import CohortError, TileError, all_faults
 from slides.order import stable_seed
 from slides.splits import FRACTIONS, Cases, deal
@@ -194,14 +194,15 @@ def _from_table(table: Path) -> tuple[list[TileRow], bool]:
     header, lines = read_table(table)
     missing = [name for name in ("path", "label") if name not in header]
     faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
-    rows, where = [], defaultdict(list)
+    rows, files = [], {}
     for number, cells in lines if not missing else ():
         row = dict(zip(header, cells, strict=False))
         path = table.parent / row.get("path", "")
         label, part = row.get("label", ""), row.get("split", "")
-        where[path].append(number)
         if not row.get("path") or not path.is_file():
             faults.append(f"row {number}: {path} is no file: mend its path or leave the row out")
+        else:
+            files[number] = str(path.resolve())
         if label.lower() in UNKNOWN:
             faults.append(
                 f"row {number}: label is {label!r}: a tile needs a class, or leave it out"
@@ -211,11 +212,7 @@ def _from_table(table: Path) -> tuple[list[TileRow], bool]:
         if "case_id" in header and not row.get("case_id"):
             faults.append(f"row {number}: case_id is blank: fill it in, or leave the column out")
         rows.append(TileRow(path, label, row.get("case_id", ""), part))
-    faults += [
-        f"rows {', '.join(map(str, numbers))}: {path} more than once: keep one row"
-        for path, numbers in where.items()
-        if len(numbers) > 1
-    ]
+    faults += repeated_values("picture", files)
     if faults or not rows:
         raise CohortError(all_faults(table, faults or ["there is no row below the header"]))
     return rows, "case_id" in header

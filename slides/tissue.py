@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from slides.errors import CoordinatesError
+from slides.errors import CoordinatesError, TilingError
 
 WHITE_RANGE = (200.0, 255.0)  # a background darker than this is not glass
 SIGNAL_RANGE = (0.035, 0.08)  # glass and JPEG noise stay below the first, faint eosin above it
@@ -75,13 +75,13 @@ class Tissue:
                 f"{'it' if len(given) == 1 else 'them'} out, or coords."
             )
         if not 0.25 <= self.mpp <= 100:
-            raise ValueError(f"tissue mpp must be in [0.25, 100], got {self.mpp:g}")
+            raise TilingError(f"tissue mpp must be in [0.25, 100], got {self.mpp:g}")
         if not 0 <= self.min_fraction <= 1:
-            raise ValueError(f"min_fraction must be in [0, 1], got {self.min_fraction:g}")
+            raise TilingError(f"min_fraction must be in [0, 1], got {self.min_fraction:g}")
         if self.min_area_um2 < 0:
-            raise ValueError(f"min_area_um2 must not be negative, got {self.min_area_um2:g}")
+            raise TilingError(f"min_area_um2 must not be negative, got {self.min_area_um2:g}")
         if self.max_blur is not None and not 0 < self.max_blur <= 1:
-            raise ValueError(f"max_blur must be in (0, 1] or None, got {self.max_blur:g}")
+            raise TilingError(f"max_blur must be in (0, 1] or None, got {self.max_blur:g}")
 
 
 def tissue_mask(rgb: np.ndarray, tissue: Tissue, mpp: float | None = None) -> np.ndarray:

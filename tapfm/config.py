@@ -71,26 +71,34 @@ def read_source(configs: Sequence[Path]) -> Source:
         CohortError: all the faults of the table.
     """
     data = read_data(configs)
-    tiles = dict(data.get("tiles") or {})
-    tissue = _checked(Tissue, tiles.pop("tissue", None) or {}, "data.tiles.tissue")
+    tiles = _keys(data.get("tiles"), "data.tiles")
+    where = "data.tiles.tissue"
+    tissue = _checked(Tissue, _keys(tiles.pop("tissue", None), where), where)
     settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
     folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
     if stain not in (None, *METHODS):
         raise ConfigError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
+    labels, on_error = data.get("labels"), data.get("on_error", "stop")
+    if labels is not None and not isinstance(labels, list):
+        raise ConfigError(f"data.labels: {labels!r} is no list: write [{labels}]")
+    if on_error not in ("stop", "skip"):
+        raise ConfigError(f"data.on_error: {on_error!r} is neither stop nor skip")
+    workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
+    _numbers({"workers": workers, "cache_gb": 0 if cache_gb is None else cache_gb}, "data")
     return Source(
         read_cohort(
             Path(data["table"]),
-            data.get("labels"),
+            labels,
             folder and Path(folder),
             task=data.get("task") or "multilabel",
         ).rows,
         Path(data.get("index_dir", "data/index")),
         Path(cache) if cache else None,
         settings,
-        data.get("on_error", "stop"),
-        int(data.get("workers", 2)),
+        on_error,
+        int(workers),
         stain,
-        data.get("cache_gb"),
+        cache_gb,
     )
 
 
@@ -102,8 +110,8 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
     """
     data: dict[str, Any] = {}
     for config in configs:
-        data = _merged(data, read_yaml(config).get("data") or {})
-    if "table" not in data:
+        data = _merged(data, _keys(read_yaml(config).get("data"), f"{config}: data"))
+    if not data.get("table"):
         raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
     return data
 
@@ -161,7 +169,7 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
         raise ConfigError(f"{file}: there is no such {what}.{listed}")
     try:
         found = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")
@@ -174,9 +182,23 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **both}
 
 
+def _keys(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values or {}, Mapping):
+        raise ConfigError(f"{where}: {values!r:.60} is not lines of `key: value`")
+    return dict(values or {})
+
+
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    known = [each.name for each in fields(cls)]
-    unknown = sorted(values.keys() - set(known))
+    """A dataclass of what a config says; a value whose default is a number must be one."""
+    known = {each.name: each.default for each in fields(cls)}
+    unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise ConfigError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    _numbers({key: v for key, v in values.items() if isinstance(known[key], int | float)}, where)
     return cls(**values)
+
+
+def _numbers(values: Mapping[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if not isinstance(value, int | float) or value < 0:
+            raise ConfigError(f"{where}.{key}: {value!r} is no number from 0 on")

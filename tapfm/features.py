@@ -103,7 +103,8 @@ class Extraction:
         """Encode a slide and write its file.
 
         Raises:
-            FeatureError: a feature is not finite in the numbers asked for, or the disk is full.
+            FeatureError: a feature is not finite in the numbers asked for.
+            WriteError: the disk is full.
             SlideError: the slide cannot be read.
         """
         device = self.encoder.mean.device
@@ -120,19 +121,13 @@ class Extraction:
                 f"{index.slide_id}: features of {self.name} computed in {self.precision} are not "
                 f"finite in {self.dtype}. Use --precision fp32 --dtype fp32."
             )
-        try:
-            with replacing(path) as partial, h5py.File(partial, "w") as file:
-                rows = min(ROWS, len(stored_TD))
-                chunks = rows, stored_TD.shape[1]
-                features = file.create_dataset("features", data=stored_TD, chunks=chunks)
-                features.attrs.update(self.facts(path, index))
-                coords = file.create_dataset("coords", data=index.coords0, chunks=(rows, 2))
-                coords.attrs.update(index_attributes(index, tissue, path.parent.parent))
-        except OSError as error:
-            raise FeatureError(
-                f"{index.slide_id}: {path} could not be written: {error.strerror or error}. "
-                "Nothing half-written was left. Free some space, then run the same command again."
-            ) from error
+        with replacing(path) as partial, h5py.File(partial, "w") as file:
+            rows = min(ROWS, len(stored_TD))
+            chunks = rows, stored_TD.shape[1]
+            features = file.create_dataset("features", data=stored_TD, chunks=chunks)
+            features.attrs.update(self.facts(path, index))
+            coords = file.create_dataset("coords", data=index.coords0, chunks=(rows, 2))
+            coords.attrs.update(index_attributes(index, tissue, path.parent.parent))
 
     def facts(self, path: Path, index: TileIndex) -> dict[str, str]:
         """Attributes of `features`: TRIDENT's three, then ours."""
@@ -167,7 +162,8 @@ def extract(
         its reason.
 
     Raises:
-        FeatureError: features of other weights are there, or cannot be written.
+        FeatureError: features of other weights are there.
+        WriteError: the disk is full.
         SlideError: with `on_error: stop`, the first slide's fault.
     """
     opener, wanted, failed, tiles = Opener.of(source), [], {}, 0

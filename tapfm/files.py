@@ -1,17 +1,37 @@
-"""Files that are whole or not there: text, JSON, CSV; the renaming itself is `slides.files`."""
+"""Files that are whole or not there: text, JSON, CSV; the renaming itself is `slides.files`'."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
-from slides.files import replacing
+from slides import files
 
-__all__ = ["replacing", "write_csv", "write_json", "write_text"]
+
+class WriteError(OSError):
+    """A file cannot be written."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """As that of `slides.files`; what goes wrong is the user's to mend.
+
+    Raises:
+        WriteError: no right to, no room, or something else of that name.
+    """
+    try:
+        with files.replacing(path) as partial:
+            yield partial
+    except OSError as error:
+        raise WriteError(
+            f"{path}: cannot be written ({error.strerror or error}). Name another place, or mend "
+            "that, and run the same command again."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

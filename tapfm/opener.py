@@ -71,11 +71,17 @@ class Opener:
         source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
         if self.cache_dir is not None:
             try:
-                source = CachedSlide(self.cache_dir, index, row.path)
-            except IndexFileError:
+                source = CachedSlide(self.cache_dir, index)
+            except (IndexFileError, IndexSettingsError):  # none, or an old one with no room to renew
                 if self.cache_gb is None:
                     raise
-        return (StainedSlide(source, index, self.stain) if self.stain else source), index
+        if self.stain is None:
+            return source, index
+        try:
+            return StainedSlide(source, index, self.stain), index
+        except SlideError:
+            source.close()
+            raise
 
     def tiles(
         self,

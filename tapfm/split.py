@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cohort import OPTIONAL, REQUIRED, read_table
+from slides.cohort import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
 from slides.errors import SplitError, all_faults
 from slides.reader import slide_stem
 from slides.split_files import (
@@ -113,6 +113,7 @@ def _read(
     labels = columns.choose(asked, [n for n in header if n and n not in REQUIRED + OPTIONAL])
     missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
     faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
+    faults += repeated_columns(header)
     records, texts = {}, {}
     for number, cells in lines:
         row = dict(zip(header, cells, strict=False))
@@ -125,6 +126,7 @@ def _read(
     if not missing:
         values = columns.read(Cells(labels, texts, {}), ())
         faults += values.faults
+        faults += repeated_values("slide_id", {n: row["slide_id"] for n, row in records.items()})
     if faults or not records:
         raise SplitError(all_faults(table, faults or ["no row below the header"]))
     rows = list(records.values())

@@ -42,7 +42,7 @@ def make_index(tiles, slide_id="slide.a", columns=7, grid=None):
         level=0,
         tissue_mm2=1.0,
         mask_sha256="",
-        slide_bytes=1009,
+        fingerprint="1009:first",
     )
 
 

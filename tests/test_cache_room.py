@@ -122,7 +122,7 @@ class TestProcesses:
 
     def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(self, tmp_path):
         """Also while it takes the place of an outdated cache."""
-        old, new = make_index(TILES), replace(make_index(TILES), slide_bytes=1013)
+        old, new = make_index(TILES), replace(make_index(TILES), fingerprint="1009:second")
         whole = left = 0
         for turn in range(24):
             index = (old, new)[turn % 2]

@@ -112,10 +112,11 @@ def test_parquet_booleans_are_labels_and_ids_stay_text(write, tmp_path):
             "slide_path": ["s0.svs", "s1.svs"],
             "split": "train",
             "EGFR": [True, False],
+            "paid": ["True", "False"],  # text, and no label
         }
     )
     frame.to_parquet(tmp_path / "b.parquet")
-    rows = read_cohort(tmp_path / "b.parquet").rows
+    rows = read_cohort(tmp_path / "b.parquet", ["EGFR"]).rows
     assert [(row.case_id, row.slide_id, row.labels) for row in rows] == [
         ("007", "0.10", (1.0,)),
         ("008", "1", (0.0,)),
@@ -202,6 +203,13 @@ def test_a_fault_names_its_row_what_was_found_and_the_way_out(write, row, column
 
 def both(text):
     return SPLITS if text.startswith("label") else ()
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/s.svs", "s" * 300 + ".svs", "ring.svs"])
+def test_a_path_that_cannot_be_followed_is_a_missing_slide(write, tmp_path, name):
+    (tmp_path / "ring.svs").symlink_to("ring.svs")
+    with pytest.raises(CohortError, match=r"row 2: s\S* is not at .*correct slide_path"):
+        read_cohort(write(with_cell(2, "slide_path", name)))
 
 
 def test_one_file_under_two_names_is_a_duplicate(write, tmp_path):

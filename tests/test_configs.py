@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -107,6 +108,47 @@ def test_unknown_cohort_and_unknown_keys_are_named(tmp_path):
     config.write_text("data: [")
     with pytest.raises(ConfigError, match="not YAML"):
         read_source([config])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("[a]", r"a.yaml: data: \['a'\] is not lines of"),
+        ("{table: }", "data.table is missing"),
+        ("{table: T, tiles: 224}", "data.tiles: 224 is not lines of"),
+        ("{table: T, tiles: {mpp: '0,5'}}", "data.tiles.mpp: '0,5' is no number"),
+        ("{table: T, tiles: {mpp: 0.01}}", r"mpp must be in \[0.05, 20\]"),
+        ("{table: T, tiles: {tissue: {min_fraction: 25}}}", r"min_fraction must be in \[0, 1\]"),
+        ("{table: T, labels: EGFR}", r"data.labels: 'EGFR' is no list: write \[EGFR\]"),
+        ("{table: T, on_error: ignore}", "data.on_error: 'ignore' is neither stop nor skip"),
+        ("{table: T, workers: many}", "data.workers: 'many' is no number"),
+        ("{table: T, cache_dir: c, cache_gb: 10GB}", "data.cache_gb: '10GB' is no number"),
+        ("{table: T, task: [multilabel]}", r"data.task \['multilabel'\] is none of multilabel"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_and_no_traceback(tmp_path, capsys, data, message):
+    from cohorts import write_cohort
+
+    write_cohort(tmp_path)
+    (tmp_path / "a.yaml").write_text(f"data: {data}".replace("T,", f"{tmp_path / 'cohort.csv'},"))
+    assert cli.main(["index", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "-1"], "argument --workers: -1 is less than 0"),
+        (["--workers", "two"], "invalid whole number value: 'two'"),
+        (["--tile-px", "0"], "size must be at least 1 pixel, got 0"),
+        (["--mpp", "0.01"], r"mpp must be in \[0.05, 20\]"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named_and_no_traceback(tmp_path, capsys, flags, message):
+    slide = tmp_path / "s.svs"
+    with suppress(SystemExit):  # argparse's own
+        assert cli.main(["index", str(slide), "--out", str(tmp_path), *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_later_configs_win(tmp_path):

@@ -18,6 +18,7 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint
 from tapfm.features import Extraction, FeatureError
+from tapfm.files import WriteError
 
 TAG = "20x_32px_0px_overlap"
 CONFIG_SLIDES = 14
@@ -177,7 +178,7 @@ def test_nothing_half_written_stays(slide, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(h5py.Group, "create_dataset", full)
-        with pytest.raises(FeatureError, match=r"one.x: .*No space left on device.*Free some"):
+        with pytest.raises(WriteError, match=r"one.h5: .*No space left on device.*run the same"):
             extraction.write(path, tiles, index, Tissue())
     assert list(path.parent.iterdir()) == []
     with torch.no_grad():

@@ -144,6 +144,14 @@ def test_a_check_that_was_stopped_goes_on(download):
     assert check(download).hashed == 0
 
 
+def test_where_nothing_may_be_written_files_are_hashed_every_time(download):
+    folder, _ = download
+    (folder / "verified.tsv").mkdir()  # what cannot be opened to append, for root too
+    for _ in range(2):
+        checked = check(download)
+        assert (checked.hashed, checked.faults) == (3, [])
+
+
 def test_the_record_believes_the_manifest_of_today(download):
     files = download[1]
     check(download)

@@ -129,6 +129,15 @@ class TestGeoJson:
         with pytest.raises(MaskError, match=r"a: .* has no polygon"):
             mask_of(folder.put([point, nothing]))
 
+    @pytest.mark.parametrize("kind", ["Polygon", "MultiPolygon"])
+    def test_an_empty_outline_is_none(self, folder, kind):
+        empty = {"type": kind, "coordinates": [] if kind == "Polygon" else [[]]}
+        empty = {"type": "Feature", "geometry": empty, "properties": {}}
+        full, both = folder.put([feature(SQUARE)]), folder.put([empty, feature(SQUARE)])
+        np.testing.assert_array_equal(mask_of(both), mask_of(full))
+        with pytest.raises(MaskError, match=r"a: .* has no polygon"):
+            mask_of(folder.put([empty]))
+
     def test_tiles_that_we_wrote_come_back(self, tmp_path):
         """`tapfm heatmap` writes QuPath objects; read as a mask they are the same tiles."""
         corners = np.array([[64, 128], [128, 128], [640, 320]])

@@ -105,6 +105,36 @@ def test_a_matrix_says_who_was_profiled_gene_by_gene(write):
     assert values(calls, "STK11") == {"1": 1, "2": 0, "3": 1}
 
 
+@pytest.mark.parametrize("cell", ["", "NS", "NA", "NaN", "n/a", "unknown"])
+def test_an_unknown_cell_of_a_matrix_is_unknown_however_it_is_written(write, cell):
+    calls = read_calls(write(MATRIX.replace("\tNS", f"\t{cell}")), {"KRAS": "hotspot"})
+    assert calls.count("KRAS") == (1, 1, 1)
+
+
+@pytest.mark.parametrize("cell", ["L858R,T790M", "L858R; T790M", "T790M  L858R"])
+def test_changes_of_a_cell_may_be_parted_by_commas(write, cell):
+    calls = read_calls(write(MATRIX.replace("L858R T790M", cell)), {"EGFR": "hotspot"})
+    assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1}
+
+
+def test_a_change_without_a_name_counts_where_every_change_does_and_is_else_unknown(write):
+    path = write(MATRIX.replace("L858R T790M", "MUTATED").replace("WT", "wt"))
+    assert values(read_calls(path, {"EGFR": "nonsynonymous"}), "EGFR") == {"1": 1, "2": 0, "3": 1}
+    hot = values(read_calls(path, {"EGFR": "hotspot"}), "EGFR")
+    assert math.isnan(hot.pop("1"))
+    assert hot == {"2": 0, "3": 1}
+
+
+def test_a_cell_that_is_no_change_is_named_with_its_row(write):
+    with pytest.raises(LabelError, match="row 3: EGFR is 'no mutation': write protein changes"):
+        read_calls(write(MATRIX.replace("L210=", "no mutation")), {"EGFR": "nonsynonymous"})
+
+
+def test_an_allele_longer_than_most_is_read(write):
+    path = write(MAF + f"KRAS\tMissense_Mutation\tTCGA-05-0009-01A\t{'A' * 200_000}\tSomatic\n")
+    assert read_calls(path, {"KRAS": "nonsynonymous"}).count("KRAS")[0] == 1
+
+
 def test_false_everywhere_in_the_public_table_is_unknown_unless_told_otherwise(write, tmp_path):
     path, rules = write(TABLE), {"EGFR": "nonsynonymous", "KRAS": "nonsynonymous"}
     assert read_calls(path, rules).count("EGFR") == (1, 1, 1)

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from cohorts import LABELS, write_cohort
 
 from slides import crew as crews
-from slides.errors import IndexSettingsError
+from slides.errors import IndexSettingsError, StainError
 from tapfm import model as models
 from tapfm.cli import main
 from tapfm.config import index_and_cache, read_source
@@ -128,6 +129,50 @@ def test_a_process_that_dies_is_an_error_with_its_slides_name(
     assert "s2: a process that was reading died (SIGKILL)" in capsys.readouterr().err
     paths = out.rglob("features_*/*.h5" if verb == "features" else "*_weights.h5")
     assert sorted(path.stem[:2] for path in paths) == ["s0", "s1"]
+
+
+def test_a_slide_of_the_same_length_in_anothers_place_is_noticed(tmp_path):
+    config = write_cohort(tmp_path)
+    assert main(["index", "--config", str(config)]) == 0
+    source = read_source([config])
+    opener, row = Opener.of(source), source.rows[0]
+    pixels = bytearray(row.path.read_bytes())
+    pixels[len(pixels) // 2] ^= 1
+    row.path.write_bytes(pixels)
+    with pytest.raises(IndexSettingsError, match="the slide's file has changed"):
+        opener.index(row)
+
+
+def test_an_old_cache_for_which_there_is_no_room_any_more_is_passed_over(tmp_path):
+    """A limit leaves slides without a cache: these are read from their files, old cache or none."""
+    config = write_cohort(tmp_path)
+    rows = read_source([config]).rows
+    room = {"data": {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1}}
+    limited = tmp_path / "limited.yaml"
+    limited.write_text(yaml.safe_dump(room))
+    assert main(["index", "--config", str(config), "--config", str(limited)]) == 0
+    room["data"] |= {"cache_gb": 1e-6, "tiles": {"tissue": {"min_fraction": 0.9}}}
+    limited.write_text(yaml.safe_dump(room))
+    assert main(["index", "--config", str(config), "--config", str(limited)]) == 0
+    opener = Opener.of(read_source([config, limited]))
+    for row in rows:
+        source, index = opener(row)
+        assert source.read(*index.coords0[0].tolist(), index.grid).shape == (32, 32, 3)
+
+
+def test_a_slide_whose_stains_cannot_be_found_is_closed(tmp_path, monkeypatch):
+    config = write_cohort(tmp_path)
+    assert main(["index", "--config", str(config)]) == 0
+    source, closed = read_source([config]), []
+
+    def refuse(*_):
+        raise StainError("too pale")
+
+    monkeypatch.setattr("tapfm.opener.StainedSlide", refuse)
+    monkeypatch.setattr("slides.reader.Slide.close", lambda self: closed.append(self.name))
+    with pytest.raises(StainError):
+        replace(Opener.of(source), stain="macenko")(source.rows[0])
+    assert closed == [source.rows[0].slide_id]
 
 
 def test_an_index_that_no_longer_fits_its_slide_is_not_used(tmp_path, capsys):

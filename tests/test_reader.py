@@ -225,12 +225,28 @@ class TestResolution:
                 0.4,
                 "OME PhysicalSizeX",
             ),
+            (
+                {"tiff.ImageDescription": '<Pixels PhysicalSizeX="400" PhysicalSizeXUnit="nm"/>'},
+                0.4,
+                "OME PhysicalSizeX",
+            ),
+            (
+                {"tiff.ImageDescription": '<P PhysicalSizeX=".4" PhysicalSizeXUnit="&#181;m"/>'},
+                0.4,
+                "OME PhysicalSizeX",
+            ),
             ({"openslide.comment": "scanner|MPP = 0.2527|"}, 0.2527, "MPP in the description"),
         ],
     )
     def test_order_of_sources(self, properties, mpp, source):
         x, y, found = find_mpp(properties, "a")
         assert ((x + y) / 2, found) == (pytest.approx(mpp), source)
+
+    def test_pixels_that_are_not_square_are_refused_unless_the_table_knows_better(self):
+        oblong = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}
+        with pytest.raises(MissingResolutionError, match=r"a: its pixels are 0.25 x 0.5 microns"):
+            find_mpp(oblong, "a")
+        assert find_mpp(oblong, "a", 0.25) == (0.25, 0.25, "table")
 
     @pytest.mark.parametrize("value", ["352.8", "0.049", "20.1"])
     def test_absurd_values_count_as_missing_and_are_named(self, value):

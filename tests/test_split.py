@@ -108,6 +108,19 @@ def test_what_cannot_be_split_is_refused(table, tmp_path, capsys, options, messa
     assert message in capsys.readouterr().err
 
 
+def test_a_name_that_stands_twice_is_refused(table, tmp_path, capsys):
+    """Two rows of one slide could go to two parts, and of two columns only one would be kept."""
+    lines = table.read_text().splitlines()
+    lines[0] = lines[0].replace("KRAS", "EGFR")
+    lines.append(lines[1].replace("TCGA-10-0000", "TCGA-11-0099"))
+    table.write_text("\n".join(lines) + "\n")
+    assert split(table, tmp_path / "b.csv") == 2
+    said = capsys.readouterr().err
+    assert "column 'EGFR' appears 2 times" in said
+    assert "rows 2, 39: slide_id s0 appears 2 times" in said
+    assert not (tmp_path / "b.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("task", "labels", "said"),
     [

@@ -71,6 +71,7 @@ def test_a_file_of_train_and_test_only(write):
         ("case_id\tslide_id\tfold_0\na\t001\ttrain\na\t002\ttest\n", "case a is in train"),
         ("case_id\tslide_id\tfold_0\na\t001\ttrian\n", "row 2: 001 is in 'trian'"),
         (",train,val,test\n0,777,004,005\n", "1 slides are not in the cohort: 777"),
+        ("case_id\tslide_id\tfold_0\na\t001\ttrain\na\t00", "row 3 is cut off"),
         ("slide_id,label\n001,1\n", "Give a CLAM split .* or a Patho-Bench k=all.tsv .*fold_0"),
         ("", "its columns are"),
     ],

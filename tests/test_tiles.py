@@ -53,8 +53,9 @@ class TestTable:
             "e.png,,c4,train",
             "f.png,x,c5,training",
             "g.png,y,,val",
-            "a.png,x,c0,train",
+            "x/../a.png,x,c9,test",  # the picture of row 2
         ]
+        (tmp_path / "x").mkdir()
         path = table(tmp_path, rows)
         path.write_text(path.read_text() + "gone.png,x,c6,train\n")
         with pytest.raises(CohortError) as caught:
@@ -62,7 +63,7 @@ class TestTable:
         said = str(caught.value)
         assert "5 faults" in said
         for part in ("row 6: label is ''", "row 7: split is 'training'", "row 8: case_id is blank",
-                     "row 10: ", "gone.png is no file", "rows 2, 9: "):  # fmt: skip
+                     "row 10: ", "gone.png is no file", "rows 2, 9: picture "):  # fmt: skip
             assert part in said
 
     def test_a_case_in_two_parts_is_refused(self, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from tapfm.verbs import Do, config_flag, later
+from tapfm.verbs import Do, at_least, config_flag, later
 
 
 def demo(verb: ArgumentParser) -> Do:
@@ -13,7 +13,7 @@ def demo(verb: ArgumentParser) -> Do:
     add = verb.add_argument
     add("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     add("--seed", type=int, default=0, help="another seed is another cohort")
-    add("--workers", type=int, default=2, help="processes (%(default)s)")
+    add("--workers", type=at_least(0), default=2, help="processes (%(default)s)")
 
     def do(out: Path, seed: int, workers: int) -> int:
         marker = out / "seed.txt"  # written last: a cohort that has it is whole

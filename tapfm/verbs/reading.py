@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tapfm.verbs import Do, config_flag, device_flags, later
+from tapfm.verbs import Do, at_least, config_flag, device_flags, later
 
 if TYPE_CHECKING:
     from slides.cohort import SlideRow
@@ -55,7 +55,7 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     add("--out", type=Path, default=Path("predictions"), help="folder (%(default)s)")
     add("--case", help="its name: these slides are one patient's")
     tile_flags(verb, "the model's own")
-    add("--workers", type=int, default=2, help="reading processes (%(default)s)")
+    add("--workers", type=at_least(0), default=2, help="reading processes (%(default)s)")
     device_flags(verb)
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
@@ -126,7 +126,7 @@ def source_flags(verb: ArgumentParser, otherwise: str) -> None:
     config_flag(verb)
     add("--tile-px", type=int, help=f"side of a tile; {otherwise}")
     tile_flags(verb, otherwise)
-    add("--workers", type=int, help="reading processes; the config's, or 2")
+    add("--workers", type=at_least(0), help="reading processes; the config's, or 2")
 
 
 def source_of(
