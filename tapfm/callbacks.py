@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from tapfm import model as models
 from tapfm.files import replacing
 from tapfm.model import adapted_fingerprint
+from tapfm.module import DivergedError
 from tapfm.processes import gather
 
 RESUME = "last.ckpt"
@@ -93,6 +94,10 @@ class RunLog(Callback):
         bag = {"tiles": batch.count, "chunk": module.chunk, "tiles_per_s": speed}
         slide = {"slide_id": batch.slide_id}
         rows = gather(({**slide, **figures}, {**slide, **bag, **cost}))
+        for learned, _ in rows:
+            for name in ("train/loss", "train/head_grad_norm", "train/encoder_grad_norm"):
+                if not math.isfinite(learned[name]):
+                    raise DivergedError(f"{learned['slide_id']}: {name} is {learned[name]}")
         for number, (learned, spent) in enumerate(rows if trainer.is_global_zero else ()):
             step = (module.slides_seen - 1) * len(rows) + number + 1
             self.metrics.write({"step": step, "epoch": trainer.current_epoch, **learned})

@@ -155,9 +155,12 @@ def run_fit(arguments: Sequence[str]) -> int:
 
 
 def foretell(module: SlideModule) -> dict[str, float] | None:
-    """What the run will take of the GPU, said before it begins; None for models of other blocks."""
+    """What the run will take of the GPU, said before it begins.
+
+    None for models of other blocks, and for an encoder of which nothing learns.
+    """
     recipe, row = module.slide_model.recipe, module.slide_model.encoder.row
-    if not row.prefix_tokens:
+    if not row.prefix_tokens or not module.learns:
         return None
     setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
     expected = forecast(row, recipe.tile_px, setup, module.chunk, module.passes.keep)

@@ -42,6 +42,17 @@ class ValidationError(ValueError):
     """No slide of the val split can be read."""
 
 
+class DivergedError(ValueError):
+    """What is learned is not finite any more."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}: training has diverged, and would again from the last resume point. The best "
+            "weights so far are kept. Take lower rates (model.steps.encoder_lr, head_lr), a longer "
+            "warm-up, or more slides an update, and another run directory."
+        )
+
+
 StrategyName = Literal[tuple(STRATEGIES)]
 
 
@@ -190,7 +201,7 @@ class SlideModule(L.LightningModule):
         """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
         parameters = parameters_of(optimizer)
         if self.completes_update:
-            average(p.grad for p in parameters if p.grad is not None)
+            average(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.completes_update:
             if self.steps.clip:
@@ -299,6 +310,7 @@ class SlideModule(L.LightningModule):
 
         Raises:
             ValidationError: every slide was skipped.
+            DivergedError: a logit is not finite.
         """
         validated = [slide for share in gather(self.validated) for slide in share]
         self.validated.clear()
@@ -306,6 +318,8 @@ class SlideModule(L.LightningModule):
             why = "".join(f"\n  {fault}" for fault in self.trainer.datamodule.skipped.values())
             raise ValidationError(f"no slide of the val split could be read; left out:{why}")
         labels_NK, logits_NK, loss_N = (torch.stack(each) for each in zip(*validated, strict=True))
+        if not logits_NK.isfinite().all():
+            raise DivergedError("a logit of the val split is not finite")
         said_NP = self.task.predict(logits_NK.double())
         figures = {"loss": float(loss_N.mean())}
         figures |= watched(self.task, labels_NK.numpy(), said_NP.numpy())

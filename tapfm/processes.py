@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import lightning as L
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 
 T = TypeVar("T")
 
@@ -40,15 +41,25 @@ def unwrap(module: L.LightningModule) -> None:
         module.trainer.strategy.model = module
 
 
-def average(gradients: Iterable[Tensor]) -> None:
-    """The mean over all processes, in place."""
-    if several():
-        waiting = []
-        for gradient in gradients:
-            gradient /= world()
-            waiting.append(dist.all_reduce(gradient, async_op=True))
-        for each in waiting:
-            each.wait()
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean of their gradients over all processes, in place; who has none gives 0.
+
+    What has a gradient in no process has none afterwards.
+    """
+    parameters = list(parameters)
+    if not several() or not parameters:
+        return
+    has = [p.grad is not None for p in parameters]
+    anywhere = torch.tensor(has, dtype=torch.uint8, device=parameters[0].device)
+    dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    waiting = []
+    for parameter in (p for p, given in zip(parameters, anywhere.tolist(), strict=True) if given):
+        if parameter.grad is None:
+            parameter.grad = parameter.new_zeros(parameter.shape)
+        parameter.grad /= world()
+        waiting.append(dist.all_reduce(parameter.grad, async_op=True))
+    for each in waiting:
+        each.wait()
 
 
 def gather(mine: T) -> list[T]:

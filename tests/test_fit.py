@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from slides.order import epoch_order
 from tapfm import callbacks
 from tapfm import model as models
+from tapfm.aggregators import AGGREGATORS
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.engine import passes
+from tapfm.module import SlideModule
 
 HERE = Path(__file__).parent
 
@@ -204,6 +206,33 @@ def test_a_backward_of_some_tiles(tmp_path, capsys):
     assert "needs an encoder without noise" in capsys.readouterr().err
     assert main([*fit, "--model.backward_tiles", "0"]) == 2
     assert "must be 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("aggregator", sorted({*AGGREGATORS} - {"hierarchical"}))
+def test_every_aggregator_takes_a_backward_of_some_tiles(tmp_path, aggregator):
+    config = write_cohort(tmp_path)
+    some = ["--model.backward_tiles", "4", "--model.drop_path", "0", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), "--model.aggregator", aggregator, *some]) == 0
+
+
+@pytest.mark.parametrize("when", ["train", "validation"])
+def test_what_is_not_finite_any_more_ends_the_run_and_keeps_the_best(
+    tmp_path, capsys, monkeypatch, when
+):
+    """AUROC would rank nan by the order of rows, and the best weights could be nan."""
+    config = write_cohort(tmp_path)
+
+    def spoil_head(module, *_):
+        if module.current_epoch == 1:
+            module.slide_model.aggregator.head.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(SlideModule, f"on_{when}_epoch_start", spoil_head)
+    assert main(["fit", "--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert {"train": "train/loss is nan", "validation": "a logit of the val split"}[when] in said
+    assert "training has diverged" in said
+    best = load_file(next(tmp_path.rglob("best.safetensors")))
+    assert all(value.isfinite().all() for value in best.values())
 
 
 def test_a_cohort_without_validation_is_refused(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Memory runs out in the middle of a chunk, forward or backward: the gradient stays the same."""
 
+from weakref import WeakSet
+
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +14,10 @@ from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.rescue import Rescue
 
 CPU = torch.device("cpu")
+
+
+class Mark:
+    """Alive as long as the graph that has it."""
 
 
 class Full(torch.autograd.Function):
@@ -65,6 +71,42 @@ def test_backward_that_fails_half_way_gives_every_parameter_every_tile_once(bloc
     found, fits = gradient(small_memory(tiny_encoder(), backward=most, block=block), 8, before)
     assert fits <= most
     assert ((found - expected).norm() / expected.norm()).item() < 1e-12
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_no_kept_graph_is_alive_while_halves_are_tried(keep):
+    encoder, tiles, alive, found = tiny_encoder(), random_tiles(9), WeakSet(), []
+
+    class Graph(torch.autograd.Function):
+        """Marks the graph of a chunk; backward of a whole one runs out of memory."""
+
+        @staticmethod
+        def forward(context, z_CD):
+            context.mark = Mark()
+            alive.add(context.mark)
+            context.count = len(z_CD)
+            return z_CD.clone()
+
+        @staticmethod
+        def backward(context, grad):
+            if context.count == 3:
+                raise torch.OutOfMemoryError("no room")
+            return grad
+
+    def encode(chunk):
+        found.append(len(alive))
+        z_CD, score_C = encoder(chunk)
+        return (Graph.apply(z_CD) if torch.is_grad_enabled() else z_CD), score_C
+
+    same = {"seed": 0, "device": CPU}
+    z_TD, score_T, kept = encode_bag(encode, tiles.split(3), keep=keep, **same)
+    assert found == [min(n, keep) for n in range(3)]
+    found.clear()
+    grads = torch.ones_like(z_TD), torch.ones_like(score_T)
+    with Rescue(encoder.parameters()) as rescue:
+        adapt_bag(encode, tiles.split(3), *grads, kept=kept, backward=rescue, **same)
+    assert rescue.fits == 2
+    assert set(found) == {0}, "nothing but the chunk that is tried"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 9])

@@ -79,6 +79,15 @@ def test_chosen_tiles(size):
     assert chosen(tiles.split(size), torch.zeros(17)).shape == (0, *tiles.shape[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tokens_that_lie_on_either_side_are_brought_together():
+    """Those that found room wait on the host, the others come from the GPU."""
+    chunks = [torch.ones(4, 17, 64, device=device) for device in ("cpu", "cuda", "cuda")]
+    together = chosen(chunks, torch.ones(12, device="cuda"))
+    assert (together.device.type, len(together)) == ("cpu", 12)
+
+
 def test_the_encoders_gradient_is_that_of_the_weighed_tiles():
     """Against autograd of the weighed sum over all tiles."""
     tiles, encoder = random_tiles(11), tiny_encoder()

@@ -33,7 +33,7 @@ Encoded = tuple[Tensor, Tensor]
 """Features (C, D) and raw scores (C,) of a chunk."""
 Encode = Callable[[Tensor], Encoded]
 """Tiles (C, 3, H, W) to their features and scores."""
-Backward = Callable[[Encode, Tensor, Sequence[Tensor], Encoded | None], None]
+Backward = Callable[[Encode, Tensor, Sequence[Tensor], list[Encoded]], None]
 """How a chunk's gradient is added: `backward_chunk`, or one that can do more."""
 
 
@@ -86,7 +86,7 @@ def backward_chunk(
     encode: Encode,
     tiles_CP: Tensor,
     grads_C: Sequence[Tensor],
-    kept: Encoded | None,
+    kept: list[Encoded],
     inputs: Sequence[Tensor] | None = None,
 ) -> None:
     """Encode a chunk with a graph, or take the one that was kept; add its gradient; free it.
@@ -95,10 +95,11 @@ def backward_chunk(
         encode: the encoder.
         tiles_CP: the chunk.
         grads_C: dL/dz (C, D) and, unless the score is not used, dL/ds (C,).
-        kept: the chunk's features and scores with their graph, if pass 1 kept it.
+        kept: features and scores of this chunk and of those behind it, with the graphs that pass
+            1 kept; the first is taken out, so that nobody else holds what memory may run out for.
         inputs: the parameters to give it to; None is all that learn.
     """
-    outputs = kept or encode(tiles_CP)
+    outputs = kept.pop(0) if kept else encode(tiles_CP)
     torch.autograd.backward(outputs[: len(grads_C)], grads_C, inputs=inputs)
 
 
@@ -132,14 +133,14 @@ def adapt_bag(
         ValueError: the chunks hold more or fewer tiles than `grad_z_TD` has rows.
     """
     grads_T = [grad_z_TD] if grad_score_T is None else [grad_z_TD, score_weight * grad_score_T]
-    done = 0
+    done, kept = 0, [] if kept is None else kept
     for index, tiles_CP in enumerate(chunks_CP):
         rows = slice(done, done + len(tiles_CP))
         done += len(tiles_CP)
         if done > len(grad_z_TD):
             break
         with chunk_rng(seed, index, device):
-            backward(encode, tiles_CP, [g[rows] for g in grads_T], kept.pop(0) if kept else None)
+            backward(encode, tiles_CP, [g[rows] for g in grads_T], kept)
     if done != len(grad_z_TD):
         raise ValueError(
             f"pass 2 read {done} tiles or more, pass 1 had {len(grad_z_TD)}: both passes must read "

@@ -96,13 +96,15 @@ class Passes:
         Raises:
             ChunkError: not even one tile fits, or halves would not be exact.
         """
-        bag, grads = seen.bag, (seen.z_TD.grad, seen.score_T.grad)
+        bag, grad_z_TD, grad_score_T = seen.bag, seen.z_TD.grad, seen.score_T.grad
         if self.few is not None:
-            weight_T = draw_tiles(*grads, self.few, bag.seed)
+            weight_T = draw_tiles(grad_z_TD, grad_score_T, self.few, bag.seed)
             rows = weight_T > 0
-            grads = (grads[0] * weight_T[:, None])[rows], (grads[1] * weight_T)[rows]
+            grad_z_TD = (grad_z_TD * weight_T[:, None])[rows]
+            if grad_score_T is not None:
+                grad_score_T = (grad_score_T * weight_T)[rows]
             bag = replace(bag, tiles=chosen(bag.tiles.split(self.chunk), weight_T))
-        self._adapt(bag, *grads, seen.kept)
+        self._adapt(bag, grad_z_TD, grad_score_T, seen.kept)
 
     def compare(self, seen: Seen, parameters: list[nn.Parameter]) -> Tensor:
         """Pass 2 as ever; and of all tiles, for the cosine of the two gradients."""
@@ -136,7 +138,7 @@ class Passes:
         return self.model.encoder.sized(encode, most or self.chunk)(chunk)
 
     def _adapt(
-        self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor, kept: list[Encoded]
+        self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor | None, kept: list[Encoded]
     ) -> None:
         """`adapt_bag`; in half chunks where memory runs out, unless there is noise."""
         if not len(grad_z_TD):

@@ -56,7 +56,7 @@ class Rescue:
         encode: Encode,
         tiles_CP: Tensor,
         grads_C: Sequence[Tensor],
-        kept: Encoded | None,
+        kept: list[Encoded],
         left: Sequence[nn.Parameter] | None = None,
     ) -> None:
         """One chunk.
@@ -65,7 +65,8 @@ class Rescue:
             encode: the encoder.
             tiles_CP: the chunk.
             grads_C: dL/dz (C, D) and, unless the score is not used, dL/ds (C,).
-            kept: the chunk's features and scores with their graph, if pass 1 kept it.
+            kept: the graphs that pass 1 kept, this chunk's first; none is left where memory runs
+                out, and their chunks are encoded again.
             left: parameters that lack these tiles' gradient; None is all.
 
         Raises:
@@ -77,13 +78,13 @@ class Rescue:
             return
         if len(tiles_CP) == 1:
             raise fault
-        del kept  # its graph would stay in memory
+        kept.clear()
         left = self.parameters if left is None else left
         left = [p for p in left if id(p) not in self.received]
         half = (len(tiles_CP) + 1) // 2
         self.fits = min(half, self.fits or half)
         for rows in (slice(half), slice(half, None)) if left else ():
-            self(encode, tiles_CP[rows], [g[rows] for g in grads_C], None, left)
+            self(encode, tiles_CP[rows], [g[rows] for g in grads_C], kept, left)
 
 
 def _attempt(encode, tiles_CP, grads_C, kept, left) -> torch.OutOfMemoryError | None:

@@ -31,17 +31,18 @@ Gradients = list[Tensor | None]
 """Of parameters, in their order; None where there is none."""
 
 
-def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor, budget: int, seed: int) -> Tensor:
+def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed: int) -> Tensor:
     """Weights (T,) of the tiles: 0 where left out, else 1 over the probability of being taken.
 
     Args:
         grad_z_TD: dL/dz.
-        grad_score_T: dL/ds.
+        grad_score_T: dL/ds, or None where the aggregator does not use the score.
         budget: tiles to take; one more or less may come of it. Tiles without gradient are never
             taken, and all others are where there are no more of them.
         seed: of the draw.
     """
-    norm_T = torch.cat([grad_z_TD, grad_score_T[:, None]], dim=1).norm(dim=1).double().cpu()
+    parts = [grad_z_TD] if grad_score_T is None else [grad_z_TD, grad_score_T[:, None]]
+    norm_T = torch.cat(parts, dim=1).norm(dim=1).double().cpu()
     chance_T = _chances(norm_T, budget)
     # every tile is a stretch of its chance on a line, and is taken if a mark falls on it; the
     # marks are 1 apart, so that their number is the budget and no tile has two
@@ -78,7 +79,7 @@ def chosen(chunks_CP: Iterable[Tensor], weight_T: Tensor) -> Tensor:
     for tiles_CP in chunks_CP:
         rows.append(tiles_CP[places[done : done + len(tiles_CP)].to(tiles_CP.device)])
         done += len(tiles_CP)
-    return torch.cat(rows)
+    return torch.cat([each.to(rows[0].device) for each in rows])  # tokens may lie on either side
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> Gradients:

@@ -94,7 +94,7 @@ def _epochs(
                         y_K, seen = train[n].y_K.to(device), train[n].to(device)
                         share = world() / len(chosen)  # of which the mean over processes is taken
                         (share * loss(aggregator(*seen)[0], y_K)).backward()
-                average(p.grad for p in aggregator.parameters())
+                average(aggregator.parameters())
                 optimizer.step()
         yield aggregator
 
