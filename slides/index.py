@@ -5,8 +5,9 @@
 
 A tile is chosen when enough of it is tissue, or when another program chose it (`Tissue.coords`).
 Before a slide counts as indexed its file has been found whole and its best tile has been read, so
-what is broken shows here and not hours into a run. A second run keeps the indexes that are still right, rebuilds those made with other settings, from
-another file or at another resolution, and says so in the ledger.
+what is broken shows here and not hours into a run. A second run keeps the indexes that are still
+right, rebuilds those made with other settings, from another file or at another resolution, and says
+so in the ledger.
 """
 
 from __future__ import annotations

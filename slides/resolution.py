@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from html import unescape
 import warnings
 from collections.abc import Mapping
+from html import unescape
 
 from slides.errors import MissingResolutionError
 from slides.grid import MPP_RANGE

@@ -72,7 +72,7 @@ class Opener:
         if self.cache_dir is not None:
             try:
                 source = CachedSlide(self.cache_dir, index)
-            except (IndexFileError, IndexSettingsError):  # none, or an old one with no room to renew
+            except (IndexFileError, IndexSettingsError):  # none, or an old one and no room
                 if self.cache_gb is None:
                     raise
         if self.stain is None:
