@@ -11,8 +11,8 @@ blocks learning, a tile costs 1 + 3 n / L forwards instead of 2 + 2 n / L. To th
 How: a hook in front of the first block that learns sees what the block is given, whatever the
 model does before (patches, positions, RoPE), and ends the forward there.
 
-Price: tokens x width numbers a tile (ViT-L in bfloat16: 0.4 MB) in host memory, pinned where there
-is a GPU, up to `BUDGET_GIB`; chunks beyond it are computed again.
+Price: tokens x width numbers a tile in host memory (ViT-L: 0.4 MB with bfloat16 weights, 0.8 MB
+else), pinned where there is a GPU, up to `BUDGET_GIB`; chunks beyond it are computed again.
 Condition: blocks in a row, then the final norm, as in timm's VisionTransformer and Eva; on one tile
 it is checked that nothing changes.
 

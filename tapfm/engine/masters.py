@@ -29,6 +29,7 @@ weight back, once an update whatever the number of chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -129,15 +130,8 @@ def _summing_into(stand_in: nn.Parameter) -> Callable[[Tensor], None]:
 
 def _received(due: list[tuple[Plain, Tensor, dict]]) -> Iterator[tuple[Plain, Tensor, dict]]:
     """Each gradient where its update is made; the next one is on its way meanwhile."""
-    under_way = None
-    for kept, grad, group in due:
-        following = kept, kept.send(grad), group
-        if under_way:
-            kept, receive, group = under_way
-            yield kept, receive(), group
-        under_way = following
-    if under_way:
-        kept, receive, group = under_way
+    sent = ((kept, kept.send(grad), group) for kept, grad, group in due)
+    for (kept, receive, group), _next in pairwise(chain(sent, [None])):
         yield kept, receive(), group
 
 
