@@ -4,10 +4,10 @@
     gated attention    Linear, GELU on each tile, then learned attention (ABMIL)
 
 A run that cannot say whether tuning beats these is not finished, so they are fitted with care: the
-same splits, tiles, task and loss as the run, features standardised by the training split, and
-learning rate, width and epoch chosen on validation by macro AUROC (or what the task says),
-validation loss where that ties. Nothing reads the test split. The same
-seed gives the same model on one machine.
+same splits, tiles, task and loss as the run, classes weighed even where its balanced draw stands in
+for weights, features standardised by the training split, and learning rate, width and epoch chosen
+on validation by macro AUROC (or what the task says), validation loss where that ties. Nothing reads
+the test split. The same seed gives the same model on one machine.
 
 A third row costs nothing and guards against a shortcut: the same attention on six numbers a tile,
 the means and deviations of red, green and blue (`rgb_bag`). What it can tell, colour alone tells.

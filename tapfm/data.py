@@ -60,7 +60,8 @@ class SlideData(L.LightningDataModule):
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
         sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
-            with equal chances (`slides.balance`), and the loss does not weigh classes then.
+            with equal chances (`slides.balance`), and the loss does not weigh classes then; that
+            of frozen rows and head start does, for they see every bag as often.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
             slides of a patient in one bag.
         pool: what `tapfm test` takes for a case where bags are slides: `mean` or `max` of its
@@ -153,12 +154,16 @@ class SlideData(L.LightningDataModule):
         )
 
     @cached_property
-    def task(self) -> Task:
+    def weighted_task(self) -> Task:
         """What is predicted, with what it takes from the training split."""
         cohort = self.cohort
         target_NY = targets(self.gathered(cohort.split("train")), len(cohort.rows[0].labels))
-        task = learn_task(self.asked, cohort.labels, cohort.classes, target_NY)
-        return task.unweighted() if self.balanced else task
+        return learn_task(self.asked, cohort.labels, cohort.classes, target_NY)
+
+    @property
+    def task(self) -> Task:
+        """The same as the run has it: a draw that is balanced already is not weighed again."""
+        return self.weighted_task.unweighted() if self.balanced else self.weighted_task
 
     @property
     def label_names(self) -> list[str]:

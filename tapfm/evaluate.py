@@ -172,7 +172,7 @@ def frozen_arms(
         if kind not in made:
             made[kind] = {part: feature_bags(data, part, kind, kinds[kind]) for part in parts}
         bags = made[kind]
-        baseline = fit(bags["train"], bags["val"], data.task, seed=data.seed)
+        baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
         print(f"{title}: {baseline.describe()}")
         name = row_folder(title)
         of = {}

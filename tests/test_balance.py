@@ -7,6 +7,7 @@ standard deviations of a binomial count.
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cohorts import write_cohort
@@ -14,7 +15,11 @@ from cohorts import write_cohort
 from slides.balance import balanced_order
 from slides.cohort import SlideRow
 from slides.order import SlideSampler
+from tapfm import evaluate
+from tapfm.callbacks import BestWeights
+from tapfm.cli import main
 from tapfm.fit import read_config
+from tapfm.head_start import callback
 from tapfm.tasks import learn_task
 
 EPOCHS = 400
@@ -117,3 +122,29 @@ def test_a_run_draws_by_it(tmp_path):
         for bag in again:
             first = next(each for each in bags if each.slide_id == bag.slide_id)
             assert not torch.equal(first.tiles, bag.tiles)
+
+
+def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkeypatch):
+    """They see every slide as often; a head start's loss is yet the run's, to be compared with."""
+    config, tasks, offered = write_cohort(tmp_path, sampler="balanced"), [], []
+
+    def noting(fit):
+        def noted(*given, **more):
+            tasks.extend(each for each in given if hasattr(each, "pos_weight"))
+            return fit(*given, **more)
+
+        return noted
+
+    monkeypatch.setattr(callback, "solve_head", noting(callback.solve_head))
+    monkeypatch.setattr(callback, "teach", noting(callback.teach))
+    rows = [(*row, noting(fit)) for *row, fit in evaluate.FROZEN]
+    monkeypatch.setattr(evaluate, "FROZEN", rows)
+    offer = BestWeights.offer
+    monkeypatch.setattr(BestWeights, "offer", lambda *a, **k: offered.append(a) or offer(*a, **k))
+    still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
+    start = ["--model.steps.head_start", "true", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), *still, *start]) == 0
+    assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "0"]) == 0
+    assert [task.pos_weight for task in tasks] == 6 * [(4 / 3, 2.0)]
+    figures = pd.read_csv(tmp_path / "runs" / "tapfm_gated" / "metrics.csv")
+    assert offered[0][3] == pytest.approx(figures["val/loss"].dropna().item(), abs=1e-6)

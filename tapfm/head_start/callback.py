@@ -32,7 +32,8 @@ class HeadStart(Callback):
         """Encode the slides as they are, solve the head, teach the gate, and take the better."""
         if module.slides_seen:
             return
-        data, task = trainer.datamodule, module.task
+        data = trainer.datamodule
+        task = data.weighted_task  # here every slide comes as often, however the run draws them
         views = VIEWS if data.varies else 1
         train = remember(module, data.seen_in_training(views), "frozen train")
         val = remember(module, data.val_dataloader(), "frozen val")
@@ -42,15 +43,16 @@ class HeadStart(Callback):
         aggregator.cpu()
         embedded = embed(aggregator, val)  # the head is no part of it
         probe = solve_head(aggregator, embed(aggregator, train), embedded, task)
-        figure, loss, together = judge(aggregator, embedded, task)
+        together = judge(aggregator, embedded, task)[-1]
         said = f"a linear probe, {probe.describe()}, validation loss {together:.3f}"
         if aggregator.gate is not None:
             taught = teach(fresh, train, val, task, data.seed)
             said += f"; attention taught on them, {taught.describe()}"
             if taught.loss < together:
                 aggregator.load_state_dict(taught.aggregator.state_dict())
-                figure, loss, _ = judge(aggregator, embed(aggregator, val), task)
+                embedded = embed(aggregator, val)
                 said += ", which begins the run"
+        figure, loss, _ = judge(aggregator, embedded, module.task)  # as the run's epochs are
         aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
         aggregator.to(module.device)
         if trainer.is_global_zero:
