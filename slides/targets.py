@@ -23,6 +23,7 @@ from slides.errors import CohortError, some, some_rows
 
 UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
 KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+MEAN = "macro"  # of all classes or columns, in every table of figures
 MANY = 8  # cells of a column that are each a fault of their own
 
 
@@ -98,7 +99,7 @@ class EachColumn:
     def read(self, cells, splits):
         """See `Columns`."""
         numbers, bad = _numbers(cells, self.cell)
-        faults = []
+        faults = named_as_mean("label", cells.names)
         for name, wrong in bad.items():
             faults += _unreadable(name, wrong, len(cells.texts), *self.unreadable)
         for split in splits:
@@ -149,7 +150,7 @@ class Classes:
         classes = sorted(set(known.values()), key=_order)
         number = {text: float(place) for place, text in enumerate(classes)}
         rows = {row: (number.get(known.get(row), math.nan),) for row in cells.texts}
-        faults = []
+        faults = named_as_mean(f"column {name!r}: class", classes)
         if len(classes) < 2:
             faults.append(
                 f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "
@@ -248,6 +249,11 @@ def make_columns(task: str | Mapping[str, Any]) -> Columns:
             "data.task survival needs its columns: {name: survival, time: COLUMN, event: COLUMN}"
         )
     return Times(options["time"], options["event"])
+
+
+def named_as_mean(what: str, names: Collection[str]) -> list[str]:
+    """A fault if one of them would stand where the mean over all of them does."""
+    return [f"{what} {MEAN!r} has the name of the mean over all: rename it"] * (MEAN in names)
 
 
 def _numbers(cells: Cells, read) -> tuple[dict[int, tuple[float, ...]], dict[str, list]]:

@@ -42,6 +42,7 @@ from slides.cohort import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.errors import CohortError, TileError, all_faults
 from slides.order import stable_seed
 from slides.splits import FRACTIONS, Cases, deal
+from slides.targets import named_as_mean
 
 PARTS = {
     **{split: split for split in SPLITS},
@@ -253,7 +254,7 @@ def _case_faults(rows: list[TileRow]) -> list[str]:
 
 
 def _class_faults(tiles: TileSet) -> list[str]:
-    faults = []
+    faults = named_as_mean("class", tiles.classes)
     if len(tiles.classes) < 2:
         faults.append(f"only the class {', '.join(tiles.classes)}: two or more are needed")
     for split in ("train", "val"):

@@ -149,6 +149,7 @@ def test_a_slide_that_cannot_be_read_is_left_out_and_said_or_stops_the_run(tmp_p
         ({"classes": "tumour"}, r"classes is needed, a list with a name and a where for each"),
         ({"shots": 5}, r"bad.yaml: 'int' object is not iterable"),
         ({"classes": SMALL["classes"][:2]}, r"two subtypes or more"),
+        ({"classes": [{"name": "macro"}]}, r"class 'macro' has the name of the mean over all"),
         ({"mode": "soft", "teacher": "conch"}, r"teacher: 'conch' .*mode: 'soft' is none of"),
         ({"teacher": "keep"}, r"keep: no weights given, and nothing is downloaded unasked"),
         ({"epochs": 0, "lr": 0}, r"shots, draws, context, epochs: 1 or more; lr and scale"),

@@ -8,6 +8,7 @@ import pytest
 from slides.cohort import read_cohort
 from slides.errors import CohortError
 from slides.targets import make_columns
+from tapfm.stats.metrics import MACRO
 
 SPLITS = ["train"] * 4 + ["val"] * 3 + ["test"] * 3
 SURVIVAL = {"name": "survival", "time": "months", "event": "dead"}
@@ -70,6 +71,18 @@ def test_classes_that_cannot_be_learned(read):
     assert lines == ["column 'kind': 'LUAD' and 'luad' look like one class: spell it one way"]
     (fault,) = faults(read, "multiclass", kind=["a"] * 10)
     assert fault.startswith("column 'kind' has 1 classes (a)")
+
+
+def test_nothing_has_the_name_of_the_mean_over_all(read):
+    """CAMELYON17's stages are negative, itc, micro and macro: figures of the last would be lost."""
+    stages = ["negative", "itc", "micro", MACRO]
+    said = f"column 'stage': class '{MACRO}' has the name of the mean over all: rename it"
+    assert faults(read, "multiclass", stage=[*stages, *stages[1:], *stages[1:]])[0] == said
+    for task in ("multilabel", "regression"):
+        said = [f"label '{MACRO}' has the name of the mean over all: rename it"]
+        assert faults(read, task, **{MACRO: list("0101010101")}) == said
+    dead = {"name": "survival", "time": MACRO, "event": "dead"}
+    assert read(dead, **{MACRO: TIMES, "dead": DEAD}).labels == (MACRO, "dead")
 
 
 def test_a_multiclass_task_has_one_column(read):

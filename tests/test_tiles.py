@@ -75,6 +75,10 @@ class TestTable:
         with pytest.raises(CohortError, match="no tile of z is in train"):
             read_tiles(table(tmp_path, [*SOUND, "e.png,z,c9,test"]))
 
+    def test_a_class_with_the_name_of_the_mean_over_all_is_refused(self, tmp_path):
+        with pytest.raises(CohortError, match="class 'macro' has the name of the mean over all"):
+            read_tiles(table(tmp_path, [row.replace(",y,", ",macro,") for row in SOUND]))
+
     def test_columns_are_needed(self, tmp_path):
         with pytest.raises(CohortError, match="column 'label' is missing"):
             read_tiles(table(tmp_path, ["a.png,x"], "path,class"))

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from slides.cohort import SlideRow
+from slides.targets import named_as_mean
 from tapfm.pathpt.prompts import MODES
 
 TEACHERS = ("demo", "keep")
@@ -108,6 +109,7 @@ class Question:
             )
             if bad
         ]  # fmt: skip
+        faults += named_as_mean("class", self.names)
         if faults:
             raise QuestionError("; ".join(faults))
 
