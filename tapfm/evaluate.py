@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ from tapfm.tasks.multilabel import Multilabel
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
 MIXED = "mixed"
 TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
-HOW_IT_IS_READ = {"workers", "cache_dir", "cache_gb"}  # settings of the data that change no pixel
+# What of the data sets the bags that are tested and fitted to: the rest says how tiles are read, or
+# how a run draws and changes those it trains on.
+COMPARED = "table", "slides_dir", "labels", "task", "bags", "pool", "tiles", "stain"
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
     ("frozen, linear probe", "frozen", fit_linear_probe),
@@ -84,6 +87,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
             raise CheckpointError(
                 f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
             )
+        check_same_data(folder, folders[0])
     # the baselines' encoder is as it came, whatever the run's strategy puts into it
     first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
     data = first.datamodule
@@ -105,7 +109,6 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     found = {}
     for folder in folders:
         model = models.load(folder / BEST).to(device)
-        check_same_data(folder, folders[0])
         of = {}
         for part in dict.fromkeys(("val", split)):
             parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
@@ -243,17 +246,19 @@ def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
 
 
 def check_same_data(folder: Path, first: Path) -> None:
-    """Runs of one folder are compared, so they must have read the same data.
+    """Runs of one folder are compared, so they must have the same slides, tiles and labels.
 
     Raises:
-        CheckpointError: they did not.
+        CheckpointError: they have not.
     """
-    one, other = (yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder))
-    changed = sorted(key for key in one if one[key] != other.get(key) and key not in HOW_IT_IS_READ)
-    if changed:
+    unsaid = {key: each.default for key, each in signature(SlideData).parameters.items()}
+    one, other = (
+        unsaid | yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder)
+    )
+    if changed := [key for key in COMPARED if one[key] != other[key]]:
         raise CheckpointError(
-            f"{folder} and {first} were trained on other data ({', '.join(changed)} differ), so a "
-            "comparison would say nothing. Move one of them to another folder."
+            f"{folder} and {first} have other data ({', '.join(changed)} differ), so a comparison "
+            "would say nothing. Move one of them to another folder."
         )
 
 

@@ -1,18 +1,21 @@
 """`tapfm test` compares what is comparable, and knows where the tumour was."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from cohorts import LABELS, spoil, write_cohort
 from PIL import Image
 
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.evaluate import tile_auroc
+from tapfm.evaluate import check_same_data, tile_auroc
 from tapfm.fit import read_config
+from tapfm.model import CheckpointError
 from tapfm.prediction import Prediction
 
 VAL = ["s7", "s8", "s9"]
@@ -83,10 +86,40 @@ def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
 def test_runs_on_other_data_are_not_compared(run, capsys):
     config = run / "tapfm_gated" / "config.yaml"
     text = config.read_text()
-    config.write_text(text.replace("tiles_per_slide: 11", "tiles_per_slide: 12"))
+    config.write_text(text.replace("mpp: 0.5", "mpp: 0.6"))
     assert main(["test", "--run", str(run)]) == 2
     config.write_text(text)
-    assert "tiles_per_slide" in capsys.readouterr().err
+    assert "tapfm have other data (tiles differ)" in capsys.readouterr().err
+
+
+def test_data_are_other_by_what_is_tested_not_by_how_a_run_was_trained(run, tmp_path):
+    """A key that an older config lacks has its default."""
+    config = yaml.safe_load((run / "tapfm" / "config.yaml").read_text())
+
+    def differ(one, other):
+        for name, changes in (("one", one), ("other", other)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            data = {key: value for key, value in (config["data"] | changes).items() if value != ""}
+            (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+        try:
+            check_same_data(tmp_path / "other", tmp_path / "one")
+        except CheckpointError as error:
+            return re.search(r"\((.*) differ\)", str(error))[1]
+
+    for key, value in {
+        "tiles_per_slide": 12, "turns": False, "colour": 0.0, "stain_jitter": 0.1,
+        "sampling": "spatial", "sampler": "balanced", "host_gb": 8.0, "on_error": "skip",
+        "workers": 3, "cache_dir": "cache", "index_dir": "elsewhere",
+    }.items():  # fmt: skip
+        assert differ({}, {key: value}) is None, key
+    for key, value in {
+        "table": "other.csv", "slides_dir": "slides", "labels": ["EGFR"], "task": "regression",
+        "bags": "case", "pool": "mean", "stain": "macenko", "tiles": {"mpp": 1.0},
+    }.items():  # fmt: skip
+        assert differ({}, {key: value}) == key
+    assert differ({"pool": "mean"}, {"pool": ""}) == "pool"
+    assert differ({"pool": ""}, {"pool": "mean"}) == "pool"
+    assert differ({"pool": ""}, {}) is None
 
 
 def test_nothing_to_test_says_what_to_run(tmp_path, capsys):
