@@ -12,6 +12,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -29,7 +30,13 @@ from slides.tissue import tile_fraction
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag, SkippedBag
-from tapfm.baselines import Baseline, FeatureBag, fit_gated_attention, fit_mean_pool_mlp, rgb_bag
+from tapfm.baselines import (
+    Baseline,
+    FeatureBag,
+    RgbStatistics,
+    fit_gated_attention,
+    fit_mean_pool_mlp,
+)
 from tapfm.callbacks import BEST
 from tapfm.data import SlideData
 from tapfm.features import Extraction, read_features
@@ -152,13 +159,17 @@ def frozen_arms(
     encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
-    extraction = Extraction(encoder, name, fingerprint, precision, chunk=chunk, stain=opener.stain)
-    features = (shared or folder) / opener.grid.tag / f"features_{name}"
+    how = {"chunk": chunk, "stain": opener.stain}
+    extractions = {
+        "frozen": Extraction(encoder, name, fingerprint, precision, **how),
+        "rgb": Extraction(RgbStatistics(), "rgb", "rgb", **how),
+    }
     parts = dict.fromkeys(("train", "val", split))
     rows = {row.slide_id: row for part in parts for row in data.rows(part)}
 
-    def frozen(bag: Bag) -> FeatureBag:
+    def kept(extraction: Extraction, bag: Bag) -> FeatureBag:
         z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
+        features = (shared or folder) / opener.grid.tag / f"features_{extraction.name}"
         for row, tiles in zip(rows[bag.slide_id].slides, parts, strict=True):
             path, index = features / f"{row.slide_id}.h5", opener.index(row)
             if extraction.fault(path, index):
@@ -166,14 +177,11 @@ def frozen_arms(
             z_TD.append(read_features(path))
         return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
-    def rgb(bag: Bag) -> FeatureBag:
-        return rgb_bag(bag.slide_id, bag.case_id, bag.tiles.split(chunk), bag.labels_K)
-
-    kinds: dict[str, Callable[[Bag], FeatureBag]] = {"frozen": frozen, "rgb": rgb}
     arms, made = [], {}
     for title, kind, fit in FROZEN:
         if kind not in made:
-            made[kind] = {part: feature_bags(data, part, kind, kinds[kind]) for part in parts}
+            read = partial(kept, extractions[kind])
+            made[kind] = {part: feature_bags(data, part, kind, read) for part in parts}
         bags = made[kind]
         baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
         print(f"{title}: {baseline.describe()}")

@@ -6,7 +6,7 @@
 so that CLAM, TRIDENT, STAMP and Patho-Bench users read them as their own. `coords` carries the
 index's attributes, `features` the encoder's fingerprint, licence and precision. A file is whole or
 not there; run again, what is there and of the same tiles, weights and precision is kept. The frozen
-baselines of `tapfm test` keep their features the same way: this is the one writer.
+baselines of `tapfm test` keep features and RGB numbers the same way: this is the one writer.
 
 Price: one forward pass a tile; in memory, the pixels of a few chunks and the features of one slide.
 
@@ -56,7 +56,7 @@ class Extraction:
     """An encoder, how it is run, and under which name its features are kept."""
 
     encoder: Encoder
-    """In eval mode, on its device."""
+    """In eval mode, on its device; or `baselines.RgbStatistics`."""
     name: str
     """Of the encoder, in `features_<name>`."""
     fingerprint: str

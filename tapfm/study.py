@@ -6,7 +6,7 @@
     <out>/fold_0/seed_0/<arm>/report_test/    its report, frozen rows included
     <out>/fold_0/seed_0/<arm>/log.txt         what both commands said
     <out>/fold_0/seed_0/<arm>/finished.json   written last: seconds of fit and test
-    <out>/frozen/                             features of the frozen encoder, shared by all cells
+    <out>/frozen/                             frozen features and RGB numbers, shared by all cells
     <out>/study.json, study.csv               the table, its intervals, every paired difference
 
 A cell is `tapfm fit` and `tapfm test` as processes of their own, so that none takes another down;

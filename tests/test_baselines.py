@@ -14,10 +14,10 @@ from tapfm import baselines
 from tapfm.baselines import (
     Candidate,
     FeatureBag,
+    RgbStatistics,
     Schedule,
     fit_gated_attention,
     fit_mean_pool_mlp,
-    rgb_bag,
 )
 from tapfm.stats.metrics import macro_auroc
 from tapfm.tasks import learn_task, make_task
@@ -210,18 +210,15 @@ def test_bad_bags_are_named(fit, cohort):
         fit(train, [], TASK, **QUICK)
 
 
-def test_rgb_bag_is_six_numbers_a_tile_whatever_the_chunks():
+def test_rgb_statistics_are_six_numbers_a_tile():
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randint(0, 256, (11, 3, 5, 7), dtype=torch.uint8, generator=generator)
-    y = torch.tensor([1.0, torch.nan])
-    bag = rgb_bag("s", "c", tiles.split(4), y)
+    z_T6, score_T = RgbStatistics().encode(tiles)
     pixels = tiles.numpy().reshape(11, 3, -1) / 255
     expected = np.concatenate([pixels.mean(2), pixels.std(2)], axis=1)
-    np.testing.assert_allclose(bag.z_TD.numpy(), expected, atol=1e-6)
-    assert bag.z_TD.dtype == torch.float32
-    assert (bag.slide_id, bag.case_id) == ("s", "c")
-    whole = rgb_bag("s", "c", [tiles], y)
-    torch.testing.assert_close(bag.z_TD, whole.z_TD)
+    np.testing.assert_allclose(z_T6.numpy(), expected, atol=1e-6)
+    assert z_T6.dtype == torch.float32
+    assert score_T.tolist() == [0] * 11
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -6,14 +6,17 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from cohorts import LABELS, spoil, write_cohort
 from PIL import Image
 
+from tapfm.baselines import RgbStatistics
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.evaluate import check_same_data, tile_auroc
+from tapfm.features import read_features
 from tapfm.fit import read_config
 from tapfm.model import CheckpointError
 from tapfm.prediction import Prediction
@@ -61,7 +64,7 @@ def test_everything_is_there(run):
 
 
 def test_frozen_features_are_the_base_encoders_whatever_the_strategy(run):
-    (feature,) = (run / "frozen").rglob("s0.h5")
+    (feature,) = (run / "frozen").rglob("features_demo_vit_*/s0.h5")
     base = backbones.load("demo_vit", tile_px=32)
     made_by = state_fingerprint(base.row, base.vit.state_dict(), 32)
     assert feature.parent.name == f"features_demo_vit_{made_by[:8]}"
@@ -81,6 +84,16 @@ def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
     config.write_text(text)
     assert len(list(kept.glob("features_demo_vit_*/s0.h5"))) == 2
     assert feature.stat().st_mtime_ns == before
+
+
+def test_rgb_numbers_are_of_the_tiles_and_read_from_them_once(run, monkeypatch):
+    data = read_config(["--config", str(run / "tapfm" / "config.yaml")]).datamodule
+    kept = run / "frozen" / "20x_32px_0px_overlap" / "features_rgb"
+    for bag in data.streamed([row for part in ("train", "val", "test") for row in data.rows(part)]):
+        z_T6 = torch.cat([RgbStatistics().encode(tiles)[0] for tiles in bag.tiles.split(3)])
+        assert torch.equal(read_features(kept / f"{bag.slide_id}.h5"), z_T6)
+    monkeypatch.setattr(RgbStatistics, "encode", None)
+    assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
 
 
 def test_runs_on_other_data_are_not_compared(run, capsys):

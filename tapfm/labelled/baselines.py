@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from tapfm.baselines import rgb_bag
+from tapfm.baselines import RgbStatistics
 from tapfm.encoders.backbones import Encoder
 from tapfm.labelled.batch import TileBatch
 from tapfm.stats.bootstrap import once
@@ -115,5 +115,5 @@ def features(
     z_ND, rgb_N6 = [], []
     for batch in batches:
         z_ND.append(encoder.encode(batch.tiles_CP, precision)[0].float().cpu())
-        rgb_N6.append(rgb_bag("", "", [batch.tiles_CP], batch.labels_C).z_TD)
+        rgb_N6.append(RgbStatistics().encode(batch.tiles_CP)[0])
     return torch.cat(z_ND), torch.cat(rgb_N6)
