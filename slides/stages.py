@@ -54,7 +54,7 @@ def draw_stages(choice: Choice, slide: Slide, path: Path) -> None:
         figure.colorbar(drawn, ax=blurred[0], fraction=0.05, pad=0.02)
     _show(tiles, choice.thumbnail, f"{choice.chosen.sum()} tiles of {len(choice.chosen)}")
     _squares(tiles, choice, choice.chosen).set(facecolor="none", edgecolor=TILE, linewidth=0.7)
-    figure.suptitle(slide.name, fontsize=10)
+    figure.suptitle(slide.name, fontsize=10, parse_math=False)  # a $ is the name's own
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(path, buffer.getvalue(), slide.name)

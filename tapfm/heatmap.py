@@ -164,9 +164,10 @@ def overlay_png(
     if truth is not None:
         _contour(axes, truth, width, height, truth_label)
     bar = figure.colorbar(drawn, ax=axes[1] if beside else axes, fraction=0.05, pad=0.02)
-    bar.set_label(f"{label}, rank percentile" if scale == "rank" else f"{label}, linear scale")
+    how = "rank percentile" if scale == "rank" else "linear scale"
+    bar.set_label(f"{label}, {how}", parse_math=False)  # a $ is the name's own
     lines = wrap(path.stem if title is None else title, int(LETTERS * figsize[0]))
-    figure.suptitle("\n".join(lines), fontsize=10)
+    figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     return save_figure(figure, path)
 
 

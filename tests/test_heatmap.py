@@ -207,6 +207,12 @@ def test_bad_values_are_named_and_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_dollars_in_a_name_are_no_formula(tmp_path):
+    thumbnail, coords = np.full((90, 90, 3), 255, np.uint8), np.array([[0, 0]])
+    path = tmp_path / "a$x_$b.png"
+    assert overlay_png(thumbnail, 1, coords, 9, np.ones(1), path, label="p($^$)").exists()
+
+
 def test_a_long_title_is_within_a_narrow_picture(tmp_path):
     thumbnail = np.full((800, 200, 3), 255, np.uint8)
     coords = np.array([[0, 0]])

@@ -423,6 +423,11 @@ class TestPictures:
             (folder / "a.png").unlink()
         assert [r["status"] for r in ledger] == ["kept", "failed"]
 
+    def test_two_dollars_in_a_name_are_no_formula(self, small_slide, tmp_path):
+        slide = Slide(small_slide("a.svs"), name="a$x_$b")
+        draw_stages(choose(slide, GRID, Tissue()), slide, tmp_path / "a.png")
+        assert (tmp_path / "a.png").exists()
+
     def test_blur_has_a_panel_of_its_own(self, small_slide, tmp_path):
         widths = []
         for max_blur in (None, 1):

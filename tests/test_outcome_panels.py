@@ -1,5 +1,7 @@
 """Panels of classes, values and times draw the right numbers: read back from the axis."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -7,6 +9,7 @@ from scipy.stats import chi2
 
 from tapfm.reports.arms import Arm
 from tapfm.reports.outcome_panels import by_case, confusion, task_curves, time_axis, value_axis
+from tapfm.reports.outcome_report import write_outcomes
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
@@ -48,6 +51,16 @@ def log_rank(groups):
         if n > 1:
             variance += d * (n1 / n) * (1 - n1 / n) * (n - d) / (n - 1)
     return chi2.sf(gap**2 / variance, 1)
+
+
+def test_numbers_are_written_before_pictures(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2\n")
+    one, out = replace(survival_arm(), metrics_csv=tmp_path / "metrics.csv"), tmp_path / "report"
+    monkeypatch.setattr("tapfm.reports.outcome_report.save_figure", None)
+    with pytest.raises(TypeError):
+        write_outcomes(out, "test", TIMES, [one], draws=9)
+    written = sorted(path.name for path in out.iterdir())
+    assert written == ["metrics_test.json", "predictions_test.csv"]
 
 
 def test_curves_are_kaplan_meiers_and_p_is_the_log_rank_tests():

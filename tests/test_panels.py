@@ -127,6 +127,12 @@ def test_a_panel_is_part_of_the_page():
     assert not set(ids) & set(re.findall(r' id="([^"]+)"', other))
 
 
+def test_two_dollars_in_a_name_are_no_formula():
+    said = {"title": "HER2 $+ 5$%", "xlabel": "os$_$"}
+    drawn = panel(lambda axis: axis.set(**said), "said")
+    assert all(f">{name}</" in drawn for name in said.values())
+
+
 def test_inline_keeps_the_ids_that_are_used():
     svg = ('<?xml version="1.0"?>\n<svg xmlns:xlink="x" width="9pt" viewBox="0 0 9 8" xmlns="y">'
            '<g id="axes_1"><path id="m1" style="fill: #e6e6e6"/><use xlink:href="#m1"/>'

@@ -88,6 +88,22 @@ def test_table_json_and_metrics_agree(tmp_path):
                 assert (float(value), float(low), float(high)) == pytest.approx(numbers, abs=5e-4)
 
 
+def test_two_dollars_in_a_name_are_no_formula(tmp_path):
+    rows = arms()
+    rows[4] = replace(rows[4], title="end to end, $x_$", metrics_csv=tmp_path / "metrics.csv")
+    rows[4].metrics_csv.write_text("step,train/loss\n1,2\n")
+    write_results(tmp_path, "test", ["NUCA $^$", "VACU"], rows, draws=DRAWS)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_numbers_are_written_before_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("tapfm.reports.report.save_figure", None)
+    with pytest.raises(TypeError):
+        write_results(tmp_path, "test", LABELS, arms(), draws=DRAWS)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["metrics_test.json", "predictions_test.csv"]
+
+
 def test_what_stands_behind_the_rows_is_in_the_json_and_below_the_table(tmp_path):
     """Only a row with validation predictions has thresholds; only an end-to-end one a p."""
     rows = arms()

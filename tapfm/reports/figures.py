@@ -1,7 +1,7 @@
 """The report's pictures: ROC, reliability and training curves, an arm a colour in all.
 
 Arms trained end to end are solid and thick, the others thin and broken, so that a print in grey
-still tells them apart.
+still tells them apart. Names are drawn as they are: two $ in one are no formula (`parse_math`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequen
         axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
     known = int((~np.isnan(arms[0].y_NK[:, k])).sum())
     positives = int(np.nansum(arms[0].y_NK[:, k]))
-    axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10)
+    axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10, parse_math=False)
     axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
 
 
@@ -81,7 +81,7 @@ def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
                 axis.plot(said, seen, label=f"{ece(bins):.3f}", **styles[row])
         if axis.get_legend_handles_labels()[1]:
             axis.legend(loc="upper left", fontsize=8, title="ECE", title_fontsize=8)
-        axis.set_title(label, fontsize=10)
+        axis.set_title(label, fontsize=10, parse_math=False)
         axis.set(xlabel="mean probability", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
     axes[0].set_ylabel("share positive")
     _legend(figure, [arm.title for arm in arms], styles)
@@ -236,6 +236,8 @@ def _legend(figure: Figure, titles: Sequence[str], styles: Sequence[dict]) -> No
 
     lines = [Line2D([], [], **style) for style in styles]
     columns = max(1, int(figure.get_figwidth() / 3.4))
-    figure.legend(
+    legend = figure.legend(
         lines, titles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -84,13 +84,13 @@ def write_outcomes(
     }
     table = _table(task, figures, gains, reference, draws)
     notes = _notes(task, result, figures)
+    _write_said(folder / f"predictions_{split}.csv", task, arms)
+    write_json(folder / f"metrics_{split}.json", result)
     pictures = []
     if any(arm.metrics_csv for arm in arms):
         chance = math.nan if task.selects == "r2" else 0.5
         figure = curves_figure(arms, task.selects, task.title, chance)
         pictures.append(save_figure(figure, folder / "curves.png"))
-    _write_said(folder / f"predictions_{split}.csv", task, arms)
-    write_json(folder / f"metrics_{split}.json", result)
     write_text(folder / "report.md", results_page(split, table, notes, pictures))
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
     return "\n".join([*ruled(table), "", *wrapped])

@@ -1,8 +1,8 @@
 """The page's pictures: one panel a picture, as SVG that is part of the page.
 
 Each is small, so that a narrow window shows one beside or below the other at the size it was drawn
-for. Text stays text and can be copied; black, white and greys become the page's own colours, so
-that a dark page has light axes.
+for. Text stays text, a $ in it too, and can be copied; black, white and greys become the page's own
+colours, so that a dark page has light axes.
 
     roc, precision and recall, reliability     a panel a label, all arms in it
     training                                   loss, validation, effective tiles
@@ -195,16 +195,17 @@ def panel(draw: Callable[[Axes], None], said: str, size: tuple[float, float] = S
     import matplotlib as mpl
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    figure = Figure(figsize=size, layout="constrained", facecolor="none")
-    axis = figure.subplots()
-    axis.set_facecolor("none")
-    axis.grid(color="0.9")
-    axis.spines[["top", "right"]].set_visible(False)
-    draw(axis)
-    title = axis.get_title()
-    axis.set_title("")  # text of the page, which finds room for a name of any length
     text = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": said}):
+    how = {"svg.fonttype": "none", "svg.hashsalt": said, "text.parse_math": False}
+    with mpl.rc_context(how):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        axis = figure.subplots()
+        axis.set_facecolor("none")
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+        draw(axis)
+        title = axis.get_title()
+        axis.set_title("")  # text of the page, which finds room for a name of any length
         figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = inline(text.getvalue(), said)
     return Html(f'<figure class="panel"><figcaption>{escape(title)}</figcaption>{drawn}</figure>')

@@ -125,14 +125,14 @@ def write_results(
     table = _table(labels, arms, figures, gains, reference, draws)
     notes = _notes(result, arms, figures, reference)
     result["notes"] = notes
+    _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
+    write_json(folder / f"metrics_{split}.json", result)
     drawn = [
         save_figure(roc_figure(labels, arms), folder / "roc.png"),
         save_figure(reliability_figure(labels, arms), folder / "reliability.png"),
     ]
     if any(arm.metrics_csv for arm in arms):
         drawn.append(save_figure(curves_figure(arms), folder / "curves.png"))
-    _write_predictions(folder / f"predictions_{split}.csv", labels, arms)
-    write_json(folder / f"metrics_{split}.json", result)
     notes = [*notes, *_left_out(result)]
     text = results_page(split, table, notes, drawn) + "\n" + sections(labels, behind)
     write_text(folder / "report.md", text)
