@@ -110,6 +110,21 @@ def test_perfect_predictions_are_perfect():
     assert watched(tasks["cox"], TIMES, -np.nan_to_num(TIMES[:, :1]))["concordance"] == 1
 
 
+@pytest.mark.parametrize("name", every())
+@pytest.mark.parametrize("strange", [NAN, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_figures(name, strange):
+    """A nan would be ranked by its place in the table."""
+    task = every()[name]
+    known = {"multilabel": [[0, 1], [1, 0], [1, 1], [0, 0]], "multiclass": [[0], [1], [2], [0]],
+             "regression": [[1, 5], [3, 2], [8, 9], [4, 4]]}  # fmt: skip
+    y = np.array(known.get(name, TIMES[:4]), float)
+    said = np.linspace(0.1, 0.9, 4 * len(task.said)).reshape(4, -1)
+    said[2, -1] = strange
+    figures = watched(task, y, said)
+    assert figures.keys() == watched(task).keys()
+    assert all(math.isnan(value) for value in figures.values())
+
+
 @pytest.mark.parametrize(
     ("task", "target", "said"),
     [

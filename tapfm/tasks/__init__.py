@@ -157,9 +157,9 @@ def watched(
 ) -> dict[str, float]:
     """Figures of validation by name, nan where undefined: `auroc`, then `auroc_<label>` and others.
 
-    Without slides, their names.
+    All are nan where a prediction is not finite, for it has no rank; without slides, their names.
     """
-    if target_NY is None:
+    if target_NY is None or not np.isfinite(said_NP).all():
         target_NY, said_NP = np.empty((0, task.width)), np.empty((0, len(task.said)))
     groups = task.measure(target_NY, said_NP, np.ones((1, len(target_NY))))
     first = next(iter(groups))
