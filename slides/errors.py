@@ -31,7 +31,7 @@ class MaskError(SlideError):
 
 
 class CoordinatesError(SlideError):
-    """Tiles that another program chose are missing, damaged, or not those asked for."""
+    """Tiles that another program chose are missing, damaged, not those asked for, or in the way."""
 
 
 class StainError(SlideError):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.errors import IndexFileError, IndexSettingsError
+from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError
 from slides.files import damage_as, write_whole
 from slides.grid import Grid
 from slides.job_folders import coordinates_sha256, find_coordinates
@@ -150,6 +150,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
         IndexSettingsError: it was made with other settings; the message lists which.
         MaskError, CoordinatesError: the tissue is to come from masks, or the tiles from another
             program's coordinates, and this slide's are not there.
+        CoordinatesError: another program wrote it.
     """
     import h5py
 
@@ -159,6 +160,12 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     with damage_as(lambda why: IndexFileError(_damaged(path, why))):
         with h5py.File(path, "r") as file:
             attrs = dict(file["coords"].attrs)
+            if "spec_sha256" not in attrs:
+                raise CoordinatesError(
+                    f"{path.stem.removesuffix('_patches')}: its index would take the place of "
+                    f"{path}, which another program wrote. Name another folder for the index "
+                    "(--out); --coords takes that program's tiles as they are."
+                )
             coords0 = file["coords"][:].astype(np.int64)
             fraction = file["tissue_fraction"][:]
             figures = {name: file[name][:] for name in FIGURES if name in file}

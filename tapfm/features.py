@@ -74,13 +74,18 @@ class Extraction:
         """Why a file is not the features of these tiles by this encoder; None if it is.
 
         Raises:
-            FeatureError: the file's features are another encoder's.
+            FeatureError: the file's features are another encoder's, or another program's.
         """
         if not path.exists():
             return "not there"
         try:
             with h5py.File(path) as file:
                 attrs, features = file["features"].attrs, file["features"]
+                if "fingerprint" not in attrs:
+                    raise FeatureError(
+                        f"{index.slide_id}: {path} was not written by tapfm, and its features "
+                        "would be lost. Give another --name or --out."
+                    )
                 weights, made = str(attrs["fingerprint"]), str(attrs["precision"])
                 whole = features.shape == (len(index), self.encoder.dim)
                 same_tiles = whole and np.array_equal(file["coords"][:], index.coords0)
@@ -162,7 +167,7 @@ def extract(
         its reason.
 
     Raises:
-        FeatureError: features of other weights are there.
+        FeatureError: features of other weights, or of another program, are there.
         WriteError: the disk is full.
         SlideError: with `on_error: stop`, the first slide's fault.
     """
@@ -247,7 +252,7 @@ def run_features(
 
     Raises:
         BackboneError, CheckpointError: no such model, or its weights do not fit.
-        FeatureError: features of other weights are there under that name.
+        FeatureError: features of other weights, or of another program, are there under that name.
         SlideError: with `on_error: stop`, the first slide's fault.
     """
     encoder, header, fingerprint = load_encoder(model, weights, source.tiles.tile_px)

@@ -133,6 +133,23 @@ def test_features_of_other_weights_are_not_overwritten(slide, tmp_path, capsys):
     assert (job / TAG / "features_trial" / "one.x.h5").exists()
 
 
+def test_features_of_another_program_are_not_overwritten(slide, tmp_path, capsys):
+    job = tmp_path / "job"
+    path = job / TAG / "features_demo_vit" / "one.x.h5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:  # as TRIDENT writes it
+        file["features"] = np.ones((5, 128), np.float32)
+        file["features"].attrs.update(encoder="demo_vit", name="one.x", savetodir="x")
+        file["coords"] = np.zeros((5, 2), np.int64)
+    before = path.read_bytes()
+    assert extract(slide, job) == 2
+    said = capsys.readouterr().err
+    assert f"one.x: {path} was not written by tapfm" in said
+    assert "Give another --name or --out" in said
+    assert path.read_bytes() == before
+    assert extract(slide, job, "--name", "ours") == 0
+
+
 def test_an_adapted_encoder_has_a_folder_of_its_own(slide, tmp_path, capsys):
     torch.manual_seed(0)
     recipe = models.Recipe("demo_vit", "gated", LABELS, 32, 0.5)

@@ -303,6 +303,15 @@ class TestIndex:
             index_cohort(job.rows, job.folder, self.GRID, job.tissue, progress=False)
         assert find_coordinates(job.folder, "a").read_bytes() == before
 
+    @pytest.mark.parametrize("coords", [False, True])
+    def test_nor_by_tiles_that_are_not_theirs(self, job, tmp_path, coords):
+        """Of our own choice, or of another of their jobs."""
+        path = trident(index_path(tmp_path / "ours", self.GRID, "a"), coords0=CORNERS0[:2])
+        before, tissue = path.read_bytes(), job.tissue if coords else Tissue()
+        with pytest.raises(CoordinatesError, match=r"a: its index .*another program.*--out.*--coo"):
+            index_cohort(job.rows, tmp_path / "ours", self.GRID, tissue, progress=False)
+        assert path.read_bytes() == before
+
     def test_no_tiles_at_all(self, job, tmp_path):
         self.put(job, "c", coords0=[])
         with pytest.raises(NoTissueError, match="c: no tile in"):

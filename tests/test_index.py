@@ -202,6 +202,13 @@ class TestDamage:
         with pytest.raises(IndexFileError, match="checksum"):
             read_index(made[1], GRID, Tissue())
 
+    @pytest.mark.parametrize("lost", ["slide_fingerprint", "tiles_sha256"])
+    def test_an_index_that_lacks_an_attribute_is_damaged(self, made, lost):
+        with h5py.File(made[1], "r+") as file:
+            del file["coords"].attrs[lost]
+        with pytest.raises(IndexFileError, match="damaged"):
+            read_index(made[1], GRID, Tissue())
+
     @pytest.mark.parametrize("lost", ["tissue_fraction", "coords"])
     def test_a_foreign_file_is_no_index(self, made, lost):
         with h5py.File(made[1], "r+") as file:
