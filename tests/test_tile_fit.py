@@ -24,7 +24,7 @@ from tapfm.engine.memory import PhaseMeter
 from tapfm.labelled.baselines import ProbeError, fit_probe
 from tapfm.labelled.batch import TileBatch
 from tapfm.labelled.data import TileData
-from tapfm.labelled.fit import PROBE, RGB, predict_tiles
+from tapfm.labelled.fit import PROBE, RGB, frozen_features, predict_tiles
 from tapfm.labelled.module import TileModule
 
 HERE = Path(__file__).parent
@@ -200,6 +200,30 @@ def test_a_killed_run_ends_as_one_never_killed(cohort, tmp_path):
         assert one == other
     one, other = (load_file(run / "hiadapter" / "best.safetensors") for run in (runs, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tiles_exported_anew_under_the_same_names_have_features_of_their_own(tmp_path):
+    recipe = SimpleNamespace(model="demo_vit", weights=None, tile_px=32, precision="fp32")
+    model = SimpleNamespace(slide_model=SimpleNamespace(recipe=recipe))
+
+    def frozen():
+        data = TileData(str(tmp_path / "tiles"), tile_px=32, workers=0)
+        config = SimpleNamespace(run_dir=str(tmp_path))
+        cli = SimpleNamespace(datamodule=data, model=model, config=config)
+        return data.tiles, frozen_features(cli, "cpu")["z"]
+
+    write_tiles(tmp_path / "tiles")
+    tiles, z_ND = frozen()
+    (kept,) = (tmp_path / "frozen").iterdir()
+    made = kept.stat().st_mtime_ns
+    assert torch.equal(frozen()[1], z_ND)
+    assert kept.stat().st_mtime_ns == made
+    first = tiles.rows[0].path
+    first.write_bytes(tiles.rows[1].path.read_bytes())
+    again, new_ND = frozen()
+    assert again.sha256 == tiles.sha256
+    torch.testing.assert_close(new_ND[0], z_ND[1])
+    torch.testing.assert_close(new_ND[1:], z_ND[1:])
 
 
 def test_features_that_are_nan_are_refused():

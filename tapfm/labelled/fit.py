@@ -172,11 +172,15 @@ def predict_tiles(model: SlideModel, data: TileData, split: str) -> np.ndarray:
 
 
 def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
-    """Of every tile, in the table's order; kept in the cohort's folder for its other runs."""
+    """Of every tile, in the table's order; kept in the cohort's folder for its other runs.
+
+    Pictures that were exported anew, under whatever names, are encoded anew.
+    """
     data, recipe = cli.datamodule, cli.model.slide_model.recipe
     encoder = backbones.load(recipe.model, recipe.weights, tile_px=recipe.tile_px).eval()
     print_of = state_fingerprint(encoder.row, encoder.vit.state_dict(), recipe.tile_px)
-    name = f"{encoder.row.key}_{print_of[:8]}_{recipe.precision}_{data.tiles.sha256[:8]}"
+    tiles = f"{data.tiles.sha256[:8]}_{data.tiles.files_sha256[:8]}"
+    name = f"{encoder.row.key}_{print_of[:8]}_{recipe.precision}_{tiles}"
     path = Path(cli.config.run_dir) / "frozen" / f"{name}.safetensors"
     if not path.exists():
         batches = tqdm(data.loader(data.tiles.rows), desc="frozen features", unit=" batches")
