@@ -2,7 +2,8 @@
 
 Every column but `split` stays as it is. One split goes to a table, several to a folder: a table
 each (`cohort_0.csv`, for `data.table`) and, if asked, CLAM's and Patho-Bench's files. A path that
-is relative to the table's folder is written relative to the new table's.
+is relative to the table's folder is written relative to the new table's; with `slides_dir` it
+stays.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def run_split(
     fold: int = 0,
     formats: Sequence[str] = ("table",),
     task: str = "multilabel",
+    slides_dir: str | None = None,
 ) -> int:
     """Deal the cases, or read how another did; report the balance; write.
 
@@ -70,6 +72,8 @@ def run_split(
         formats: any of table, clam, clam-bool, patho-bench.
         task: what the labels hold (`slides.targets`), and so what is stratified over
             (`slides.strata`).
+        slides_dir: where relative slide paths start, so that they stay as they are; None is the
+            table's folder.
 
     Raises:
         SplitError: all that is wrong with the table's cells, or a split that cannot be.
@@ -98,7 +102,8 @@ def run_split(
     single = out.suffix in (".csv", ".tsv")
     if single and (len(splits) > 1 or list(formats) != ["table"]):
         raise SplitError(f"{out}: several files do not go into one: name a folder")
-    for path, text in _files(table, out, records, labels, case_of, splits, formats).items():
+    base = None if slides_dir else table.parent
+    for path, text in _files(table, out, records, labels, case_of, splits, formats, base).items():
         write_text(path, text)
     print(f"{out}: written")
     return 0
@@ -147,15 +152,17 @@ def _columns(task: str, labels: Sequence[str] | None) -> tuple[Columns, Sequence
     return make_columns({"name": task, "time": labels[0], "event": labels[1]}), None
 
 
-def _files(table, out, records, labels, case_of, splits: list[Split], formats) -> dict[Path, str]:
-    """What to write: path -> text."""
+def _files(
+    table, out, records, labels, case_of, splits: list[Split], formats, base: Path | None
+) -> dict[Path, str]:
+    """What to write: path -> text; slide paths that start at `base` are written anew."""
     if out.suffix in (".csv", ".tsv"):
-        return {out: _table_text(table, out, records, splits[0])}
+        return {out: _table_text(base, out, records, splits[0])}
     files: dict[Path, str] = {}
     for number, split in enumerate(splits):
         if "table" in formats:
             path = out / f"{table.stem}_{number}.csv"
-            files[path] = _table_text(table, path, records, split)
+            files[path] = _table_text(base, path, records, split)
         if "clam" in formats:
             files[out / f"splits_{number}.csv"] = clam_text(case_of, split)
         if "clam-bool" in formats:
@@ -169,18 +176,14 @@ def _files(table, out, records, labels, case_of, splits: list[Split], formats) -
     return files
 
 
-def _table_text(table: Path, path: Path, records: list[dict], split: Split) -> str:
+def _table_text(base: Path | None, path: Path, records: list[dict], split: Split) -> str:
     header = list(records[0]) + ["split"] * ("split" not in records[0])
     rows = []
     for record in records:
         if part := split.get(record["case_id"]):
             row = {**record, "split": part}
-            slide = table.parent / row.get("slide_path", "")
-            if (
-                row.get("slide_path")
-                and not Path(row["slide_path"]).is_absolute()
-                and slide.exists()
-            ):
-                row["slide_path"] = Path(os.path.relpath(slide, path.parent)).as_posix()
+            slide = row.get("slide_path")
+            if base and slide and not Path(slide).is_absolute() and (base / slide).exists():
+                row["slide_path"] = Path(os.path.relpath(base / slide, path.parent)).as_posix()
             rows.append([row[name] for name in header])
     return csv_text([header, *rows], "\t" if path.suffix == ".tsv" else ",")

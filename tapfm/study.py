@@ -176,7 +176,7 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
         columns = [options[key] for key in ("time", "event") if key in options]
         run_split(table, out / "folds", columns or data.get("labels"), folds=study.folds,
                   seed=study.fold_seed, preserve_sites=study.preserve_sites,
-                  task=options.get("name"))  # fmt: skip
+                  task=options.get("name"), slides_dir=data.get("slides_dir"))  # fmt: skip
     write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]

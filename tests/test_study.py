@@ -16,6 +16,7 @@ import pytest
 import yaml
 from cohorts import write_cohort
 
+from slides.cohort import read_cohort
 from tapfm import cli, study
 from tapfm.config import ConfigError
 from tapfm.study import read_study, run_study
@@ -243,6 +244,22 @@ def test_every_task_is_dealt_and_has_its_own_figure(quick, kind, capsys):
     if kind == "multiclass":  # stratified over the classes
         shares = [np.mean([row["grade"] == "high" for row in rows]) for rows in tested]
         assert np.ptp(shares) < 0.06
+
+
+@pytest.mark.parametrize("slides_dir", [None, "slides"])
+def test_slides_are_found_from_the_table_of_each_fold(quick, slides_dir):
+    """Both where the table lies and where `data.slides_dir` says; the cells' configs keep that."""
+    folder = quick.parent
+    for n in range(60):
+        for place in (folder, folder / "slides"):
+            place.mkdir(exist_ok=True)
+            (place / f"s{n}.svs").write_bytes(bytes([n]))
+    given = slides_dir and folder / slides_dir
+    data = {"table": str(folder / "cohort.csv"), "slides_dir": given and str(given)}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    for table in study.prepare(read_study(quick, {}), data):
+        rows = read_cohort(table, slides_dir=given).rows
+        assert {row.path.resolve().parent for row in rows} == {given or folder}
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on_then_it_alone_is_run_again(quick, capsys):
