@@ -128,6 +128,21 @@ def test_masks_of_the_users_own(saved, slide, tmp_path, capsys):
         }
 
 
+def test_a_heatmap_does_not_take_the_place_of_the_mask_it_is_of(
+    saved, slide, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ring = [[128, 128], [320, 128], [320, 256], [128, 256]]
+    mask = tmp_path / "one.geojson"
+    mask.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    before, given = mask.read_bytes(), [str(slide), "--model", str(saved), "--masks", str(tmp_path)]
+    assert main(["heatmap", *given, "--out", "."]) == 2
+    assert "is the folder of the masks" in capsys.readouterr().err
+    assert main(["heatmap", *given, "--out", "drawn"]) == 0
+    assert main(["predict", *given, "--out", "."]) == 0
+    assert mask.read_bytes() == before
+
+
 def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys):
     (tmp_path / "text.svs").write_text("no slide")
     write_pyramid(tmp_path / "nompp.tif", stained_picture(601, 463), None)

@@ -59,8 +59,15 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     device_flags(verb)
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
+        from tapfm.config import ConfigError
         from tapfm.pathpt.network import is_pathpt
 
+        out, masks = given["out"], given["masks"]
+        if draw and masks and out.resolve() == Path(masks).resolve():
+            raise ConfigError(
+                f"heatmap: {out} is the folder of the masks, and pictures and outlines of the "
+                "same names would take their place. Give another --out."
+            )
         if is_pathpt(given["path"]):
             from tapfm.pathpt.loose import predict_slides
         else:
