@@ -53,6 +53,39 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]
         writer.writerows(rows)
 
 
+def rows_there(path: Path, header: Sequence[str]) -> list[list[str]]:
+    """Rows of a CSV that others are to join; none where there is no such file, or it is empty.
+
+    Raises:
+        WriteError: it has other columns, or cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a BOM
+            first, *rows = [*csv.reader(file)] or [[*header]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise WriteError(f"{path}: cannot be read ({error}). Move it elsewhere.") from error
+    if first != [*header]:
+        raise WriteError(
+            f"{path}: has the columns {', '.join(first)}, and rows of {', '.join(header)} are to "
+            "join it. Name another place, or move it elsewhere."
+        )
+    return [row for row in rows if row]
+
+
+def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """As `write_csv`; rows that are there stay, but those whose first cell is that of a new one.
+
+    Raises:
+        WriteError: the file there has other columns.
+    """
+    rows = list(rows)
+    named = {row[0] for row in rows}
+    older = [row for row in rows_there(path, header) if row[0] not in named]
+    write_csv(path, header, older + rows)
+
+
 def _plain(value: object) -> object:
     if is_dataclass(value):
         value = asdict(value)

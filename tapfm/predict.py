@@ -29,10 +29,12 @@ from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag
 from tapfm.config import TileSettings
+from tapfm.files import rows_there
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.opener import loose, tiles_as_trained
 from tapfm.prediction import (
     Prediction,
+    header_of,
     pool_cases,
     predict_bag,
     slide_by_slide,
@@ -59,8 +61,8 @@ def predict_slides(
     Args:
         path: a saved model.
         rows: the slides.
-        out: folder for `predictions.csv`, `<slide>_weights.h5` and, drawn, `<slide>.png` and
-            `<slide>.geojson`.
+        out: folder for `predictions.csv`, where rows of other slides stay, `<slide>_weights.h5`
+            and, drawn, `<slide>.png` and `<slide>.geojson`.
         case: of this name, whose slides these are, and which is predicted as one; None for each
             slide by itself.
         mpp: microns per tile pixel, where it is not to be the model's own.
@@ -75,6 +77,7 @@ def predict_slides(
 
     Raises:
         CheckpointError: the model is of tiles, or says nothing of cases.
+        WriteError: predictions of other columns are there.
     """
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -85,6 +88,8 @@ def predict_slides(
             "for `tapfm features` and `tapfm export`."
         )
     pool = pool_of(path, facts) if case else None
+    table = out / "predictions.csv"
+    rows_there(table, header_of(model.task))  # refused now, not behind all slides
     trained = TileSettings(recipe.tile_px, recipe.mpp, tissue=Tissue(**facts.get("tissue", {})))
     tiles = tiles_as_trained(trained, mpp, masks)
     width, predictions = model.task.width, []
@@ -114,7 +119,8 @@ def predict_slides(
     elif case and pool != "union":
         predictions = pool_cases(predictions, model.task, pool, gather(rows, ()))
         print(f"{case}: {pool} of {len(rows)} slides; {_said(model.task.said, predictions[0])}")
-    write_predictions(out / "predictions.csv", model.task, predictions)
+    if predictions:
+        write_predictions(table, model.task, predictions, join=True)
     return 2 if failed else 0
 
 

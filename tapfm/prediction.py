@@ -23,7 +23,7 @@ from tqdm import tqdm
 from slides.cohort import SlideRow
 from slides.index import TileIndex
 from tapfm.bag import Bag, SkippedBag
-from tapfm.files import replacing, write_csv
+from tapfm.files import join_csv, replacing, write_csv
 from tapfm.model import SlideModel
 from tapfm.tasks import Task
 
@@ -116,25 +116,34 @@ def slide_by_slide(
     ]
 
 
-def write_predictions(path: Path, task: Task, predictions: Sequence[Prediction]) -> None:
+def columns(truth: Sequence[str], said: Sequence[str]) -> list[str]:
+    """What is known, then what is said; in turns where there is one of each."""
+    if len(truth) != len(said):
+        return [*truth, *said]
+    return [each for pair in zip(truth, said, strict=True) for each in pair]
+
+
+def header_of(task: Task) -> list[str]:
+    """Columns of `write_predictions`: `<label>` and `p_<label>` take turns."""
+    return ["slide_id", "case_id", *columns(task.truth, task.said)]
+
+
+def write_predictions(
+    path: Path, task: Task, predictions: Sequence[Prediction], join: bool = False
+) -> None:
     """A CSV row a slide: slide_id, case_id, then what is known (blank if not) and what is said.
 
-    These take turns where there is one of each: `<label>`, `p_<label>`.
+    With `join`, rows of other slides that are there stay.
+
+    Raises:
+        WriteError: it cannot be written, or rows of other columns are there to join.
     """
-    turns = len(task.truth) == len(task.said)
-
-    def columns(truth: Sequence[str], said: Sequence[str]) -> list[str]:
-        return [each for pair in zip(truth, said, strict=True) for each in pair] if turns else [
-            *truth, *said
-        ]  # fmt: skip
-
-    header = ["slide_id", "case_id", *columns(task.truth, task.said)]
     rows = [
         [each.slide_id, each.case_id]
         + columns(task.spell(each.labels_K), [f"{value:.7g}" for value in each.probs_K])
         for each in predictions
     ]
-    write_csv(path, header, rows)
+    (join_csv if join else write_csv)(path, header_of(task), rows)
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:

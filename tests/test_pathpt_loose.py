@@ -114,8 +114,7 @@ def test_a_case_is_named_by_all_its_tiles_or_not_at_all(ran, tmp_path, capsys):
 
     gone = loose_rows([tmp_path / "gone.svs"], None)
     assert predict_slides(path, [*slides, *gone], tmp_path / "out", case="P1", workers=0) == 2
-    assert list(csv.DictReader((tmp_path / "out" / "predictions.csv").open())) == []
-    assert not list(tmp_path.glob("out/*.h5")), "no slide is read in vain"
+    assert not (tmp_path / "out").exists(), "no slide is read in vain, and nothing written"
     assert "P1: a slide of it failed" in capsys.readouterr().err
 
 
@@ -131,6 +130,16 @@ def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):
     assert "tapfm: " in said
     assert "text" in said
     assert "glass: no tissue" in said
+    model = draw / "pathpt.safetensors"
+    assert tell("predict", model, tmp_path / "out", tmp_path / "text.svs") == (2, rows)
+    slide = folder / "slides" / "s13.svs"
+    code, both = tell("predict", model, tmp_path / "out", slide, workers=0)
+    assert code == 0
+    assert both[0] == rows[0], "one that is there stays"
+    assert [row["slide_id"] for row in both] == ["s12", "s13"]
+    (tmp_path / "out" / "predictions.csv").write_text("slide_id,case_id,EGFR,p_EGFR\n")
+    assert tell("predict", model, tmp_path / "out", slide) == (2, [])
+    assert "has the columns slide_id, case_id, EGFR, p_EGFR, and" in capsys.readouterr().err
 
 
 def test_another_image_tower_or_file_is_refused(ran, tmp_path, capsys):

@@ -164,6 +164,39 @@ def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys
     assert pd.read_csv(out / "predictions.csv")["slide_id"].tolist() == ["one"]
 
 
+def test_slide_after_slide_the_table_grows(saved, slide, tmp_path, capsys):
+    """By a loop of the shell, say; a slide that is predicted again has one row, the new one."""
+    other = write_pyramid(tmp_path / "two.svs", stained_picture(461, 603, seed=1), 0.25)
+    (tmp_path / "text.svs").write_text("no slide")
+    out = tmp_path / "out"
+    table = out / "predictions.csv"
+
+    def run(path):
+        return main(["predict", str(path), "--model", str(saved), "--out", str(out)])
+
+    assert run(tmp_path / "text.svs") == 2
+    assert not out.exists(), "nothing was predicted"
+    assert [run(slide), run(other)] == [0, 0]
+    both = table.read_text()
+    assert pd.read_csv(table)["slide_id"].tolist() == ["one", "two"]
+    table.write_text(both.replace("one,one", "one,P1").replace("two,two", "two,P2"))
+    assert run(other) == 0
+    assert [line[:6] for line in table.read_text().splitlines()[1:]] == ["one,P1", "two,tw"]
+    before = table.read_text()
+    assert run(tmp_path / "text.svs") == 2
+    assert table.read_text() == before
+
+
+@pytest.mark.parametrize("there", [b"slide_id,called\none,a\n", b"slide_id\n\xff\n"])
+def test_a_table_of_other_columns_is_refused_before_any_work(saved, slide, tmp_path, capsys, there):
+    table = tmp_path / "predictions.csv"
+    table.write_bytes(there)
+    assert main(["predict", str(slide), "--model", str(saved), "--out", str(tmp_path)]) == 2
+    assert f"tapfm: {table}: " in capsys.readouterr().err
+    assert table.read_bytes() == there
+    assert not (tmp_path / "one_weights.h5").exists()
+
+
 def test_two_slides_of_one_name_are_refused(saved, slide, tmp_path, capsys):
     other = tmp_path / "other" / "one.tif"
     assert main(["predict", str(slide), str(other), "--model", str(saved)]) == 2

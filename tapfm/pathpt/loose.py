@@ -1,6 +1,7 @@
 """A saved PathPT model on slides of no cohort: `tapfm predict` and `tapfm heatmap`.
 
-    <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal
+    <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal; rows of other
+                                  slides that are there stay
     <out>/<slide>_tiles.h5        probabilities (N, K) of the classes in its attributes, coords
     <out>/<slide>.png, .geojson   drawn: of the called subtype; of all classes, for QuPath
 
@@ -32,7 +33,7 @@ from slides.tissue import Tissue
 from tapfm.adapt import make_strategy
 from tapfm.config import TileSettings
 from tapfm.encoders.backbones import BackboneError
-from tapfm.files import replacing, write_csv
+from tapfm.files import join_csv, replacing, rows_there
 from tapfm.model import CheckpointError
 from tapfm.opener import loose, tiles_as_trained
 from tapfm.pathpt.findings import draw_classes
@@ -64,11 +65,14 @@ def predict_slides(
 
     Raises:
         CheckpointError: the file is damaged, or the image tower cannot be had or is another one.
+        WriteError: predictions of other columns are there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, classes_Kd, recipe, towers = load_whole(path, device)
     trained = TileSettings(**{**recipe.tiles, "tissue": Tissue(**recipe.tiles["tissue"])})
     tiles, names, votes = tiles_as_trained(trained, mpp, masks), recipe.classes, []
+    table = out / "predictions.csv"
+    rows_there(table, header_of(names))  # refused now, not behind all slides
     with loose(rows, tiles, workers, recipe.stain) as (opener, left, failed):
         left = [] if case and failed else left
         for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
@@ -92,7 +96,8 @@ def predict_slides(
         votes = []
     elif case:
         votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
-    write_votes(out / "predictions.csv", names, votes)
+    if votes:
+        write_votes(table, names, votes)
     return 2 if failed else 0
 
 
@@ -107,8 +112,12 @@ def write_votes(
         shares = [f"{share:.6f}" for share in (*share_C, normal)]
         rows.append([slide_id, case_id, names[called + 1], *shares])
         print(f"{slide_id}: {len(logits_NK)} tiles; {names[called + 1]}, by {max(share_C):.3f}")
-    header = ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
-    write_csv(path, header, rows)
+    join_csv(path, header_of(names), rows)
+
+
+def header_of(names: Sequence[str]) -> list[str]:
+    """Columns of `write_votes`; the first of the names is normal tissue."""
+    return ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
 
 
 def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, Recipe, Towers]:
