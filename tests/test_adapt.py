@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
-from tiny import random_tiles, tiny_encoder
+from tiny import random_tiles, tiny_encoder, tiny_swin
 from torch import nn
 
 from tapfm import model as models
@@ -86,6 +86,30 @@ def names(vit):
 def test_every_strategy_has_a_case():
     assert {case["name"] for case in CASES.values()} == STRATEGIES.keys() - {"frozen"}
     assert get_args(StrategyName) == tuple(STRATEGIES)  # what `tapfm fit --help` offers
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_encoder_of_stages_is_adapted_or_refused(name):
+    """Which has neither one row of blocks nor a CLS token."""
+    encoder, strategy = tiny_swin(), make_strategy(name)
+    if name not in ("full", "bitfit", "norm_only", "frozen"):
+        with pytest.raises(StrategyError, match=f"{name} needs a ViT with a CLS.*SwinTransformer"):
+            strategy.prepare(encoder.vit)
+        return
+    strategy.prepare(encoder.vit)
+    groups = strategy.parameters(encoder.vit, 1e-2, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(names(encoder.vit))
+    tiles = random_tiles(2, side=64)
+    before = encoder(tiles)[0]
+    if name != "frozen":
+        before.square().sum().backward()
+        make_optimizer(strategy, groups).step()
+        assert difference(encoder(tiles)[0], before) > 1e-3
+
+
+def test_rates_by_block_need_a_row_of_blocks():
+    with pytest.raises(StrategyError, match=r"layer_decay needs a ViT.* or full at one rate"):
+        make_strategy({"name": "full", "layer_decay": 0.5}).prepare(tiny_swin().vit)
 
 
 # the start
@@ -602,8 +626,7 @@ def test_a_model_of_another_make_is_refused():
     for name in ("lora", "dora", "ssf"):
         with pytest.raises(StrategyError, match=rf"{name} finds no qkv in Attention"):
             make_strategy(name).prepare(vit)
-    vit = nn.Module()
-    vit.blocks = nn.ModuleList([nn.Identity()])
+    vit.blocks[1] = nn.Identity()
     with pytest.raises(
         StrategyError, match=r"knows Block and EvaBlock, and this model has Identity"
     ):

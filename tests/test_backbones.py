@@ -10,11 +10,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
+from tiny import random_tiles, tiny_swin
 
 from tapfm.doctor import cls_row_error
 from tapfm.encoders import backbones, checkpoints
 from tapfm.encoders.attention import NoClsAttentionError
-from tapfm.encoders.backbones import BACKBONES, BackboneError, Encoder, build, find, load
+from tapfm.encoders.backbones import BACKBONES, BackboneError, build, find, load
 from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.model import Recipe, SlideModel, save
@@ -183,18 +184,9 @@ def test_a_model_without_cls_takes_learned_attention_only():
 
 def test_a_model_without_cls_learns_through_the_two_passes():
     """Every parameter of the encoder gets the one-graph gradient, though no score exists."""
-    torch.manual_seed(0)
-    row = replace(find("swin_t"), tile_px=64, width=32)
-    vit = build(
-        row,
-        embed_dim=4,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 1, 1),
-        window_size=2,
-        drop_path_rate=0,
-    )
-    model = SlideModel(Recipe("swin_t", "gated", ("a",), 64, 0.5), Encoder(vit, row)).double()
-    tiles = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    encoder = tiny_swin()
+    model = SlideModel(Recipe("swin_t", "gated", ("a",), 64, 0.5), encoder).double()
+    vit, tiles = encoder.vit, random_tiles(5, side=64)
 
     z_TD, score_T = model.encode(tiles)
     model.aggregator(z_TD, score_T)[0].sum().backward()

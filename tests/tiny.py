@@ -1,11 +1,13 @@
 """Tiny random encoders of every make the engine must honour, for the tests that share them."""
 
+from dataclasses import replace
+
 import timm
 import torch
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from tapfm.encoders.backbones import Backbone, Encoder
+from tapfm.encoders.backbones import Backbone, Encoder, build, find
 
 TILE = 32  # 4 x 4 patches of 8 px
 
@@ -53,6 +55,15 @@ def tiny_encoder(
     return Encoder(vit, row, **options).to(dtype)
 
 
-def random_tiles(tiles, seed=1):
+def tiny_swin():
+    """Four stages of a block each, for tiles of 2 x TILE; without a CLS token."""
+    torch.manual_seed(0)
+    row = replace(find("swin_t"), tile_px=2 * TILE, width=32)
+    ones = (1, 1, 1, 1)
+    small = {"embed_dim": 4, "depths": ones, "num_heads": ones, "window_size": 2}
+    return Encoder(build(row, **small, drop_path_rate=0), row).double()
+
+
+def random_tiles(tiles, seed=1, side=TILE):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (tiles, 3, TILE, TILE), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.adapt.surgery import Inserted, StrategyError, share
+from tapfm.adapt.surgery import Inserted, StrategyError, need_vit, share
 
 
 class Bottleneck(nn.Module):
@@ -71,8 +71,10 @@ class AdaptFormer(Inserted):
         """Freeze the model; put a bottleneck into each block.
 
         Raises:
-            StrategyError: blocks of another make, which do not add norm, MLP and residual so.
+            StrategyError: not a ViT with a CLS token, or blocks of another make, which do not add
+                norm, MLP and residual so.
         """
+        need_vit(vit, "adaptformer")
         vit.requires_grad_(False)
         for block in vit.blocks:
             if type(block).__name__ not in ("Block", "EvaBlock"):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.adapt.surgery import StrategyError
+from tapfm.adapt.surgery import StrategyError, need_vit
 from tapfm.optim import layerwise, parameter_groups
 
 
@@ -30,13 +30,22 @@ class Full:
             )
 
     def prepare(self, vit: nn.Module) -> None:
-        """All parameters require a gradient."""
+        """All parameters require a gradient.
+
+        Raises:
+            StrategyError: rates by block, and the model has no one row of them.
+        """
+        if self.layer_decay < 1:
+            need_vit(vit, "full with layer_decay")
         vit.requires_grad_(True)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """All of them, norms, biases and tokens without weight decay."""
+        named = vit.named_parameters()
+        if self.layer_decay == 1:
+            return parameter_groups(named, lr, weight_decay)
         shares = layerwise(len(vit.blocks), self.layer_decay)
-        return parameter_groups(vit.named_parameters(), lr, weight_decay, shares)
+        return parameter_groups(named, lr, weight_decay, shares)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
         """The model's own state dict."""

@@ -39,7 +39,7 @@ class LastN:
         """Freeze all but the tail.
 
         Raises:
-            StrategyError: the model has fewer blocks.
+            StrategyError: not a ViT with a CLS token, or fewer blocks.
         """
         vit.requires_grad_(False)
         for block in last_blocks(vit, self.n, "last_n"):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tapfm.adapt.surgery import mlp_linears, qkv_linears, share, timm_state
+from tapfm.adapt.surgery import mlp_linears, need_vit, qkv_linears, share, timm_state
 from tapfm.optim import parameter_groups
 
 
@@ -31,8 +31,9 @@ class Ssf:
         """Freeze the model; give each operation a scale of 1 and a shift of 0.
 
         Raises:
-            StrategyError: an attention of another make.
+            StrategyError: not a ViT with a CLS token, or an attention of another make.
         """
+        need_vit(vit, "ssf")
         vit.requires_grad_(False)
         for each in _operations(vit):
             each.ssf_scale = nn.Parameter(each.weight.new_ones(len(each.weight)))

@@ -73,8 +73,9 @@ def last_blocks(vit: nn.Module, n: int, strategy: str) -> list[nn.Module]:
     """The last n blocks; 0 is all of them.
 
     Raises:
-        StrategyError: there are not as many.
+        StrategyError: there are not as many, or none in one row.
     """
+    need_vit(vit, strategy)
     if n > len(vit.blocks):
         raise StrategyError(
             f"model.strategy: {strategy} was asked for the last {n} blocks and the model has "
@@ -92,7 +93,7 @@ def need_vit(vit: nn.Module, strategy: str) -> None:
     if not (hasattr(vit, "blocks") and getattr(vit, "num_prefix_tokens", 0)):
         raise StrategyError(
             f"model.strategy: {strategy} needs a ViT with a CLS token, and this model is "
-            f"{type(vit).__name__}. Use bitfit or norm_only."
+            f"{type(vit).__name__}. Use bitfit, norm_only, or full at one rate."
         )
 
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, new_prompts, share
+from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, need_vit, new_prompts, share
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class VptDeep(Inserted):
             raise StrategyError(f"model.strategy: vpt_deep: n must be 1 or more, got {self.n}")
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; put in prompts, uniform within sqrt(6 / (3 p^2 + D))."""
+        """Freeze the model; put in prompts, uniform within sqrt(6 / (3 p^2 + D)).
+
+        Raises:
+            StrategyError: not a ViT with a CLS token.
+        """
+        need_vit(vit, "vpt_deep")
         vit.requires_grad_(False)
         prefix = vit.num_prefix_tokens
         vit.prompts = new_prompts(vit, len(vit.blocks), self.n)
