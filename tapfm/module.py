@@ -274,8 +274,8 @@ class SlideModule(L.LightningModule):
         """The meter needs the device, which is known by now.
 
         Raises:
-            SettingError: the trainer's own mixed precision is on, or tiles are to be drawn from an
-                encoder with noise.
+            SettingError: the trainer's own mixed precision is on, the run has no number of epochs
+                to lay the rates over, or tiles are to be drawn from an encoder with noise.
             CompilerError: blocks are to be compiled, and there is no compiler.
         """
         if self.trainer.precision != "32-true":
@@ -283,6 +283,12 @@ class SlideModule(L.LightningModule):
                 f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
+            )
+        if (self.trainer.max_epochs or 0) < 1 or self.trainer.max_steps != -1:
+            raise SettingError(
+                "the schedule is over trainer.max_epochs: give it 1 or more (it is "
+                f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "
+                f"{self.trainer.max_steps})"
             )
         if self.passes.few is not None and self.passes.noisy:
             raise SettingError(

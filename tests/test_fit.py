@@ -372,3 +372,16 @@ def test_memory_for_tiles_changes_no_weight(finished, capsys):
     for file in ("metrics.csv", "best.safetensors"):
         few, whole = ((folder / file).read_bytes() for folder in (run.parent / "few", run))
         assert few[-10_000:] == whole[-10_000:]  # the header names the run's command
+
+
+@pytest.mark.parametrize(
+    "length", [["max_epochs", "-1"], ["max_epochs", "0"], ["max_steps", "5"], ["max_steps", "0"]]
+)
+def test_a_run_without_a_number_of_epochs_has_no_schedule(tmp_path, length, capsys):
+    """Its rate would be the last and least of the cosine from the first slide on."""
+    key, value = length
+    config = write_cohort(tmp_path)
+    assert main(["fit", "--config", str(config), f"--trainer.{key}", value]) == 2
+    said = capsys.readouterr().err
+    assert "the schedule is over trainer.max_epochs" in said
+    assert f"(it is {value})" in said
