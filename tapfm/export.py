@@ -24,10 +24,11 @@ from torch import nn
 
 from tapfm import __version__
 from tapfm.encoders.backbones import BackboneError, Encoder
-from tapfm.files import replacing, write_json, write_text
+from tapfm.files import WriteError, replacing, write_json, write_text
 from tapfm.model import load_encoder
 from tapfm.tasks import make_task
 
+FILES = ("model.safetensors", "config.json", "provenance.json", "README.md")
 PLAIN = (bool, int, float, str)
 SPELT = ((SwiGLUPacked, "timm.layers.SwiGLUPacked"), (nn.SiLU, "torch.nn.SiLU"))
 TOKENS = """
@@ -59,7 +60,7 @@ Made for tiles of {tile_px} px at {mpp:g} microns per pixel{stain}. Fingerprint 
 
 ```python
 import functools, timm, torch
-model = timm.create_model({call}, checkpoint_path="{folder}/model.safetensors").eval()
+model = timm.create_model({call}, checkpoint_path={file!r}).eval()
 transform = timm.data.create_transform({transform})
 ```
 {tokens}
@@ -73,7 +74,7 @@ encoder = CustomInferenceEncoder("{name}", model, transform, torch.{precision})
 slide2vec, and anything that takes a timm name (timm 1.0.20 or newer):
 
 ```python
-model = timm.create_model("local-dir:{folder}", pretrained=True{classes})
+model = timm.create_model({local!r}, pretrained=True{classes})
 ```
 
 {eva}
@@ -81,11 +82,13 @@ model = timm.create_model("local-dir:{folder}", pretrained=True{classes})
 
 
 def run_export(model: str, weights: str | None, out: Path) -> int:
-    """Write the four files into a folder. Returns 0.
+    """Write the four files into a folder, in place of those of an earlier export. Returns 0.
 
     Raises:
         CheckpointError, BackboneError: no such model, or its weights do not fit.
+        WriteError: the folder has files of the same names that are something else's.
     """
+    refuse_others(out)
     encoder, header, fingerprint = load_encoder(model, weights)
     row = encoder.row
     if row.feature == "head":
@@ -117,6 +120,21 @@ def run_export(model: str, weights: str | None, out: Path) -> int:
     print(f"{out}: model.safetensors, config.json, provenance.json; README.md says how to load it")
     print(f"{row.key}: {row.terms}, which goes with the weights", file=sys.stderr)
     return 0
+
+
+def refuse_others(out: Path) -> None:
+    """See that what would be replaced was exported by us.
+
+    Raises:
+        WriteError: it was not.
+    """
+    there = [name for name in FILES if (out / name).exists()]
+    ours = out / "provenance.json"
+    if there and not (ours.is_file() and b'"exported_by": "tapfm ' in ours.read_bytes()):
+        raise WriteError(
+            f"{out}: has {', '.join(there)} of something else, which would be lost. Give another "
+            "--out."
+        )
 
 
 def arguments(encoder: Encoder) -> dict[str, Any]:
@@ -160,7 +178,8 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
     stain = (header or {}).get("stain")
     predicted = make_task(header["task"], header["labels"]).truth if header else ()
     name = f"{row.key}_{provenance['fingerprint'][:8]}" if header else row.key
-    named = {"model_name": row.arch, "checkpoint_path": f"{folder}/model.safetensors", **given}
+    file = f"{folder}/model.safetensors"
+    named = {"model_name": row.arch, "checkpoint_path": file, **given}
     eva = EVA_BY_FUNCTION if classes else EVA.format(arguments=json.dumps(named))
     return README.format(
         name=name,
@@ -171,7 +190,8 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
         mpp=provenance["mpp"],
         stain=f", their stains normalised by {stain}" if stain else "",
         fingerprint=provenance["fingerprint"],
-        folder=folder,
+        file=file,
+        local=f"local-dir:{folder}",
         call=", ".join([repr(row.arch), *(f"{k}={spell(v)}" for k, v in given.items())]),
         transform=f"input_size=(3, {side}, {side}), mean={mean}, std={std}, crop_pct=1.0, "
         'interpolation="bicubic"',

@@ -36,7 +36,7 @@ def python_blocks(text):
 def test_the_readme_loads_it(model, tmp_path, capsys):
     """The lines as they stand, on float pixels through timm's transform."""
     encoder, path = saved(tmp_path, model, cohort_sha256="c0ffee", commit="abc1234")
-    out = tmp_path / "exported"
+    out = tmp_path / 'it\'s "exported"'
     assert main(["export", "--model", str(path), "--out", str(out)]) == 0
     blocks = python_blocks((out / "README.md").read_text())
     tiles = torch.randint(0, 256, (3, 3, TILE, TILE), dtype=torch.uint8)
@@ -88,6 +88,19 @@ def test_a_plain_model_is_exported_too(tmp_path):
     assert facts["adapted"] is None
     assert "microns per pixel. Fingerprint" in (tmp_path / "README.md").read_text()
     assert (facts["tile_px"], facts["mpp"]) == (112, 0.5)
+
+
+@pytest.mark.parametrize("name", export.FILES)
+def test_what_was_not_exported_stays(name, tmp_path, capsys):
+    (tmp_path / name).write_text("mine")
+    arguments = ["export", "--model", "demo_vit", "--out"]
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert f"{tmp_path}: has {name} of something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+    for _ in range(2):  # an earlier export makes room
+        assert main([*arguments, str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(export.FILES)
 
 
 EXPORTED = [row for row in ROWS if row.feature != "head"]  # timm has no heads: refused
