@@ -284,7 +284,8 @@ class SlideModule(L.LightningModule):
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
             )
-        if (self.trainer.max_epochs or 0) < 1 or self.trainer.max_steps != -1:
+        counted = self.trainer.max_steps == -1 or self.trainer.fast_dev_run
+        if (self.trainer.max_epochs or 0) < 1 or not counted:
             raise SettingError(
                 "the schedule is over trainer.max_epochs: give it 1 or more (it is "
                 f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "

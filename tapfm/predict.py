@@ -21,6 +21,7 @@ from tqdm import tqdm
 from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import SlideError
+from slides.files import fingerprint
 from slides.held import JoinedTiles, SlideTiles
 from slides.index import TileIndex
 from slides.reader import Slide
@@ -61,8 +62,8 @@ def predict_slides(
     Args:
         path: a saved model.
         rows: the slides.
-        out: folder for `predictions.csv`, where rows of other slides stay, `<slide>_weights.h5`
-            and, drawn, `<slide>.png` and `<slide>.geojson`.
+        out: folder for `predictions.csv`, whose last column tells models apart and where rows of
+            other slides stay, `<slide>_weights.h5` and, drawn, `<slide>.png` and `<slide>.geojson`.
         case: of this name, whose slides these are, and which is predicted as one; None for each
             slide by itself.
         mpp: microns per tile pixel, where it is not to be the model's own.
@@ -89,7 +90,7 @@ def predict_slides(
         )
     pool = pool_of(path, facts) if case else None
     table = out / "predictions.csv"
-    rows_there(table, header_of(model.task))  # refused now, not behind all slides
+    rows_there(table, [*header_of(model.task), "model"])  # refused now, not behind all slides
     trained = TileSettings(recipe.tile_px, recipe.mpp, tissue=Tissue(**facts.get("tissue", {})))
     tiles = tiles_as_trained(trained, mpp, masks)
     width, predictions = model.task.width, []
@@ -120,7 +121,7 @@ def predict_slides(
         predictions = pool_cases(predictions, model.task, pool, gather(rows, ()))
         print(f"{case}: {pool} of {len(rows)} slides; {_said(model.task.said, predictions[0])}")
     if predictions:
-        write_predictions(table, model.task, predictions, join=True)
+        write_predictions(table, model.task, predictions, fingerprint(path))
     return 2 if failed else 0
 
 

@@ -129,11 +129,11 @@ def header_of(task: Task) -> list[str]:
 
 
 def write_predictions(
-    path: Path, task: Task, predictions: Sequence[Prediction], join: bool = False
+    path: Path, task: Task, predictions: Sequence[Prediction], model: str | None = None
 ) -> None:
     """A CSV row a slide: slide_id, case_id, then what is known (blank if not) and what is said.
 
-    With `join`, rows of other slides that are there stay.
+    Of a named `model`, which is then the last column, rows of other slides that are there stay.
 
     Raises:
         WriteError: it cannot be written, or rows of other columns are there to join.
@@ -143,7 +143,10 @@ def write_predictions(
         + columns(task.spell(each.labels_K), [f"{value:.7g}" for value in each.probs_K])
         for each in predictions
     ]
-    (join_csv if join else write_csv)(path, header_of(task), rows)
+    if model is None:
+        write_csv(path, header_of(task), rows)
+    else:
+        join_csv(path, [*header_of(task), "model"], [[*row, model] for row in rows])
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:

@@ -14,6 +14,7 @@ from cohorts import LABELS
 from conftest import stained_picture, write_pyramid
 
 from slides.cohort import SlideRow
+from slides.files import fingerprint
 from slides.grid import Grid
 from slides.held import SlideTiles
 from slides.index import index_slide
@@ -179,6 +180,7 @@ def test_slide_after_slide_the_table_grows(saved, slide, tmp_path, capsys):
     assert [run(slide), run(other)] == [0, 0]
     both = table.read_text()
     assert pd.read_csv(table)["slide_id"].tolist() == ["one", "two"]
+    assert pd.read_csv(table)["model"].tolist() == [fingerprint(saved)] * 2
     table.write_text(both.replace("one,one", "one,P1").replace("two,two", "two,P2"))
     assert run(other) == 0
     assert [line[:6] for line in table.read_text().splitlines()[1:]] == ["one,P1", "two,tw"]

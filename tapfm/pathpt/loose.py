@@ -1,7 +1,7 @@
 """A saved PathPT model on slides of no cohort: `tapfm predict` and `tapfm heatmap`.
 
-    <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal; rows of other
-                                  slides that are there stay
+    <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal, model; rows
+                                  of other slides that are there stay
     <out>/<slide>_tiles.h5        probabilities (N, K) of the classes in its attributes, coords
     <out>/<slide>.png, .geojson   drawn: of the called subtype; of all classes, for QuPath
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from slides.cohort import SlideRow
 from slides.errors import SlideError
+from slides.files import fingerprint
 from slides.index import TileIndex
 from slides.reader import Slide
 from slides.tissue import Tissue
@@ -97,12 +98,12 @@ def predict_slides(
     elif case:
         votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
     if votes:
-        write_votes(table, names, votes)
+        write_votes(table, names, votes, fingerprint(path))
     return 2 if failed else 0
 
 
 def write_votes(
-    path: Path, names: Sequence[str], votes: Sequence[tuple[str, str, torch.Tensor]]
+    path: Path, names: Sequence[str], votes: Sequence[tuple[str, str, torch.Tensor]], model: str
 ) -> None:
     """A row a slide, from its id, its case's, and its tiles' logits (N, K); printed as well."""
     rows = []
@@ -110,14 +111,15 @@ def write_votes(
         called, share_C = ballot(logits_NK)
         normal = (logits_NK.argmax(1) == 0).float().mean()
         shares = [f"{share:.6f}" for share in (*share_C, normal)]
-        rows.append([slide_id, case_id, names[called + 1], *shares])
+        rows.append([slide_id, case_id, names[called + 1], *shares, model])
         print(f"{slide_id}: {len(logits_NK)} tiles; {names[called + 1]}, by {max(share_C):.3f}")
     join_csv(path, header_of(names), rows)
 
 
 def header_of(names: Sequence[str]) -> list[str]:
     """Columns of `write_votes`; the first of the names is normal tissue."""
-    return ["slide_id", "case_id", "called", *(f"p_{name}" for name in names[1:]), "normal"]
+    shares = [f"p_{name}" for name in names[1:]]
+    return ["slide_id", "case_id", "called", *shares, "normal", "model"]
 
 
 def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, Recipe, Towers]:
