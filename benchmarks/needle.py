@@ -13,12 +13,12 @@ all 90 are dealt anew, slides that share a tile to one fold, a fifth to test, a 
 The own parts also keep source regions and host slides apart; five folds do not, so tiles of train
 and test may be neighbours in the tissue, which flatters every row.
 
-Training tiles are neither turned nor recoloured (`turned` does both, on the frozen encoder): the
-rows on frozen features see them as they are, and which way is up tells much of this cohort. Rates
+Training tiles are neither turned nor recoloured, but in the rows `_turned`, which do both: the rows
+on frozen features see them as they are, and which way is up tells much of this cohort. Rates
 are small, since all tiles of a slide move together: chosen among two or three on the first fold's
 validation split. `tapfm study` does the work: run again, it goes on where it stopped. Writes
 results/needle.json and the table between the markers in README.md. Price: 2 to 5
-minutes of one core a fit, 35 fits a seed.
+minutes of one core a fit, 40 fits a seed.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from slides.errors import IndexFileError, SlideError
@@ -47,9 +48,16 @@ def write_whole(path: Path, data: bytes, name: str) -> None:
 def fingerprint(path: Path) -> str:
     """By which a file that took another's place is noticed; a copy has the same.
 
-    Its size, and a hash of its beginning, middle and end: a few milliseconds, not minutes.
+    Its size, and a hash of its beginning, middle and end: a few milliseconds, not minutes; a file
+    that has not changed since is not read again.
     """
-    size, digest = path.stat().st_size, hashlib.sha256()
+    stat = path.stat()
+    return _fingerprint(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _fingerprint(path: Path, size: int, _changed: int) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         for start in (0, size // 2, max(size - PLACE, 0)):
             file.seek(start)

@@ -235,8 +235,9 @@ def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
         return f"the table now gives mpp {mpp:g}, {had}"
     if mpp is None and index.mpp_source == "table":
         return f"the table no longer gives an mpp, {had}"
-    if slide_path.is_file() and fingerprint(slide_path) != index.fingerprint:
-        return "the slide's file has changed"
+    with contextlib.suppress(OSError):  # what cannot be read now says so when its tiles are
+        if slide_path.is_file() and fingerprint(slide_path) != index.fingerprint:
+            return "the slide's file has changed"
     return ""
 
 

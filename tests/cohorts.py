@@ -52,6 +52,11 @@ def spoil(path):
     data = bytearray(path.read_bytes())
     data[300 : len(data) // 2] = bytes(len(data) // 2 - 300)
     path.write_bytes(data)
+    stamp(path)
+
+
+def stamp(path):
+    """Let the slide's index take the file for its own, as it is now."""
     for index in path.parent.parent.rglob(f"{path.stem}_patches.h5"):
         with h5py.File(index, "r+") as file:
             file["coords"].attrs["slide_fingerprint"] = fingerprint(path)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cohorts import write_cohort
+from cohorts import stamp, write_cohort
 from sources import SIZE, Source, expected_tiles, make_index
 
 from slides.chunks import WorkerDiedError
@@ -328,6 +328,7 @@ def test_a_slide_that_breaks_is_skipped_and_the_next_is_whole(cohort, workers, m
     sound = broken.read_bytes()
     try:
         broken.write_bytes(sound[:300] + bytes(len(sound) - 600) + sound[-300:])
+        stamp(broken)
         found = {}
         for bag in data.streamed(rows):
             try:
@@ -336,6 +337,7 @@ def test_a_slide_that_breaks_is_skipped_and_the_next_is_whole(cohort, workers, m
                 continue
     finally:
         broken.write_bytes(sound)
+        stamp(broken)
     assert list(found) == [row.slide_id for row in rows if row is not rows[1]]
     assert list(data.skipped) == [rows[1].slide_id]
     for row, tiles in zip(rows, expected, strict=True):
@@ -355,6 +357,7 @@ class TestTraining:
         assert main(["index", "--config", str(config)]) == 0
         path = tmp_path / "slides" / "s1.svs"
         path.write_bytes(path.read_bytes()[:300] + bytes(path.stat().st_size - 300))
+        stamp(path)
         return ["fit", "--config", str(config)]
 
     def test_what_breaks_in_the_first_pass_is_left_out_whole(self, broken, tmp_path):

@@ -108,6 +108,13 @@ def test_what_cannot_be_split_is_refused(table, tmp_path, capsys, options, messa
     assert message in capsys.readouterr().err
 
 
+def test_paths_below_a_folder_of_slides_stay_as_they_are(table, tmp_path):
+    out = tmp_path / "elsewhere" / "b.csv"
+    assert split(table, out, "--slides-dir", str(table.parent)) == 0
+    names = [[row["slide_path"] for row in rows(each)] for each in (table, out)]
+    assert names[0] == names[1]
+
+
 def test_a_name_that_stands_twice_is_refused(table, tmp_path, capsys):
     """Two rows of one slide could go to two parts, and of two columns only one would be kept."""
     lines = table.read_text().splitlines()

@@ -77,6 +77,7 @@ def split(verb: ArgumentParser) -> Do:
     add = verb.add_argument
     add("--table", type=Path, required=True, help="the cohort's")
     add("--out", type=Path, required=True, help="a .csv, or a folder for several")
+    add("--slides-dir", help="the config's, if it has one: paths then stay as they are")
     add("--labels", nargs="+", help="to stratify over; all; of survival TIME EVENT")
     add("--task", default="multilabel", help="what they hold (%(default)s)",
         choices=("multilabel", "multiclass", "regression", "survival"))  # fmt: skip
