@@ -13,13 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm import plan as planning
-from tapfm.adapt import make_strategy
+from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.encoders.backbones import BackboneError, Encoder, build, find
 from tapfm.engine import footprint as counting
 from tapfm.engine.boundary import find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.footprint import PHASES, Cost, Footprint, Setup
 from tapfm.engine.memory import saved_bytes
+from tapfm.fit import foretell
+from tapfm.module import SlideModule
 from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
 
 MIB = 2**20
@@ -205,6 +207,16 @@ def test_a_run_of_a_strategy_that_looks_at_pixels_is_foretold(strategy):
     row, setups = find("demo_vit"), [Setup("bf16", strategy=s) for s in ("bitfit", strategy)]
     bitfit, looks = (forecast(row, 112, setup, chunk=8)["adapt"] for setup in setups)
     assert bitfit < looks < 3 * bitfit
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_a_gpu_is_foretold_whatever_learns(strategy, capsys):
+    """Where nothing does there is no pass 2, and nothing to foretell."""
+    task, how = {"name": "multilabel"}, {"strategy": strategy, "tile_px": 112}
+    module = SlideModule(["EGFR"], task, weights="random", **how)
+    expected = foretell(module)
+    assert (expected is None) == (strategy == "frozen")
+    assert ("expect" in capsys.readouterr().out) == (strategy != "frozen")
 
 
 def test_peaks_by_hand():
