@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slides.errors import LabelError, all_faults
+from slides.errors import LISTED, LabelError, all_faults, some
 from slides.targets import UNKNOWN
 from slides.tcga import case_of, is_tumour
 from slides.variants import HOTSPOTS, NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
@@ -46,7 +46,6 @@ NOT_SOMATIC = frozenset({"germline", "wildtype", "loh"})
 NOT_SEQUENCED = UNKNOWN | {"ns", "np"}  # a matrix's cells, in small letters
 NAMELESS = frozenset({"mutated", "promoter"})  # its changes that have no position
 TABLE = {"True": True, "False": False}  # GigaPath's cells
-LISTED = 8  # names spelled out in one line
 CELL = 1 << 24  # characters of a cell: a long deletion's allele has more than csv's own limit
 
 
@@ -133,7 +132,7 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
     kind, read = next((k[::2] for k in kinds if k[1] <= set(header)), (None, None))
     if read is None:
         raise LabelError(
-            f"{path}: its columns are {_some(header)}. Give a MAF (Hugo_Symbol, "
+            f"{path}: its columns are {some(header)}. Give a MAF (Hugo_Symbol, "
             "Variant_Classification, Tumor_Sample_Barcode), a cBioPortal matrix (SAMPLE_ID and a "
             "column a gene) or GigaPath's table (case_submitter_id, file_name and a column a gene)."
         )
@@ -159,7 +158,7 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
         if not named & seen.keys():
             raise LabelError(
                 f"{profiled}: none of its {len(named)} cases is in {path} (it has "
-                f"{_some(sorted(named))}; there, {_some(sorted(seen))}). Give the list of the same "
+                f"{some(sorted(named))}; there, {some(sorted(seen))}). Give the list of the same "
                 "study, or leave it out."
             )
         said = f"{len(named)} cases of {Path(profiled).name}, and whoever has a mutation"
@@ -342,8 +341,3 @@ def _table(path: Path, data: bytes) -> tuple[list[str], Iterator[tuple[int, list
         if any(cells) and cells[0][:1] != "#" and cells[: len(header)] != header
     )
     return header, rows
-
-
-def _some(names: list[str]) -> str:
-    head = ", ".join(names[:LISTED])
-    return head + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
