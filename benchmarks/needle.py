@@ -36,8 +36,8 @@ import numpy as np
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
+from slides.files import write_json
 from tapfm.config import read_data
-from tapfm.files import write_json
 from tapfm.reports.plain_table import span
 from tapfm.reports.study_table import summary
 from tapfm.stats.metrics import MACRO, auroc

@@ -26,7 +26,7 @@ from functools import partial
 import numpy as np
 
 from slides.cohort import SlideRow
-from slides.order import stable_seed
+from slides.seeds import stable_seed
 
 Family = tuple[float, Sequence[Sequence[int]]]
 """Weight of its chance, and its groups: numbers of slides."""

@@ -54,7 +54,11 @@ class IndexFileError(SlideError):
     """An index cannot be written (full disk), is missing, or is damaged."""
 
 
-class TilingError(ValueError):
+class SettingsError(ValueError):
+    """Settings that cannot be, or not together: all that is wrong with them."""
+
+
+class TilingError(SettingsError):
     """Tiles or tissue such as cannot be asked for."""
 
 

@@ -1,12 +1,16 @@
-"""Files that are whole or not there, and what a damaged one makes of its reader."""
+"""Files that are whole or not there: text, JSON, CSV, bytes; and what a damaged one raises."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
+import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +22,29 @@ DAMAGE = (  # what h5py, numpy and json raise, between them, where bytes are los
 )  # fmt: skip
 
 
+class WriteError(OSError):
+    """A file cannot be written."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it if the block ends well, removed if not."""
+    """Give a temporary name beside `path`, renamed to it if the block ends well, removed if not.
+
+    Raises:
+        WriteError: no right to, no room, or something else of that name.
+    """
+    try:
+        with _renaming(path) as partial:
+            yield partial
+    except OSError as error:
+        raise WriteError(
+            f"{path}: cannot be written ({error.strerror or error}). Name another place, or mend "
+            "that, and run the same command again."
+        ) from error
+
+
+@contextmanager
+def _renaming(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -33,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes, name: str) -> None:
     """All of `data` under `path`, or what was there before and an IndexFileError."""
     try:
-        with replacing(path) as partial, open(partial, "wb") as file:
+        with _renaming(path) as partial, open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # some file systems tell of a full disk only here
@@ -43,6 +67,58 @@ def write_whole(path: Path, data: bytes, name: str) -> None:
             f"{error.strerror or error}. Nothing half-written was left. Free some space or name "
             f"another index folder, then run the same command again: what is indexed is kept."
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8; folders are made."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Dataclasses, such as intervals, as objects, and nan as null."""
+    write_text(path, json.dumps(_plain(value), indent=1) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """A line a row, as many cells as the header has."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def rows_there(path: Path, header: Sequence[str]) -> list[list[str]]:
+    """Rows of a CSV that others are to join; none where there is no such file, or it is empty.
+
+    Raises:
+        WriteError: it has other columns, or cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a BOM
+            first, *rows = [*csv.reader(file)] or [[*header]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise WriteError(f"{path}: cannot be read ({error}). Move it elsewhere.") from error
+    if first != [*header]:
+        raise WriteError(
+            f"{path}: has the columns {', '.join(first)}, and rows of {', '.join(header)} are to "
+            "join it. Name another place, or move it elsewhere."
+        )
+    return [row for row in rows if row]
+
+
+def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """As `write_csv`; rows that are there stay, but those whose first cell is that of a new one.
+
+    Raises:
+        WriteError: the file there has other columns.
+    """
+    rows = list(rows)
+    named = {row[0] for row in rows}
+    older = [row for row in rows_there(path, header) if row[0] not in named]
+    write_csv(path, header, older + rows)
 
 
 def fingerprint(path: Path) -> str:
@@ -74,3 +150,13 @@ def damage_as(fault: Callable[[str], SlideError]) -> Iterator[None]:
         raise
     except DAMAGE as error:
         raise fault(f"{type(error).__name__}: {error}") from error
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

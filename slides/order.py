@@ -11,13 +11,14 @@ so with `SlideSampler.trained`, and resuming starts there.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+
+from slides.seeds import stable_seed
 
 SAMPLINGS = ("uniform", "spatial")  # `sample_tiles`, `spread_tiles`
 
@@ -32,12 +33,6 @@ class Turn(NamedTuple):
     """Number of the slide in the cohort's split."""
     visit: int = 0
     """How often this epoch's order had the slide before: other tiles are drawn each time."""
-
-
-def stable_seed(*parts: int | str) -> int:
-    """128 bits from numbers and names, the same in every process (Python's `hash` is salted)."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

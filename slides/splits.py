@@ -31,7 +31,7 @@ import numpy as np
 
 from slides.cohort import SPLITS
 from slides.errors import SplitError, all_faults
-from slides.order import stable_seed
+from slides.seeds import stable_seed
 
 FRACTIONS = (0.6, 0.2, 0.2)  # of train, val, test
 ROUNDS = 100  # of the local search, which ends by itself long before

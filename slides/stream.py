@@ -37,8 +37,8 @@ from slides.order import (
     epoch_order,
     sample_tiles,
     spread_tiles,
-    stable_seed,
 )
+from slides.seeds import stable_seed
 
 if TYPE_CHECKING:
     from slides.index import TileIndex
@@ -59,7 +59,6 @@ __all__ = [
     "sample_tiles",
     "slide_generator",
     "spread_tiles",
-    "stable_seed",
     "stream_chunks",
 ]
 

@@ -40,7 +40,7 @@ from PIL import Image
 
 from slides.cohort import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.errors import CohortError, TileError, all_faults
-from slides.order import stable_seed
+from slides.seeds import stable_seed
 from slides.splits import FRACTIONS, Cases, deal
 from slides.targets import named_as_mean
 

@@ -17,8 +17,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
+from slides.files import replacing
 from tapfm import model as models
-from tapfm.files import replacing
 from tapfm.model import adapted_fingerprint
 from tapfm.module import DivergedError
 from tapfm.processes import gather

@@ -7,67 +7,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from slides.cohort import SlideRow, read_cohort
-from slides.grid import Grid
+from slides.cohort import read_cohort
+from slides.errors import SettingsError
+from slides.settings import Source, TileSettings
 from slides.stain import METHODS
 from slides.tissue import Tissue
-
-
-class ConfigError(ValueError):
-    """A config file cannot be used."""
-
-
-@dataclass(frozen=True)
-class TileSettings:
-    """Which tiles."""
-
-    tile_px: int = 224
-    """Side of a tile, in tile pixels."""
-    mpp: float = 0.5
-    """Microns per tile pixel."""
-    overlap: int = 0
-    """Pixels shared by neighbours."""
-    tissue: Tissue = field(default_factory=Tissue)
-    """What counts as tissue."""
-
-    @property
-    def grid(self) -> Grid:
-        """The lattice of these tiles."""
-        return Grid(self.tile_px, self.mpp, self.overlap)
-
-
-@dataclass(frozen=True)
-class Source:
-    """The part of `data` that indexing needs."""
-
-    rows: Sequence[SlideRow]
-    index_dir: Path
-    cache_dir: Path | None
-    tiles: TileSettings
-    on_error: str
-    workers: int
-    stain: str | None = None
-    """How stains are normalised where tiles are read; indexing does not look at it."""
-    cache_gb: float | None = None
-    """What all caches in `cache_dir` may take; None is no limit."""
-
-    def __post_init__(self):
-        if self.cache_gb is not None and (self.cache_dir is None or self.cache_gb <= 0):
-            raise ConfigError(
-                f"data.cache_gb is {self.cache_gb:g} and data.cache_dir {self.cache_dir}: a limit "
-                "is more than 0 and goes with a folder. Give both, or neither."
-            )
 
 
 def read_source(configs: Sequence[Path]) -> Source:
     """The cohort and its tiles, from one or more YAML files; later ones win.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a key of `data.tiles` is unknown.
+        SettingsError: a file is missing or damaged, or a key of `data.tiles` is unknown.
         CohortError: all the faults of the table.
     """
     data = read_data(configs)
@@ -77,12 +32,12 @@ def read_source(configs: Sequence[Path]) -> Source:
     settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
     folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
     if stain not in (None, *METHODS):
-        raise ConfigError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
+        raise SettingsError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     labels, on_error = data.get("labels"), data.get("on_error", "stop")
     if labels is not None and not isinstance(labels, list):
-        raise ConfigError(f"data.labels: {labels!r} is no list: write [{labels}]")
+        raise SettingsError(f"data.labels: {labels!r} is no list: write [{labels}]")
     if on_error not in ("stop", "skip"):
-        raise ConfigError(f"data.on_error: {on_error!r} is neither stop nor skip")
+        raise SettingsError(f"data.on_error: {on_error!r} is neither stop nor skip")
     workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
     _numbers({"workers": workers, "cache_gb": 0 if cache_gb is None else cache_gb}, "data")
     return Source(
@@ -106,43 +61,14 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
     """The keys below `data` of one or more YAML files, as they stand; later files win.
 
     Raises:
-        ConfigError: a file is missing or damaged, or none names a table.
+        SettingsError: a file is missing or damaged, or none names a table.
     """
     data: dict[str, Any] = {}
     for config in configs:
         data = _merged(data, _keys(read_yaml(config).get("data"), f"{config}: data"))
     if not data.get("table"):
-        raise ConfigError(f"{configs[-1]}: data.table is missing: give the cohort's table")
+        raise SettingsError(f"{configs[-1]}: data.table is missing: give the cohort's table")
     return data
-
-
-def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, dict[str, str]]:
-    """Index every slide, and decode its tiles into the cache if there is to be one.
-
-    Args:
-        source: slides and tiles.
-        pictures: folder for a picture of each slide's stages; None draws none.
-
-    Returns:
-        The number of tiles, and the slides left out, each with its reason.
-
-    Raises:
-        SlideError: with `on_error: stop`, the first slide's fault.
-    """
-    from slides.index import index_cohort
-
-    rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
-    how = source.workers, source.on_error
-    ledger = index_cohort(rows, source.index_dir, grid, tissue, *how, pictures=pictures)
-    failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
-    if source.cache_dir is not None:
-        from slides.cache_cohort import cache_cohort
-
-        kept = [row for row in rows if row.slide_id not in failed]
-        budget = None if source.cache_gb is None else int(source.cache_gb * 1e9)
-        where = source.index_dir, source.cache_dir
-        failed |= cache_cohort(kept, *where, grid, tissue, *how, budget=budget)
-    return sum(row["tiles"] for row in ledger), failed
 
 
 def preamble(config: Path) -> str:
@@ -159,20 +85,20 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
     """A YAML file's keys and values; `what` it is to be called.
 
     Raises:
-        ConfigError: it is missing, or something else.
+        SettingsError: it is missing, or something else.
     """
     import yaml
 
     if not file.is_file():
         there = sorted(path.stem for path in file.parent.glob("*.yaml"))
         listed = f" There are: {', '.join(there)}." if there else ""
-        raise ConfigError(f"{file}: there is no such {what}.{listed}")
+        raise SettingsError(f"{file}: there is no such {what}.{listed}")
     try:
         found = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {error}") from error
+        raise SettingsError(f"{file}: not YAML: {error}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")
+        raise SettingsError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")
     return found
 
 
@@ -184,7 +110,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keys(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values or {}, Mapping):
-        raise ConfigError(f"{where}: {values!r:.60} is not lines of `key: value`")
+        raise SettingsError(f"{where}: {values!r:.60} is not lines of `key: value`")
     return dict(values or {})
 
 
@@ -193,7 +119,7 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> Any:
     known = {each.name: each.default for each in fields(cls)}
     unknown = sorted(values.keys() - known.keys())
     if unknown:
-        raise ConfigError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+        raise SettingsError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     _numbers({key: v for key, v in values.items() if isinstance(known[key], int | float)}, where)
     return cls(**values)
 
@@ -201,4 +127,4 @@ def _checked(cls: type, values: Mapping[str, Any], where: str) -> Any:
 def _numbers(values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if not isinstance(value, int | float) or value < 0:
-            raise ConfigError(f"{where}.{key}: {value!r} is no number from 0 on")
+            raise SettingsError(f"{where}.{key}: {value!r} is no number from 0 on")

@@ -21,13 +21,14 @@ from slides.balance import balanced_order
 from slides.cases import gather
 from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
-from slides.errors import CohortError, SlideError, all_faults
+from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.held import host_budget, joined, tiles_to_hold
-from slides.order import SlideSampler, Turn, stable_seed
+from slides.order import SlideSampler, Turn
+from slides.seeds import stable_seed
+from slides.settings import Source, TileSettings, index_and_cache
 from slides.stain import refuse_other_stains
 from slides.stream import Augment, BagDataset, Skipped, SlideLoader
 from tapfm.bag import Bag, SkippedBag
-from tapfm.config import ConfigError, Source, TileSettings, index_and_cache
 from tapfm.opener import Opener
 from tapfm.tasks import TASKS, Task, learn_task, spell_task
 
@@ -132,7 +133,7 @@ class SlideData(L.LightningDataModule):
         self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
         if host_gb is not None and host_gb < 0:
-            raise ConfigError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
+            raise SettingsError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
         self.sampling, self.host_gb = sampling, host_gb
         self.augment = Augment(turns, turns, colour, stain_jitter)
         self.skipped: dict[str, str] = {}

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from torch import nn
 
+from slides.files import WriteError, replacing, write_json, write_text
 from tapfm import __version__
 from tapfm.encoders.backbones import BackboneError, Encoder
-from tapfm.files import WriteError, replacing, write_json, write_text
 from tapfm.model import load_encoder
 from tapfm.tasks import make_task
 

@@ -31,15 +31,15 @@ from tqdm import tqdm
 
 from slides.cohort import SlideRow
 from slides.errors import SlideError
+from slides.files import replacing
 from slides.index_file import TileIndex, index_attributes
+from slides.settings import Source, TileSettings, index_and_cache
 from slides.stain import refuse_other_stains
 from slides.tissue import Tissue
 from tapfm import __version__
 from tapfm.bag import Tiles
-from tapfm.config import Source, TileSettings, index_and_cache
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
-from tapfm.files import replacing
 from tapfm.model import load_encoder, read_recipe
 from tapfm.opener import Opener
 

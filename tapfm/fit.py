@@ -22,14 +22,14 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from slides.errors import SettingsError
+from slides.files import write_text
 from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
-from tapfm.config import ConfigError
 from tapfm.data import SlideData
 from tapfm.encoders.backbones import find
 from tapfm.engine.footprint import CONTEXT_GIB, Setup
-from tapfm.files import write_text
 from tapfm.head_start.callback import HeadStart
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
@@ -117,7 +117,7 @@ def run_fit(arguments: Sequence[str]) -> int:
     module.provenance = provenance(data)
     recipe = module.slide_model.recipe
     if recipe.aggregator == "hierarchical" and data.bags != "case":
-        raise ConfigError(
+        raise SettingsError(
             "model.aggregator hierarchical weighs the slides of a case, and data.bags is slide: "
             "set data.bags: case, or take tapfm_gated."
         )
@@ -173,7 +173,7 @@ def prepare_folder(cli: Cli) -> None:
     """Make the run's folder and write its config.
 
     Raises:
-        ConfigError: the folder holds a run with another config.
+        SettingsError: the folder holds a run with another config.
     """
     folder, text = cli.folder, cli.parser.dump(cli.config, skip_unset=False)
     now = yaml.safe_load(text)
@@ -181,7 +181,7 @@ def prepare_folder(cli: Cli) -> None:
         then = yaml.safe_load((folder / CONFIG).read_text())
         changed = [key for part in DESCRIBES_RUN for key in _changed(then[part], now[part], part)]
         if changed and (folder / RESUME).exists():
-            raise ConfigError(
+            raise SettingsError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "
                 "Give another --name or --run_dir, or delete that folder to start anew."
             )

@@ -31,7 +31,7 @@ from textwrap import wrap
 
 import numpy as np
 
-from tapfm.files import replacing
+from slides.files import replacing
 
 ZIP_FROM = 50_000  # tiles: some 20 MB of text, above which QuPath is given a .zip
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "tapfm/tile")

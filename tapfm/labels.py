@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from slides.errors import DownloadError, LabelError
+from slides.files import write_json, write_text
 from slides.manifest import check_files, pick_diagnostic, read_manifest
 from slides.mutations import Calls, disagreements, read_calls
 from slides.split_files import csv_text
 from slides.splits import FRACTIONS, balance, fixed_split, gather_cases
 from tapfm import __version__
-from tapfm.files import write_json, write_text
 
 NAMED = 12  # cases spelled out in one line
 

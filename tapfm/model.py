@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slides.files import replacing
 from tapfm import __version__
 from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.aggregators import make_aggregator
@@ -29,7 +30,6 @@ from tapfm.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
 from tapfm.engine.chunked import encode_bag
-from tapfm.files import replacing
 from tapfm.tasks import make_task
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")

@@ -31,11 +31,8 @@ from tapfm.engine.passes import Passes
 from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
+from tapfm.settings import SettingsError
 from tapfm.tasks import watched
-
-
-class SettingError(ValueError):
-    """Settings of a run that cannot be, or not together."""
 
 
 class ValidationError(ValueError):
@@ -111,18 +108,18 @@ class SlideModule(L.LightningModule):
     ):
         super().__init__()
         if chunk < 1:
-            raise SettingError(f"model.chunk must be 1 or more, got {chunk}")
+            raise SettingsError(f"model.chunk must be 1 or more, got {chunk}")
         if keep_chunks < 0:
-            raise SettingError(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
+            raise SettingsError(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
         if backward_tiles is not None and backward_tiles < 1:
-            raise SettingError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
+            raise SettingsError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
         if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
-            raise SettingError(
+            raise SettingsError(
                 f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
                 f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
             )
         if (precision == "bf16-true") != (optimizer != "adamw"):
-            raise SettingError(
+            raise SettingsError(
                 f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
                 "bfloat16 weights do not move at a fine-tuning learning rate unless their exact "
                 "values are kept: bf16-true takes master, residual or offload, and these take it."
@@ -143,7 +140,7 @@ class SlideModule(L.LightningModule):
         self.learns = any(p.requires_grad for p in self.slide_model.encoder.parameters())
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
             name = spell(self.strategy)["name"]
-            raise SettingError(
+            raise SettingsError(
                 f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
                 "Leave model.optimizer and bf16-true out."
             )
@@ -274,25 +271,25 @@ class SlideModule(L.LightningModule):
         """The meter needs the device, which is known by now.
 
         Raises:
-            SettingError: the trainer's own mixed precision is on, the run has no number of epochs
+            SettingsError: the trainer's own mixed precision is on, the run has no number of epochs
                 to lay the rates over, or tiles are to be drawn from an encoder with noise.
             CompilerError: blocks are to be compiled, and there is no compiler.
         """
         if self.trainer.precision != "32-true":
-            raise SettingError(
+            raise SettingsError(
                 f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
                 "over both passes and the update between them. Leave it out, and set "
                 "model.precision: bf16."
             )
         counted = self.trainer.max_steps == -1 or self.trainer.fast_dev_run
         if (self.trainer.max_epochs or 0) < 1 or not counted:
-            raise SettingError(
+            raise SettingsError(
                 "the schedule is over trainer.max_epochs: give it 1 or more (it is "
                 f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "
                 f"{self.trainer.max_steps})"
             )
         if self.passes.few is not None and self.passes.noisy:
-            raise SettingError(
+            raise SettingsError(
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )

@@ -21,16 +21,15 @@ from tqdm import tqdm
 from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import SlideError
-from slides.files import fingerprint
+from slides.files import fingerprint, rows_there
 from slides.held import JoinedTiles, SlideTiles
 from slides.index import TileIndex
 from slides.reader import Slide
+from slides.settings import TileSettings
 from slides.tissue import Tissue
 from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag
-from tapfm.config import TileSettings
-from tapfm.files import rows_there
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.opener import loose, tiles_as_trained
 from tapfm.prediction import (

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from slides.cohort import SlideRow
+from slides.files import join_csv, replacing, write_csv
 from slides.index import TileIndex
 from tapfm.bag import Bag, SkippedBag
-from tapfm.files import join_csv, replacing, write_csv
 from tapfm.model import SlideModel
 from tapfm.tasks import Task
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slides.files import write_csv
 from slides.order import epoch_order
 from slides.stream import BagDataset
 from tapfm.adapt.surgery import need_vit
@@ -36,7 +37,6 @@ from tapfm.bag import Bag
 from tapfm.data import SlideData
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.files import write_csv
 from tapfm.fit import read_config
 from tapfm.heatmap import save_figure
 from tapfm.module import SlideModule

@@ -33,8 +33,10 @@ from typing import Any
 
 import yaml
 
-from tapfm.config import ConfigError, index_and_cache, read_data, read_source, read_yaml
-from tapfm.files import write_json, write_text
+from slides.errors import SettingsError
+from slides.files import write_json, write_text
+from slides.settings import index_and_cache
+from tapfm.config import read_data, read_source, read_yaml
 from tapfm.reports.study_table import FINISHED, RUN, summary, write_figures
 from tapfm.split import run_split
 
@@ -87,15 +89,17 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
     """A study from its YAML and the flags that are not None.
 
     Raises:
-        ConfigError: an unknown key, something missing, or something twice.
+        SettingsError: an unknown key, something missing, or something twice.
     """
     found = {} if file is None else read_yaml(file, "study")
     found |= {key: value for key, value in flags.items() if value is not None}
     known = [each.name for each in fields(Study)]
     if unknown := sorted(set(found) - set(known)):
-        raise ConfigError(f"study: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+        raise SettingsError(f"study: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     if missing := [key for key in ("config", "out") if not found.get(key)]:
-        raise ConfigError(f"study: {' and '.join(missing)} missing: give them in YAML or as flags")
+        raise SettingsError(
+            f"study: {' and '.join(missing)} missing: give them in YAML or as flags"
+        )
     for key in ("config", "seeds", "strategies", "aggregators"):
         if key in found:
             listed = found[key] if isinstance(found[key], list | tuple) else [found[key]]
@@ -108,9 +112,11 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
     }
     for key, names in names_of.items():
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"study: {key} are {list(names)}: give one at least, and none twice")
+            raise SettingsError(
+                f"study: {key} are {list(names)}: give one at least, and none twice"
+            )
     if study.jobs < 1:
-        raise ConfigError(f"study: jobs is {study.jobs}: give 1 or more")
+        raise SettingsError(f"study: jobs is {study.jobs}: give 1 or more")
     return study
 
 
@@ -127,7 +133,7 @@ def run_study(study: Study) -> int:
     """Run what is not finished, then print the table. Returns 0, or 2 if a cell failed.
 
     Raises:
-        ConfigError: the folder holds a study of another config or other folds.
+        SettingsError: the folder holds a study of another config or other folds.
     """
     out, data = Path(study.out), read_data([Path(each) for each in study.config])
     tables = prepare(study, data)
@@ -156,7 +162,7 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
     """The table of each fold; dealt once, and never again for this folder."""
     out, table = Path(study.out), Path(data["table"])
     if not table.is_file():
-        raise ConfigError(f"{table}: there is no such table")
+        raise SettingsError(f"{table}: there is no such table")
     fixed = {
         "configs": [yaml.safe_load(Path(each).read_text()) for each in study.config],
         "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
@@ -166,7 +172,7 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
     if about.exists():
         then = yaml.safe_load(about.read_text())
         if changed := [key for key in fixed if then.get(key) != fixed[key]]:
-            raise ConfigError(
+            raise SettingsError(
                 f"{out} holds a study with other {', '.join(changed)}. Give another --out, or "
                 "delete that folder to start anew."
             )

@@ -253,5 +253,5 @@ class TestCohort:
 @pytest.mark.parametrize(("folder", "limit"), [(None, 5.0), ("cache", 0.0), ("cache", -1.0)])
 def test_a_limit_goes_with_a_folder(folder, limit):
     folder = folder and Path(folder)
-    with pytest.raises(config.ConfigError, match=r"data\.cache_gb is .* Give both, or neither"):
+    with pytest.raises(config.SettingsError, match=r"data\.cache_gb is .* Give both, or neither"):
         config.Source((), Path("index"), folder, config.TileSettings(), "stop", 0, None, limit)

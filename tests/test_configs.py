@@ -13,8 +13,9 @@ from pkgutil import resolve_name
 import pytest
 import yaml
 
+from slides.errors import SettingsError
 from tapfm import cli, verbs
-from tapfm.config import ConfigError, preamble, read_source
+from tapfm.config import preamble, read_source
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -94,19 +95,19 @@ def test_tcga_luad_says_what_to_put_where(verb, capsys, monkeypatch, tmp_path):
 
 
 def test_unknown_cohort_and_unknown_keys_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such config"):
+    with pytest.raises(SettingsError, match="no such config"):
         read_source([tmp_path / "nowhere.yaml"])
-    with pytest.raises(ConfigError, match=r"no such config. There are: .*demo.*tcga_luad"):
+    with pytest.raises(SettingsError, match=r"no such config. There are: .*demo.*tcga_luad"):
         read_source([ROOT / "configs" / "cohorts" / "nowhere.yaml"])
     config = tmp_path / "a.yaml"
     config.write_text("data: {table: t.csv, tiles: {tile_size: 224}}")
-    with pytest.raises(ConfigError, match=r"data.tiles: unknown tile_size; there are tile_px"):
+    with pytest.raises(SettingsError, match=r"data.tiles: unknown tile_size; there are tile_px"):
         read_source([config])
     config.write_text("data: {table: t.csv, tiles: {tissue: {fraction: 1}}}")
-    with pytest.raises(ConfigError, match=r"data.tiles.tissue: unknown fraction"):
+    with pytest.raises(SettingsError, match=r"data.tiles.tissue: unknown fraction"):
         read_source([config])
     config.write_text("data: [")
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(SettingsError, match="not YAML"):
         read_source([config])
 
 

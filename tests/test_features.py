@@ -8,6 +8,7 @@ from cohorts import LABELS, write_cohort
 from conftest import stained_picture, write_pyramid
 
 from slides.chunks import read_tiles
+from slides.files import WriteError
 from slides.grid import Grid
 from slides.index import index_slide
 from slides.reader import Slide
@@ -18,7 +19,6 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint
 from tapfm.features import Extraction, FeatureError
-from tapfm.files import WriteError
 
 TAG = "20x_32px_0px_overlap"
 CONFIG_SLIDES = 14

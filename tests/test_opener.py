@@ -15,9 +15,10 @@ from cohorts import LABELS, write_cohort
 
 from slides import crew as crews
 from slides.errors import IndexSettingsError, StainError
+from slides.settings import index_and_cache
 from tapfm import model as models
 from tapfm.cli import main
-from tapfm.config import index_and_cache, read_source
+from tapfm.config import read_source
 from tapfm.encoders import backbones
 from tapfm.fit import read_config
 from tapfm.opener import Opener

@@ -15,7 +15,8 @@ from cohorts import write_cohort
 from sources import make_index, make_row
 
 from slides import stain
-from slides.errors import CohortError, StainError
+from slides.errors import CohortError, SettingsError, StainError
+from slides.settings import index_and_cache
 from slides.stain import (
     LIGHT,
     REFERENCE_MOMENTS,
@@ -28,7 +29,7 @@ from slides.stain import (
     reinhard,
     reinhard_moments,
 )
-from tapfm.config import ConfigError, index_and_cache, read_source
+from tapfm.config import read_source
 from tapfm.features import Extraction, tiles_of
 from tapfm.fit import read_config
 
@@ -212,7 +213,7 @@ class TestTheWholeWay:
 
     def test_an_unknown_method_is_named(self, cohort):
         cohort.write_text(cohort.read_text().replace("macenko", "vahadane"))
-        with pytest.raises(ConfigError, match="'vahadane' is none of macenko, reinhard"):
+        with pytest.raises(SettingsError, match="'vahadane' is none of macenko, reinhard"):
             read_source([cohort])
 
 

@@ -17,8 +17,8 @@ import yaml
 from cohorts import write_cohort
 
 from slides.cohort import read_cohort
+from slides.errors import SettingsError
 from tapfm import cli, study
-from tapfm.config import ConfigError
 from tapfm.study import read_study, run_study
 
 STAND_IN = """
@@ -294,11 +294,11 @@ def test_each_case_is_tested_once(quick):
 
 def test_other_folds_or_another_config_in_one_folder_are_refused(quick):
     run_study(read_study(quick, {"seeds": [0], "strategies": ["full"]}))
-    with pytest.raises(ConfigError, match="holds a study with other folds"):
+    with pytest.raises(SettingsError, match="holds a study with other folds"):
         run_study(read_study(quick, {"folds": 4}))
     config = quick.with_name("config.yaml")
     config.write_text(config.read_text() + "trainer: {max_epochs: 2}\n")
-    with pytest.raises(ConfigError, match="holds a study with other configs"):
+    with pytest.raises(SettingsError, match="holds a study with other configs"):
         run_study(read_study(quick, {}))
 
 
@@ -314,9 +314,9 @@ def test_a_verb_is_run_as_the_program_would_and_its_fault_is_the_last_it_said(tm
 
 def test_faults_of_a_study_are_named(tmp_path):
     good = {"config": ["a.yaml"], "out": "out"}
-    with pytest.raises(ConfigError, match="study: config and out missing"):
+    with pytest.raises(SettingsError, match="study: config and out missing"):
         read_study(None, {"folds": None})
-    with pytest.raises(ConfigError, match="there is no such study"):
+    with pytest.raises(SettingsError, match="there is no such study"):
         read_study(tmp_path / "none.yaml", {})
     file = tmp_path / "s.yaml"
     for text, said in (
@@ -324,14 +324,14 @@ def test_faults_of_a_study_are_named(tmp_path):
         ("a: [", "not YAML"),
     ):
         file.write_text(text)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(SettingsError, match=said):
             read_study(file, {})
     file.write_text("epochs: 3")
-    with pytest.raises(ConfigError, match="unknown epochs; there are config, out, folds"):
+    with pytest.raises(SettingsError, match="unknown epochs; there are config, out, folds"):
         read_study(file, {})
-    with pytest.raises(ConfigError, match=r"strategies are \['lora', 'lora'\]"):
+    with pytest.raises(SettingsError, match=r"strategies are \['lora', 'lora'\]"):
         read_study(None, {**good, "strategies": ["lora", "lora"]})
-    with pytest.raises(ConfigError, match="jobs is 0"):
+    with pytest.raises(SettingsError, match="jobs is 0"):
         read_study(None, {**good, "jobs": 0})
     two = [
         {"name": "lora", "rank": 4},

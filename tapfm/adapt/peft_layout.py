@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slides.files import replacing
 from tapfm.adapt.lowrank import PARTS, adapted, spread, take
 from tapfm.adapt.surgery import StrategyError
-from tapfm.files import replacing
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slides.order import stable_seed
+from slides.seeds import stable_seed
 from tapfm.aggregators import Aggregator
 from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, divisor

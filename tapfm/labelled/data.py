@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slides.augment import draw_change
+from slides.errors import SettingsError
 from slides.order import Turn, epoch_order
+from slides.seeds import stable_seed
 from slides.splits import FRACTIONS
-from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator, stable_seed
+from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator
 from slides.tiles import TileRow, read_tile, read_tiles
-from tapfm.config import ConfigError
 from tapfm.labelled.batch import TileBatch
 
 
@@ -112,7 +113,7 @@ class TileData(L.LightningDataModule):
     ):
         super().__init__()
         if batch < 1:
-            raise ConfigError(f"data.batch must be 1 or more, got {batch}")
+            raise SettingsError(f"data.batch must be 1 or more, got {batch}")
         self.tiles = read_tiles(Path(source), case_pattern, fractions, seed)
         self.tile_px, self.mpp, self.batch, self.workers = tile_px, mpp, batch, workers
         self.balance, self.seed = balance, seed

@@ -20,19 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from slides.files import replacing
 from tapfm import model as models
 from tapfm.adapt import make_strategy, spell
 from tapfm.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.files import replacing
 from tapfm.fit import Cli, prepare_folder, program, read_config
 from tapfm.labelled.baselines import Probe, features, fit_probe
 from tapfm.labelled.data import TileData
 from tapfm.labelled.module import TileModule
 from tapfm.labelled.report import TileArm, write_tile_results
 from tapfm.model import SlideModel
-from tapfm.module import SettingError
+from tapfm.settings import SettingsError
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 
@@ -75,16 +75,16 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
     """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
 
     Raises:
-        SettingError: several processes were asked for, or a head start, which is of slides.
+        SettingsError: several processes were asked for, or a head start, which is of slides.
     """
     cli = read_config(arguments, TileCli)
     if cli.model.steps.head_start:
-        raise SettingError(
+        raise SettingsError(
             "model.steps.head_start is of slides. A classifier of tiles begins as the linear probe "
             "with model.head: probe."
         )
     if cli.trainer.world_size > 1:
-        raise SettingError(
+        raise SettingsError(
             f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "
             "Set trainer.devices: 1."
         )

@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from slides.cohort import SlideRow
 from slides.errors import SlideError
-from slides.files import fingerprint
+from slides.files import fingerprint, join_csv, replacing, rows_there
 from slides.index import TileIndex
 from slides.reader import Slide
+from slides.settings import TileSettings
 from slides.tissue import Tissue
 from tapfm.adapt import make_strategy
-from tapfm.config import TileSettings
 from tapfm.encoders.backbones import BackboneError
-from tapfm.files import join_csv, replacing, rows_there
 from tapfm.model import CheckpointError
 from tapfm.opener import loose, tiles_as_trained
 from tapfm.pathpt.findings import draw_classes

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slides.files import replacing
 from tapfm import __version__
-from tapfm.files import replacing
 from tapfm.model import CheckpointError
 from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.spatial import Mixer

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from slides.cohort import SlideRow, read_cohort
 from slides.reader import Slide
+from slides.settings import Source
 from tapfm.adapt import make_optimizer, make_strategy, spell
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
-from tapfm.config import Source, read_data, read_source
+from tapfm.config import read_data, read_source
 from tapfm.opener import Opener
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from slides.cohort import SlideRow
+from slides.settings import Source, index_and_cache
 from tapfm.bag import Tiles
-from tapfm.config import Source, index_and_cache
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag

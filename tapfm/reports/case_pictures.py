@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from slides.errors import SlideError
+from slides.files import replacing, write_json
 from slides.reader import Slide
-from tapfm.files import replacing, write_json
 from tapfm.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
 
 TILES = 8

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tapfm.files import write_json
+from slides.files import write_json
 from tapfm.reports.tables import table
 
 

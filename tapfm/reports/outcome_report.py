@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
-from tapfm.files import write_csv, write_json, write_text
+from slides.files import write_csv, write_json, write_text
 from tapfm.heatmap import save_figure
 from tapfm.reports.arms import Arm, aligned_arms
 from tapfm.reports.figures import curves_figure

@@ -19,8 +19,8 @@ from string import Template
 import numpy as np
 import yaml
 
+from slides.files import write_text
 from tapfm import __version__
-from tapfm.files import write_text
 from tapfm.reports.arms import Arm
 from tapfm.reports.cards import case_cards
 from tapfm.reports.figures import read_curves

@@ -46,7 +46,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
-from tapfm.files import write_csv, write_json, write_text
+from slides.files import write_csv, write_json, write_text
 from tapfm.heatmap import save_figure
 from tapfm.reports.arms import Arm, aligned_arms
 from tapfm.reports.details import describe, sections

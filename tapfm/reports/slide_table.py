@@ -13,8 +13,8 @@ from pathlib import Path
 
 from slides.cohort import OPTIONAL, REQUIRED, read_table
 from slides.errors import CohortError
+from slides.files import replacing
 from slides.grid import Grid
-from tapfm.files import replacing
 
 MADE = ("mpp", "mpp_source", "tissue_mm2", "tiles", "status", "reason", "path")
 NO_LABEL = {*REQUIRED, *OPTIONAL, *MADE}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapfm.files import write_csv
+from slides.files import write_csv
 from tapfm.reports.arms import END_TO_END, FROZEN_ENCODER, Arm, read_arm, row_folder
 from tapfm.reports.plain_table import aligned, span
 from tapfm.reports.pooling import Pool, pool

@@ -51,13 +51,14 @@ def labels(verb: ArgumentParser) -> Do:
 
     def do(mutations, against, profiled, genes, rule, manifest, slides, config, out, on_error,
            **deal) -> int:  # fmt: skip
-        from tapfm.config import ConfigError, read_data
+        from slides.errors import SettingsError
+        from tapfm.config import read_data
         from tapfm.labels import Downloads, parse_genes, run_labels
 
         data = read_data(config) if config else {}
         folder = data.get("slides_dir")
         if bool(manifest) != bool(slides or (manifest and folder)):
-            raise ConfigError(
+            raise SettingsError(
                 "labels: a manifest and its folder go together: --manifest and --slides"
             )
         slides = slides or (Path(folder) if folder else None)

@@ -12,7 +12,7 @@ from tapfm.verbs import Do, at_least, config_flag, device_flags, later
 
 if TYPE_CHECKING:
     from slides.cohort import SlideRow
-    from tapfm.config import Source, TileSettings
+    from slides.settings import Source, TileSettings
 
 
 def index(verb: ArgumentParser) -> Do:
@@ -28,8 +28,8 @@ def index(verb: ArgumentParser) -> Do:
     def do(out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None, **given):
         from dataclasses import replace
 
+        from slides.settings import TileSettings, index_and_cache
         from slides.tissue import Tissue
-        from tapfm.config import TileSettings, index_and_cache
 
         source = source_of("index", out, TileSettings, **given)
         if coords:  # in place of what finds tissue
@@ -59,12 +59,12 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     device_flags(verb)
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
-        from tapfm.config import ConfigError
+        from slides.errors import SettingsError
         from tapfm.pathpt.network import is_pathpt
 
         out, masks = given["out"], given["masks"]
         if draw and masks and out.resolve() == Path(masks).resolve():
-            raise ConfigError(
+            raise SettingsError(
                 f"heatmap: {out} is the folder of the masks, and pictures and outlines of the "
                 "same names would take their place. Give another --out."
             )
@@ -153,10 +153,12 @@ def source_of(
     """
     from dataclasses import replace
 
-    from tapfm.config import ConfigError, Source, read_source
+    from slides.errors import SettingsError
+    from slides.settings import Source
+    from tapfm.config import read_source
 
     if bool(slides) == bool(config):
-        raise ConfigError(f"{verb}: give either slides or --config, and not both")
+        raise SettingsError(f"{verb}: give either slides or --config, and not both")
     if config:
         source = read_source(config)
     else:
@@ -172,16 +174,16 @@ def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     """Slides without a table, as rows of one: named by their files, nothing known of them.
 
     Raises:
-        ConfigError: two have one name.
+        SettingsError: two have one name.
     """
     from slides.cohort import SlideRow
+    from slides.errors import SettingsError
     from slides.reader import slide_stem
-    from tapfm.config import ConfigError
 
     named: dict[str, Path] = {}
     for path in paths:
         if (other := named.setdefault(slide_stem(path), path)) is not path:
-            raise ConfigError(
+            raise SettingsError(
                 f"{slide_stem(path)}: {other} and {path} are both called so, and what is written "
                 "of one would take the other's place. Rename one, or run them apart, each with "
                 "its own --out."
