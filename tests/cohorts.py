@@ -4,9 +4,9 @@ from pathlib import Path
 
 import h5py
 import yaml
-from conftest import stained_picture, write_pyramid
 
 from slides.files import fingerprint
+from tests.conftest import stained_picture, write_pyramid
 
 LABELS = ("EGFR", "KRAS")
 SPLITS = ["train"] * 7 + ["val"] * 3 + ["test"] * 4

@@ -20,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import tifffile
-from browser import NAMES, Browser, find_browser
+
+from tests.browser import NAMES, Browser, find_browser
 
 ROOT = Path(__file__).parent.parent
 

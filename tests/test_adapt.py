@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
-from tiny import random_tiles, tiny_encoder, tiny_swin
 from torch import nn
 
 from tapfm import model as models
@@ -24,6 +22,8 @@ from tapfm.adapt.pathotune import hold
 from tapfm.encoders import backbones
 from tapfm.module import StrategyName
 from tapfm.optim import layerwise, parameter_groups
+from tests.test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
+from tests.tiny import random_tiles, tiny_encoder, tiny_swin
 
 MAKES = {
     "plain": {"make": "1 prefix"},

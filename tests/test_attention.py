@@ -5,10 +5,10 @@ The reference is the block's own attention matrix, caught where an unfused block
 
 import pytest
 import torch
-from tiny import MAKES, random_tiles, tiny_encoder
 from torch import nn
 
 from tapfm.encoders.attention import ClsTap, NoClsAttentionError, prefix_mass
+from tests.tiny import MAKES, random_tiles, tiny_encoder
 
 TILES = 3
 

@@ -10,7 +10,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import random_tiles, tiny_swin
 
 from tapfm.doctor import cls_row_error
 from tapfm.encoders import backbones, checkpoints
@@ -19,6 +18,7 @@ from tapfm.encoders.backbones import BACKBONES, BackboneError, build, find, load
 from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.model import Recipe, SlideModel, save
+from tests.tiny import random_tiles, tiny_swin
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted
 # at, where it is not the row's. Typed from there, not from the rows.

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohorts import write_cohort
 
 from slides.balance import balanced_order
 from slides.cohort import SlideRow
@@ -21,6 +20,7 @@ from tapfm.cli import main
 from tapfm.fit import read_config
 from tapfm.head_start import callback
 from tapfm.tasks import learn_task
+from tests.cohorts import write_cohort
 
 EPOCHS = 400
 

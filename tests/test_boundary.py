@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import MAKES, random_tiles, tiny_encoder
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt import make_strategy
 from tapfm.engine.boundary import Boundary, BoundaryTokens, find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
+from tests.tiny import MAKES, random_tiles, tiny_encoder
 
 CPU = torch.device("cpu")
 TILES, CHUNK = 7, 3

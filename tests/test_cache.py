@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 
 from slides import cache
 from slides.cache import CHUNK, CachedSlide, build_cache, cache_path
@@ -23,6 +22,7 @@ from slides.grid import Grid
 from slides.index import index_cohort, index_path, read_index
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tests.sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 
 TILES = 37  # prime, and more than two chunks
 

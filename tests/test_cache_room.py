@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sources import Source, expected_tiles, make_index, make_row
 
 from slides import cache
 from slides.cache import CachedSlide, build_cache, cache_path
@@ -25,6 +24,7 @@ from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm import config
 from tapfm.opener import Opener
+from tests.sources import Source, expected_tiles, make_index, make_row
 
 TILES = 101
 FORK = multiprocessing.get_context("fork")

@@ -9,8 +9,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import write_cohort
-from tiny import tiny_encoder
 
 from slides.cases import gather
 from slides.cohort import SlideRow
@@ -25,6 +23,8 @@ from tapfm.evaluate import groups_of
 from tapfm.fit import read_config
 from tapfm.prediction import Prediction, pool_cases
 from tapfm.tasks import make_task
+from tests.cohorts import write_cohort
+from tests.tiny import tiny_encoder
 
 NAN = float("nan")
 

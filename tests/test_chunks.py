@@ -13,12 +13,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from sources import SIZE, Source, expected_tiles, make_index
 
 from slides import workers as processes
 from slides.chunks import WorkerDiedError, read_tiles
 from slides.crew import stream_chunks
 from slides.errors import NotASlideError, SlideError, UnreadableRegionError
+from tests.sources import SIZE, Source, expected_tiles, make_index
 
 TILES = 23  # prime: the last chunk is always short
 WORKERS = [0, 1, 2, 3]

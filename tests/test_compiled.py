@@ -9,15 +9,15 @@ import copy
 import pandas as pd
 import pytest
 import torch
-from cohorts import write_cohort
-from test_adapt import adapted, move
-from test_chunked import CPU, Slide, difference
-from tiny import random_tiles, tiny_encoder
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tapfm.cli import main
 from tapfm.encoders import compiled
 from tapfm.encoders.compiled import CompilerError, need_compiler, padded
+from tests.cohorts import write_cohort
+from tests.test_adapt import adapted, move
+from tests.test_chunked import CPU, Slide, difference
+from tests.tiny import random_tiles, tiny_encoder
 
 # "lora, q v" is in some of the blocks only: what was compiled without must not serve those with
 HOOKED = ["lora", "lora, q v", "dora", "vpt_deep", "adaptformer", "ssf", "hiadapter", "pathotune"]

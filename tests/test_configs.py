@@ -16,8 +16,8 @@ import yaml
 from slides.errors import SettingsError
 from tapfm import cli, verbs
 from tapfm.config import preamble, read_source
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "pathpt"
 )  # questions of `tapfm pathpt` are no configs of a run: tests/test_pathpt_run.py reads them
@@ -128,7 +128,7 @@ def test_unknown_cohort_and_unknown_keys_are_named(tmp_path):
     ],
 )
 def test_a_value_that_cannot_be_is_named_and_no_traceback(tmp_path, capsys, data, message):
-    from cohorts import write_cohort
+    from tests.cohorts import write_cohort
 
     write_cohort(tmp_path)
     (tmp_path / "a.yaml").write_text(f"data: {data}".replace("T,", f"{tmp_path / 'cohort.csv'},"))
@@ -153,7 +153,7 @@ def test_a_flag_that_cannot_be_is_named_and_no_traceback(tmp_path, capsys, flags
 
 
 def test_later_configs_win(tmp_path):
-    from cohorts import write_cohort
+    from tests.cohorts import write_cohort
 
     first = write_cohort(tmp_path / "cohort")
     second = tmp_path / "second.yaml"
@@ -165,7 +165,7 @@ def test_later_configs_win(tmp_path):
 
 
 def test_a_flag_wins_over_the_config(tmp_path):
-    from cohorts import write_cohort
+    from tests.cohorts import write_cohort
 
     config = write_cohort(tmp_path)
     tiles = read_source([config]).tiles
@@ -250,9 +250,8 @@ def test_readme_names_every_model_with_its_licence():
 
 def test_readme_has_a_row_for_every_strategy():
     """Its options with their defaults, as YAML; what it trains; its learning rate; its export."""
-    from test_adapt import NO_EXPORT, UNI
-
     from tapfm.adapt import STRATEGIES, make_strategy, spell
+    from tests.test_adapt import NO_EXPORT, UNI
 
     row = r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|"
     rows = re.findall(row, PAGES["tapfm/adapt"])

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cohorts import stamp, write_cohort
-from sources import SIZE, Source, expected_tiles, make_index
 
 from slides.chunks import WorkerDiedError
 from slides.crew import Crew, stream_chunks
@@ -27,6 +25,8 @@ from slides.workers import Listed
 from tapfm.bag import SkippedBag
 from tapfm.cli import main
 from tapfm.fit import read_config
+from tests.cohorts import stamp, write_cohort
+from tests.sources import SIZE, Source, expected_tiles, make_index
 
 COUNTS = [23, 3, 0, 1, 17]  # tiles of each slide; the last chunks are short
 BAD = (SIZE, SIZE)  # row 8: in the second chunk of five

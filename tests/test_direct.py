@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tifffile
-from conftest import stained_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from slides.direct import Direct
 from slides.errors import SlideError
 from slides.grid import Grid
 from slides.reader import Slide
+from tests.conftest import stained_picture
 
 simplejpeg = pytest.importorskip("simplejpeg")
 WIDTH, HEIGHT = 709, 431  # prime: the last tiles of each row and column are cut

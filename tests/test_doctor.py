@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import MAKES, tiny_encoder
 
 from tapfm import doctor
 from tapfm.doctor import cls_row_error, run_doctor
 from tapfm.encoders.backbones import find
+from tests.tiny import MAKES, tiny_encoder
 
 
 @pytest.fixture(autouse=True)

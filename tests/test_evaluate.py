@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import LABELS, spoil, write_cohort
 from PIL import Image
 
 from tapfm.baselines import RgbStatistics
@@ -20,6 +19,7 @@ from tapfm.features import read_features
 from tapfm.fit import read_config
 from tapfm.model import CheckpointError
 from tapfm.prediction import Prediction
+from tests.cohorts import LABELS, spoil, write_cohort
 
 VAL = ["s7", "s8", "s9"]
 

@@ -14,7 +14,6 @@ import functools
 
 import pytest
 import torch
-from tiny import random_tiles, tiny_encoder
 from torch.func import functional_call
 
 from tapfm.adapt import make_strategy
@@ -24,6 +23,7 @@ from tapfm.engine.boundary import BoundaryTokens, find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.masters import MasterAdamW
 from tapfm.losses import MaskedBCE
+from tests.tiny import random_tiles, tiny_encoder
 
 CPU, TILES = torch.device("cpu"), 23
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-6}

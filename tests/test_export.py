@@ -7,7 +7,6 @@ import re
 import pytest
 import timm
 import torch
-from cohorts import LABELS
 from torch import nn
 
 from tapfm import export
@@ -16,6 +15,7 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.registry import ROWS
 from tapfm.export import arguments, readme, spell
+from tests.cohorts import LABELS
 
 TILE = 32
 

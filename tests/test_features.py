@@ -4,8 +4,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from cohorts import LABELS, write_cohort
-from conftest import stained_picture, write_pyramid
 
 from slides.chunks import read_tiles
 from slides.files import WriteError
@@ -19,6 +17,8 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint
 from tapfm.features import Extraction, FeatureError
+from tests.cohorts import LABELS, write_cohort
+from tests.conftest import stained_picture, write_pyramid
 
 TAG = "20x_32px_0px_overlap"
 CONFIG_SLIDES = 14

@@ -1,11 +1,11 @@
 """A fingerprint is of what an encoder computes, and of nothing else."""
 
 import torch
-from tiny import tiny_encoder
 
 from tapfm.encoders.backbones import Encoder, build, find, load
 from tapfm.encoders.fingerprint import fingerprint, known_tiles, state_fingerprint
 from tapfm.model import load_encoder
+from tests.tiny import tiny_encoder
 
 
 def test_fingerprint_is_of_the_weights_and_not_of_the_arithmetic():

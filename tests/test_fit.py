@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import LABELS, spoil, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import epoch_order
@@ -24,8 +22,8 @@ from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.engine import passes
 from tapfm.module import SlideModule
-
-HERE = Path(__file__).parent
+from tests.cohorts import LABELS, spoil, write_cohort
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ def test_the_head_goes_first(tmp_path):
 
 
 def tapfm(*arguments, check=True):
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
     return subprocess.run(
         [*command, *arguments], env=environment, check=check, capture_output=True, text=True
@@ -267,7 +265,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after, options)
     config = str(write_cohort(tmp_path, workers=1))
     fit = ("fit", "--config", config, *options)
     tapfm(*fit, "--name", "whole")
-    callback = [{"class_path": "kill.KillAfter", "init_args": {"slides": killed_after}}]
+    callback = [{"class_path": "tests.kill.KillAfter", "init_args": {"slides": killed_after}}]
     killed = tapfm(
         *fit, "--name", "killed",
         "--trainer.callbacks", yaml.safe_dump(callback, default_flow_style=True), check=False,

@@ -3,16 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import stained_picture
 from PIL import Image
 from scipy import ndimage
-from test_tissue import REAL, real_slide
 
 from slides.focus import BLUR_MPP, WINDOW, blur
 from slides.grid import Grid
 from slides.index import index_slide
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tests.conftest import stained_picture
+from tests.test_tissue import REAL, real_slide
 
 
 def tissue(sigma=0.0, gain=1.0):

@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from cohorts import write_cohort
 
 from slides.chunks import read_tiles
 from slides.errors import CoordinatesError, IndexSettingsError, NoTissueError, TooCoarseError
@@ -26,6 +25,7 @@ from slides.tissue import Tissue
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.opener import Opener
+from tests.cohorts import write_cohort
 
 CORNERS0 = np.array([[448, 0], [0, 448], [37, 41], [896, 600]])  # in no order of ours
 

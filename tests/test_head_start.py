@@ -5,7 +5,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from cohorts import write_cohort
 from safetensors.torch import load_file
 
 from tapfm import model as models
@@ -19,6 +18,7 @@ from tapfm.head_start.remembered import Remembered, standardise
 from tapfm.head_start.solved import embed, judge, solve_head
 from tapfm.head_start.taught import teach
 from tapfm.tasks import make_task
+from tests.cohorts import write_cohort
 
 TASK = make_task({"name": "multilabel"}, ("A",))
 

@@ -13,13 +13,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from sources import SIZE, Source, expected_tiles, make_index, make_row
 
 from slides import held
 from slides.chunks import WorkerDiedError
 from slides.errors import UnreadableRegionError
 from slides.held import SlideTiles, host_budget, machine_memory, tiles_to_hold
 from slides.stream import Augment, BagDataset, SlideLoader, Turn
+from tests.sources import SIZE, Source, expected_tiles, make_index, make_row
 
 TILES = 23
 TURN = Turn(3, 0, 1)

@@ -6,12 +6,12 @@ The contract that every strategy holds (start, gradients, checkpoint, counts) is
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random_tiles, tiny_encoder
 from torch import nn
 
 from tapfm.adapt import StrategyError, make_strategy
 from tapfm.adapt.pixels import optical_density
 from tapfm.encoders import backbones
+from tests.tiny import random_tiles, tiny_encoder
 
 SPEC = {"name": "hiadapter", "stages": 2, "reduction": 8}
 

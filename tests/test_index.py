@@ -20,7 +20,6 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from conftest import stained_picture, write_pyramid
 from PIL import Image
 from scipy import ndimage
 
@@ -48,6 +47,7 @@ from slides.index import (
 from slides.reader import Slide
 from slides.stages import draw_stages
 from slides.tissue import Tissue
+from tests.conftest import ROOT, stained_picture, write_pyramid
 
 GRID = Grid(64, 0.5)
 
@@ -275,7 +275,7 @@ class TestFullDisk:
                 print("stopped:", error)
         """)
         out = tmp_path / "index"
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
         ran = subprocess.run(
             [sys.executable, "-c", code, str(out), *paths],
             capture_output=True, text=True, env=env, check=True,

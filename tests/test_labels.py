@@ -12,7 +12,6 @@ import math
 
 import pytest
 import yaml
-from conftest import ROOT, stained_picture, write_pyramid
 
 from slides.cohort import SPLITS, read_cohort
 from slides.errors import LabelError
@@ -20,6 +19,7 @@ from slides.tcga import parse_slide
 from tapfm import cli
 from tapfm.labels import parse_genes
 from tapfm.reports.label_record import label_record, label_tables
+from tests.conftest import ROOT, stained_picture, write_pyramid
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")
 UNPROFILED = "TCGA-38-4629"  # in the slide table, not in cBioPortal's matrix

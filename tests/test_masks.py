@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import stained_picture, write_pyramid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
@@ -22,6 +21,7 @@ from slides.reader import Slide
 from slides.tissue import Tissue
 from tapfm.cli import main
 from tapfm.heatmap import write_geojson
+from tests.conftest import stained_picture, write_pyramid
 
 GRID = Grid(64, 0.5)
 SQUARE = [[128, 192], [640, 192], [640, 512], [128, 512], [128, 192]]

@@ -7,17 +7,16 @@ any machine is checked: order, and that a large array shows.
 import csv
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import random_tiles, tiny_encoder
 
 from tapfm.engine.chunked import encode_bag
 from tapfm.engine.memory import PhaseMeter, SavedBytes, reset_resident, resident_gib, saved_bytes
+from tests.conftest import ROOT
+from tests.tiny import random_tiles, tiny_encoder
 
-ROOT = Path(__file__).parent.parent
 ROWS, COLUMNS = 13, 7
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from cohorts import LABELS, write_cohort
 
 from slides import crew as crews
 from slides.errors import IndexSettingsError, StainError
@@ -22,6 +21,7 @@ from tapfm.config import read_source
 from tapfm.encoders import backbones
 from tapfm.fit import read_config
 from tapfm.opener import Opener
+from tests.cohorts import LABELS, write_cohort
 
 SLIDES = 4
 

@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import stained_picture, write_pyramid
-from pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 from safetensors.torch import save_file
 
 from tapfm.cli import main
 from tapfm.reports.arms import Arm
 from tapfm.reports.report import write_results
+from tests.conftest import stained_picture, write_pyramid
+from tests.pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 
 EVIL = '<script>alert("x")</script>&'  # a label may be called anything
 LABELS = ["EGFR", EVIL]

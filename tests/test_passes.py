@@ -1,12 +1,12 @@
 """`Passes` where memory runs out: what is given up is what was held."""
 
 import torch
-from tiny import random_tiles
 
 from tapfm import model as models
 from tapfm.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.engine import passes
+from tests.tiny import random_tiles
 
 
 def test_graphs_that_are_not_kept_now_are_kept_later(monkeypatch, capsys):

@@ -6,10 +6,10 @@ The contract that every strategy holds (gradients, checkpoint, counts) is in tes
 import numpy as np
 import pytest
 import torch
-from tiny import random_tiles, tiny_encoder
 
 from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.adapt.pathotune import held
+from tests.tiny import random_tiles, tiny_encoder
 
 WIDTH = 7  # of the text
 SPANS = {"task": slice(0, 3), "text": slice(3, 5), "instance": slice(5, 7)}

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random_tiles, tiny_encoder
 from torch import nn
 
 from tapfm.adapt import make_strategy
@@ -19,6 +18,7 @@ from tapfm.pathpt.towers import TextError, VisionLanguage, tokenise
 from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train
 from tapfm.pathpt.vote import ballot, vote
 from tapfm.pathpt.words import WordTower
+from tests.tiny import random_tiles, tiny_encoder
 
 WORDS = [
     "a",

@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from cohorts import write_cohort
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,6 +20,7 @@ from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.network import load
 from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.towers import TextError
+from tests.cohorts import write_cohort
 
 VISION = {"img_size": 32, "patch_size": 16, "hidden_size": 24, "num_layers": 2, "num_heads": 3,
           "init_values": 0.1, "num_classes": 0}  # fmt: skip

@@ -8,15 +8,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from cohorts import write_cohort
-from conftest import stained_picture, write_pyramid
-from test_pathpt_run import ask
 
 from tapfm.cli import main
 from tapfm.pathpt.loose import load_whole, predict_slides
 from tapfm.pathpt.network import load, save
 from tapfm.pathpt.vote import ballot
 from tapfm.verbs.reading import loose_rows
+from tests.cohorts import write_cohort
+from tests.conftest import stained_picture, write_pyramid
+from tests.test_pathpt_run import ask
 
 NAMES = ("normal tissue", "tumour with smooth chromatin", "tumour with prominent nucleoli")
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cohorts import write_cohort
 
 from slides.cohort import SlideRow, read_cohort
 from slides.synthetic import LABELS
@@ -30,6 +29,7 @@ from tapfm.pathpt.network import load
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.words import load_demo
+from tests.cohorts import write_cohort
 
 SMALL = {
     "classes": [
@@ -202,7 +202,7 @@ def test_a_draw_takes_as_many_cases_of_each_subtype_and_no_test_slide():
 
 
 def test_the_demos_question_is_read_and_its_tower_knows_every_word():
-    from test_configs import ROOT
+    from tests.test_configs import ROOT
 
     path = ROOT / "configs" / "pathpt" / "demo.yaml"
     assert len(path.read_text().splitlines()) <= 50

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
-from tiny import random_tiles, tiny_encoder
 
 from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.adapt.peft_layout import peft_spec, read_peft, write_peft
+from tests.tiny import random_tiles, tiny_encoder
 
 SPECS = {
     "lora": {"name": "lora", "rank": 2, "alpha": 3.0},

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import random_tiles, tiny_encoder
 
 from slides.augment import orient
 from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
 from tapfm.encoders.backbones import Encoder
+from tests.tiny import random_tiles, tiny_encoder
 
 H_AND_E = ("haematoxylin", "eosin")
 

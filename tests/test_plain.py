@@ -8,7 +8,6 @@ import pickle
 import numpy as np
 import pytest
 import tifffile
-from conftest import stained_picture
 from PIL import Image
 
 from slides import plain
@@ -17,6 +16,7 @@ from slides.grid import Grid
 from slides.index import index_slide
 from slides.reader import Slide
 from slides.tissue import Tissue
+from tests.conftest import stained_picture
 
 PICTURE = stained_picture(601, 433)
 WAYS = ["png", "jpg", "tif", "lzw.tif"]

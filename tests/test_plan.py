@@ -319,9 +319,8 @@ def test_flags_are_what_fit_takes(tmp_path):
     """A strategy with options among them."""
     import shlex
 
-    from cohorts import write_cohort
-
     from tapfm.fit import read_config
+    from tests.cohorts import write_cohort
 
     for setup in setups(depth=6):
         flags = shlex.split(setup.flags)

@@ -5,13 +5,13 @@ Sums of bfloat16 gradients and updates too small for bfloat16 have theirs in tes
 
 import pytest
 import torch
-from cohorts import write_cohort
-from tiny import random_tiles, tiny_encoder
 from torch import nn
 
 from tapfm.aggregators import make_aggregator
 from tapfm.cli import main
 from tapfm.engine.dither import dither
+from tests.cohorts import write_cohort
+from tests.tiny import random_tiles, tiny_encoder
 
 
 def moved(encoder):

@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohorts import LABELS
-from conftest import stained_picture, write_pyramid
 
 from slides.cohort import SlideRow
 from slides.files import fingerprint
@@ -27,6 +25,8 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.predict import loose_bag
 from tapfm.prediction import predict_bag
+from tests.cohorts import LABELS
+from tests.conftest import stained_picture, write_pyramid
 
 TILE = 32
 

@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 import yaml
-from cohorts import write_cohort
 
 from tapfm import cli
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.fit import read_config
 from tapfm.probe import SHARE, fit_head, parts_of, slide_gradients, suggest, training_bags
+from tests.cohorts import write_cohort
 
 SHIPPED = PACKAGED / "demo_vit.safetensors"
 N, D, E = 37, 11, 7

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from cohorts import SPLITS, spoil, write_cohort
 from safetensors.torch import load_file
 
 from slides.order import SlideSampler, epoch_order
 from tapfm.cli import main
 from tapfm.encoders.checkpoints import PACKAGED
+from tests.cohorts import SPLITS, spoil, write_cohort
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 

@@ -5,13 +5,13 @@ from weakref import WeakSet
 import pandas as pd
 import pytest
 import torch
-from cohorts import write_cohort
-from tiny import random_tiles, tiny_encoder
 
 from tapfm.cli import main
 from tapfm.encoders.backbones import Encoder
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.rescue import Rescue
+from tests.cohorts import write_cohort
+from tests.tiny import random_tiles, tiny_encoder
 
 CPU = torch.device("cpu")
 

@@ -3,13 +3,13 @@
 import pandas as pd
 import pytest
 import torch
-from cohorts import write_cohort
 from safetensors.torch import load_file
-from tiny import random_tiles, tiny_encoder
 
 from tapfm.cli import main
 from tapfm.engine.chunked import adapt_bag
 from tapfm.engine.sampling import _chances, chosen, cosine, draw_tiles, give, taken
+from tests.cohorts import write_cohort
+from tests.tiny import random_tiles, tiny_encoder
 
 CPU = torch.device("cpu")
 T, D = 40, 24

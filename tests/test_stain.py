@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cohorts import write_cohort
-from sources import make_index, make_row
 
 from slides import stain
 from slides.errors import CohortError, SettingsError, StainError
@@ -32,6 +30,8 @@ from slides.stain import (
 from tapfm.config import read_source
 from tapfm.features import Extraction, tiles_of
 from tapfm.fit import read_config
+from tests.cohorts import write_cohort
+from tests.sources import make_index, make_row
 
 STAINS = np.array([[0.65, 0.07], [0.70, 0.99], [0.29, 0.11]])
 STAINS /= np.linalg.norm(STAINS, axis=0)

@@ -3,12 +3,11 @@
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
-from cohorts import write_cohort
 
-ROOT = Path(__file__).parent.parent
+from tests.cohorts import write_cohort
+from tests.conftest import ROOT
 
 
 @pytest.fixture

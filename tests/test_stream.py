@@ -11,7 +11,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from sources import SIZE, Source, expected_tiles, make_index, make_row
 
 from slides.augment import draw_change
 from slides.errors import NoTissueError, UnreadableRegionError
@@ -27,6 +26,7 @@ from slides.stream import (
     sample_tiles,
     slide_generator,
 )
+from tests.sources import SIZE, Source, expected_tiles, make_index, make_row
 
 TILES, SLIDES, SEED = 23, 7, 3
 

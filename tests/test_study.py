@@ -14,12 +14,12 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from cohorts import write_cohort
 
 from slides.cohort import read_cohort
 from slides.errors import SettingsError
 from tapfm import cli, study
 from tapfm.study import read_study, run_study
+from tests.cohorts import write_cohort
 
 STAND_IN = """
 import csv, json, sys, pathlib, hashlib

@@ -3,7 +3,6 @@
 import h5py
 import numpy as np
 import pytest
-from conftest import write_pyramid
 from PIL import Image
 
 from tapfm.reports.arms import Arm
@@ -13,6 +12,7 @@ from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
+from tests.conftest import write_pyramid
 
 SIDE = 32
 

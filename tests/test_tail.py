@@ -9,11 +9,8 @@ import copy
 import pytest
 import timm
 import torch
-from test_adapt import CASES, FUSED_BIAS, MAKES, adapted, move
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import Block
-from tiny import MAKES as ENCODERS
-from tiny import random_tiles, tiny_encoder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +18,9 @@ from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import Backbone, Encoder, load
 from tapfm.encoders.tail import TOLERANCE, ClsTail
 from tapfm.engine.boundary import find_boundary
+from tests.test_adapt import CASES, FUSED_BIAS, MAKES, adapted, move
+from tests.tiny import MAKES as ENCODERS
+from tests.tiny import random_tiles, tiny_encoder
 
 TILES = 3
 RANDOM = {"init_values": 0.1}  # or LayerScale hides the block

@@ -7,8 +7,6 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from conftest import stained_picture, write_pyramid
-from pages import BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 
 from tapfm.cli import main
 from tapfm.reports.arms import Arm
@@ -16,6 +14,8 @@ from tapfm.reports.outcome_report import write_outcomes
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
+from tests.conftest import stained_picture, write_pyramid
+from tests.pages import BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 
 SLIDES, SIDE = 24, 32
 TASKS = {

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import stained_picture, write_pyramid
 from safetensors.torch import load_file
 
 from tapfm import model as models
 from tapfm.callbacks import RunLog
 from tapfm.cli import main
+from tests.conftest import stained_picture, write_pyramid
 
 SLIDES = 24
 SPLITS = ["train", "train", "val", "test"]

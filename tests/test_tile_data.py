@@ -1,7 +1,6 @@
 """Batches of labelled tiles: every tile once an epoch, changed by a draw of its own."""
 
 import torch
-from tile_sets import SIDE, write_tiles
 
 from slides.augment import orient
 from slides.order import Turn
@@ -9,6 +8,7 @@ from slides.stream import Augment
 from slides.tiles import read_tiles
 from tapfm.adapt.pixels import STAINS, StainMaps, optical_density
 from tapfm.labelled.data import TileData, TileDataset
+from tests.tile_sets import SIDE, write_tiles
 
 
 def epoch_of(dataset, epoch):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
-from tile_sets import arguments, write_tiles
 
 from tapfm import model as models
 from tapfm.adapt import StrategyError
@@ -26,8 +24,8 @@ from tapfm.labelled.batch import TileBatch
 from tapfm.labelled.data import TileData
 from tapfm.labelled.fit import PROBE, RGB, frozen_features, predict_tiles
 from tapfm.labelled.module import TileModule
-
-HERE = Path(__file__).parent
+from tests.conftest import ROOT
+from tests.tile_sets import arguments, write_tiles
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +187,9 @@ def test_a_killed_run_ends_as_one_never_killed(cohort, tmp_path):
     """HiAdapter: dropout, prototypes, and a resume point in the middle of an epoch."""
     tiles, runs = cohort
     killed = arguments(tiles, tmp_path, "--model.strategy", "hiadapter")
-    trainer = ["--trainer.callbacks", "kill.KillAfter", "--trainer.callbacks.slides", "7"]
+    trainer = ["--trainer.callbacks", "tests.kill.KillAfter", "--trainer.callbacks.slides", "7"]
     command = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *killed, *trainer], env=environment, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     assert main(killed) == 0
