@@ -16,8 +16,8 @@ from PIL import Image
 from slides.foreign import read_coordinates
 from slides.index_file import TileIndex
 from slides.job_folders import find_coordinates
-from slides.reader import Slide
 from slides.tissue_painter import TISSUE, TUMOUR
+from slides.wsi.reader import Slide
 
 CELL_UM = 4.0  # that of the demo cohort's truth
 

@@ -7,7 +7,7 @@ set to extreme numbers, or its end cut off: a function of the case's number alon
 read and indexed both ways, directly and through OpenSlide alone, in another process, which is ended
 after `LIMIT_S`. Right means: what the direct way gives is what OpenSlide gives.
 
-`tests/test_fuzz.py` runs a few hundred of the same cases.
+`tests/wsi/test_fuzz.py` runs a few hundred of the same cases.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from slides.errors import SlideError
 from slides.grid import Grid
 from slides.index import index_slide
-from slides.reader import Slide
-from slides.tiff import directories
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
+from slides.wsi.tiff_tags import directories
 
 LIMIT_S = 20.0  # for one case: sound ones take 0.05 s
 MEMORY = 6 << 30  # address space of the process that reads: more is a bomb that went off

@@ -39,10 +39,10 @@ from slides.grid import Grid
 from slides.held import SlideTiles
 from slides.index import TileIndex, index_cohort, index_path, read_index
 from slides.order import SlideSampler
-from slides.reader import Slide
 from slides.stream import Augment, BagDataset, SlideLoader
 from slides.tissue import Tissue
 from slides.workers import Listed
+from slides.wsi.reader import Slide
 
 RATE = 100  # tiles a second
 CHUNK = 25  # of the consumer

@@ -37,9 +37,9 @@ import openslide
 from PIL import Image
 
 from benchmarks.record import README, RESULTS, facts, rewrite, write_rows
-from slides import direct
-from slides.direct import Direct, _stream
-from slides.reader import Slide
+from slides.wsi import jpeg_tiles as direct
+from slides.wsi.jpeg_tiles import Direct, _stream
+from slides.wsi.reader import Slide
 
 DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
 TASKS = ("aligned", "random", "lattice", "reduce")

@@ -1,16 +1,11 @@
 """Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models.
 
     errors.py          what can be wrong with a user's slide
-    reader.py          one open slide: a tile at (x0, y0), thumbnails
-    levels.py          its levels as pixels, whoever decodes them
-    direct.py          JPEG tiles decoded without OpenSlide, to the same bits
-    plain.py           a plain PNG, JPEG or TIFF as a slide of one level
-    resolution.py      microns per pixel: who says so, and whether to believe it
-    tiff.py            the directories of a TIFF
-    diagnose.py        why a file was refused, or that it was cut short
     tissue.py          thumbnail -> tissue and pen, pure array functions
     masks.py           your own outlines: GeoJSON or a mask image
     focus.py           how blurred a tile is
+    seeds.py           seeds that are the same in every process
+    settings.py        which slides and which tiles
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
     choose.py          from an open slide to its tiles, stage by stage
     stages.py          those stages as a picture

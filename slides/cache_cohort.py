@@ -17,8 +17,8 @@ from slides.cache_room import make_room
 from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
 from slides.index import index_path, read_index
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 
 
 def cache_cohort(

@@ -19,9 +19,9 @@ from slides.focus import BLUR_MPP, blur
 from slides.grid import Grid
 from slides.index_file import TileIndex
 from slides.masks import mask_path, read_mask
-from slides.reader import Slide
-from slides.tiff import missing_tiles
 from slides.tissue import Tissue, tile_fraction, tissue_and_pen, why_empty
+from slides.wsi.reader import Slide
+from slides.wsi.tiff_tags import missing_tiles
 
 LOST_FRACTION = 0.02  # of a missing tile that is tissue: the mask is smooth and strays a little
 MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a guess
@@ -126,7 +126,8 @@ def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
 
     Raises:
         NoTissueError: none does; the message names the threshold that failed.
-        SlideError: what `slides.reader`, `slides.grid` and `slides.masks` raise for a slide they
+        SlideError: what `slides.wsi.reader`, `slides.grid` and `slides.masks` raise for a slide
+        they
             cannot use.
     """
     return to_index(choose(slide, grid, tissue), slide, grid, tissue)

@@ -30,7 +30,7 @@ from slides.files import damage_as, fingerprint
 from slides.grid import MPP_RANGE, Grid
 from slides.index_file import TileIndex
 from slides.job_folders import coordinates_sha256, hs2p_parts
-from slides.reader import Slide
+from slides.wsi.reader import Slide
 
 
 @dataclass(frozen=True)

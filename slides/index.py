@@ -28,8 +28,8 @@ from slides.foreign import index_from_coordinates
 from slides.grid import Grid
 from slides.index_file import TileIndex, index_path, read_index, write_index
 from slides.job_folders import find_all, find_coordinates
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 
 __all__ = [
     "TileIndex", "index_cohort", "index_path", "index_slide", "read_index", "write_index",

@@ -13,7 +13,7 @@ import numpy as np
 
 from slides.choose import Choice
 from slides.files import write_whole
-from slides.reader import Slide
+from slides.wsi.reader import Slide
 
 PANEL = 4.6  # inches, the longer side of a slide
 TISSUE, PEN, TILE = "#00a36c", "#e6007e", "#0057d9"  # told apart by lightness too

@@ -50,7 +50,7 @@ Verbs:
 What all share:
 
     config.py        what indexing reads of a config
-    files.py         text, JSON and CSV that are whole or not there
+    settings.py      errors of settings: all at once, with near spellings
 
 Read `module.py` first.
 """

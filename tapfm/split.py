@@ -17,7 +17,6 @@ import numpy as np
 from slides.cohort import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
 from slides.errors import SplitError, all_faults
 from slides.files import write_text
-from slides.reader import slide_stem
 from slides.split_files import (
     clam_bool_text,
     clam_text,
@@ -38,6 +37,7 @@ from slides.splits import (
 from slides.strata import stratify
 from slides.targets import KNOWN, Cells, Columns, make_columns
 from slides.tcga import site_of
+from slides.wsi.reader import slide_stem
 
 
 def run_split(

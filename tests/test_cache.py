@@ -20,8 +20,8 @@ from slides.crew import stream_chunks
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
 from slides.index import index_cohort, index_path, read_index
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tests.sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 
 TILES = 37  # prime, and more than two chunks

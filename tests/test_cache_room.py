@@ -20,8 +20,8 @@ from slides.cache_room import Hold, make_room
 from slides.chunks import read_tiles
 from slides.errors import IndexFileError
 from slides.index import index_path, write_index
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tapfm import config
 from tapfm.opener import Opener
 from tests.sources import Source, expected_tiles, make_index, make_row

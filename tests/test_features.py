@@ -9,8 +9,8 @@ from slides.chunks import read_tiles
 from slides.files import WriteError
 from slides.grid import Grid
 from slides.index import index_slide
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tapfm import features
 from tapfm import model as models
 from tapfm.cli import main

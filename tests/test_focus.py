@@ -9,8 +9,8 @@ from scipy import ndimage
 from slides.focus import BLUR_MPP, WINDOW, blur
 from slides.grid import Grid
 from slides.index import index_slide
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tests.conftest import stained_picture
 from tests.test_tissue import REAL, real_slide
 

@@ -20,8 +20,8 @@ from slides.foreign import read_coordinates
 from slides.grid import Grid
 from slides.index import index_cohort, index_path, read_index, write_index
 from slides.job_folders import find_coordinates
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.opener import Opener

@@ -44,9 +44,9 @@ from slides.index import (
     read_index,
     write_index,
 )
-from slides.reader import Slide
 from slides.stages import draw_stages
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tests.conftest import ROOT, stained_picture, write_pyramid
 
 GRID = Grid(64, 0.5)

@@ -17,8 +17,8 @@ from slides.errors import IndexSettingsError, MaskError, NoTissueError
 from slides.grid import Grid
 from slides.index import index_cohort, index_path, index_slide, read_index, write_index
 from slides.masks import _fill, geojson_polygons, mask_path, read_mask
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.heatmap import write_geojson
 from tests.conftest import stained_picture, write_pyramid

@@ -170,7 +170,7 @@ def test_a_slide_whose_stains_cannot_be_found_is_closed(tmp_path, monkeypatch):
         raise StainError("too pale")
 
     monkeypatch.setattr("tapfm.opener.StainedSlide", refuse)
-    monkeypatch.setattr("slides.reader.Slide.close", lambda self: closed.append(self.name))
+    monkeypatch.setattr("slides.wsi.reader.Slide.close", lambda self: closed.append(self.name))
     with pytest.raises(StainError):
         replace(Opener.of(source), stain="macenko")(source.rows[0])
     assert closed == [source.rows[0].slide_id]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slides.errors import NoTissueError
-from slides.reader import Slide
 from slides.tissue import (
     SIGNAL_CAP,
     SIGNAL_RANGE,
@@ -24,6 +23,7 @@ from slides.tissue import (
     tissue_mask,
     why_empty,
 )
+from slides.wsi.reader import Slide
 
 GLASS = (243, 242, 244)
 STAINS = {

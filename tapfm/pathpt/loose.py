@@ -29,9 +29,9 @@ from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, join_csv, replacing, rows_there
 from slides.index import TileIndex
-from slides.reader import Slide
 from slides.settings import TileSettings
 from slides.tissue import Tissue
+from slides.wsi.reader import Slide
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.model import CheckpointError

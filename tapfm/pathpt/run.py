@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.cohort import SlideRow, read_cohort
-from slides.reader import Slide
 from slides.settings import Source
+from slides.wsi.reader import Slide
 from tapfm.adapt import make_optimizer, make_strategy, spell
 from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.config import read_data, read_source

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from slides.errors import SlideError
 from slides.files import replacing, write_json
-from slides.reader import Slide
+from slides.wsi.reader import Slide
 from tapfm.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
 
 TILES = 8

@@ -178,7 +178,7 @@ def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     """
     from slides.cohort import SlideRow
     from slides.errors import SettingsError
-    from slides.reader import slide_stem
+    from slides.wsi.reader import slide_stem
 
     named: dict[str, Path] = {}
     for path in paths:

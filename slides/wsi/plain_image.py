@@ -101,6 +101,6 @@ class PlainImage:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether the file begins as a PNG or a JPEG does; TIFFs are told by `slides.diagnose`."""
+    """Whether the file begins as a PNG or a JPEG does; TIFFs are told by `slides.wsi.diagnose`."""
     with open(path, "rb") as file:
         return file.read(4)[:3] in (b"\x89PN", b"\xff\xd8\xff")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.tiff import directories
+from slides.wsi.tiff_tags import directories
 
 WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 322, 323, 324

@@ -16,11 +16,11 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slides import direct
-from slides.direct import Direct
 from slides.errors import SlideError
 from slides.grid import Grid
-from slides.reader import Slide
+from slides.wsi import jpeg_tiles as direct
+from slides.wsi.jpeg_tiles import Direct
+from slides.wsi.reader import Slide
 from tests.conftest import stained_picture
 
 simplejpeg = pytest.importorskip("simplejpeg")

@@ -12,9 +12,9 @@ import tifffile
 
 from benchmarks import fuzz_slides
 from benchmarks.fuzz_slides import fuzz, read_both_ways, write_seeds
-from slides import direct
 from slides.errors import NotASlideError
-from slides.reader import Slide
+from slides.wsi import jpeg_tiles as direct
+from slides.wsi.reader import Slide
 
 
 def test_hundreds_of_damaged_slides(tmp_path):

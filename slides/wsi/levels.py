@@ -3,9 +3,9 @@
 The handle is opened on first use in each process and never travels: OpenSlide objects can neither
 be pickled nor safely used after a fork, so `Levels` carries its path and what it has learnt.
 
-OpenSlide is the reference. Where it can be shown to give the same pixels, `slides.direct` decodes
-the file's JPEG tiles itself; `direct=False` never does. Transparent pixels and those outside are
-white.
+OpenSlide is the reference. Where it can be shown to give the same pixels, `slides.wsi.jpeg_tiles`
+decodes the file's JPEG tiles itself; `direct=False` never does. Transparent pixels and those
+outside are white.
 
 Condition: OpenSlide places reads by whole level-0 pixels, so at a level whose downsample is not a
 whole number its pixels come interpolated, shifted by up to half a level-0 pixel.
@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from slides.diagnose import impossible, tiff_contents, why_refused
-from slides.direct import Direct, NotDirectError
 from slides.errors import NotASlideError, UnreadableRegionError
-from slides.plain import PlainImage, is_plain
+from slides.wsi.diagnose import impossible, tiff_contents, why_refused
+from slides.wsi.jpeg_tiles import Direct, NotDirectError
+from slides.wsi.plain_image import PlainImage, is_plain
 
 CACHE_BYTES = 64 << 20  # all handles of a process together; by default each would hold 32 MiB
 CHECKED = 512  # pixels across, of the first region of each level that is read both ways
@@ -51,7 +51,7 @@ class Levels:
     """A file opened lazily; safe to pickle and to use after a fork.
 
     Args:
-        path: The slide's file, or a plain picture of tissue (`slides.plain`).
+        path: The slide's file, or a plain picture of tissue (`slides.wsi.plain_image`).
         name: What to call it in errors.
         direct: Decode JPEG tiles without OpenSlide where the pixels are proven the same.
     """

@@ -10,12 +10,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from slides import plain
 from slides.errors import MissingResolutionError, NotASlideError, UnreadableRegionError
 from slides.grid import Grid
 from slides.index import index_slide
-from slides.reader import Slide
 from slides.tissue import Tissue
+from slides.wsi import plain_image as plain
+from slides.wsi.reader import Slide
 from tests.conftest import stained_picture
 
 PICTURE = stained_picture(601, 433)

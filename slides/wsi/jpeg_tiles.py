@@ -3,8 +3,8 @@
 OpenSlide spends most of its time compositing tiles with cairo, not decoding them. Where a level is
 a plain grid of JPEG tiles and the region asked for lies on its pixels, the tiles' bytes are read,
 each decoded by libjpeg-turbo and cut to fit. That is the same arithmetic in the same library, so it
-is the same picture to the bit; `tests/test_direct.py` holds it to that, and the first region of
-every level is read both ways before any is believed (`reader.Slide`).
+is the same picture to the bit; `tests/wsi/test_jpeg_tiles.py` holds it to that, and the first
+region of every level is read both ways before any is believed (`reader.Slide`).
 
 Everything else is left to OpenSlide: other formats and codecs silently, as `Direct.why_not` says;
 what is odd in a JPEG TIFF (tiles missing, strange colour) with one warning. A tile that does not
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.tiff import JPEG_TABLES, directories
+from slides.wsi.tiff_tags import JPEG_TABLES, directories
 
 CACHE_BYTES = 64 << 20  # decoded tiles of all slides of this process: a row of a large slide
 VENDORS = ("aperio", "generic-tiff")  # the others lay tiles over each other or leave some out

@@ -12,8 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slides import reader
-from slides.diagnose import tiff_contents
 from slides.errors import (
     MissingResolutionError,
     NotASlideError,
@@ -21,8 +19,10 @@ from slides.errors import (
     UnreadableRegionError,
 )
 from slides.grid import Grid
-from slides.reader import Slide, slide_stem
-from slides.resolution import find_mpp
+from slides.wsi import reader
+from slides.wsi.diagnose import tiff_contents
+from slides.wsi.reader import Slide, slide_stem
+from slides.wsi.resolution import find_mpp
 
 CORNERS0 = [(0, 0), (37, 41), (509, 251), (1531 - 448, 1193 - 448)]
 

@@ -2,8 +2,8 @@
 
 A tile is read from the coarsest level that is not coarser than the tile, by the level's *float*
 downsample (levels of odd slides say 3.9997 or 4.0056, both mean 4), then reduced with an
-anti-aliasing filter. Nothing is ever enlarged. Where a level's pixels come from is `slides.levels`'
-matter.
+anti-aliasing filter. Nothing is ever enlarged. Where a level's pixels come from is
+`slides.wsi.levels`' matter.
 
 Price: 0.2 to 0.8 ms for a 224 px tile read unscaled, 2 to 3 ms from 443 px (one core, JPEG tiles);
 three times that through OpenSlide.
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slides.diagnose import tiff_contents, truncated
 from slides.errors import NotASlideError
 from slides.grid import Grid
-from slides.levels import Facts, Levels
-from slides.resolution import find_mpp
+from slides.wsi.diagnose import tiff_contents, truncated
+from slides.wsi.levels import Facts, Levels
+from slides.wsi.resolution import find_mpp
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
 BLOCK = 2048  # side of the pieces in which a thumbnail is read, so memory does not follow the slide
@@ -30,7 +30,7 @@ TIFF_VENDORS = {"aperio", "generic-tiff", "leica", "philips", "trestle", "ventan
 
 
 class Slide:
-    """A whole-slide image, or a plain picture of tissue (`slides.plain`).
+    """A whole-slide image, or a plain picture of tissue (`slides.wsi.plain_image`).
 
     Opened lazily; safe to pickle and to use after a fork.
 
