@@ -1,7 +1,7 @@
 """What the tiles of a program cover of a cohort's slides, beside another's and beside the truth.
 
 Two lattices have no tile in common, so areas are compared, in cells of `CELL_UM` microns. A
-program's tiles are read from its own files by `slides.foreign`.
+program's tiles are read from its own files by `slides.tiling.other_tools`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slides.foreign import read_coordinates
-from slides.index_file import TileIndex
-from slides.job_folders import find_coordinates
+from slides.tiling.index_file import TileIndex
+from slides.tiling.job_folders import find_coordinates
+from slides.tiling.other_tools import read_coordinates
 from slides.tissue_painter import TISSUE, TUMOUR
 from slides.wsi.reader import Slide
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from slides.errors import SlideError
 from slides.grid import Grid
-from slides.index import index_slide
-from slides.tissue import Tissue
+from slides.tiling.index import index_slide
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from slides.wsi.tiff_tags import directories
 

@@ -26,7 +26,9 @@ from hs2p import (
     tile_slide,
 )
 
-MIN_TISSUE = 0.25  # of a tile: `slides.tissue.Tissue.min_fraction`; hs2p's own default is 0.01
+MIN_TISSUE = (
+    0.25  # of a tile: `slides.tiling.tissue.Tissue.min_fraction`; hs2p's own default is 0.01
+)
 
 
 def main(table: Path, tile_px: int, mpp: float, out: Path) -> None:

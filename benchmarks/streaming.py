@@ -37,10 +37,10 @@ from slides.cohort import SlideRow, read_cohort
 from slides.crew import Crew
 from slides.grid import Grid
 from slides.held import SlideTiles
-from slides.index import TileIndex, index_cohort, index_path, read_index
 from slides.order import SlideSampler
 from slides.stream import Augment, BagDataset, SlideLoader
-from slides.tissue import Tissue
+from slides.tiling.index import TileIndex, index_cohort, index_path, read_index
+from slides.tiling.tissue import Tissue
 from slides.workers import Listed
 from slides.wsi.reader import Slide
 

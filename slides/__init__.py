@@ -1,19 +1,10 @@
 """Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models.
 
     errors.py          what can be wrong with a user's slide
-    tissue.py          thumbnail -> tissue and pen, pure array functions
-    masks.py           your own outlines: GeoJSON or a mask image
-    focus.py           how blurred a tile is
     seeds.py           seeds that are the same in every process
     settings.py        which slides and which tiles
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
-    choose.py          from an open slide to its tiles, stage by stage
-    stages.py          those stages as a picture
-    index.py           the chosen tiles of a cohort, and its ledger
-    index_file.py      their h5, which TRIDENT reads
     files.py           files that are whole or not there; damaged ones
-    job_folders.py     where other programs keep coordinates
-    foreign.py         tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose
     tiles.py           labelled tiles: a table or folders, parts by case
     cohort.py          slides, cases, labels, splits; all faults at once
     cases.py           a patient's slides as one bag

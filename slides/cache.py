@@ -35,7 +35,7 @@ import numpy as np
 from slides.cache_room import hold_if_possible, put_in_place, remove_leftovers, scratch
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
-from slides.index_file import TileIndex
+from slides.tiling.index_file import TileIndex
 
 CHUNK = 16  # tiles packed as one: 2.4 MB, a disk read; reading one of them takes under 1 ms
 SHARD = 256  # tiles a file, so that a cohort is thousands of files and not a million

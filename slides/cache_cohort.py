@@ -16,8 +16,8 @@ from slides.cache import build_cache, cache_path
 from slides.cache_room import make_room
 from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
-from slides.index import index_path, read_index
-from slides.tissue import Tissue
+from slides.tiling.index import index_path, read_index
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 
 

@@ -16,7 +16,7 @@ from slides.errors import SlideError, UnreadableRegionError
 from slides.grid import Grid
 
 if TYPE_CHECKING:
-    from slides.index import TileIndex
+    from slides.tiling.index import TileIndex
 
 
 class SlideSource(Protocol):

@@ -22,7 +22,7 @@ from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read
 from slides.workers import Listed, Workers
 
 if TYPE_CHECKING:
-    from slides.index import TileIndex
+    from slides.tiling.index import TileIndex
 
 
 class Crew:

@@ -28,7 +28,7 @@ from slides.errors import SlideError
 from slides.workers import Listed
 
 if TYPE_CHECKING:
-    from slides.index import TileIndex
+    from slides.tiling.index import TileIndex
 
 SHARE = 0.5  # of the machine's memory: the rest is the model's, the optimizer's, the page cache's
 LIMITS = (  # of a container, by version of cgroup

@@ -9,7 +9,7 @@ from pathlib import Path
 from slides.cohort import SlideRow
 from slides.errors import SettingsError
 from slides.grid import Grid
-from slides.tissue import Tissue
+from slides.tiling.tissue import Tissue
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, 
     Raises:
         SlideError: with `on_error: stop`, the first slide's fault.
     """
-    from slides.index import index_cohort
+    from slides.tiling.index import index_cohort
 
     rows, grid, tissue = source.rows, source.tiles.grid, source.tiles.tissue
     how = source.workers, source.on_error

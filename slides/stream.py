@@ -41,7 +41,7 @@ from slides.order import (
 from slides.seeds import stable_seed
 
 if TYPE_CHECKING:
-    from slides.index import TileIndex
+    from slides.tiling.index import TileIndex
 
 __all__ = [
     "Augment",

@@ -31,7 +31,7 @@ from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read
 from slides.errors import SlideError
 
 if TYPE_CHECKING:
-    from slides.index import TileIndex
+    from slides.tiling.index import TileIndex
 
 ORPHAN_CHECK_S = 5.0  # how often an idle worker looks whether its parent still lives
 

@@ -15,7 +15,7 @@ from slides.cohort import read_cohort
 from slides.errors import SettingsError
 from slides.settings import Source, TileSettings
 from slides.stain import METHODS
-from slides.tissue import Tissue
+from slides.tiling.tissue import Tissue
 
 
 def read_source(configs: Sequence[Path]) -> Source:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from slides.cases import gather
 from slides.cohort import SlideRow
 from slides.errors import CohortError
-from slides.tissue import tile_fraction
+from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
 from tapfm import model as models
 from tapfm.aggregators import TILES

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.files import replacing
-from slides.index_file import TileIndex, index_attributes
 from slides.settings import Source, TileSettings, index_and_cache
 from slides.stain import refuse_other_stains
-from slides.tissue import Tissue
+from slides.tiling.index_file import TileIndex, index_attributes
+from slides.tiling.tissue import Tissue
 from tapfm import __version__
 from tapfm.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find

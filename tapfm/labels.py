@@ -27,7 +27,6 @@ from slides.manifest import check_files, pick_diagnostic, read_manifest
 from slides.mutations import Calls, disagreements, read_calls
 from slides.split_files import csv_text
 from slides.splits import FRACTIONS, balance, fixed_split, gather_cases
-from tapfm import __version__
 
 NAMED = 12  # cases spelled out in one line
 
@@ -67,6 +66,7 @@ def run_labels(
     profiled: Path | str | None = None,
     downloads: Downloads | None = None,
     out: Path | None = None,
+    writer: str = "tapfm",
 ) -> int:
     """Read, report, and write the table.
 
@@ -76,6 +76,7 @@ def run_labels(
         profiled: as in `slides.mutations.read_calls`.
         downloads: makes a cohort table, a row a slide; None a label table, a row a case.
         out: the table; None only reports.
+        writer: program and version, for the record beside the table.
 
     Raises:
         LabelError: all that is wrong with sources and downloads.
@@ -111,7 +112,7 @@ def run_labels(
         print("nothing written: give --out")
         return 0
     record = {
-        "writer": f"tapfm {__version__}",
+        "writer": writer,
         "table": {"file": out.name, "sha256": _sha256(text.encode())},
         "sources": [_source(each, cases) for each in calls],
         "disagreements": [asdict(each) for each in differ],

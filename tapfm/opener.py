@@ -23,10 +23,10 @@ from slides.crew import Crew
 from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid
 from slides.held import JoinedTiles, SlideTiles, joined
-from slides.index import TileIndex, index_path, outdated, read_index
 from slides.settings import Source, TileSettings, index_and_cache
 from slides.stain import StainedSlide
-from slides.tissue import Tissue
+from slides.tiling.index import TileIndex, index_path, outdated, read_index
+from slides.tiling.tissue import Tissue
 from slides.workers import Listed
 from slides.wsi.reader import Slide
 

@@ -23,9 +23,9 @@ from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, rows_there
 from slides.held import JoinedTiles, SlideTiles
-from slides.index import TileIndex
 from slides.settings import TileSettings
-from slides.tissue import Tissue
+from slides.tiling.index import TileIndex
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import model as models
 from tapfm.aggregators import TILES

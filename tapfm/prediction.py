@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from slides.cohort import SlideRow
 from slides.files import join_csv, replacing, write_csv
-from slides.index import TileIndex
+from slides.tiling.index import TileIndex
 from tapfm.bag import Bag, SkippedBag
 from tapfm.model import SlideModel
 from tapfm.tasks import Task

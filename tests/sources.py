@@ -12,7 +12,7 @@ import numpy as np
 from slides.cohort import SlideRow
 from slides.errors import UnreadableRegionError
 from slides.grid import Grid
-from slides.index import TileIndex
+from slides.tiling.index import TileIndex
 
 SIZE = 5  # prime, so that a tile's side is no other number here
 

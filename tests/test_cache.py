@@ -19,8 +19,8 @@ from slides.chunks import read_tiles
 from slides.crew import stream_chunks
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
-from slides.index import index_cohort, index_path, read_index
-from slides.tissue import Tissue
+from slides.tiling.index import index_cohort, index_path, read_index
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tests.sources import SIZE, Source, expected_tiles, make_index, make_row, tile_at
 

@@ -19,8 +19,8 @@ from slides.cache_cohort import cache_cohort
 from slides.cache_room import Hold, make_room
 from slides.chunks import read_tiles
 from slides.errors import IndexFileError
-from slides.index import index_path, write_index
-from slides.tissue import Tissue
+from slides.tiling.index import index_path, write_index
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import config
 from tapfm.opener import Opener
@@ -202,7 +202,7 @@ class TestCohort:
     @pytest.fixture
     def cohort(self, small_slide, tmp_path):
         from slides.grid import Grid
-        from slides.index import index_cohort
+        from slides.tiling.index import index_cohort
 
         grid, tissue = Grid(61, 0.5), Tissue(min_fraction=0.1)
         rows = [

@@ -8,8 +8,8 @@ import torch
 from slides.chunks import read_tiles
 from slides.files import WriteError
 from slides.grid import Grid
-from slides.index import index_slide
-from slides.tissue import Tissue
+from slides.tiling.index import index_slide
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import features
 from tapfm import model as models

@@ -15,9 +15,9 @@ from slides.cohort import SlideRow
 from slides.files import fingerprint
 from slides.grid import Grid
 from slides.held import SlideTiles
-from slides.index import index_slide
 from slides.stain import StainedSlide
-from slides.tissue import Tissue
+from slides.tiling.index import index_slide
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import model as models
 from tapfm.bag import Bag

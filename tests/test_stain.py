@@ -235,6 +235,6 @@ def test_features_of_other_colours_are_made_anew(tmp_path):
 
 
 def stain_free():
-    from slides.tissue import Tissue
+    from slides.tiling.tissue import Tissue
 
     return Tissue()

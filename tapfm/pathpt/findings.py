@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.files import write_csv, write_json, write_text
-from slides.index_file import TileIndex
+from slides.tiling.index_file import TileIndex
 from slides.wsi.reader import Slide
 from tapfm.heatmap import overlay_png, write_geojson
 from tapfm.pathpt.question import Question

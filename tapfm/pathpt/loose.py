@@ -28,9 +28,9 @@ from tqdm import tqdm
 from slides.cohort import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, join_csv, replacing, rows_there
-from slides.index import TileIndex
 from slides.settings import TileSettings
-from slides.tissue import Tissue
+from slides.tiling.index import TileIndex
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import BackboneError

@@ -52,6 +52,7 @@ def labels(verb: ArgumentParser) -> Do:
     def do(mutations, against, profiled, genes, rule, manifest, slides, config, out, on_error,
            **deal) -> int:  # fmt: skip
         from slides.errors import SettingsError
+        from tapfm import __version__
         from tapfm.config import read_data
         from tapfm.labels import Downloads, parse_genes, run_labels
 
@@ -68,7 +69,7 @@ def labels(verb: ArgumentParser) -> Do:
         downloads = manifest and Downloads(manifest, slides, beside, on_error, **deal)
         sources = [mutations] + [against] * (against is not None)
         rules = parse_genes(genes or data.get("labels") or [], rule)
-        return run_labels(sources, rules, profiled, downloads, out)
+        return run_labels(sources, rules, profiled, downloads, out, f"tapfm {__version__}")
 
     return do
 

@@ -29,7 +29,7 @@ def index(verb: ArgumentParser) -> Do:
         from dataclasses import replace
 
         from slides.settings import TileSettings, index_and_cache
-        from slides.tissue import Tissue
+        from slides.tiling.tissue import Tissue
 
         source = source_of("index", out, TileSettings, **given)
         if coords:  # in place of what finds tissue

@@ -12,8 +12,8 @@ from PIL import Image
 
 from slides.errors import MissingResolutionError, NotASlideError, UnreadableRegionError
 from slides.grid import Grid
-from slides.index import index_slide
-from slides.tissue import Tissue
+from slides.tiling.index import index_slide
+from slides.tiling.tissue import Tissue
 from slides.wsi import plain_image as plain
 from slides.wsi.reader import Slide
 from tests.conftest import stained_picture

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from slides.focus import BLUR_MPP, WINDOW, blur
 from slides.grid import Grid
-from slides.index import index_slide
-from slides.tissue import Tissue
+from slides.tiling.focus import BLUR_MPP, WINDOW, blur
+from slides.tiling.index import index_slide
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tests.conftest import stained_picture
-from tests.test_tissue import REAL, real_slide
+from tests.tiling.test_tissue import REAL, real_slide
 
 
 def tissue(sigma=0.0, gain=1.0):

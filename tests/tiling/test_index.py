@@ -24,7 +24,6 @@ from PIL import Image
 from scipy import ndimage
 
 from slides import files
-from slides.choose import choose
 from slides.errors import (
     IndexFileError,
     IndexSettingsError,
@@ -36,7 +35,8 @@ from slides.errors import (
     UnreadableRegionError,
 )
 from slides.grid import Grid
-from slides.index import (
+from slides.tiling.choose import choose
+from slides.tiling.index import (
     LEDGER,
     index_cohort,
     index_path,
@@ -44,8 +44,8 @@ from slides.index import (
     read_index,
     write_index,
 )
-from slides.stages import draw_stages
-from slides.tissue import Tissue
+from slides.tiling.stage_picture import draw_stages
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tests.conftest import ROOT, stained_picture, write_pyramid
 
@@ -264,8 +264,8 @@ class TestFullDisk:
             from types import SimpleNamespace
             from slides.errors import IndexFileError
             from slides.grid import Grid
-            from slides.index import index_cohort
-            from slides.tissue import Tissue
+            from slides.tiling.index import index_cohort
+            from slides.tiling.tissue import Tissue
             out, *paths = sys.argv[1:]
             rows = [SimpleNamespace(slide_id=Path(p).stem, path=p, mpp=None) for p in paths]
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

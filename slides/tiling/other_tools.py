@@ -28,8 +28,8 @@ import numpy as np
 from slides.errors import CoordinatesError, NoTissueError
 from slides.files import damage_as, fingerprint
 from slides.grid import MPP_RANGE, Grid
-from slides.index_file import TileIndex
-from slides.job_folders import coordinates_sha256, hs2p_parts
+from slides.tiling.index_file import TileIndex
+from slides.tiling.job_folders import coordinates_sha256, hs2p_parts
 from slides.wsi.reader import Slide
 
 

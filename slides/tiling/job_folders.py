@@ -2,7 +2,7 @@
 
     path = find_coordinates("trident_job/20x_256px_0px_overlap", "TCGA-05-4244-01Z-00-DX1.d4ff")
 
-What is in the file is read by `slides.foreign`.
+What is in the file is read by `slides.tiling.other_tools`.
 """
 
 from __future__ import annotations

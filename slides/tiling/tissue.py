@@ -55,15 +55,15 @@ class Tissue:
     pen: bool = True
     """Take marker strokes out. Switch it off for stains that are green or pure blue."""
     max_blur: float | None = None
-    """Leave out tiles more blurred than this, 0 to 1 (`slides.focus`). 1 measures and leaves none
-    out; None does not measure, since that reads every tile of tissue."""
+    """Leave out tiles more blurred than this, 0 to 1 (`slides.tiling.focus`). 1 measures and leaves
+    none out; None does not measure, since that reads every tile of tissue."""
     masks: str | None = None
-    """Folder of masks to take instead of finding tissue (`slides.masks`): `<slide_id>.geojson` or
-    `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
+    """Folder of masks to take instead of finding tissue (`slides.tiling.masks`):
+    `<slide_id>.geojson` or `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
 
     coords: str | None = None
-    """Folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose (`slides.foreign`), to take as
-    they are. Nothing else of these settings goes with it."""
+    """Folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose (`slides.tiling.other_tools`),
+    to take as they are. Nothing else of these settings goes with it."""
 
     def __post_init__(self):
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]

@@ -15,9 +15,9 @@ from PIL import Image
 
 from slides.errors import IndexSettingsError, MaskError, NoTissueError
 from slides.grid import Grid
-from slides.index import index_cohort, index_path, index_slide, read_index, write_index
-from slides.masks import _fill, geojson_polygons, mask_path, read_mask
-from slides.tissue import Tissue
+from slides.tiling.index import index_cohort, index_path, index_slide, read_index, write_index
+from slides.tiling.masks import _fill, geojson_polygons, mask_path, read_mask
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.heatmap import write_geojson

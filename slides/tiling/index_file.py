@@ -25,11 +25,11 @@ import numpy as np
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError
 from slides.files import damage_as, write_whole
 from slides.grid import Grid
-from slides.job_folders import coordinates_sha256, find_coordinates
-from slides.masks import mask_sha256
-from slides.tissue import Tissue
+from slides.tiling.job_folders import coordinates_sha256, find_coordinates
+from slides.tiling.masks import mask_sha256
+from slides.tiling.tissue import Tissue
 
-WRITER = "tapfm slides.index_file"
+WRITER = "tapfm slides.tiling.index_file"
 FIGURES = ("pen_fraction", "blur")  # of each tile, in files made since they are measured
 WRITER_VERSION = 2  # part of the settings' hash: raise it when the same settings choose other tiles
 
@@ -62,7 +62,7 @@ class TileIndex:
     pen_fraction: np.ndarray | None = None
     """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
     blur: np.ndarray | None = None
-    """(T,) float32, see `slides.focus`; nan or None where it was not measured."""
+    """(T,) float32, see `slides.tiling.focus`; nan or None where it was not measured."""
     origin: str = ""
     """Another program that chose the tiles, and its file; empty where we did."""
 

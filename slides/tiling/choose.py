@@ -1,6 +1,7 @@
 """From an open slide to its tiles, stage by stage: thumbnail, tissue, pen, blur, choice.
 
-`choose` keeps every stage, for `slides.stages` to draw; `index_slide` keeps the tiles.
+`choose` keeps every stage, for `slides.tiling.stage_picture` to draw; `index_slide` keeps the
+tiles.
 
 Price: about 0.5 s for a slide of 11,000 x 11,000 px, nearly all of it thumbnail and mask; with
 `tissue.max_blur` 0.5 to 1.5 ms more for each tile of tissue of a 20x scan.
@@ -15,11 +16,11 @@ import numpy as np
 
 from slides.errors import NoTissueError
 from slides.files import fingerprint
-from slides.focus import BLUR_MPP, blur
 from slides.grid import Grid
-from slides.index_file import TileIndex
-from slides.masks import mask_path, read_mask
-from slides.tissue import Tissue, tile_fraction, tissue_and_pen, why_empty
+from slides.tiling.focus import BLUR_MPP, blur
+from slides.tiling.index_file import TileIndex
+from slides.tiling.masks import mask_path, read_mask
+from slides.tiling.tissue import Tissue, tile_fraction, tissue_and_pen, why_empty
 from slides.wsi.reader import Slide
 from slides.wsi.tiff_tags import missing_tiles
 
@@ -47,7 +48,7 @@ class Choice:
     pen_fraction: np.ndarray
     """(N,) float32."""
     blur: np.ndarray
-    """(N,) float32, see `slides.focus`; nan where it was not measured."""
+    """(N,) float32, see `slides.tiling.focus`; nan where it was not measured."""
     chosen: np.ndarray
     """(N,) bool."""
     lost: np.ndarray
@@ -126,8 +127,8 @@ def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
 
     Raises:
         NoTissueError: none does; the message names the threshold that failed.
-        SlideError: what `slides.wsi.reader`, `slides.grid` and `slides.masks` raise for a slide
-        they
+        SlideError: what `slides.wsi.reader`, `slides.grid` and `slides.tiling.masks` raise for a
+        slide they
             cannot use.
     """
     return to_index(choose(slide, grid, tissue), slide, grid, tissue)

@@ -21,14 +21,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slides.choose import choose, index_slide, to_index
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError, SlideError
 from slides.files import fingerprint, write_whole
-from slides.foreign import index_from_coordinates
 from slides.grid import Grid
-from slides.index_file import TileIndex, index_path, read_index, write_index
-from slides.job_folders import find_all, find_coordinates
-from slides.tissue import Tissue
+from slides.tiling.choose import choose, index_slide, to_index
+from slides.tiling.index_file import TileIndex, index_path, read_index, write_index
+from slides.tiling.job_folders import find_all, find_coordinates
+from slides.tiling.other_tools import index_from_coordinates
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 
 __all__ = [
@@ -166,7 +166,7 @@ def _index_one(job: tuple) -> _Outcome:
                 else:
                     choice = choose(slide, grid, tissue)
                     if picture:
-                        from slides.stages import draw_stages  # loads matplotlib
+                        from slides.tiling.stage_picture import draw_stages  # loads matplotlib
 
                         draw_stages(choice, slide, picture)
                     if index is None:

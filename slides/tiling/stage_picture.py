@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.choose import Choice
 from slides.files import write_whole
+from slides.tiling.choose import Choice
 from slides.wsi.reader import Slide
 
 PANEL = 4.6  # inches, the longer side of a slide

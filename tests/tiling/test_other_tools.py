@@ -16,11 +16,11 @@ import yaml
 
 from slides.chunks import read_tiles
 from slides.errors import CoordinatesError, IndexSettingsError, NoTissueError, TooCoarseError
-from slides.foreign import read_coordinates
 from slides.grid import Grid
-from slides.index import index_cohort, index_path, read_index, write_index
-from slides.job_folders import find_coordinates
-from slides.tissue import Tissue
+from slides.tiling.index import index_cohort, index_path, read_index, write_index
+from slides.tiling.job_folders import find_coordinates
+from slides.tiling.other_tools import read_coordinates
+from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.config import read_source

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slides.errors import NoTissueError
-from slides.tissue import (
+from slides.tiling.tissue import (
     SIGNAL_CAP,
     SIGNAL_RANGE,
     Tissue,
