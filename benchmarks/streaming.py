@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.indexing import MPP, write_large_slide
 from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite, write_rows
-from slides.cohort import SlideRow, read_cohort
+from slides.cohort.table import SlideRow, read_cohort
 from slides.crew import Crew
 from slides.grid import Grid
 from slides.held import SlideTiles

@@ -5,17 +5,9 @@
     settings.py        which slides and which tiles
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
     files.py           files that are whole or not there; damaged ones
-    tiles.py           labelled tiles: a table or folders, parts by case
-    cohort.py          slides, cases, labels, splits; all faults at once
-    cases.py           a patient's slides as one bag
-    targets.py         what label columns hold: 0 and 1, classes, numbers, times
-    tcga.py            what a barcode says
     mutations.py       labels of cases from a MAF, a matrix, GigaPath's table
     variants.py        which mutations a label counts
     manifest.py        a GDC download: whole or not, and which slides are diagnostic
-    splits.py          cases dealt to train, val and test
-    strata.py          what they are stratified over, for every task
-    split_files.py     CLAM's and Patho-Bench's split files
     cache.py           decoded tiles in zarr; reads like a slide
     cache_cohort.py    those of a cohort, within a budget
     cache_room.py      which are in use, and which go

@@ -25,7 +25,7 @@ from functools import partial
 
 import numpy as np
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.seeds import stable_seed
 
 Family = tuple[float, Sequence[Sequence[int]]]

@@ -23,8 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from slides.cohort.tcga_names import CPTAC, SlideName, parse_slide
 from slides.errors import DownloadError, all_faults
-from slides.tcga import CPTAC, SlideName, parse_slide
 
 COLUMNS = ("id", "filename", "md5", "size")
 SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.errors import SettingsError
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue

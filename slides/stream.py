@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from slides.augment import AugmentedSlide, draw_change
 from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.crew import stream_chunks
 from slides.errors import NoTissueError, SlideError
 from slides.held import JoinedTiles, SlideTiles, joined

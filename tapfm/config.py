@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from slides.cohort import read_cohort
+from slides.cohort.table import read_cohort
 from slides.errors import SettingsError
 from slides.settings import Source, TileSettings
 from slides.stain import METHODS

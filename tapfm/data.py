@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from slides.balance import balanced_order
-from slides.cases import gather
-from slides.cohort import SlideRow, read_cohort
+from slides.cohort.cases import gather
+from slides.cohort.table import SlideRow, read_cohort
 from slides.crew import Crew
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.held import host_budget, joined, tiles_to_hold

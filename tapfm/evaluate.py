@@ -22,8 +22,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from slides.cases import gather
-from slides.cohort import SlideRow
+from slides.cohort.cases import gather
+from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import replacing
 from slides.settings import Source, TileSettings, index_and_cache

@@ -2,7 +2,7 @@
 
     mutations (slides/mutations.py) --> labels of cases
     manifest + folder (slides/manifest.py) --> whole diagnostic slides
-    both + a split (slides/splits.py) --> case_id, slide_id, slide_path, split, site, labels
+    both + a split (slides/cohort/splits.py) --> case_id, slide_id, slide_path, split, site, labels
 
 Everything that is wrong with the mutations, the manifest and the files is reported at once. A case
 that was not profiled stays in the table with blank labels, is counted and named. Beside the table,
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from slides.cohort.split_files import csv_text
+from slides.cohort.splits import FRACTIONS, balance, fixed_split, gather_cases
 from slides.errors import DownloadError, LabelError
 from slides.files import write_json, write_text
 from slides.manifest import check_files, pick_diagnostic, read_manifest
 from slides.mutations import Calls, disagreements, read_calls
-from slides.split_files import csv_text
-from slides.splits import FRACTIONS, balance, fixed_split, gather_cases
 
 NAMED = 12  # cases spelled out in one line
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from slides.cache import CachedSlide
 from slides.chunks import SlideSource
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.crew import Crew
 from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slides.cases import gather
-from slides.cohort import SlideRow
+from slides.cohort.cases import gather
+from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, rows_there
 from slides.held import JoinedTiles, SlideTiles

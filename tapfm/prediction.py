@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.files import join_csv, replacing, write_csv
 from slides.tiling.index import TileIndex
 from tapfm.bag import Bag, SkippedBag
@@ -79,7 +79,8 @@ def pool_cases(
         predictions: of slides.
         task: says what the pooled logits mean.
         pool: `mean` or `max`.
-        cases: rows of `slides.cases.gather`, for what is known of each; a case of which no slide
+        cases: rows of `slides.cohort.cases.gather`, for what is known of each; a case of which no
+        slide
             was predicted is left out.
     """
     logits = defaultdict(list)

@@ -33,12 +33,12 @@ from typing import Any
 
 import yaml
 
+from slides.cohort.resplit import run_split
 from slides.errors import SettingsError
 from slides.files import write_json, write_text
 from slides.settings import index_and_cache
 from tapfm.config import read_data, read_source, read_yaml
 from tapfm.reports.study_table import FINISHED, RUN, summary, write_figures
-from tapfm.split import run_split
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.errors import UnreadableRegionError
 from slides.grid import Grid
 from slides.tiling.index import TileIndex

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slides.balance import balanced_order
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.order import SlideSampler
 from tapfm import evaluate
 from tapfm.callbacks import BestWeights

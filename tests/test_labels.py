@@ -13,9 +13,9 @@ import math
 import pytest
 import yaml
 
-from slides.cohort import SPLITS, read_cohort
+from slides.cohort.table import SPLITS, read_cohort
+from slides.cohort.tcga_names import parse_slide
 from slides.errors import LabelError
-from slides.tcga import parse_slide
 from tapfm import cli
 from tapfm.labels import parse_genes
 from tapfm.reports.label_record import label_record, label_tables

@@ -10,9 +10,9 @@ import math
 
 import pytest
 
+from slides.cohort.tcga_names import parse_slide
 from slides.errors import LabelError
 from slides.mutations import Disagreement, disagreements, read_calls, read_profiled
-from slides.tcga import parse_slide
 from slides.variants import NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from slides.cohort import SlideRow, read_cohort
+from slides.cohort.table import SlideRow, read_cohort
 from slides.synthetic import LABELS
 from slides.tissue_painter import (
     COMPARTMENTS,

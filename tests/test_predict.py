@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.files import fingerprint
 from slides.grid import Grid
 from slides.held import SlideTiles

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from slides.cohort import read_cohort
+from slides.cohort.table import read_cohort
 from slides.errors import SettingsError
 from tapfm import cli, study
 from tapfm.study import read_study, run_study

@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from slides import cell_stamps as cells
 from slides import synthetic
-from slides.cohort import read_cohort
+from slides.cohort.table import read_cohort
 from slides.synthetic import FEWEST, LABELS, MIN_SIDE0, MPPS, SPLITS, plan_demo, write_slide
 from slides.tissue_painter import GLASS, TISSUE, TUMOUR, Specimen, paint, site_stain
 

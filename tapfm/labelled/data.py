@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slides.augment import draw_change
+from slides.cohort.labelled_tiles import TileRow, read_tile, read_tiles
+from slides.cohort.splits import FRACTIONS
 from slides.errors import SettingsError
 from slides.order import Turn, epoch_order
 from slides.seeds import stable_seed
-from slides.splits import FRACTIONS
 from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator
-from slides.tiles import TileRow, read_tile, read_tiles
 from tapfm.labelled.batch import TileBatch
 
 
@@ -83,7 +83,7 @@ class TileData(L.LightningDataModule):
 
     Args:
         source: a table (path, label, case_id, split) or a folder, [part/]class/[case/]picture; see
-            `slides.tiles` for published sets that are read as they ship.
+            `slides.cohort.labelled_tiles` for published sets that are read as they ship.
         case_pattern: regular expression whose first group in a file's name is the tile's case;
             None takes the table's case_id or the folder below the class.
         fractions: of train, val and test, for tiles that have no part.

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from slides.cohort.labelled_tiles import TileRow
 from slides.files import write_csv, write_json, write_text
-from slides.tiles import TileRow
 from tapfm.labelled.metrics import difference, evaluate_tiles
 from tapfm.reports.plain_table import FEW_DRAWS, aligned, markdown, span
 

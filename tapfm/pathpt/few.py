@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from tapfm.pathpt.question import QuestionError
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, join_csv, replacing, rows_there
 from slides.settings import TileSettings

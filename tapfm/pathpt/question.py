@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from slides.cohort import SlideRow
-from slides.targets import named_as_mean
+from slides.cohort.table import SlideRow
+from slides.cohort.targets import named_as_mean
 from tapfm.pathpt.prompts import MODES
 
 TEACHERS = ("demo", "keep")

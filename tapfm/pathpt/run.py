@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from slides.cohort import SlideRow, read_cohort
+from slides.cohort.table import SlideRow, read_cohort
 from slides.settings import Source
 from slides.wsi.reader import Slide
 from tapfm.adapt import make_optimizer, make_strategy, spell

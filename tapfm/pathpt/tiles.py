@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.settings import Source, index_and_cache
 from tapfm.bag import Tiles
 from tapfm.encoders import backbones

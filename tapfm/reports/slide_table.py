@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slides.cohort import OPTIONAL, REQUIRED, read_table
+from slides.cohort.table import OPTIONAL, REQUIRED, read_table
 from slides.errors import CohortError
 from slides.files import replacing
 from slides.grid import Grid

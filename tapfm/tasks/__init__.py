@@ -6,13 +6,14 @@
     survival.py    times to an event: hazards, or Cox's partial likelihood
     columns.py     what the two share whose columns are each a target
 
-A task says what a cohort's label columns become (`slides.targets` reads them), how many logits the
-model has, by what loss they learn, what is said of a slide, and how well it was said. The training
-step knows none of this: it calls the loss. What comes from data, such as class weights or the edges
-of bins, comes from the training split alone and is part of the task, so a saved model carries it.
+A task says what a cohort's label columns become (`slides.cohort.targets` reads them), how many
+logits the model has, by what loss they learn, what is said of a slide, and how well it was said.
+The training step knows none of this: it calls the loss. What comes from data, such as class weights
+or the edges of bins, comes from the training split alone and is part of the task, so a saved model
+carries it.
 
 Adding a task is a file with a frozen dataclass that has what `Task` names, a row in `TASKS`, and
-how its columns are read, in `slides.targets`.
+how its columns are read, in `slides.cohort.targets`.
 
 Shapes: N slides, K logits, Y numbers of a target, P predicted numbers, B draws.
 """

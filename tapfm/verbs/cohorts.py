@@ -91,7 +91,7 @@ def split(verb: ArgumentParser) -> Do:
     add("--format", nargs="+", default=["table"], dest="formats", help="what to write: any of "
         "these", choices=("table", "clam", "clam-bool", "patho-bench"))  # fmt: skip
     deal_flags(verb)
-    return later("tapfm.split:run_split")
+    return later("slides.cohort.resplit:run_split")
 
 
 def deal_flags(verb: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tapfm.verbs import Do, at_least, config_flag, device_flags, later
 
 if TYPE_CHECKING:
-    from slides.cohort import SlideRow
+    from slides.cohort.table import SlideRow
     from slides.settings import Source, TileSettings
 
 
@@ -176,7 +176,7 @@ def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     Raises:
         SettingsError: two have one name.
     """
-    from slides.cohort import SlideRow
+    from slides.cohort.table import SlideRow
     from slides.errors import SettingsError
     from slides.wsi.reader import slide_stem
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from slides.cases import gather
-from slides.cohort import SlideRow
+from slides.cohort.cases import gather
+from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.stream import Augment, BagDataset
 from tapfm import model as models

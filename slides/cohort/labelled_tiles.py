@@ -38,11 +38,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slides.cohort import SPLITS, UNKNOWN, read_table, repeated_values
+from slides.cohort.splits import FRACTIONS, Cases, deal
+from slides.cohort.table import SPLITS, UNKNOWN, read_table, repeated_values
+from slides.cohort.targets import named_as_mean
 from slides.errors import CohortError, TileError, all_faults
 from slides.seeds import stable_seed
-from slides.splits import FRACTIONS, Cases, deal
-from slides.targets import named_as_mean
 
 PARTS = {
     **{split: split for split in SPLITS},

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from slides.cohort import read_cohort
+from slides.cohort.table import read_cohort
+from slides.cohort.targets import make_columns
 from slides.errors import CohortError
-from slides.targets import make_columns
 from tapfm.stats.metrics import MACRO
 
 SPLITS = ["train"] * 4 + ["val"] * 3 + ["test"] * 3

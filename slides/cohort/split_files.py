@@ -20,9 +20,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from slides.cohort import SPLITS
+from slides.cohort.splits import Split
+from slides.cohort.table import SPLITS
 from slides.errors import SplitError, all_faults
-from slides.splits import Split
 
 TRUE = frozenset({"true", "1", "1.0"})
 FALSE = frozenset({"false", "0", "0.0", ""})

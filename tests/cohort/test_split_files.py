@@ -1,4 +1,5 @@
-"""`slides.split_files`: CLAM's and Patho-Bench's files read and written, and leaks refused."""
+"""`slides.cohort.split_files`: CLAM's and Patho-Bench's files read and written, and leaks
+refused."""
 
 import io
 
@@ -6,8 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from slides.cohort.split_files import clam_bool_text, clam_text, patho_bench_texts, read_split
 from slides.errors import SplitError
-from slides.split_files import clam_bool_text, clam_text, patho_bench_texts, read_split
 
 CASE_OF = {"001": "a", "002": "a", "003": "b", "004": "c", "005": "d", "006": "e"}
 SPLIT = {"a": "train", "b": "train", "c": "val", "d": "test"}  # e is in no part

@@ -1,4 +1,4 @@
-"""`slides.splits`: no case in two parts, labels as frequent in each part as in the whole.
+"""`slides.cohort.splits`: no case in two parts, labels as frequent in each part as in the whole.
 
 "Where the counts allow" is exact here: of the n cases of a part whose label is known, the number of
 positives may miss its due by one case. So a part's prevalence is within 3 points of the whole's, or
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slides.cohort import SPLITS
+from slides.cohort.splits import balance, deal, fixed_split, gather_cases, kfold, monte_carlo
+from slides.cohort.table import SPLITS
 from slides.errors import SplitError
-from slides.splits import balance, deal, fixed_split, gather_cases, kfold, monte_carlo
 
 COHORTS = 200
 

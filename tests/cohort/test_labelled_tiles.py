@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
+from slides.cohort.labelled_tiles import read_tile, read_tiles
 from slides.errors import CohortError, SplitError, TileError
-from slides.tiles import read_tile, read_tiles
 
 
 def picture(path, side=8, seed=0, mode="RGB"):

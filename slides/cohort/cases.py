@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from slides.cohort import SlideRow
+from slides.cohort.table import SlideRow
 from slides.errors import CohortError, all_faults
 
 

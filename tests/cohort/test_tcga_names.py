@@ -1,11 +1,12 @@
-"""`slides.tcga`: what a barcode says, on names made up and on all 1,345 of TCGA-LUAD."""
+"""`slides.cohort.tcga_names`: what a barcode says, on names made up and on all 1,345 of
+TCGA-LUAD."""
 
 import csv
 from collections import Counter
 
 import pytest
 
-from slides.tcga import SlideName, case_of, is_tumour, parse_slide, site_of
+from slides.cohort.tcga_names import SlideName, case_of, is_tumour, parse_slide, site_of
 
 UUID = "d4ff32cd-38cf-40ea-8213-45c2b100ac01"
 

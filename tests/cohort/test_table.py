@@ -1,4 +1,4 @@
-"""`slides.cohort`: a table is read as it is meant, or refused with all its faults at once.
+"""`slides.cohort.table`: a table is read as it is meant, or refused with all its faults at once.
 
 Each fault names its row (the header is row 1) and the way out. Unknown labels are nan from the
 table to the weights, and never 0.
@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from slides.cohort import SPLITS, SlideRow, read_cohort
+from slides.cohort.table import SPLITS, SlideRow, read_cohort
 from slides.errors import CohortError
 
 HEADER = ["case_id", "slide_id", "slide_path", "split", "mpp", "stain", "site", "EGFR", "KRAS"]

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from slides.cohort import read_cohort
+from slides.cohort.table import read_cohort
 from tapfm import cli
 
 

@@ -14,17 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cohort import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
-from slides.errors import SplitError, all_faults
-from slides.files import write_text
-from slides.split_files import (
+from slides.cohort.split_files import (
     clam_bool_text,
     clam_text,
     csv_text,
     patho_bench_texts,
     read_split,
 )
-from slides.splits import (
+from slides.cohort.splits import (
     FRACTIONS,
     Cases,
     Split,
@@ -34,9 +31,12 @@ from slides.splits import (
     kfold,
     monte_carlo,
 )
-from slides.strata import stratify
-from slides.targets import KNOWN, Cells, Columns, make_columns
-from slides.tcga import site_of
+from slides.cohort.strata import stratify
+from slides.cohort.table import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
+from slides.cohort.targets import KNOWN, Cells, Columns, make_columns
+from slides.cohort.tcga_names import site_of
+from slides.errors import SplitError, all_faults
+from slides.files import write_text
 from slides.wsi.reader import slide_stem
 
 
@@ -70,8 +70,8 @@ def run_split(
         source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
         fold: see `source`.
         formats: any of table, clam, clam-bool, patho-bench.
-        task: what the labels hold (`slides.targets`), and so what is stratified over
-            (`slides.strata`).
+        task: what the labels hold (`slides.cohort.targets`), and so what is stratified over
+            (`slides.cohort.strata`).
         slides_dir: where relative slide paths start, so that they stay as they are; None is the
             table's folder.
 

@@ -30,11 +30,11 @@ def stratify(
     """The labels to deal cases by.
 
     Args:
-        task: a key of `slides.targets.COLUMNS`.
+        task: a key of `slides.cohort.targets.COLUMNS`.
         names: of its columns.
         classes: that a multi-class column counts.
         case_ids: of each slide.
-        values_NY: what `slides.targets` read.
+        values_NY: what `slides.cohort.targets` read.
     """
     _, case_N = np.unique(np.asarray(case_ids), return_inverse=True)
     largest_CY = np.full((case_N.max(initial=-1) + 1, values_NY.shape[1]), np.nan)

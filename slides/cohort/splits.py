@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slides.cohort import SPLITS
+from slides.cohort.table import SPLITS
 from slides.errors import SplitError, all_faults
 from slides.seeds import stable_seed
 

@@ -4,9 +4,9 @@
     mpp, stain, site                        optional
     every other column                      a label, unless the labels are named
 
-A label is 1, 0 or unknown, or what else the task takes (`slides.targets`). A blank cell or NA is
-*unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0. A table
-is read whole and every fault in it is reported in one `CohortError`, each with its row (as a
+A label is 1, 0 or unknown, or what else the task takes (`slides.cohort.targets`). A blank cell or
+NA is *unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0. A
+table is read whole and every fault in it is reported in one `CohortError`, each with its row (as a
 spreadsheet numbers them: the header is row 1) and its remedy, so that one round of mending is
 enough.
 """
@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slides.cohort.targets import UNKNOWN, Cells, make_columns
 from slides.errors import CohortError, all_faults, some_rows
 from slides.grid import MPP_RANGE
-from slides.targets import UNKNOWN, Cells, make_columns
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("case_id", "slide_id", "slide_path", "split")
@@ -53,7 +53,8 @@ class SlideRow:
     labels: tuple[float, ...]
     """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`; for other tasks their numbers."""
     parts: tuple[SlideRow, ...] = ()
-    """The slides of a bag that is a case (`slides.cases`); its `slide_id` is then the case's."""
+    """The slides of a bag that is a case (`slides.cohort.cases`); its `slide_id` is then the
+    case's."""
 
     @property
     def slides(self) -> tuple[SlideRow, ...]:
@@ -115,7 +116,7 @@ def read_cohort(
         both_classes: splits in which each label must have a known 0 and a known 1 (or what else
             the task needs), if the split has any slide at all. Give () for a table that is only
             predicted on.
-        task: what the label columns hold, by name, or by name and options: `slides.targets`.
+        task: what the label columns hold, by name, or by name and options: `slides.cohort.targets`.
 
     Raises:
         CohortError: all the faults of the table.

@@ -1,4 +1,4 @@
-"""`slides.strata`: folds are as even in classes, values and times as they are in labels.
+"""`slides.cohort.strata`: folds are as even in classes, values and times as they are in labels.
 
 Truth is counted on the cases themselves, by ranks and plain masks. As in test_splits a
 part may miss its due by one case of those that are known, or by 3 points.
@@ -9,9 +9,9 @@ from statistics import median_low
 import numpy as np
 import pytest
 
-from slides.splits import deal, gather_cases
-from slides.strata import STRATA, stratify
-from slides.targets import COLUMNS
+from slides.cohort.splits import deal, gather_cases
+from slides.cohort.strata import STRATA, stratify
+from slides.cohort.targets import COLUMNS
 
 NAMES = {"multiclass": ["grade"], "regression": ["TMB", "age"], "survival": ["months", "dead"]}
 CLASSES = ("a", "b", "c", "d")
