@@ -5,9 +5,6 @@
     settings.py        which slides and which tiles
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
     files.py           files that are whole or not there; damaged ones
-    mutations.py       labels of cases from a MAF, a matrix, GigaPath's table
-    variants.py        which mutations a label counts
-    manifest.py        a GDC download: whole or not, and which slides are diagnostic
     cache.py           decoded tiles in zarr; reads like a slide
     cache_cohort.py    those of a cohort, within a budget
     cache_room.py      which are in use, and which go

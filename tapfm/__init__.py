@@ -29,7 +29,6 @@ The training step and what it meets:
 
 Verbs:
 
-    labels.py        tapfm labels: a cohort table from a manifest and mutations
     plan.py          what fits on a GPU, before the run
     probe.py         tapfm probe: which blocks a cohort's labels pull at
     drift.py         how far features have moved, by linear CKA

@@ -52,9 +52,9 @@ def labels(verb: ArgumentParser) -> Do:
     def do(mutations, against, profiled, genes, rule, manifest, slides, config, out, on_error,
            **deal) -> int:  # fmt: skip
         from slides.errors import SettingsError
+        from slides.labels.cohort_table import Downloads, parse_genes, run_labels
         from tapfm import __version__
         from tapfm.config import read_data
-        from tapfm.labels import Downloads, parse_genes, run_labels
 
         data = read_data(config) if config else {}
         folder = data.get("slides_dir")

@@ -1,4 +1,5 @@
-"""`slides.mutations` and `slides.variants`: who is mutated, who is not, and who is unknown.
+"""`slides.labels.mutations` and `slides.labels.variants`: who is mutated, who is not, and who is
+unknown.
 
 A case is 0 only if it was profiled. What a rule counts is the same from a MAF, plain or packed, and
 from a matrix. The public sources of TCGA-LUAD give known counts and known disagreements.
@@ -12,8 +13,8 @@ import pytest
 
 from slides.cohort.tcga_names import parse_slide
 from slides.errors import LabelError
-from slides.mutations import Disagreement, disagreements, read_calls, read_profiled
-from slides.variants import NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
+from slides.labels.mutations import Disagreement, disagreements, read_calls, read_profiled
+from slides.labels.variants import NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")
 MAF = """#version 2.4

@@ -1,4 +1,4 @@
-"""`slides.manifest`: which files are the slides, and whether they are whole.
+"""`slides.labels.manifest`: which files are the slides, and whether they are whole.
 
 Every missing or damaged file is found in one pass; a file is hashed once, and again only if it
 changed; a check that was stopped goes on.
@@ -9,7 +9,7 @@ import hashlib
 import pytest
 
 from slides.errors import DownloadError
-from slides.manifest import BLOCK, Listed, check_files, pick_diagnostic, read_manifest
+from slides.labels.manifest import BLOCK, Listed, check_files, pick_diagnostic, read_manifest
 
 HEADER = "id\tfilename\tmd5\tsize\tstate\n"
 UUID = "d4ff32cd-38cf-40ea-8213-45c2b100ac01"

@@ -35,7 +35,7 @@ from pathlib import Path
 from slides.cohort.targets import UNKNOWN
 from slides.cohort.tcga_names import case_of, is_tumour
 from slides.errors import LISTED, LabelError, all_faults, some
-from slides.variants import HOTSPOTS, NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
+from slides.labels.variants import HOTSPOTS, NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
 
 # GigaPath's gene columns, of which LKB1 never matched: it is an alias of STK11
 GIGAPATH_GENES = (

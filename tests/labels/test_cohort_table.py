@@ -16,8 +16,8 @@ import yaml
 from slides.cohort.table import SPLITS, read_cohort
 from slides.cohort.tcga_names import parse_slide
 from slides.errors import LabelError
+from slides.labels.cohort_table import parse_genes
 from tapfm import cli
-from tapfm.labels import parse_genes
 from tapfm.reports.label_record import label_record, label_tables
 from tests.conftest import ROOT, stained_picture, write_pyramid
 

@@ -1,7 +1,7 @@
 """`tapfm labels`: a table of labels, or a whole cohort table, from what is published.
 
-    mutations (slides/mutations.py) --> labels of cases
-    manifest + folder (slides/manifest.py) --> whole diagnostic slides
+    mutations (slides/labels/mutations.py) --> labels of cases
+    manifest + folder (slides/labels/manifest.py) --> whole diagnostic slides
     both + a split (slides/cohort/splits.py) --> case_id, slide_id, slide_path, split, site, labels
 
 Everything that is wrong with the mutations, the manifest and the files is reported at once. A case
@@ -25,8 +25,8 @@ from slides.cohort.split_files import csv_text
 from slides.cohort.splits import FRACTIONS, balance, fixed_split, gather_cases
 from slides.errors import DownloadError, LabelError
 from slides.files import write_json, write_text
-from slides.manifest import check_files, pick_diagnostic, read_manifest
-from slides.mutations import Calls, disagreements, read_calls
+from slides.labels.manifest import check_files, pick_diagnostic, read_manifest
+from slides.labels.mutations import Calls, disagreements, read_calls
 
 NAMED = 12  # cases spelled out in one line
 
@@ -73,7 +73,7 @@ def run_labels(
     Args:
         sources: the first makes the labels; a second is compared with it.
         rules: gene -> rule, in the order of the table's columns.
-        profiled: as in `slides.mutations.read_calls`.
+        profiled: as in `slides.labels.mutations.read_calls`.
         downloads: makes a cohort table, a row a slide; None a label table, a row a case.
         out: the table; None only reports.
         writer: program and version, for the record beside the table.
