@@ -13,7 +13,8 @@ reduced for each.
     large       the same of four large slides (benchmarks/indexing.py), a draw of 300 tiles each
     twice       those, two passes over each, as training takes them, with memory for 100 tiles a
                 slide: the others are read again in each pass
-    streamed    validation: all tiles of slide after slide, by one crew of workers (slides.crew)
+    streamed    validation: all tiles of slide after slide, by one crew of workers
+    (slides.streaming.prefetch)
 
 All is done twice and the run that waited less in all is the table's. Writes results/streaming.csv
 (a row a run) and the table between the markers in README.md.
@@ -34,14 +35,14 @@ from torch import Tensor
 from benchmarks.indexing import MPP, write_large_slide
 from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite, write_rows
 from slides.cohort.table import SlideRow, read_cohort
-from slides.crew import Crew
 from slides.grid import Grid
-from slides.held import SlideTiles
-from slides.order import SlideSampler
-from slides.stream import Augment, BagDataset, SlideLoader
+from slides.streaming.bounded_tiles import SlideTiles
+from slides.streaming.order import SlideSampler
+from slides.streaming.prefetch import Crew
+from slides.streaming.stream import Augment, BagDataset, SlideLoader
+from slides.streaming.workers import Listed
 from slides.tiling.index import TileIndex, index_cohort, index_path, read_index
 from slides.tiling.tissue import Tissue
-from slides.workers import Listed
 from slides.wsi.reader import Slide
 
 RATE = 100  # tiles a second

@@ -23,7 +23,6 @@ The training step and what it meets:
     optim.py         learning rates, parameter groups
     bag.py           the batch, where data and module meet
     data.py          LightningDataModule: slides to bags
-    opener.py        a row to its pixels and tiles, slide after slide
     callbacks.py     metrics.csv, memory.csv, best weights, resume point
     processes.py     what several GPUs tell each other
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from slides.cohort.table import read_cohort
 from slides.errors import SettingsError
-from slides.settings import Source, TileSettings
-from slides.stain import METHODS
+from slides.streaming.settings import Source, TileSettings
+from slides.streaming.stain import METHODS
 from slides.tiling.tissue import Tissue
 
 

@@ -17,19 +17,19 @@ import lightning as L
 import numpy as np
 import torch
 
-from slides.balance import balanced_order
 from slides.cohort.cases import gather
 from slides.cohort.table import SlideRow, read_cohort
-from slides.crew import Crew
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
-from slides.held import host_budget, joined, tiles_to_hold
-from slides.order import SlideSampler, Turn
 from slides.seeds import stable_seed
-from slides.settings import Source, TileSettings, index_and_cache
-from slides.stain import refuse_other_stains
-from slides.stream import Augment, BagDataset, Skipped, SlideLoader
+from slides.streaming.balance import balanced_order
+from slides.streaming.bounded_tiles import host_budget, joined, tiles_to_hold
+from slides.streaming.order import SlideSampler, Turn
+from slides.streaming.prefetch import Crew
+from slides.streaming.settings import Source, TileSettings, index_and_cache
+from slides.streaming.stain import refuse_other_stains
+from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
+from slides.streaming.tile_source import Opener
 from tapfm.bag import Bag, SkippedBag
-from tapfm.opener import Opener
 from tapfm.tasks import TASKS, Task, learn_task, spell_task
 
 PREFETCH = 2  # training slides that each worker reads ahead
@@ -61,8 +61,8 @@ class SlideData(L.LightningDataModule):
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
         sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
-            with equal chances (`slides.balance`), and the loss does not weigh classes then; that
-            of frozen rows and head start does, for they see every bag as often.
+            with equal chances (`slides.streaming.balance`), and the loss does not weigh classes
+            then; that of frozen rows and head start does, for they see every bag as often.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
             slides of a patient in one bag.
         pool: what `tapfm test` takes for a case where bags are slides: `mean` or `max` of its

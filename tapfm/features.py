@@ -32,8 +32,9 @@ from tqdm import tqdm
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import replacing
-from slides.settings import Source, TileSettings, index_and_cache
-from slides.stain import refuse_other_stains
+from slides.streaming.settings import Source, TileSettings, index_and_cache
+from slides.streaming.stain import refuse_other_stains
+from slides.streaming.tile_source import Opener
 from slides.tiling.index_file import TileIndex, index_attributes
 from slides.tiling.tissue import Tissue
 from tapfm import __version__
@@ -41,7 +42,6 @@ from tapfm.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
 from tapfm.model import load_encoder, read_recipe
-from tapfm.opener import Opener
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}

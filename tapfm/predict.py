@@ -22,8 +22,9 @@ from slides.cohort.cases import gather
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, rows_there
-from slides.held import JoinedTiles, SlideTiles
-from slides.settings import TileSettings
+from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles
+from slides.streaming.settings import TileSettings
+from slides.streaming.tile_source import loose, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
@@ -31,7 +32,6 @@ from tapfm import model as models
 from tapfm.aggregators import TILES
 from tapfm.bag import Bag
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
-from tapfm.opener import loose, tiles_as_trained
 from tapfm.prediction import (
     Prediction,
     header_of,

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from slides.files import write_csv
-from slides.order import epoch_order
-from slides.stream import BagDataset
+from slides.streaming.order import epoch_order
+from slides.streaming.stream import BagDataset
 from tapfm.adapt.surgery import need_vit
 from tapfm.bag import Bag
 from tapfm.data import SlideData

@@ -36,7 +36,7 @@ import yaml
 from slides.cohort.resplit import run_split
 from slides.errors import SettingsError
 from slides.files import write_json, write_text
-from slides.settings import index_and_cache
+from slides.streaming.settings import index_and_cache
 from tapfm.config import read_data, read_source, read_yaml
 from tapfm.reports.study_table import FINISHED, RUN, summary, write_figures
 

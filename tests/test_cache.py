@@ -15,10 +15,10 @@ import pytest
 from slides import cache
 from slides.cache import CHUNK, CachedSlide, build_cache, cache_path
 from slides.cache_cohort import cache_cohort
-from slides.chunks import read_tiles
-from slides.crew import stream_chunks
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
+from slides.streaming.chunks import read_tiles
+from slides.streaming.prefetch import stream_chunks
 from slides.tiling.index import index_cohort, index_path, read_index
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide

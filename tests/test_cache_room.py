@@ -17,13 +17,13 @@ from slides import cache
 from slides.cache import CachedSlide, build_cache, cache_path
 from slides.cache_cohort import cache_cohort
 from slides.cache_room import Hold, make_room
-from slides.chunks import read_tiles
 from slides.errors import IndexFileError
+from slides.streaming.chunks import read_tiles
+from slides.streaming.tile_source import Opener
 from slides.tiling.index import index_path, write_index
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import config
-from tapfm.opener import Opener
 from tests.sources import Source, expected_tiles, make_index, make_row
 
 TILES = 101

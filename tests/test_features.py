@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from slides.chunks import read_tiles
 from slides.files import WriteError
 from slides.grid import Grid
+from slides.streaming.chunks import read_tiles
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from slides.order import epoch_order
+from slides.streaming.order import epoch_order
 from tapfm import callbacks
 from tapfm import model as models
 from tapfm.aggregators import AGGREGATORS

@@ -8,7 +8,14 @@ import pytest
 
 from tests.conftest import ROOT
 
-TORCH_IN_SLIDES = {"stream.py", "chunks.py", "workers.py", "crew.py", "held.py", "augment.py"}
+TORCH_IN_SLIDES = {
+    "stream.py",
+    "chunks.py",
+    "workers.py",
+    "prefetch.py",
+    "bounded_tiles.py",
+    "augment.py",
+}
 LEAVES = {  # tapfm's files that know no other part of tapfm, but for those named
     "encoders.attention": set(),
     "encoders.heads": set(),

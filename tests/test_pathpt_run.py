@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from slides.cohort.table import SlideRow, read_cohort
+from slides.streaming.tile_source import Opener
 from slides.synthetic import LABELS
 from slides.tissue_painter import (
     COMPARTMENTS,
@@ -23,7 +24,6 @@ from slides.tissue_painter import (
 from tapfm import cli
 from tapfm.adapt import make_strategy
 from tapfm.config import read_source
-from tapfm.opener import Opener
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.network import load
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slides.augment import orient
+from slides.streaming.augment import orient
 from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
 from tapfm.encoders.backbones import Encoder
 from tests.tiny import random_tiles, tiny_encoder

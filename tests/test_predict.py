@@ -14,8 +14,8 @@ import torch
 from slides.cohort.table import SlideRow
 from slides.files import fingerprint
 from slides.grid import Grid
-from slides.held import SlideTiles
-from slides.stain import StainedSlide
+from slides.streaming.bounded_tiles import SlideTiles
+from slides.streaming.stain import StainedSlide
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide

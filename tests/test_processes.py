@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from slides.order import SlideSampler, epoch_order
+from slides.streaming.order import SlideSampler, epoch_order
 from tapfm.cli import main
 from tapfm.encoders.checkpoints import PACKAGED
 from tests.cohorts import SPLITS, spoil, write_cohort

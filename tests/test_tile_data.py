@@ -2,10 +2,10 @@
 
 import torch
 
-from slides.augment import orient
 from slides.cohort.labelled_tiles import read_tiles
-from slides.order import Turn
-from slides.stream import Augment
+from slides.streaming.augment import orient
+from slides.streaming.order import Turn
+from slides.streaming.stream import Augment
 from tapfm.adapt.pixels import STAINS, StainMaps, optical_density
 from tapfm.labelled.data import TileData, TileDataset
 from tests.tile_sets import SIDE, write_tiles

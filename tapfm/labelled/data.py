@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slides.augment import draw_change
 from slides.cohort.labelled_tiles import TileRow, read_tile, read_tiles
 from slides.cohort.splits import FRACTIONS
 from slides.errors import SettingsError
-from slides.order import Turn, epoch_order
 from slides.seeds import stable_seed
-from slides.stream import Augment, SlideLoader, SlideSampler, slide_generator
+from slides.streaming.augment import draw_change
+from slides.streaming.order import Turn, epoch_order
+from slides.streaming.stream import Augment, SlideLoader, SlideSampler, slide_generator
 from tapfm.labelled.batch import TileBatch
 
 

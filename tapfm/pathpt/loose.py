@@ -28,14 +28,14 @@ from tqdm import tqdm
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, join_csv, replacing, rows_there
-from slides.settings import TileSettings
+from slides.streaming.settings import TileSettings
+from slides.streaming.tile_source import loose, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.model import CheckpointError
-from tapfm.opener import loose, tiles_as_trained
 from tapfm.pathpt.findings import draw_classes
 from tapfm.pathpt.network import PathPT, Recipe, load
 from tapfm.pathpt.spatial import places

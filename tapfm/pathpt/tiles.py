@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from slides.cohort.table import SlideRow
-from slides.settings import Source, index_and_cache
+from slides.streaming.settings import Source, index_and_cache
+from slides.streaming.tile_source import Opener
 from tapfm.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag
 from tapfm.features import Extraction, extract, read_features
-from tapfm.opener import Opener
 from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.question import QuestionError
 from tapfm.pathpt.spatial import places

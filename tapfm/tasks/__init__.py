@@ -84,7 +84,7 @@ class Task(Protocol):
         """The same, with a loss that takes every slide as it comes."""
 
     def strata(self, target_NY: np.ndarray) -> list[tuple[float, list[np.ndarray]]]:
-        """Families of groups of slides to be drawn evenly from, see `slides.balance`."""
+        """Families of groups of slides to be drawn evenly from, see `slides.streaming.balance`."""
 
     def measure(
         self, target_NY: np.ndarray, said_NP: np.ndarray, times_BN: np.ndarray

@@ -12,7 +12,7 @@ from tapfm.verbs import Do, at_least, config_flag, device_flags, later
 
 if TYPE_CHECKING:
     from slides.cohort.table import SlideRow
-    from slides.settings import Source, TileSettings
+    from slides.streaming.settings import Source, TileSettings
 
 
 def index(verb: ArgumentParser) -> Do:
@@ -28,7 +28,7 @@ def index(verb: ArgumentParser) -> Do:
     def do(out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None, **given):
         from dataclasses import replace
 
-        from slides.settings import TileSettings, index_and_cache
+        from slides.streaming.settings import TileSettings, index_and_cache
         from slides.tiling.tissue import Tissue
 
         source = source_of("index", out, TileSettings, **given)
@@ -154,7 +154,7 @@ def source_of(
     from dataclasses import replace
 
     from slides.errors import SettingsError
-    from slides.settings import Source
+    from slides.streaming.settings import Source
     from tapfm.config import read_source
 
     if bool(slides) == bool(config):

@@ -13,7 +13,7 @@ import yaml
 from slides.cohort.cases import gather
 from slides.cohort.table import SlideRow
 from slides.errors import CohortError
-from slides.stream import Augment, BagDataset
+from slides.streaming.stream import Augment, BagDataset
 from tapfm import model as models
 from tapfm.aggregators import make_aggregator
 from tapfm.cli import main

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from slides.chunks import read_tiles
 from slides.errors import CoordinatesError, IndexSettingsError, NoTissueError, TooCoarseError
 from slides.grid import Grid
+from slides.streaming.chunks import read_tiles
+from slides.streaming.tile_source import Opener
 from slides.tiling.index import index_cohort, index_path, read_index, write_index
 from slides.tiling.job_folders import find_coordinates
 from slides.tiling.other_tools import read_coordinates
@@ -24,7 +25,6 @@ from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.config import read_source
-from tapfm.opener import Opener
 from tests.cohorts import write_cohort
 
 CORNERS0 = np.array([[448, 0], [0, 448], [37, 41], [896, 600]])  # in no order of ours

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from slides import stain
 from slides.errors import CohortError, SettingsError, StainError
-from slides.settings import index_and_cache
-from slides.stain import (
+from slides.streaming import stain
+from slides.streaming.settings import index_and_cache
+from slides.streaming.stain import (
     LIGHT,
     REFERENCE_MOMENTS,
     REFERENCE_STAINS,

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slides.chunks import close
+from slides.streaming.chunks import close
 
 if TYPE_CHECKING:
     from slides.grid import Grid

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from slides.augment import AugmentedSlide, draw_change
-from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
 from slides.cohort.table import SlideRow
-from slides.crew import stream_chunks
 from slides.errors import NoTissueError, SlideError
-from slides.held import JoinedTiles, SlideTiles, joined
-from slides.order import (
+from slides.seeds import stable_seed
+from slides.streaming.augment import AugmentedSlide, draw_change
+from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles, joined
+from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
+from slides.streaming.order import (
     SAMPLINGS,
     SlideSampler,
     Turn,
@@ -38,7 +38,7 @@ from slides.order import (
     sample_tiles,
     spread_tiles,
 )
-from slides.seeds import stable_seed
+from slides.streaming.prefetch import stream_chunks
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
@@ -109,7 +109,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Augment:
-    """How training tiles are changed; see `slides.augment`."""
+    """How training tiles are changed; see `slides.streaming.augment`."""
 
     flips: bool = True
     """Mirror half of the tiles."""

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.order import (
+from slides.seeds import stable_seed
+from slides.streaming.order import (
     SlideSampler,
     Turn,
     epoch_order,
     sample_tiles,
     spread_tiles,
 )
-from slides.seeds import stable_seed
 
 seeds = st.integers(0, 2**63)
 epochs = st.integers(0, 10_000)
@@ -85,7 +85,7 @@ def test_each_place_of_an_order_is_fair():
 def test_another_process_draws_the_same():
     """Python salts the hash of a string per process; these must not be built on it."""
     code = (
-        "from slides.order import sample_tiles; from slides.seeds import stable_seed; "
+        "from slides.streaming.order import sample_tiles; from slides.seeds import stable_seed; "
         "print(list(sample_tiles(97, 7, 1, 2, 'a')), stable_seed(5))"
     )
     runs = {

@@ -2,11 +2,11 @@
 
 Training goes over a slide twice and must see the same pixels. A slide that fits is in host memory;
 one that does not is held as far as the budget goes and read again beyond, which costs time and
-never memory. Tiles are a function of their place alone (`slides.augment`), so what is held, in what
-chunks and by how many processes changes no byte.
+never memory. Tiles are a function of their place alone (`slides.streaming.augment`), so what is
+held, in what chunks and by how many processes changes no byte.
 
 Price: `host_budget` for all slides that are held or read ahead, shared out by `tiles_to_hold`; and
-the slots of `slides.crew`.
+the slots of `slides.streaming.prefetch`.
 
 Shapes: C tiles of a chunk, H tiles held, S side of a tile.
 """
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from slides.chunks import SlideSource
-from slides.crew import Crew
 from slides.errors import SlideError
-from slides.workers import Listed
+from slides.streaming.chunks import SlideSource
+from slides.streaming.prefetch import Crew
+from slides.streaming.workers import Listed
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
@@ -45,7 +45,7 @@ class SlideTiles:
     Args:
         slide: gives pixels and tiles when it is read.
         crew: who reads them; where it has further slides, those of the next `SlideTiles` that are
-            made of it are read ahead (`slides.crew`).
+            made of it are read ahead (`slides.streaming.prefetch`).
         held: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
         on_fault: told of a slide's fault; where it returns, the fault goes on its way.
     """

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from slides.balance import balanced_order
 from slides.cohort.table import SlideRow
-from slides.order import SlideSampler
+from slides.streaming.balance import balanced_order
+from slides.streaming.order import SlideSampler
 from tapfm import evaluate
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main

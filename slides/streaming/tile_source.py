@@ -3,7 +3,8 @@
     for row, tiles in Opener.of(source).streamed(rows, workers):
         for tiles_CSS in tiles.split(chunk): ...
 
-One crew of processes (`slides.crew`) reads slide after slide, ahead of whoever takes the tiles.
+One crew of processes (`slides.streaming.prefetch`) reads slide after slide, ahead of whoever takes
+the tiles.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slides.cache import CachedSlide
-from slides.chunks import SlideSource
 from slides.cohort.table import SlideRow
-from slides.crew import Crew
 from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid
-from slides.held import JoinedTiles, SlideTiles, joined
-from slides.settings import Source, TileSettings, index_and_cache
-from slides.stain import StainedSlide
+from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles, joined
+from slides.streaming.chunks import SlideSource
+from slides.streaming.prefetch import Crew
+from slides.streaming.settings import Source, TileSettings, index_and_cache
+from slides.streaming.stain import StainedSlide
+from slides.streaming.workers import Listed
 from slides.tiling.index import TileIndex, index_path, outdated, read_index
 from slides.tiling.tissue import Tissue
-from slides.workers import Listed
 from slides.wsi.reader import Slide
 
 
@@ -40,7 +41,7 @@ class Opener:
     grid: Grid
     tissue: Tissue
     stain: str | None = None
-    """How stains are normalised, see `slides.stain`; None leaves them."""
+    """How stains are normalised, see `slides.streaming.stain`; None leaves them."""
     cache_gb: float | None = None
     """With a limit, slides without a cache are read from their files."""
 

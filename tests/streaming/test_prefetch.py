@@ -1,4 +1,4 @@
-"""`slides.crew`: slide after slide by the same processes, the next one read ahead.
+"""`slides.streaming.prefetch`: slide after slide by the same processes, the next one read ahead.
 
 A crew is a way to read slides, never other slides: whatever the workers, the chunks and the order
 in which slides are asked for, their chunks are those of each slide read alone. What breaks in a
@@ -17,11 +17,11 @@ import pytest
 import torch
 import yaml
 
-from slides.chunks import WorkerDiedError
-from slides.crew import Crew, stream_chunks
 from slides.errors import NotASlideError, UnreadableRegionError
-from slides.held import SlideTiles, joined
-from slides.workers import Listed
+from slides.streaming.bounded_tiles import SlideTiles, joined
+from slides.streaming.chunks import WorkerDiedError
+from slides.streaming.prefetch import Crew, stream_chunks
+from slides.streaming.workers import Listed
 from tapfm.bag import SkippedBag
 from tapfm.cli import main
 from tapfm.fit import read_config

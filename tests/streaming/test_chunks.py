@@ -1,4 +1,4 @@
-"""`slides.chunks`: every tile once, in index order, in a fixed amount of memory.
+"""`slides.streaming.chunks`: every tile once, in index order, in a fixed amount of memory.
 
 Chunks and workers are ways to read a slide, never another slide: whatever their numbers, the chunks
 laid end to end are `expected_tiles`, which reads tile by tile. A tile that cannot be read, and a
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from slides import workers as processes
-from slides.chunks import WorkerDiedError, read_tiles
-from slides.crew import stream_chunks
 from slides.errors import NotASlideError, SlideError, UnreadableRegionError
+from slides.streaming import workers as processes
+from slides.streaming.chunks import WorkerDiedError, read_tiles
+from slides.streaming.prefetch import stream_chunks
 from tests.sources import SIZE, Source, expected_tiles, make_index
 
 TILES = 23  # prime: the last chunk is always short

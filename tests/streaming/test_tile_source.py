@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 
-from slides import crew as crews
 from slides.errors import IndexSettingsError, StainError
-from slides.settings import index_and_cache
+from slides.streaming import prefetch as crews
+from slides.streaming.settings import index_and_cache
+from slides.streaming.tile_source import Opener
 from tapfm import model as models
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.encoders import backbones
 from tapfm.fit import read_config
-from tapfm.opener import Opener
 from tests.cohorts import LABELS, write_cohort
 
 SLIDES = 4
@@ -169,7 +169,7 @@ def test_a_slide_whose_stains_cannot_be_found_is_closed(tmp_path, monkeypatch):
     def refuse(*_):
         raise StainError("too pale")
 
-    monkeypatch.setattr("tapfm.opener.StainedSlide", refuse)
+    monkeypatch.setattr("slides.streaming.tile_source.StainedSlide", refuse)
     monkeypatch.setattr("slides.wsi.reader.Slide.close", lambda self: closed.append(self.name))
     with pytest.raises(StainError):
         replace(Opener.of(source), stain="macenko")(source.rows[0])

@@ -1,4 +1,5 @@
-"""`slides.stream`: bags are the same whoever reads them, and training resumes to the slide.
+"""`slides.streaming.stream`: bags are the same whoever reads them, and training resumes to the
+slide.
 
 Workers, prefetching and restarts are ways to read sooner, never another bag. Faults arrive with the
 slide's name: raised by default, a `Skipped` record where the user asked to skip.
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from slides.augment import draw_change
 from slides.errors import NoTissueError, UnreadableRegionError
-from slides.stream import (
+from slides.streaming.augment import draw_change
+from slides.streaming.stream import (
     Augment,
     Bag,
     BagDataset,

@@ -1,4 +1,4 @@
-"""`slides.held`: a slide in bounded memory, the same bytes in every pass.
+"""`slides.streaming.bounded_tiles`: a slide in bounded memory, the same bytes in every pass.
 
 How much is held, in what chunks it is asked for and by how many processes it is read are ways to
 hold a slide, never another slide: augmentation and sampling included.
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from slides import held
-from slides.chunks import WorkerDiedError
 from slides.errors import UnreadableRegionError
-from slides.held import SlideTiles, host_budget, machine_memory, tiles_to_hold
-from slides.stream import Augment, BagDataset, SlideLoader, Turn
+from slides.streaming import bounded_tiles as held
+from slides.streaming.bounded_tiles import SlideTiles, host_budget, machine_memory, tiles_to_hold
+from slides.streaming.chunks import WorkerDiedError
+from slides.streaming.stream import Augment, BagDataset, SlideLoader, Turn
 from tests.sources import SIZE, Source, expected_tiles, make_index, make_row
 
 TILES = 23

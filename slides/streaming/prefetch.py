@@ -1,10 +1,11 @@
 """The tiles of slide after slide, read by processes ahead of whoever takes them.
 
 A `Crew` is told of slides, in the order in which they will be wanted, and gives the chunks of any
-of them. Its processes (`slides.workers`) begin at the first chunk that is asked for. Inside `with
-crew` they live on from slide to slide, and the first chunks of the next slides are read while the
-last of this one are used; outside of it they end with the slide. What is taken in another order (a
-slide a second time, or not to its end) is right all the same: what was read in vain is let go.
+of them. Its processes (`slides.streaming.workers`) begin at the first chunk that is asked for.
+Inside `with crew` they live on from slide to slide, and the first chunks of the next slides are
+read while the last of this one are used; outside of it they end with the slide. What is taken in
+another order (a slide a second time, or not to its end) is right all the same: what was read in
+vain is let go.
 
 Price: workers * prefetch chunks of shared memory, whatever the slides.
 
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
-from slides.workers import Listed, Workers
+from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
+from slides.streaming.workers import Listed, Workers
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex

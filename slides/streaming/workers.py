@@ -27,8 +27,8 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from slides.chunks import SlideSource, WorkerDiedError, close, named_fault, read_into
 from slides.errors import SlideError
+from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_into
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex

@@ -1,4 +1,5 @@
-"""`slides.augment` turns and mirrors tiles without touching a pixel, and colours a slide as one.
+"""`slides.streaming.augment` turns and mirrors tiles without touching a pixel, and colours a slide
+as one.
 
 The eight orientations are checked against numpy's; colour against optical density worked out in
 float64 with the full matrix, pixel by pixel.
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.augment import HAEMATOXYLIN_EOSIN, draw_change, orient, recolour_
+from slides.streaming.augment import HAEMATOXYLIN_EOSIN, draw_change, orient, recolour_
 
 SIDE = 7
 
