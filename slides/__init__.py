@@ -4,9 +4,6 @@
     seeds.py           seeds that are the same in every process
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
     files.py           files that are whole or not there; damaged ones
-    cache.py           decoded tiles in zarr; reads like a slide
-    cache_cohort.py    those of a cohort, within a budget
-    cache_room.py      which are in use, and which go
     synthetic.py       the demo cohort
     tissue_painter.py  its tissue
     cell_stamps.py     its cells

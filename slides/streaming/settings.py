@@ -74,7 +74,7 @@ def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, 
     ledger = index_cohort(rows, source.index_dir, grid, tissue, *how, pictures=pictures)
     failed = {row["slide_id"]: row["reason"] for row in ledger if row["status"] == "failed"}
     if source.cache_dir is not None:
-        from slides.cache_cohort import cache_cohort
+        from slides.cache.cohort import cache_cohort
 
         kept = [row for row in rows if row.slide_id not in failed]
         budget = None if source.cache_gb is None else int(source.cache_gb * 1e9)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slides.cache import CachedSlide
+from slides.cache.tiles import CachedSlide
 from slides.cohort.table import SlideRow
 from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slides import cache
-from slides.cache import CHUNK, CachedSlide, build_cache, cache_path
-from slides.cache_cohort import cache_cohort
+from slides.cache import tiles as cache
+from slides.cache.cohort import cache_cohort
+from slides.cache.tiles import CHUNK, CachedSlide, build_cache, cache_path
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
 from slides.streaming.chunks import read_tiles

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slides import cache
-from slides.cache import CachedSlide, build_cache, cache_path
-from slides.cache_cohort import cache_cohort
-from slides.cache_room import Hold, make_room
+from slides.cache import tiles as cache
+from slides.cache.cohort import cache_cohort
+from slides.cache.disk_room import Hold, make_room
+from slides.cache.tiles import CachedSlide, build_cache, cache_path
 from slides.errors import IndexFileError
 from slides.streaming.chunks import read_tiles
 from slides.streaming.tile_source import Opener

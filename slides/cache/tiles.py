@@ -12,7 +12,7 @@ is full leaves nothing that could be taken for one; two processes that make the 
 disturb each other. It is bound by a hash to the tiles it was made from: a cache of another index is
 refused, never used. Each tile carries a checksum, since zarr gives black pixels for a file that was
 lost. With a budget, caches of other cohorts go, the longest unused first, and never one in use
-(`slides.cache_room`); slides for which there is no room are read from their files.
+(`slides.cache.disk_room`); slides for which there is no room are read from their files.
 
 Price: 147 kB of disk a 224 px H&E tile (lz4 finds little to squeeze in tissue, and is 4 to 10
 times faster to read than zstd for 8 % more disk), in files of 256 tiles; 39 MB of memory to make
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cache_room import hold_if_possible, put_in_place, remove_leftovers, scratch
+from slides.cache.disk_room import hold_if_possible, put_in_place, remove_leftovers, scratch
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
 from slides.tiling.index_file import TileIndex

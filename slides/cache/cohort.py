@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from slides.cache import build_cache, cache_path
-from slides.cache_room import make_room
+from slides.cache.disk_room import make_room
+from slides.cache.tiles import build_cache, cache_path
 from slides.errors import IndexFileError, SlideError
 from slides.grid import Grid
 from slides.tiling.index import index_path, read_index
