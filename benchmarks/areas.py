@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from slides.demo.tissue_painter import TISSUE, TUMOUR
 from slides.tiling.index_file import TileIndex
 from slides.tiling.job_folders import find_coordinates
 from slides.tiling.other_tools import read_coordinates
-from slides.tissue_painter import TISSUE, TUMOUR
 from slides.wsi.reader import Slide
 
 CELL_UM = 4.0  # that of the demo cohort's truth

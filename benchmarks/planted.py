@@ -35,8 +35,8 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.record import RESULTS, facts, rewrite
+from slides.demo.cohort import DemoSlide, plan_demo, write_slide
 from slides.files import replacing
-from slides.synthetic import DemoSlide, plan_demo, write_slide
 from tapfm.study import TAPFM
 
 ROOT = Path(__file__).parent.parent

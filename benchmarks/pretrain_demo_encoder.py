@@ -2,11 +2,11 @@
 
     python benchmarks/pretrain_demo_encoder.py
 
-Self-supervised: no label and no truth mask is read. Tiles are painted by `slides.tissue_painter`
-from seeds and sites that no demo cohort uses; the CLS feature learns to know a tile again after it
-was cropped, turned, restained and blurred (SimCLR, NT-Xent). What survives those changes is the
-architecture of tissue; what does not, such as fine chromatin and exact colour, is left to
-adaptation. Everything follows from `SEED`.
+Self-supervised: no label and no truth mask is read. Tiles are painted by
+`slides.demo.tissue_painter` from seeds and sites that no demo cohort uses; the CLS feature learns
+to know a tile again after it was cropped, turned, restained and blurred (SimCLR, NT-Xent). What
+survives those changes is the architecture of tissue; what does not, such as fine chromatin and
+exact colour, is left to adaptation. Everything follows from `SEED`.
 
 Price: about 10 minutes on two cores, 1 GiB.
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slides.tissue_painter import GLASS, Specimen, paint, site_stain
+from slides.demo.tissue_painter import GLASS, Specimen, paint, site_stain
 from tapfm.encoders.backbones import Encoder, build, find
 from tapfm.optim import parameter_groups, warmup_cosine
 

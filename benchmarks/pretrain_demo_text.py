@@ -2,11 +2,11 @@
 
     python -m benchmarks.pretrain_demo_text
 
-Tiles are painted by `slides.tissue_painter` from seeds and sites that no demo cohort uses, and each
-gets captions from what was painted: which tissue, and of a tumour which traits it shows. The demo
-encoder is frozen; a head on its feature and the text tower learn that a tile fits the captions that
-are true of it. A caption may leave traits out, and is true of every tile that it says nothing wrong
-of, so a batch has several right answers, each as good.
+Tiles are painted by `slides.demo.tissue_painter` from seeds and sites that no demo cohort uses, and
+each gets captions from what was painted: which tissue, and of a tumour which traits it shows. The
+demo encoder is frozen; a head on its feature and the text tower learn that a tile fits the captions
+that are true of it. A caption may leave traits out, and is true of every tile that it says nothing
+wrong of, so a batch has several right answers, each as good.
 
 What this is not: unsupervised. The captions name the traits that the demo cohort's labels stand for
 (see `tapfm/pathpt/words.py`, Limits). Everything follows from `SEED`.
@@ -35,7 +35,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slides.tissue_painter import COMPARTMENTS, Specimen, compartments, paint, site_stain
+from slides.demo.tissue_painter import COMPARTMENTS, Specimen, compartments, paint, site_stain
 from tapfm.encoders import backbones
 from tapfm.optim import warmup_cosine
 from tapfm.pathpt.towers import tokenise

@@ -4,9 +4,6 @@
     seeds.py           seeds that are the same in every process
     grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
     files.py           files that are whole or not there; damaged ones
-    synthetic.py       the demo cohort
-    tissue_painter.py  its tissue
-    cell_stamps.py     its cells
 
 Usable on its own: no file here imports `tapfm`, and torch stands in those that stream tiles.
 """

@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from slides.cohort.table import SlideRow, read_cohort
-from slides.streaming.tile_source import Opener
-from slides.synthetic import LABELS
-from slides.tissue_painter import (
+from slides.demo.cohort import LABELS
+from slides.demo.tissue_painter import (
     COMPARTMENTS,
     GLASS,
     TUMOUR,
@@ -21,6 +20,7 @@ from slides.tissue_painter import (
     paint,
     site_stain,
 )
+from slides.streaming.tile_source import Opener
 from tapfm import cli
 from tapfm.adapt import make_strategy
 from tapfm.config import read_source

@@ -20,7 +20,7 @@ def demo(verb: ArgumentParser) -> Do:
         if marker.exists() and marker.read_text().strip() == str(seed):
             print(f"{out}: the demo cohort is there already; delete the folder to repaint it")
             return 0
-        from slides.synthetic import write_demo
+        from slides.demo.cohort import write_demo
 
         marker.unlink(missing_ok=True)
         table = write_demo(out, seed, workers=workers)

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from slides import cell_stamps as cells
-from slides import synthetic
 from slides.cohort.table import read_cohort
-from slides.synthetic import FEWEST, LABELS, MIN_SIDE0, MPPS, SPLITS, plan_demo, write_slide
-from slides.tissue_painter import GLASS, TISSUE, TUMOUR, Specimen, paint, site_stain
+from slides.demo import cell_stamps as cells
+from slides.demo import cohort as synthetic
+from slides.demo.cohort import FEWEST, LABELS, MIN_SIDE0, MPPS, SPLITS, plan_demo, write_slide
+from slides.demo.tissue_painter import GLASS, TISSUE, TUMOUR, Specimen, paint, site_stain
 
 SMALL = {"tissue_mm2": 0.05, "tumour_fraction": 0.3}  # a ninth of a demo specimen
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import planted
-from slides.tissue_painter import TUMOUR, paint
+from slides.demo.tissue_painter import TUMOUR, paint
 
 
 def test_only_planted_slides_hold_tumour_and_cases_stay_whole():

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from slides import cell_stamps as cells
+from slides.demo import cell_stamps as cells
 
 GLASS, TISSUE, TUMOUR, PEN = 0, 1, 2, 3
 MARGIN_UM = 24.0  # glass kept around the tissue inside its window

@@ -29,8 +29,8 @@ import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from slides.demo.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 from slides.files import replacing
-from slides.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 
 LABELS = ("EGFR", "KRAS", "STK11")
 PREVALENCE = (0.45, 0.35, 0.17)  # of each label among the cases where it is known
