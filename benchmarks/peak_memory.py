@@ -32,8 +32,8 @@ from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.masters import MasterAdamW
 from tapfm.engine.memory import PhaseMeter, SavedBytes
-from tapfm.losses import MaskedBCE
 from tapfm.model import Recipe, SlideModel
+from tapfm.tasks.losses import MaskedBCE
 
 METHODS = {"two_pass": "two passes (tapfm)", "one_graph": "one graph"}
 TILES = (16, 61, 127, 256, 509)

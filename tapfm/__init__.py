@@ -18,8 +18,6 @@ The training step and what it meets:
     module.py        LightningModule: training_step is the algorithm
     model.py         encoder and aggregator together; saved and loaded
     aggregators.py   tile weights and slide logits
-    losses.py        BCE and others, unknown labels masked
-    cox.py           Cox's partial likelihood at one slide a step
     optim.py         learning rates, parameter groups
     bag.py           the batch, where data and module meet
     data.py          LightningDataModule: slides to bags

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.aggregators import make_aggregator
 from tapfm.engine.chunked import adapt_bag, chunk_rng, encode_bag
-from tapfm.losses import MaskedBCE
+from tapfm.tasks.losses import MaskedBCE
 from tests.tiny import MAKES, random_tiles, tiny_encoder
 
 TILES, SEED = 23, 5  # 23 is prime: the last chunk is always short

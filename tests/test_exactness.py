@@ -22,7 +22,7 @@ from tapfm.encoders import compiled
 from tapfm.engine.boundary import BoundaryTokens, find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.masters import MasterAdamW
-from tapfm.losses import MaskedBCE
+from tapfm.tasks.losses import MaskedBCE
 from tests.tiny import random_tiles, tiny_encoder
 
 CPU, TILES = torch.device("cpu"), 23

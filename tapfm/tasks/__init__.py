@@ -1,5 +1,7 @@
 """What is to be predicted: one file a task, one small contract.
 
+    losses.py  BCE and others, unknown labels masked
+    cox.py     Cox's partial likelihood at one slide a step
     multilabel.py  labels of 0 and 1, each for itself
     multiclass.py  one of several classes
     regression.py  numbers

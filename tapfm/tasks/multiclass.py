@@ -11,10 +11,10 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.losses import MaskedCrossEntropy
 from tapfm.stats.bootstrap import mean_of_defined
 from tapfm.stats.confusions import averages, confusions
 from tapfm.stats.metrics import auroc_draws, pairs_draws
+from tapfm.tasks.losses import MaskedCrossEntropy
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.losses import MaskedBCE
 from tapfm.stats.metrics import auroc_draws, pairs_draws
 from tapfm.tasks.columns import ColumnTask
+from tapfm.tasks.losses import MaskedBCE
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.losses import MaskedMSE
 from tapfm.stats.outcomes import pearson, r2, spearman, spread
 from tapfm.tasks.columns import ColumnTask
+from tapfm.tasks.losses import MaskedMSE
 
 QUARTERS = 4
 

@@ -2,7 +2,8 @@
 
     hazard    one logit a bin of time, the chance of the event in it for those who came so far;
               the default. Bins end at quantiles of the training split's event times.
-    cox       one logit, the log relative hazard; its loss compares it with others (`tapfm.cox`)
+    cox       one logit, the log relative hazard; its loss compares it with others
+    (`tapfm.tasks.cox`)
 
 A case without a time, or without word of its event, is unknown and masked. Time is in the table's
 unit. What is predicted is `risk`, higher for sooner: of hazards the number of bins expected to be
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tapfm.cox import CoxLoss
-from tapfm.losses import HazardNLL
 from tapfm.stats.outcomes import comparable, concordance, time_auc
+from tapfm.tasks.cox import CoxLoss
+from tapfm.tasks.losses import HazardNLL
 
 LOSSES = ("hazard", "cox")
 

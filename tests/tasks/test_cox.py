@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tapfm.cox import CoxLoss
+from tapfm.tasks.cox import CoxLoss
 
 N = 29
 

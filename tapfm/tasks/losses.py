@@ -1,7 +1,7 @@
 """Slide losses. `nan` is an unknown label: masked, never 0.
 
 Each takes one slide or a batch of them, and gives 0, still with a graph, where nothing is known.
-The Cox loss is in `tapfm.cox`.
+The Cox loss is in `tapfm.tasks.cox`.
 
 Shapes: K logits; N slides, in a batch.
 """

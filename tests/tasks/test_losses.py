@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tapfm.losses import HazardNLL, MaskedBCE, MaskedCrossEntropy, MaskedMSE
+from tapfm.tasks.losses import HazardNLL, MaskedBCE, MaskedCrossEntropy, MaskedMSE
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0])
 
