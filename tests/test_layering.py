@@ -149,7 +149,7 @@ def test_strategies_do_not_know_each_other():
     ("room", "below"),
     [
         ("encoders", {"encoders"}),
-        ("engine", {"encoders", "adapt", "engine", "bag", "model"}),
+        ("engine", {"encoders", "adapt", "engine", "data", "slide_model", "bag", "model"}),
         ("stats", {"stats"}),
     ],
 )
