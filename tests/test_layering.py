@@ -155,7 +155,7 @@ def test_strategies_do_not_know_each_other():
 )
 def test_rooms_know_what_is_below_them(room, below):
     for path in files(f"tapfm/{room}"):
-        assert {name.split(".")[0] for name in ours(path)} <= below, path
+        assert {name.split(".")[0] for name in ours(path)} <= {r.split(".")[0] for r in below}, path
         assert not tops(path) & {"slides", "lightning"}, path
 
 
