@@ -42,7 +42,7 @@ from tapfm import cli
 from tapfm import model as models
 from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.callbacks import BEST
-from tapfm.data import SlideData
+from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluate import frozen_arms
 from tapfm.fit import read_config

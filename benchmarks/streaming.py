@@ -58,7 +58,7 @@ class Opener:
         self.index_dir = index_dir
 
     def __call__(self, row: SlideRow) -> tuple[Slide, TileIndex]:
-        """As `tapfm.data.Opener`."""
+        """As `tapfm.data.datamodule.Opener`."""
         index = read_index(index_path(self.index_dir, GRID, row.slide_id), GRID, TISSUE)
         return Slide(row.path, row.mpp, row.slide_id), index
 

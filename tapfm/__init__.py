@@ -19,8 +19,6 @@ The training step and what it meets:
     model.py         encoder and aggregator together; saved and loaded
     aggregators.py   tile weights and slide logits
     optim.py         learning rates, parameter groups
-    bag.py           the batch, where data and module meet
-    data.py          LightningDataModule: slides to bags
     callbacks.py     metrics.csv, memory.csv, best weights, resume point
     processes.py     what several GPUs tell each other
 

@@ -29,7 +29,6 @@ from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
 from tapfm import model as models
 from tapfm.aggregators import TILES
-from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import (
     Baseline,
     FeatureBag,
@@ -38,7 +37,8 @@ from tapfm.baselines import (
     fit_mean_pool_mlp,
 )
 from tapfm.callbacks import BEST
-from tapfm.data import SlideData
+from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.datamodule import SlideData
 from tapfm.features import Extraction, read_features
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png

@@ -38,7 +38,7 @@ from slides.streaming.tile_source import Opener
 from slides.tiling.index_file import TileIndex, index_attributes
 from slides.tiling.tissue import Tissue
 from tapfm import __version__
-from tapfm.bag import Tiles
+from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
 from tapfm.model import load_encoder, read_recipe

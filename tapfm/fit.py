@@ -27,7 +27,7 @@ from slides.files import write_text
 from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
-from tapfm.data import SlideData
+from tapfm.data.datamodule import SlideData
 from tapfm.encoders.backbones import find
 from tapfm.engine.footprint import CONTEXT_GIB, Setup
 from tapfm.head_start.callback import HeadStart

@@ -26,7 +26,7 @@ from slides.files import replacing
 from tapfm import __version__
 from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.aggregators import make_aggregator
-from tapfm.bag import Tiles
+from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
 from tapfm.engine.chunked import encode_bag

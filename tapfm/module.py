@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.aggregators import effective_tiles
-from tapfm.bag import Bag, SkippedBag, too_late_to_skip
+from tapfm.data.bag import Bag, SkippedBag, too_late_to_skip
 from tapfm.encoders import backbones
 from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither

@@ -30,7 +30,7 @@ from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import model as models
 from tapfm.aggregators import TILES
-from tapfm.bag import Bag
+from tapfm.data.bag import Bag
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.prediction import (
     Prediction,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from slides.cohort.table import SlideRow
 from slides.files import join_csv, replacing, write_csv
 from slides.tiling.index import TileIndex
-from tapfm.bag import Bag, SkippedBag
+from tapfm.data.bag import Bag, SkippedBag
 from tapfm.model import SlideModel
 from tapfm.tasks import Task
 

@@ -33,8 +33,8 @@ from slides.files import write_csv
 from slides.streaming.order import epoch_order
 from slides.streaming.stream import BagDataset
 from tapfm.adapt.surgery import need_vit
-from tapfm.bag import Bag
-from tapfm.data import SlideData
+from tapfm.data.bag import Bag
+from tapfm.data.datamodule import SlideData
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.fit import read_config

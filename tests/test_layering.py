@@ -39,7 +39,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "reports.plain_table": {"stats.bootstrap"},
     "engine.chunked": set(),
     "engine.rescue": {"engine.chunked"},
-    "engine.boundary": {"bag", "encoders.backbones", "engine.chunked"},
+    "engine.boundary": {"data.bag", "encoders.backbones", "engine.chunked"},
     "processes": set(),
     "engine.sampling": set(),
     "optim": set(),
@@ -56,7 +56,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "adapt.pixels": set(),
     "labelled.prototypes": set(),
     "adapt.lowrank": {"adapt.surgery"},
-    "bag": set(),
+    "data.bag": set(),
     "labelled.batch": set(),
     "labelled.metrics": {"stats.bootstrap", "stats.confusions", "stats.metrics"},
 }
@@ -113,22 +113,22 @@ def test_leaves_know_nothing_of_the_rest(leaf):
 def test_what_pathpt_computes_knows_no_slides(part):
     path = ROOT / "tapfm" / "pathpt" / f"{part}.py"
     assert not tops(path) & {"slides", "h5py", "lightning"}
-    assert not ours(path) & {"data", "features", "predict", "fit", "module"}
+    assert not ours(path) & {"data.datamodule", "features", "predict", "fit", "module"}
 
 
 def test_module_and_data_meet_in_the_bag_only():
-    module, data = file_of("module"), file_of("data")
+    module, data = file_of("module"), file_of("data.datamodule")
     assert "slides" not in tops(module)
-    assert "data" not in ours(module)
+    assert "data.datamodule" not in ours(module)
     assert "module" not in ours(data)
     assert not any(name.startswith("tapfm.adapt") for name in imports(data))
-    assert "bag" in ours(module) & ours(data)
+    assert "data.bag" in ours(module) & ours(data)
 
 
 def test_module_and_data_of_tiles_meet_in_the_batch_only():
     module, data = file_of("labelled.module"), file_of("labelled.data")
     assert "slides" not in tops(module)
-    assert not ours(module) & {"labelled.data", "data"}
+    assert not ours(module) & {"labelled.data", "data.datamodule"}
     assert not ours(data) & {"labelled.module", "module"}
     assert not any(name.startswith("tapfm.adapt") for name in imports(data))
     assert "labelled.batch" in ours(module) & ours(data)
@@ -149,7 +149,10 @@ def test_strategies_do_not_know_each_other():
     ("room", "below"),
     [
         ("encoders", {"encoders"}),
-        ("engine", {"encoders", "adapt", "engine", "data", "slide_model", "bag", "model"}),
+        (
+            "engine",
+            {"encoders", "adapt", "engine", "data.datamodule", "slide_model", "data.bag", "model"},
+        ),
         ("stats", {"stats"}),
     ],
 )

@@ -3,7 +3,7 @@
 import torch
 
 from tapfm import model as models
-from tapfm.bag import Bag
+from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.engine import passes
 from tests.tiny import random_tiles

@@ -20,8 +20,8 @@ from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm import model as models
-from tapfm.bag import Bag
 from tapfm.cli import main
+from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.predict import loose_bag
 from tapfm.prediction import predict_bag

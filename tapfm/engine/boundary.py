@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapfm.bag import Tiles
+from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder
 from tapfm.engine.chunked import Encoded, chunk_rng
 

@@ -20,7 +20,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from tapfm.bag import Bag
+from tapfm.data.bag import Bag
 from tapfm.engine.boundary import Boundary, BoundaryTokens, find_boundary
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.rescue import Rescue

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from slides.seeds import stable_seed
 from tapfm.aggregators import Aggregator
-from tapfm.bag import Bag, SkippedBag
 from tapfm.baselines import FeatureBag, divisor
+from tapfm.data.bag import Bag, SkippedBag
 from tapfm.processes import gather
 
 MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g

@@ -21,7 +21,7 @@ from torch import Tensor
 from slides.cohort.table import SlideRow
 from slides.streaming.settings import Source, index_and_cache
 from slides.streaming.tile_source import Opener
-from tapfm.bag import Tiles
+from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tapfm.bag import Tiles
+from tapfm.data.bag import Tiles
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.optim import warmup_cosine
 from tapfm.pathpt.network import PathPT

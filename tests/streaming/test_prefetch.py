@@ -22,8 +22,8 @@ from slides.streaming.bounded_tiles import SlideTiles, joined
 from slides.streaming.chunks import WorkerDiedError
 from slides.streaming.prefetch import Crew, stream_chunks
 from slides.streaming.workers import Listed
-from tapfm.bag import SkippedBag
 from tapfm.cli import main
+from tapfm.data.bag import SkippedBag
 from tapfm.fit import read_config
 from tests.cohorts import stamp, write_cohort
 from tests.sources import SIZE, Source, expected_tiles, make_index

@@ -29,7 +29,7 @@ from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
 from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.streaming.tile_source import Opener
-from tapfm.bag import Bag, SkippedBag
+from tapfm.data.bag import Bag, SkippedBag
 from tapfm.tasks import TASKS, Task, learn_task, spell_task
 
 PREFETCH = 2  # training slides that each worker reads ahead
