@@ -227,7 +227,7 @@ def test_links_of_a_page_lead_somewhere(page):
 
 def test_readme_tree_is_the_tree():
     block = re.search(r"```text\nslides/(.*?)```", README, re.S).group(0)
-    said = set(re.findall(r"^(?:  )?([\w.]+/?)", block, re.M))
+    said = set(re.findall(r"^ *([\w.]+/?)", block, re.M))
     rooms = {f"{package.name}/" for package in PACKAGES}
     assert said == rooms | {"configs/", "benchmarks/", "tests/"}
 
