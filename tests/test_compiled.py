@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tapfm.cli import main
 from tapfm.encoders import compiled
 from tapfm.encoders.compiled import CompilerError, need_compiler, padded
+from tests.adapt.test_adapt import adapted, move
 from tests.cohorts import write_cohort
-from tests.test_adapt import adapted, move
 from tests.test_chunked import CPU, Slide, difference
 from tests.tiny import random_tiles, tiny_encoder
 

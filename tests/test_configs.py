@@ -251,7 +251,7 @@ def test_readme_names_every_model_with_its_licence():
 def test_readme_has_a_row_for_every_strategy():
     """Its options with their defaults, as YAML; what it trains; its learning rate; its export."""
     from tapfm.adapt import STRATEGIES, make_strategy, spell
-    from tests.test_adapt import NO_EXPORT, UNI
+    from tests.adapt.test_adapt import NO_EXPORT, UNI
 
     row = r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|"
     rows = re.findall(row, PAGES["tapfm/adapt"])

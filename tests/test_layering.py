@@ -140,8 +140,8 @@ def test_strategies_do_not_know_each_other():
     strategies = {kind.__module__.rpartition(".")[2] for kind in STRATEGIES.values()}
     assert len(strategies) == len(STRATEGIES), "a file each"
     for strategy in strategies:
-        names = set(imports(ROOT / "tapfm" / "adapt" / f"{strategy}.py"))
-        others = {f"tapfm.adapt.{other}" for other in strategies - {strategy}}
+        names = set(imports(ROOT / "tapfm" / "adapt" / "strategies" / f"{strategy}.py"))
+        others = {f"tapfm.adapt.strategies.{other}" for other in strategies - {strategy}}
         assert not names & others
 
 

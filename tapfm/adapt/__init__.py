@@ -1,18 +1,5 @@
 """Which of the encoder's parameters learn: one file a strategy, one small contract.
 
-    full.py         everything
-    last_n.py       the last blocks and the final norm
-    bitfit.py       biases
-    norm_only.py    norms
-    lora.py         a low-rank change of matrices
-    dora.py         the same, and the length of their rows
-    vpt_deep.py     prompt tokens before every block
-    adaptformer.py  a bottleneck beside every MLP
-    ssf.py          scale and shift of every operation
-    hiadapter.py    tokens look at the tile's optical density and stains
-    pathotune.py    prompts for the task, from a sentence, of the tile
-    frozen.py       nothing, all else as in the others: their control
-
 What they share:
 
     surgery.py      what strategies need of a timm ViT
@@ -33,19 +20,19 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from tapfm.adapt.adaptformer import AdaptFormer
-from tapfm.adapt.bitfit import BitFit
-from tapfm.adapt.dora import Dora
-from tapfm.adapt.frozen import Frozen
-from tapfm.adapt.full import Full
-from tapfm.adapt.hiadapter import HiAdapter
-from tapfm.adapt.last_n import LastN
-from tapfm.adapt.lora import Lora
-from tapfm.adapt.norm_only import NormOnly
-from tapfm.adapt.pathotune import PathoTune
-from tapfm.adapt.ssf import Ssf
+from tapfm.adapt.strategies.adaptformer import AdaptFormer
+from tapfm.adapt.strategies.bitfit import BitFit
+from tapfm.adapt.strategies.dora import Dora
+from tapfm.adapt.strategies.frozen import Frozen
+from tapfm.adapt.strategies.full import Full
+from tapfm.adapt.strategies.hiadapter import HiAdapter
+from tapfm.adapt.strategies.last_n import LastN
+from tapfm.adapt.strategies.lora import Lora
+from tapfm.adapt.strategies.norm_only import NormOnly
+from tapfm.adapt.strategies.pathotune import PathoTune
+from tapfm.adapt.strategies.ssf import Ssf
+from tapfm.adapt.strategies.vpt_deep import VptDeep
 from tapfm.adapt.surgery import StrategyError
-from tapfm.adapt.vpt_deep import VptDeep
 
 __all__ = [
     "STRATEGIES",

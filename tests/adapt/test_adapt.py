@@ -18,7 +18,7 @@ from torch import nn
 
 from tapfm import model as models
 from tapfm.adapt import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
-from tapfm.adapt.pathotune import hold
+from tapfm.adapt.strategies.pathotune import hold
 from tapfm.encoders import backbones
 from tapfm.module import StrategyName
 from tapfm.optim import layerwise, parameter_groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tapfm.adapt import StrategyError, make_strategy, spell
-from tapfm.adapt.pathotune import held
+from tapfm.adapt.strategies.pathotune import held
 from tests.tiny import random_tiles, tiny_encoder
 
 WIDTH = 7  # of the text
