@@ -32,7 +32,7 @@ from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.masters import MasterAdamW
 from tapfm.engine.memory import PhaseMeter, SavedBytes
-from tapfm.model import Recipe, SlideModel
+from tapfm.slide_model.model import Recipe, SlideModel
 from tapfm.tasks.losses import MaskedBCE
 
 METHODS = {"two_pass": "two passes (tapfm)", "one_graph": "one graph"}

@@ -16,8 +16,6 @@ Rooms, each of which lists its files in its own docstring:
 The training step and what it meets:
 
     module.py        LightningModule: training_step is the algorithm
-    model.py         encoder and aggregator together; saved and loaded
-    aggregators.py   tile weights and slide logits
     optim.py         learning rates, parameter groups
     callbacks.py     metrics.csv, memory.csv, best weights, resume point
     processes.py     what several GPUs tell each other

@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from tapfm.aggregators import make_aggregator
+from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks import Task, watched
 
 BATCH = 8  # slides an update: steadier than one, still tens of updates an epoch
@@ -102,7 +102,7 @@ class MeanPoolMLP(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """Projected tiles to logits through `tapfm.aggregators`' learned attention."""
+    """Projected tiles to logits through `tapfm.slide_model.aggregators`' learned attention."""
 
     def __init__(self, dim: int, labels: int, width: int):
         super().__init__()

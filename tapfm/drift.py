@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from tapfm.model import SlideModel
+from tapfm.slide_model.model import SlideModel
 
 
 def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float:

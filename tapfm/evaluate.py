@@ -27,8 +27,6 @@ from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
-from tapfm import model as models
-from tapfm.aggregators import TILES
 from tapfm.baselines import (
     Baseline,
     FeatureBag,
@@ -43,7 +41,6 @@ from tapfm.features import Extraction, read_features
 from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.heatmap import overlay_png
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
-from tapfm.model import CheckpointError, adapted_fingerprint
 from tapfm.prediction import (
     Prediction,
     pool_cases,
@@ -56,6 +53,9 @@ from tapfm.reports.arms import Arm, row_folder, row_of_run
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.page import write_page
 from tapfm.reports.report import write_results
+from tapfm.slide_model import model as models
+from tapfm.slide_model.aggregators import TILES
+from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
 from tapfm.stats.metrics import auroc
 from tapfm.tasks.multilabel import Multilabel
 

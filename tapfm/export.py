@@ -25,7 +25,7 @@ from torch import nn
 from slides.files import WriteError, replacing, write_json, write_text
 from tapfm import __version__
 from tapfm.encoders.backbones import BackboneError, Encoder
-from tapfm.model import load_encoder
+from tapfm.slide_model.model import load_encoder
 from tapfm.tasks import make_task
 
 FILES = ("model.safetensors", "config.json", "provenance.json", "README.md")

@@ -41,7 +41,7 @@ from tapfm import __version__
 from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
-from tapfm.model import load_encoder, read_recipe
+from tapfm.slide_model.model import load_encoder, read_recipe
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
-from tapfm.aggregators import effective_tiles
 from tapfm.data.bag import Bag, SkippedBag, too_late_to_skip
 from tapfm.encoders import backbones
 from tapfm.encoders.compiled import need_compiler
@@ -28,10 +27,11 @@ from tapfm.engine.dither import dither
 from tapfm.engine.masters import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
 from tapfm.engine.passes import Passes
-from tapfm.model import Recipe, SlideModel
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.processes import average, gather, unwrap
 from tapfm.settings import SettingsError
+from tapfm.slide_model.aggregators import effective_tiles
+from tapfm.slide_model.model import Recipe, SlideModel
 from tapfm.tasks import watched
 
 

@@ -28,8 +28,6 @@ from slides.streaming.tile_source import loose, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
-from tapfm import model as models
-from tapfm.aggregators import TILES
 from tapfm.data.bag import Bag
 from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.prediction import (
@@ -41,6 +39,8 @@ from tapfm.prediction import (
     write_predictions,
     write_weights,
 )
+from tapfm.slide_model import model as models
+from tapfm.slide_model.aggregators import TILES
 
 
 def predict_slides(

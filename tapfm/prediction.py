@@ -24,7 +24,7 @@ from slides.cohort.table import SlideRow
 from slides.files import join_csv, replacing, write_csv
 from slides.tiling.index import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
-from tapfm.model import SlideModel
+from tapfm.slide_model.model import SlideModel
 from tapfm.tasks import Task
 
 

@@ -17,7 +17,7 @@ from tapfm.encoders.attention import NoClsAttentionError
 from tapfm.encoders.backbones import BACKBONES, BackboneError, build, find, load
 from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.model import Recipe, SlideModel, save
+from tapfm.slide_model.model import Recipe, SlideModel, save
 from tests.tiny import random_tiles, tiny_swin
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.aggregators import make_aggregator
 from tapfm.engine.chunked import adapt_bag, chunk_rng, encode_bag
+from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
 from tests.tiny import MAKES, random_tiles, tiny_encoder
 

@@ -17,8 +17,8 @@ from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.evaluate import check_same_data, tile_auroc
 from tapfm.features import read_features
 from tapfm.fit import read_config
-from tapfm.model import CheckpointError
 from tapfm.prediction import Prediction
+from tapfm.slide_model.model import CheckpointError
 from tests.cohorts import LABELS, spoil, write_cohort
 
 VAL = ["s7", "s8", "s9"]

@@ -17,11 +17,11 @@ import torch
 from torch.func import functional_call
 
 from tapfm.adapt import make_strategy
-from tapfm.aggregators import make_aggregator
 from tapfm.encoders import compiled
 from tapfm.engine.boundary import BoundaryTokens, find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.masters import MasterAdamW
+from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
 from tests.tiny import random_tiles, tiny_encoder
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from slides.streaming.order import epoch_order
 from tapfm import callbacks
-from tapfm import model as models
-from tapfm.aggregators import AGGREGATORS
 from tapfm.callbacks import BestWeights
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
 from tapfm.engine import passes
 from tapfm.module import SlideModule
+from tapfm.slide_model import model as models
+from tapfm.slide_model.aggregators import AGGREGATORS
 from tests.cohorts import LABELS, spoil, write_cohort
 from tests.conftest import ROOT
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tapfm import model as models
-from tapfm.aggregators import AGGREGATORS, make_aggregator
 from tapfm.baselines import bag_statistics
 from tapfm.cli import main
 from tapfm.encoders import backbones
@@ -17,6 +15,8 @@ from tapfm.head_start import callback
 from tapfm.head_start.remembered import Remembered, standardise
 from tapfm.head_start.solved import embed, judge, solve_head
 from tapfm.head_start.taught import teach
+from tapfm.slide_model import model as models
+from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
 from tapfm.tasks import make_task
 from tests.cohorts import write_cohort
 

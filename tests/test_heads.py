@@ -13,7 +13,7 @@ from torch import nn
 from tapfm import cli
 from tapfm.encoders.backbones import Encoder, build, find, load_state
 from tapfm.encoders.heads import AttentionPool, Projection
-from tapfm.model import Recipe, SlideModel
+from tapfm.slide_model.model import Recipe, SlideModel
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from tapfm import model as models
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.engine import passes
+from tapfm.slide_model import model as models
 from tests.tiny import random_tiles
 
 

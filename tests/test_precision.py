@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tapfm.aggregators import make_aggregator
 from tapfm.cli import main
 from tapfm.engine.dither import dither
+from tapfm.slide_model.aggregators import make_aggregator
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -75,7 +75,7 @@ def test_the_score_keeps_what_tells_tiles_apart():
 
 def test_buffers_stay_fp32_where_weights_do_not():
     """RoPE's angles, and the mean and deviation of the pixels."""
-    from tapfm.model import Recipe, SlideModel
+    from tapfm.slide_model.model import Recipe, SlideModel
 
     recipe = Recipe("demo_vit", "tapfm", ("A",), 32, 0.5, precision="bf16-true")
     model = SlideModel(recipe, tiny_encoder("rope", dtype=torch.float32))

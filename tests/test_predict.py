@@ -19,12 +19,12 @@ from slides.streaming.stain import StainedSlide
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
-from tapfm import model as models
 from tapfm.cli import main
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.predict import loose_bag
 from tapfm.prediction import predict_bag
+from tapfm.slide_model import model as models
 from tests.cohorts import LABELS
 from tests.conftest import stained_picture, write_pyramid
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
-from tapfm import model as models
 from tapfm.adapt import StrategyError
 from tapfm.cli import main
 from tapfm.engine.memory import PhaseMeter
@@ -24,6 +23,7 @@ from tapfm.labelled.batch import TileBatch
 from tapfm.labelled.data import TileData
 from tapfm.labelled.fit import PROBE, RGB, frozen_features, predict_tiles
 from tapfm.labelled.module import TileModule
+from tapfm.slide_model import model as models
 from tests.conftest import ROOT
 from tests.tile_sets import arguments, write_tiles
 

@@ -25,7 +25,7 @@ from tapfm.engine.boundary import Boundary, BoundaryTokens, find_boundary
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.rescue import Rescue
 from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, taken
-from tapfm.model import SlideModel
+from tapfm.slide_model.model import SlideModel
 
 
 class ChunkError(RuntimeError):

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from tapfm.aggregators import Aggregator
 from tapfm.baselines import undisturbed
 from tapfm.head_start.remembered import Remembered
 from tapfm.head_start.solved import embed, judge
 from tapfm.processes import average, gather, rank, world
+from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 
 RATES = (1e-2, 3e-3, 1e-3)

@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.files import replacing
-from tapfm import model as models
 from tapfm.adapt import make_strategy, spell
 from tapfm.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
 from tapfm.encoders import backbones
@@ -31,8 +30,9 @@ from tapfm.labelled.baselines import Probe, features, fit_probe
 from tapfm.labelled.data import TileData
 from tapfm.labelled.module import TileModule
 from tapfm.labelled.report import TileArm, write_tile_results
-from tapfm.model import SlideModel
 from tapfm.settings import SettingsError
+from tapfm.slide_model import model as models
+from tapfm.slide_model.model import SlideModel
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapfm.adapt import spell
-from tapfm.aggregators import TILES
 from tapfm.engine.chunked import chunk_rng
 from tapfm.engine.passes import ChunkError
 from tapfm.labelled.batch import TileBatch
 from tapfm.labelled.prototypes import PrototypeLoss
 from tapfm.module import SlideModule, StrategyName
 from tapfm.optim import Steps
+from tapfm.slide_model.aggregators import TILES
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions
 

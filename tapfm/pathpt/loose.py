@@ -35,13 +35,13 @@ from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import BackboneError
-from tapfm.model import CheckpointError
 from tapfm.pathpt.findings import draw_classes
 from tapfm.pathpt.network import PathPT, Recipe, load
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.tiles import Towers, encode_slide, load_towers
 from tapfm.pathpt.towers import TextError
 from tapfm.pathpt.vote import ballot
+from tapfm.slide_model.model import CheckpointError
 
 
 def predict_slides(

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from slides.files import replacing
 from tapfm import __version__
-from tapfm.model import CheckpointError
 from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.spatial import Mixer
+from tapfm.slide_model.model import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from slides.errors import IndexSettingsError, StainError
 from slides.streaming import prefetch as crews
 from slides.streaming.settings import index_and_cache
 from slides.streaming.tile_source import Opener
-from tapfm import model as models
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.encoders import backbones
 from tapfm.fit import read_config
+from tapfm.slide_model import model as models
 from tests.cohorts import LABELS, write_cohort
 
 SLIDES = 4

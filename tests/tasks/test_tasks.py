@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tapfm import model as models
 from tapfm.encoders import backbones
+from tapfm.slide_model import model as models
 from tapfm.tasks import TaskError, learn_task, make_task, spell_task, watched
 from tapfm.tasks.multilabel import positive_weights
 

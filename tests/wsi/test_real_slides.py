@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tapfm import model as models
 from tapfm.cli import main
 from tapfm.encoders import backbones
+from tapfm.slide_model import model as models
 
 MPP = 2.0  # coarser than every scan, so that one model reads them all
 OPENS = {  # slide: microns per pixel to give where it does not say

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from slides.files import replacing
 from tapfm import __version__
 from tapfm.adapt import StrategyError, make_strategy, spell
-from tapfm.aggregators import make_aggregator
 from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
 from tapfm.engine.chunked import encode_bag
+from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks import make_task
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")

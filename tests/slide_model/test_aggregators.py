@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm.aggregators import AGGREGATORS, effective_tiles, make_aggregator, minmax
+from tapfm.slide_model.aggregators import AGGREGATORS, effective_tiles, make_aggregator, minmax
 
 T, D, K = 13, 7, 3
 
