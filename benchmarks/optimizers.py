@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.encoders import backbones
-from tapfm.engine.masters import KEEPERS, MasterAdamW
+from tapfm.engine.master_weights import KEEPERS, MasterAdamW
 from tapfm.optim import parameter_groups
 
 UPDATES, LR, TILES = 200, 1e-6, 4

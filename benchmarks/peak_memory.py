@@ -30,7 +30,7 @@ import torch
 from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite, write_rows
 from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.masters import MasterAdamW
+from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter, SavedBytes
 from tapfm.slide_model.model import Recipe, SlideModel
 from tapfm.tasks.losses import MaskedBCE

@@ -1,5 +1,7 @@
 """tapfm adapts pathology foundation models to slide-level questions, end to end, on one GPU.
 
+    distributed.py  what several GPUs tell each other
+
 Rooms, each of which lists its files in its own docstring:
 
     encoders/        foundation models: which there are, loading, a tile's feature and score
@@ -18,7 +20,6 @@ The training step and what it meets:
     module.py        LightningModule: training_step is the algorithm
     optim.py         learning rates, parameter groups
     callbacks.py     metrics.csv, memory.csv, best weights, resume point
-    processes.py     what several GPUs tell each other
 
 Verbs:
 

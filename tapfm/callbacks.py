@@ -18,8 +18,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from slides.files import replacing
+from tapfm.distributed import gather
 from tapfm.module import DivergedError
-from tapfm.processes import gather
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import adapted_fingerprint
 

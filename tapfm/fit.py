@@ -28,12 +28,12 @@ from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
 from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.data.datamodule import SlideData
+from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.engine.footprint import CONTEXT_GIB, Setup
 from tapfm.head_start.callback import HeadStart
 from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
-from tapfm.processes import part
 from tapfm.tasks import watched
 
 CONFIG = "config.yaml"

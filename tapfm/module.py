@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.data.bag import Bag, SkippedBag, too_late_to_skip
+from tapfm.distributed import average, gather, unwrap
 from tapfm.encoders import backbones
 from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither
-from tapfm.engine.masters import MasterAdamW
+from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
 from tapfm.engine.passes import Passes
 from tapfm.optim import Steps, parameter_groups, warmup_cosine
-from tapfm.processes import average, gather, unwrap
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import effective_tiles
 from tapfm.slide_model.model import Recipe, SlideModel
@@ -73,7 +73,7 @@ class SlideModule(L.LightningModule):
         compile: blocks by torch.compile (`encoders.compiled`): faster, after a wait at the start.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
-            exact values are kept: master, residual or offload (`engine.masters`).
+            exact values are kept: master, residual or offload (`engine.master_weights`).
         temperature: of the CLS score's softmax; None is the aggregator's own.
         drop_path: stochastic depth of the encoder while training.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so

@@ -16,7 +16,7 @@ from tapfm.encoders import compiled
 from tapfm.encoders.compiled import CompilerError, need_compiler, padded
 from tests.adapt.test_adapt import adapted, move
 from tests.cohorts import write_cohort
-from tests.test_chunked import CPU, Slide, difference
+from tests.engine.test_chunked import CPU, Slide, difference
 from tests.tiny import random_tiles, tiny_encoder
 
 # "lora, q v" is in some of the blocks only: what was compiled without must not serve those with

@@ -16,9 +16,9 @@ from tapfm import plan as planning
 from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.encoders.backbones import BackboneError, Encoder, build, find
 from tapfm.engine import footprint as counting
-from tapfm.engine.boundary import find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.footprint import PHASES, Cost, Footprint, Setup
+from tapfm.engine.frozen_prefix import find_boundary
 from tapfm.engine.memory import saved_bytes
 from tapfm.fit import foretell
 from tapfm.module import SlideModule

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import Backbone, Encoder, load
 from tapfm.encoders.tail import TOLERANCE, ClsTail
-from tapfm.engine.boundary import find_boundary
+from tapfm.engine.frozen_prefix import find_boundary
 from tests.adapt.test_adapt import CASES, FUSED_BIAS, MAKES, adapted, move
 from tests.tiny import MAKES as ENCODERS
 from tests.tiny import random_tiles, tiny_encoder

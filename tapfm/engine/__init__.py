@@ -1,11 +1,11 @@
 """The exact gradient of a slide at one chunk's memory, and what a run meets on the way.
 
+    frozen_prefix.py   frozen blocks in front are computed once a slide
+    master_weights.py  AdamW for bfloat16 weights, their exact values kept elsewhere
     chunked.py    two passes over the tiles: the whole algorithm
     passes.py     these as a run makes them, with the three below
-    boundary.py   frozen blocks in front are computed once a slide
     rescue.py     when memory runs out: the same gradient from smaller chunks
     sampling.py   an unbiased backward of a few of the slide's tiles
-    masters.py    AdamW for bfloat16 weights, their exact values kept elsewhere
     dither.py     weights from a float16 file, about to be trained in bfloat16
     memory.py     seconds and peak memory by phase
     footprint.py  what a step holds and computes, counted without a GPU

@@ -14,7 +14,8 @@ computed (`encoders.tail`), is in both. Peaks follow from these.
                 the larger of them
     step        what rests, the gradient, and what the update makes for an instant
 
-What rests are the weights and what the optimizer keeps of those that learn (`engine.masters`).
+What rests are the weights and what the optimizer keeps of those that learn
+(`engine.master_weights`).
 
 Condition: attention fused; one slide an update: accumulating slides keeps the gradient, 4 bytes a
 parameter, through encode and aggregate. Autocast keeps its copies until the encoder's call ends,
@@ -39,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.adapt import make_strategy, spell
 from tapfm.encoders.backbones import Backbone, Encoder, build
 from tapfm.encoders.tail import unfit
-from tapfm.engine.boundary import Boundary, first_to_learn
+from tapfm.engine.frozen_prefix import Boundary, first_to_learn
 from tapfm.engine.memory import saved_bytes
 
 GIB = 2**30

@@ -6,8 +6,8 @@
     passes.adapt(seen)                    pass 2: adds to the encoder's .grad
 
 `engine.chunked` has the algorithm. This adds what a run meets: blocks in front of the first that
-learns are computed once (`engine.boundary`); where memory runs out, it goes on with half the chunk
-and the same gradient (`engine.rescue`); and pass 2 may take a few tiles (`engine.sampling`).
+learns are computed once (`engine.frozen_prefix`); where memory runs out, it goes on with half the
+chunk and the same gradient (`engine.rescue`); and pass 2 may take a few tiles (`engine.sampling`).
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features.
 """
@@ -21,8 +21,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from tapfm.data.bag import Bag
-from tapfm.engine.boundary import Boundary, BoundaryTokens, find_boundary
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
+from tapfm.engine.frozen_prefix import Boundary, BoundaryTokens, find_boundary
 from tapfm.engine.rescue import Rescue
 from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, taken
 from tapfm.slide_model.model import SlideModel

@@ -8,10 +8,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from tapfm.callbacks import BestWeights
+from tapfm.distributed import gather
 from tapfm.head_start.remembered import remember, standardise
 from tapfm.head_start.solved import embed, judge, solve_head
 from tapfm.head_start.taught import teach
-from tapfm.processes import gather
 
 VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 

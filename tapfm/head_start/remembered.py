@@ -17,7 +17,7 @@ from tqdm import tqdm
 from slides.seeds import stable_seed
 from tapfm.baselines import FeatureBag, divisor
 from tapfm.data.bag import Bag, SkippedBag
-from tapfm.processes import gather
+from tapfm.distributed import gather
 from tapfm.slide_model.aggregators import Aggregator
 
 MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from tapfm.baselines import FeatureBag, validation_score
+from tapfm.distributed import gather
 from tapfm.head_start.remembered import Remembered
 from tapfm.linear_probe import LinearProbe, fit_linear_probe
-from tapfm.processes import gather
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from tapfm.baselines import undisturbed
+from tapfm.distributed import average, gather, rank, world
 from tapfm.head_start.remembered import Remembered
 from tapfm.head_start.solved import embed, judge
-from tapfm.processes import average, gather, rank, world
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 

@@ -60,7 +60,7 @@ class TileModule(SlideModule):
         recompute: keep block boundaries only, and compute the rest again for backward.
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
-            exact values are kept: master, residual or offload (`engine.masters`).
+            exact values are kept: master, residual or offload (`engine.master_weights`).
         drop_path: stochastic depth of the encoder while training.
         steps: learning rates and their kin; a step is a batch.
     """

@@ -22,7 +22,7 @@ from tapfm.encoders import backbones
 from tapfm.module import StrategyName
 from tapfm.optim import layerwise, parameter_groups
 from tapfm.slide_model import model as models
-from tests.test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
+from tests.engine.test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
 from tests.tiny import random_tiles, tiny_encoder, tiny_swin
 
 MAKES = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tapfm.engine import masters
-from tapfm.engine.masters import KEEPERS, MasterAdamW, join, pack, split, unpack
+from tapfm.engine import master_weights as masters
+from tapfm.engine.master_weights import KEEPERS, MasterAdamW, join, pack, split, unpack
 
 N = 20_000
 EXACT = ("master", "offload")  # to the bit; the residual scheme has moments of 8 bits

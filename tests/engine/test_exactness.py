@@ -18,9 +18,9 @@ from torch.func import functional_call
 
 from tapfm.adapt import make_strategy
 from tapfm.encoders import compiled
-from tapfm.engine.boundary import BoundaryTokens, find_boundary
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.masters import MasterAdamW
+from tapfm.engine.frozen_prefix import BoundaryTokens, find_boundary
+from tapfm.engine.master_weights import MasterAdamW
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
 from tests.tiny import random_tiles, tiny_encoder
