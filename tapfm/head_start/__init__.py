@@ -1,6 +1,6 @@
 """`model.steps.head_start`: the slide model is fitted to frozen features before the encoder learns.
 
-    remembered.py  slides as the frozen encoder sees them, augmented as in training; standardising
+    remembered.py  slides as the frozen encoder sees them; standardising
     solved.py      the head as a linear probe of slides' embeddings
     taught.py      gate and head trained on the remembered features
     callback.py    both, before the first slide; the better begins the run
