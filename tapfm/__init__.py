@@ -28,13 +28,10 @@ Verbs:
     drift.py         how far features have moved, by linear CKA
     fit.py           tapfm fit
     evaluate.py      tapfm test
-    baselines.py     frozen mean-pool MLP and gated attention, RGB statistics
-    linear_probe.py  frozen linear probe, by the task's own loss
     study.py         tapfm study: folds, seeds and strategies as cells that resume
     prediction.py    what a model says of a slide or a case; all tiles, streamed
     predict.py       tapfm predict and heatmap: slides of no cohort, or a patient's as one
     heatmap.py       PNG overlay, GeoJSON for QuPath
-    features.py      tapfm features: what other tools read, and the frozen baselines
     export.py        tapfm export: a plain timm model
     doctor.py        tapfm doctor
     cli.py           the command line: the list of verbs

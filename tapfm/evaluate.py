@@ -27,20 +27,20 @@ from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
-from tapfm.baselines import (
+from tapfm.callbacks import BEST
+from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.datamodule import SlideData
+from tapfm.fit import CONFIG, Cli, read_config
+from tapfm.frozen.baselines import (
     Baseline,
     FeatureBag,
     RgbStatistics,
     fit_gated_attention,
     fit_mean_pool_mlp,
 )
-from tapfm.callbacks import BEST
-from tapfm.data.bag import Bag, SkippedBag
-from tapfm.data.datamodule import SlideData
-from tapfm.features import Extraction, read_features
-from tapfm.fit import CONFIG, Cli, read_config
+from tapfm.frozen.features import Extraction, read_features
+from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.heatmap import overlay_png
-from tapfm.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.prediction import (
     Prediction,
     pool_cases,

@@ -113,7 +113,7 @@ def test_leaves_know_nothing_of_the_rest(leaf):
 def test_what_pathpt_computes_knows_no_slides(part):
     path = ROOT / "tapfm" / "pathpt" / f"{part}.py"
     assert not tops(path) & {"slides", "h5py", "lightning"}
-    assert not ours(path) & {"data.datamodule", "features", "predict", "fit", "module"}
+    assert not ours(path) & {"data.datamodule", "frozen.features", "predict", "fit", "module"}
 
 
 def test_module_and_data_meet_in_the_bag_only():

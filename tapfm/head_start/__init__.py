@@ -1,8 +1,5 @@
 """`model.steps.head_start`: the slide model is fitted to frozen features before the encoder learns.
 
-    remembered.py  slides as the frozen encoder sees them; standardising
-    solved.py      the head as a linear probe of slides' embeddings
-    taught.py      gate and head trained on the remembered features
     callback.py    both, before the first slide; the better begins the run
 
 A head that knows nothing sends gradients that spoil the features before they can serve it.

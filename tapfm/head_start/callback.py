@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 
 from tapfm.callbacks import BestWeights
 from tapfm.distributed import gather
-from tapfm.head_start.remembered import remember, standardise
-from tapfm.head_start.solved import embed, judge, solve_head
-from tapfm.head_start.taught import teach
+from tapfm.frozen.cached_features import remember, standardise
+from tapfm.frozen.solved_head import embed, judge, solve_head
+from tapfm.frozen.taught_head import teach
 
 VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 

@@ -22,8 +22,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from tapfm.baselines import RgbStatistics
 from tapfm.encoders.backbones import Encoder
+from tapfm.frozen.baselines import RgbStatistics
 from tapfm.labelled.batch import TileBatch
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions

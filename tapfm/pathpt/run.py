@@ -30,8 +30,8 @@ from slides.streaming.settings import Source
 from slides.streaming.tile_source import Opener
 from slides.wsi.reader import Slide
 from tapfm.adapt import make_optimizer, make_strategy, spell
-from tapfm.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.config import read_data, read_source
+from tapfm.frozen.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report

@@ -25,7 +25,7 @@ from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag
-from tapfm.features import Extraction, extract, read_features
+from tapfm.frozen.features import Extraction, extract, read_features
 from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.question import QuestionError
 from tapfm.pathpt.spatial import places

@@ -96,7 +96,7 @@ def features(verb: ArgumentParser) -> Do:
     rest = ("name", "dtype", "precision", "chunk", "device", "weights")
 
     def do(model: str, out: Path | None, **given) -> int:
-        from tapfm.features import run_features, tiles_of
+        from tapfm.frozen.features import run_features, tiles_of
 
         how = {key: given.pop(key) for key in rest}
         source = source_of("features", out or Path("data/index"), lambda: tiles_of(model), **given)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tapfm.baselines import bag_statistics
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.fit import read_config
+from tapfm.frozen.baselines import bag_statistics
+from tapfm.frozen.cached_features import Remembered, standardise
+from tapfm.frozen.solved_head import embed, judge, solve_head
+from tapfm.frozen.taught_head import teach
 from tapfm.head_start import callback
-from tapfm.head_start.remembered import Remembered, standardise
-from tapfm.head_start.solved import embed, judge, solve_head
-from tapfm.head_start.taught import teach
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
 from tapfm.tasks import make_task
@@ -93,7 +93,7 @@ def test_a_taught_gate_finds_what_the_mean_tile_hides(name):
 
 
 def test_an_epoch_sees_one_view_of_each_slide(monkeypatch):
-    from tapfm.head_start import taught
+    from tapfm.frozen import taught_head as taught
 
     monkeypatch.setattr(taught, "EPOCHS", 4)
     monkeypatch.setattr(taught, "RATES", (1e-3,))

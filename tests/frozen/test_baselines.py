@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm import baselines
-from tapfm.baselines import (
+from tapfm.frozen import baselines
+from tapfm.frozen.baselines import (
     Candidate,
     FeatureBag,
     RgbStatistics,

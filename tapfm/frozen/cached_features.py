@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slides.seeds import stable_seed
-from tapfm.baselines import FeatureBag, divisor
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.distributed import gather
+from tapfm.frozen.baselines import FeatureBag, divisor
 from tapfm.slide_model.aggregators import Aggregator
 
 MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g

@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 
-from tapfm.baselines import BaselineError, FeatureBag
-from tapfm.linear_probe import STRENGTHS, fit_linear_probe
+from tapfm.frozen.baselines import BaselineError, FeatureBag
+from tapfm.frozen.linear_probe import STRENGTHS, fit_linear_probe
 from tapfm.stats.metrics import auroc, macro_auroc
 from tapfm.tasks import learn_task
 from tapfm.tasks.multilabel import Multilabel

@@ -30,7 +30,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from tapfm.baselines import (
+from tapfm.frozen.baselines import (
     BaselineError,
     FeatureBag,
     bag_statistics,

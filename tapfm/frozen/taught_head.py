@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tapfm.baselines import undisturbed
 from tapfm.distributed import average, gather, rank, world
-from tapfm.head_start.remembered import Remembered
-from tapfm.head_start.solved import embed, judge
+from tapfm.frozen.baselines import undisturbed
+from tapfm.frozen.cached_features import Remembered
+from tapfm.frozen.solved_head import embed, judge
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 

@@ -11,11 +11,11 @@ from slides.streaming.chunks import read_tiles
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
-from tapfm import features
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint
-from tapfm.features import Extraction, FeatureError
+from tapfm.frozen import features
+from tapfm.frozen.features import Extraction, FeatureError
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS, write_cohort
 from tests.conftest import stained_picture, write_pyramid

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tapfm.baselines import FeatureBag, validation_score
 from tapfm.distributed import gather
-from tapfm.head_start.remembered import Remembered
-from tapfm.linear_probe import LinearProbe, fit_linear_probe
+from tapfm.frozen.baselines import FeatureBag, validation_score
+from tapfm.frozen.cached_features import Remembered
+from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 
