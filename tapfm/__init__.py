@@ -41,7 +41,7 @@ What all share:
     config.py        what indexing reads of a config
     settings.py      errors of settings: all at once, with near spellings
 
-Read `module.py` first.
+Read `training` first: its module has the training step.
 """
 
 __version__ = "0.1.0"
