@@ -64,7 +64,7 @@ class Job:
 
 
 class Step:
-    """A training step by either method, in the phases of `tapfm.module`."""
+    """A training step by either method, in the phases of `tapfm.training.module`."""
 
     def __init__(self, job: Job):
         torch.manual_seed(0)

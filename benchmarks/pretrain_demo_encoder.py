@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from slides.demo.tissue_painter import GLASS, Specimen, paint, site_stain
 from tapfm.encoders.backbones import Encoder, build, find
-from tapfm.optim import parameter_groups, warmup_cosine
+from tapfm.training.optim import parameter_groups, warmup_cosine
 
 SEED = 20_250_101
 SITES = 16

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from slides.demo.tissue_painter import COMPARTMENTS, Specimen, compartments, paint, site_stain
 from tapfm.encoders import backbones
-from tapfm.optim import warmup_cosine
 from tapfm.pathpt.towers import tokenise
 from tapfm.pathpt.words import FILE, WordTower, image_head
+from tapfm.training.optim import warmup_cosine
 
 SEED = 20_250_202
 SITES, SPECIMENS = 48, 192

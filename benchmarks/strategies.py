@@ -40,11 +40,9 @@ from benchmarks.demo_seeds import CONFIG, ROOT, prepare
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm import cli
 from tapfm.adapt import STRATEGIES, make_strategy
-from tapfm.callbacks import BEST
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluate import frozen_arms
-from tapfm.fit import read_config
 from tapfm.prediction import predict_all, write_predictions
 from tapfm.reports.arms import Arm, read_arm
 from tapfm.reports.tables import interval
@@ -52,6 +50,8 @@ from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
 from tapfm.tasks import Task
+from tapfm.training.callbacks import BEST
+from tapfm.training.fit import read_config
 
 RESULT = RESULTS / "strategies.json"
 BASELINES = "baselines"  # the cell of the frozen rows, which the others are set against

@@ -8,7 +8,6 @@ Rooms, each of which lists its files in its own docstring:
     engine/          the exact gradient of a slide at one chunk's memory
     adapt/           what of the encoder learns; one file a strategy
     tasks/           what is predicted; one file a task
-    head_start/      the slide model fitted to frozen features before the encoder learns
     stats/           figures with intervals
     reports/         what runs said: tables, pictures, one page
     labelled/        training on labelled tiles
@@ -17,16 +16,12 @@ Rooms, each of which lists its files in its own docstring:
 
 The training step and what it meets:
 
-    module.py        LightningModule: training_step is the algorithm
-    optim.py         learning rates, parameter groups
-    callbacks.py     metrics.csv, memory.csv, best weights, resume point
 
 Verbs:
 
     plan.py          what fits on a GPU, before the run
     probe.py         tapfm probe: which blocks a cohort's labels pull at
     drift.py         how far features have moved, by linear CKA
-    fit.py           tapfm fit
     evaluate.py      tapfm test
     study.py         tapfm study: folds, seeds and strategies as cells that resume
     prediction.py    what a model says of a slide or a case; all tiles, streamed

@@ -27,10 +27,8 @@ from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
-from tapfm.callbacks import BEST
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
-from tapfm.fit import CONFIG, Cli, read_config
 from tapfm.frozen.baselines import (
     Baseline,
     FeatureBag,
@@ -58,6 +56,8 @@ from tapfm.slide_model.aggregators import TILES
 from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
 from tapfm.stats.metrics import auroc
 from tapfm.tasks.multilabel import Multilabel
+from tapfm.training.callbacks import BEST
+from tapfm.training.fit import CONFIG, Cli, read_config
 
 GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
 MIXED = "mixed"

@@ -37,10 +37,10 @@ from tapfm.data.bag import Bag
 from tapfm.data.datamodule import SlideData
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.fit import read_config
 from tapfm.heatmap import save_figure
-from tapfm.module import SlideModule
 from tapfm.reports.figures import probe_figure
+from tapfm.training.fit import read_config
+from tapfm.training.module import SlideModule
 
 SHARE = 0.8  # of the gradient over weight that the suggested blocks have
 HEAD_PASSES, HEAD_LR = 20, 1e-3  # over the frozen features: seconds

@@ -38,11 +38,11 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "stats.confusions": {"stats.bootstrap"},
     "reports.plain_table": {"stats.bootstrap"},
     "engine.chunked": set(),
-    "engine.rescue": {"engine.chunked"},
+    "training.oom_retry": {"engine.chunked"},
     "engine.frozen_prefix": {"data.bag", "encoders.backbones", "engine.chunked"},
     "distributed": set(),
     "engine.sampling": set(),
-    "optim": set(),
+    "training.optim": set(),
     "engine.master_weights": set(),
     "stats.bootstrap": set(),
     "stats.metrics": {"stats.bootstrap"},
@@ -52,7 +52,7 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "stats.thresholds": {"stats.confusions"},
     "stats.calibration": set(),
     "engine.memory": set(),
-    "adapt.surgery": {"optim"},
+    "adapt.surgery": {"training.optim"},
     "adapt.pixels": set(),
     "labelled.prototypes": set(),
     "adapt.lowrank": {"adapt.surgery"},
@@ -113,14 +113,20 @@ def test_leaves_know_nothing_of_the_rest(leaf):
 def test_what_pathpt_computes_knows_no_slides(part):
     path = ROOT / "tapfm" / "pathpt" / f"{part}.py"
     assert not tops(path) & {"slides", "h5py", "lightning"}
-    assert not ours(path) & {"data.datamodule", "frozen.features", "predict", "fit", "module"}
+    assert not ours(path) & {
+        "data.datamodule",
+        "frozen.features",
+        "predict",
+        "training.fit",
+        "training.module",
+    }
 
 
 def test_module_and_data_meet_in_the_bag_only():
-    module, data = file_of("module"), file_of("data.datamodule")
+    module, data = file_of("training.module"), file_of("data.datamodule")
     assert "slides" not in tops(module)
     assert "data.datamodule" not in ours(module)
-    assert "module" not in ours(data)
+    assert "training.module" not in ours(data)
     assert not any(name.startswith("tapfm.adapt") for name in imports(data))
     assert "data.bag" in ours(module) & ours(data)
 
@@ -129,7 +135,7 @@ def test_module_and_data_of_tiles_meet_in_the_batch_only():
     module, data = file_of("labelled.module"), file_of("labelled.data")
     assert "slides" not in tops(module)
     assert not ours(module) & {"labelled.data", "data.datamodule"}
-    assert not ours(data) & {"labelled.module", "module"}
+    assert not ours(data) & {"labelled.module", "training.module"}
     assert not any(name.startswith("tapfm.adapt") for name in imports(data))
     assert "labelled.batch" in ours(module) & ours(data)
 

@@ -20,9 +20,9 @@ from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.footprint import PHASES, Cost, Footprint, Setup
 from tapfm.engine.frozen_prefix import find_boundary
 from tapfm.engine.memory import saved_bytes
-from tapfm.fit import foretell
-from tapfm.module import SlideModule
 from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
+from tapfm.training.fit import foretell
+from tapfm.training.module import SlideModule
 
 MIB = 2**20
 
@@ -319,7 +319,7 @@ def test_flags_are_what_fit_takes(tmp_path):
     """A strategy with options among them."""
     import shlex
 
-    from tapfm.fit import read_config
+    from tapfm.training.fit import read_config
     from tests.cohorts import write_cohort
 
     for setup in setups(depth=6):

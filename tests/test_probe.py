@@ -11,8 +11,8 @@ import yaml
 from tapfm import cli
 from tapfm.drift import cls_by_block, linear_cka
 from tapfm.encoders.checkpoints import PACKAGED
-from tapfm.fit import read_config
 from tapfm.probe import SHARE, fit_head, parts_of, slide_gradients, suggest, training_bags
+from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 
 SHIPPED = PACKAGED / "demo_vit.safetensors"

@@ -1,4 +1,4 @@
-"""The batch: one slide's tiles and labels. Where `tapfm.data.datamodule` and `tapfm.module` meet.
+"""The batch: one slide's tiles and labels. Where `tapfm.data.datamodule` and `tapfm.training.module` meet.
 
 Shapes: T tiles of a slide, K labels.
 """

@@ -3,12 +3,10 @@
     frozen_prefix.py   frozen blocks in front are computed once a slide
     master_weights.py  AdamW for bfloat16 weights, their exact values kept elsewhere
     chunked.py    two passes over the tiles: the whole algorithm
-    passes.py     these as a run makes them, with the three below
-    rescue.py     when memory runs out: the same gradient from smaller chunks
     sampling.py   an unbiased backward of a few of the slide's tiles
     dither.py     weights from a float16 file, about to be trained in bfloat16
     memory.py     seconds and peak memory by phase
     footprint.py  what a step holds and computes, counted without a GPU
 
-Read `chunked.py` first; `tapfm.module` has the training step that calls it.
+Read `chunked.py` first; `tapfm.training.module` has the training step that calls it.
 """

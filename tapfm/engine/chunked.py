@@ -126,7 +126,8 @@ def adapt_bag(
         device: as in pass 1.
         kept: what pass 1 kept; emptied, so that each graph is freed once it has served.
         score_weight: lambda. 1 is the exact gradient; 0 trains through the features only.
-        backward: adds one chunk's gradient; see `engine.rescue` for one that survives running out
+        backward: adds one chunk's gradient; see `training.oom_retry` for one that survives running
+        out
             of memory.
 
     Raises:

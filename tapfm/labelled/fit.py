@@ -22,10 +22,8 @@ from tqdm import tqdm
 
 from slides.files import replacing
 from tapfm.adapt import make_strategy, spell
-from tapfm.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.fit import Cli, prepare_folder, program, read_config
 from tapfm.labelled.baselines import Probe, features, fit_probe
 from tapfm.labelled.data import TileData
 from tapfm.labelled.module import TileModule
@@ -33,6 +31,8 @@ from tapfm.labelled.report import TileArm, write_tile_results
 from tapfm.settings import SettingsError
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
+from tapfm.training.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
+from tapfm.training.fit import Cli, prepare_folder, program, read_config
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from tapfm.adapt import spell
 from tapfm.engine.chunked import chunk_rng
-from tapfm.engine.passes import ChunkError
 from tapfm.labelled.batch import TileBatch
 from tapfm.labelled.prototypes import PrototypeLoss
-from tapfm.module import SlideModule, StrategyName
-from tapfm.optim import Steps
 from tapfm.slide_model.aggregators import TILES
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions
+from tapfm.training.module import SlideModule, StrategyName
+from tapfm.training.optim import Steps
+from tapfm.training.passes import ChunkError
 
 HEAD_DROPOUT = 0.5
 

@@ -193,8 +193,8 @@ def ledger(
 
 def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) -> Iterator[str]:
     """What was trained, by what, on what: the headers of the saved models, the labels' record."""
-    from tapfm.callbacks import BEST  # torch and Lightning, for this alone
     from tapfm.slide_model.model import CheckpointError, read_recipe
+    from tapfm.training.callbacks import BEST  # torch and Lightning, for this alone
 
     found: dict[str, dict[str, object]] = {}
     for run in runs:

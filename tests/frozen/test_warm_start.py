@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 
 from tapfm.cli import main
 from tapfm.encoders import backbones
-from tapfm.fit import read_config
 from tapfm.frozen.baselines import bag_statistics
 from tapfm.frozen.cached_features import Remembered, standardise
 from tapfm.frozen.solved_head import embed, judge, solve_head
 from tapfm.frozen.taught_head import teach
-from tapfm.head_start import callback
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
 from tapfm.tasks import make_task
+from tapfm.training import warm_start as callback
+from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 
 TASK = make_task({"name": "multilabel"}, ("A",))

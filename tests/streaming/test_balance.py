@@ -15,11 +15,11 @@ from slides.cohort.table import SlideRow
 from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
 from tapfm import evaluate
-from tapfm.callbacks import BestWeights
 from tapfm.cli import main
-from tapfm.fit import read_config
-from tapfm.head_start import callback
 from tapfm.tasks import learn_task
+from tapfm.training import warm_start as callback
+from tapfm.training.callbacks import BestWeights
+from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 
 EPOCHS = 400

@@ -24,7 +24,7 @@ from slides.streaming.prefetch import Crew, stream_chunks
 from slides.streaming.workers import Listed
 from tapfm.cli import main
 from tapfm.data.bag import SkippedBag
-from tapfm.fit import read_config
+from tapfm.training.fit import read_config
 from tests.cohorts import stamp, write_cohort
 from tests.sources import SIZE, Source, expected_tiles, make_index
 

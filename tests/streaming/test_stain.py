@@ -28,8 +28,8 @@ from slides.streaming.stain import (
     reinhard_moments,
 )
 from tapfm.config import read_source
-from tapfm.fit import read_config
 from tapfm.frozen.features import Extraction, tiles_of
+from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 from tests.sources import make_index, make_row
 

@@ -19,8 +19,8 @@ from slides.streaming.tile_source import Opener
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.encoders import backbones
-from tapfm.fit import read_config
 from tapfm.slide_model import model as models
+from tapfm.training.fit import read_config
 from tests.cohorts import LABELS, write_cohort
 
 SLIDES = 4

@@ -13,9 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tapfm.callbacks import RunLog
 from tapfm.cli import main
 from tapfm.slide_model import model as models
+from tapfm.training.callbacks import RunLog
 from tests.conftest import stained_picture, write_pyramid
 
 SLIDES = 24

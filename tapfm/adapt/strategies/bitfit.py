@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tapfm.adapt.surgery import share, train_only
-from tapfm.optim import parameter_groups
+from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tapfm.adapt.surgery import StrategyError, need_vit
-from tapfm.optim import layerwise, parameter_groups
+from tapfm.training.optim import layerwise, parameter_groups
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tapfm.adapt.surgery import StrategyError, last_blocks, share
-from tapfm.optim import layerwise, parameter_groups
+from tapfm.training.optim import layerwise, parameter_groups
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tapfm.adapt.lowrank import LowRank
-from tapfm.optim import parameter_groups
+from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

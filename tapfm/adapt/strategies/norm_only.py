@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tapfm.adapt.surgery import share
-from tapfm.optim import parameter_groups
+from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

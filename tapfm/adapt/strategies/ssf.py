@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tapfm.adapt.surgery import mlp_linears, need_vit, qkv_linears, share, timm_state
-from tapfm.optim import parameter_groups
+from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

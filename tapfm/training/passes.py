@@ -7,7 +7,8 @@
 
 `engine.chunked` has the algorithm. This adds what a run meets: blocks in front of the first that
 learns are computed once (`engine.frozen_prefix`); where memory runs out, it goes on with half the
-chunk and the same gradient (`engine.rescue`); and pass 2 may take a few tiles (`engine.sampling`).
+chunk and the same gradient (`training.oom_retry`); and pass 2 may take a few tiles
+(`engine.sampling`).
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features.
 """
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from tapfm.data.bag import Bag
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.frozen_prefix import Boundary, BoundaryTokens, find_boundary
-from tapfm.engine.rescue import Rescue
 from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, taken
 from tapfm.slide_model.model import SlideModel
+from tapfm.training.oom_retry import Rescue
 
 
 class ChunkError(RuntimeError):

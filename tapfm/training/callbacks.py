@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 
 from slides.files import replacing
 from tapfm.distributed import gather
-from tapfm.module import DivergedError
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import adapted_fingerprint
+from tapfm.training.module import DivergedError
 
 RESUME = "last.ckpt"
 BEST = "best.safetensors"

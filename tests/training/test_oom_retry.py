@@ -9,7 +9,7 @@ import torch
 from tapfm.cli import main
 from tapfm.encoders.backbones import Encoder
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.rescue import Rescue
+from tapfm.training.oom_retry import Rescue
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 

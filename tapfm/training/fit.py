@@ -26,15 +26,15 @@ from slides.errors import SettingsError
 from slides.files import write_text
 from tapfm import __version__
 from tapfm.adapt import make_strategy, spell
-from tapfm.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.engine.footprint import CONTEXT_GIB, Setup
-from tapfm.head_start.callback import HeadStart
-from tapfm.module import SlideModule
 from tapfm.plan import compare, forecast
 from tapfm.tasks import watched
+from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
+from tapfm.training.module import SlideModule
+from tapfm.training.warm_start import HeadStart
 
 CONFIG = "config.yaml"
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume

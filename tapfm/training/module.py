@@ -27,12 +27,12 @@ from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
-from tapfm.engine.passes import Passes
-from tapfm.optim import Steps, parameter_groups, warmup_cosine
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import effective_tiles
 from tapfm.slide_model.model import Recipe, SlideModel
 from tapfm.tasks import watched
+from tapfm.training.optim import Steps, parameter_groups, warmup_cosine
+from tapfm.training.passes import Passes
 
 
 class ValidationError(ValueError):

@@ -4,8 +4,8 @@ import torch
 
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
-from tapfm.engine import passes
 from tapfm.slide_model import model as models
+from tapfm.training import passes
 from tests.tiny import random_tiles
 
 

@@ -7,11 +7,11 @@ from copy import deepcopy
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from tapfm.callbacks import BestWeights
 from tapfm.distributed import gather
 from tapfm.frozen.cached_features import remember, standardise
 from tapfm.frozen.solved_head import embed, judge, solve_head
 from tapfm.frozen.taught_head import teach
+from tapfm.training.callbacks import BestWeights
 
 VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 
