@@ -16,10 +16,10 @@ import torch
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from tapfm.doctor import cls_row_error
 from tapfm.encoders.backbones import Encoder
 from tapfm.encoders.fingerprint import known_tiles
 from tapfm.encoders.registry import Backbone
+from tapfm.planning.doctor import cls_row_error
 
 SIDE, SIZE = 32, {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 VIT, EVA = "vit_tiny_patch16_224", "vit_small_patch16_dinov3"

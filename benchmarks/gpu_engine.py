@@ -39,7 +39,7 @@ import torch
 from benchmarks.peak_memory import Job, Step
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.encoders.backbones import find
-from tapfm.engine.footprint import CONTEXT_GIB, Footprint, Setup
+from tapfm.planning.footprint import CONTEXT_GIB, Footprint, Setup
 
 MODELS = ("uni", "virchow2", "uni2_h", "gigapath", "h_optimus_0")
 LARGEST = {"uni": 20_000, "virchow2": 5_000, "uni2_h": 5_000}  # tiles; 5,000 for the others too

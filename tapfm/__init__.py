@@ -19,7 +19,6 @@ The training step and what it meets:
 
 Verbs:
 
-    plan.py          what fits on a GPU, before the run
     probe.py         tapfm probe: which blocks a cohort's labels pull at
     drift.py         how far features have moved, by linear CKA
     evaluate.py      tapfm test
@@ -28,7 +27,6 @@ Verbs:
     predict.py       tapfm predict and heatmap: slides of no cohort, or a patient's as one
     heatmap.py       PNG overlay, GeoJSON for QuPath
     export.py        tapfm export: a plain timm model
-    doctor.py        tapfm doctor
     cli.py           the command line: the list of verbs
 
 What all share:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from tapfm.doctor import cls_row_error
 from tapfm.encoders import backbones, checkpoints
 from tapfm.encoders.attention import NoClsAttentionError
 from tapfm.encoders.backbones import BACKBONES, BackboneError, build, find, load
 from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.planning.doctor import cls_row_error
 from tapfm.slide_model.model import Recipe, SlideModel, save
 from tests.tiny import random_tiles, tiny_swin
 

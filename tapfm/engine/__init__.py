@@ -6,7 +6,6 @@
     sampling.py   an unbiased backward of a few of the slide's tiles
     dither.py     weights from a float16 file, about to be trained in bfloat16
     memory.py     seconds and peak memory by phase
-    footprint.py  what a step holds and computes, counted without a GPU
 
 Read `chunked.py` first; `tapfm.training.module` has the training step that calls it.
 """

@@ -29,8 +29,8 @@ from tapfm.adapt import make_strategy, spell
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
-from tapfm.engine.footprint import CONTEXT_GIB, Setup
-from tapfm.plan import compare, forecast
+from tapfm.planning.footprint import CONTEXT_GIB, Setup
+from tapfm.planning.plan import compare, forecast
 from tapfm.tasks import watched
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.training.module import SlideModule

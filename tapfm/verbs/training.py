@@ -14,7 +14,7 @@ def plan(verb: ArgumentParser) -> Do:
     add("--model", default="h_optimus_0", help="foundation model (%(default)s)")
     add("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
     add("--tile-px", type=int, help="side of a tile; the model's own")
-    return later("tapfm.plan:run_plan")
+    return later("tapfm.planning.plan:run_plan")
 
 
 def probe(verb: ArgumentParser) -> Do:
@@ -81,7 +81,7 @@ def doctor(verb: ArgumentParser) -> Do:
     """`tapfm doctor`."""
     verb.add_argument("--model", help="foundation model to check")
     verb.add_argument("--weights", help="its weights, as in model.weights")
-    return later("tapfm.doctor:run_doctor")
+    return later("tapfm.planning.doctor:run_doctor")
 
 
 def run_flags(verb: ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
     tapfm plan --model h_optimus_0 --gpu 24
 
-`engine.footprint` counts what each scheme holds; here the largest chunk that fits is found for
+`planning.footprint` counts what each scheme holds; here the largest chunk that fits is found for
 each, and the first that fits is chosen in this order: exact before approximate, nothing computed
 twice before recomputation, all parameters before some. `tapfm fit` on a GPU prints the same
 forecast for its own settings, and beside it, when it is done, what was measured.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapfm.encoders.backbones import Backbone, find
-from tapfm.engine.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
+from tapfm.planning.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
 
 KEPT_BACK_GIB, KEPT_BACK = 0.25, 0.02  # of the nominal size: driver, error correction, the desktop
 CHUNK_CAP = 64  # matrix products are large enough to fill a GPU well below it

@@ -1,4 +1,4 @@
-"""`tapfm.plan` says what fits before a run, from what `tapfm.engine.footprint` counts.
+"""`tapfm.planning.plan` says what fits before a run, from what `tapfm.planning.footprint` counts.
 
 Three anchors: our own earlier table of activations and peaks (measured with a separate script on
 the same timm models), what a real forward and backward on the CPU really hold and compute, and
@@ -12,15 +12,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm import plan as planning
 from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.encoders.backbones import BackboneError, Encoder, build, find
-from tapfm.engine import footprint as counting
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.footprint import PHASES, Cost, Footprint, Setup
 from tapfm.engine.frozen_prefix import find_boundary
 from tapfm.engine.memory import saved_bytes
-from tapfm.plan import PlanError, compare, forecast, make_plan, plan_table, setups
+from tapfm.planning import footprint as counting
+from tapfm.planning import plan as planning
+from tapfm.planning.footprint import PHASES, Cost, Footprint, Setup
+from tapfm.planning.plan import PlanError, compare, forecast, make_plan, plan_table, setups
 from tapfm.training.fit import foretell
 from tapfm.training.module import SlideModule
 

@@ -1,4 +1,4 @@
-"""`tapfm.doctor` finds a sound installation sound, and each fault it is for a fault."""
+"""`tapfm.planning.doctor` finds a sound installation sound, and each fault it is for a fault."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tapfm import doctor
-from tapfm.doctor import cls_row_error, run_doctor
 from tapfm.encoders.backbones import find
+from tapfm.planning import doctor
+from tapfm.planning.doctor import cls_row_error, run_doctor
 from tests.tiny import MAKES, tiny_encoder
 
 
