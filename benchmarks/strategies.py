@@ -43,7 +43,7 @@ from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluate import frozen_arms
-from tapfm.prediction import predict_all, write_predictions
+from tapfm.inference.prediction import predict_all, write_predictions
 from tapfm.reports.arms import Arm, read_arm
 from tapfm.reports.tables import interval
 from tapfm.slide_model import model as models

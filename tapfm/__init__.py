@@ -23,10 +23,6 @@ Verbs:
     drift.py         how far features have moved, by linear CKA
     evaluate.py      tapfm test
     study.py         tapfm study: folds, seeds and strategies as cells that resume
-    prediction.py    what a model says of a slide or a case; all tiles, streamed
-    predict.py       tapfm predict and heatmap: slides of no cohort, or a patient's as one
-    heatmap.py       PNG overlay, GeoJSON for QuPath
-    export.py        tapfm export: a plain timm model
     cli.py           the command line: the list of verbs
 
 What all share:

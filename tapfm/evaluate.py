@@ -38,8 +38,8 @@ from tapfm.frozen.baselines import (
 )
 from tapfm.frozen.features import Extraction, read_features
 from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
-from tapfm.heatmap import overlay_png
-from tapfm.prediction import (
+from tapfm.inference.heatmap import overlay_png
+from tapfm.inference.prediction import (
     Prediction,
     pool_cases,
     predict_all,

@@ -16,7 +16,7 @@ from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.evaluate import check_same_data, tile_auroc
 from tapfm.frozen.baselines import RgbStatistics
 from tapfm.frozen.features import read_features
-from tapfm.prediction import Prediction
+from tapfm.inference.prediction import Prediction
 from tapfm.slide_model.model import CheckpointError
 from tapfm.training.fit import read_config
 from tests.cohorts import LABELS, spoil, write_cohort

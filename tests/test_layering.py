@@ -116,7 +116,7 @@ def test_what_pathpt_computes_knows_no_slides(part):
     assert not ours(path) & {
         "data.datamodule",
         "frozen.features",
-        "predict",
+        "inference.predict",
         "training.fit",
         "training.module",
     }

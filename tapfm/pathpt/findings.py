@@ -13,7 +13,7 @@ import numpy as np
 from slides.files import write_csv, write_json, write_text
 from slides.tiling.index_file import TileIndex
 from slides.wsi.reader import Slide
-from tapfm.heatmap import overlay_png, write_geojson
+from tapfm.inference.heatmap import overlay_png, write_geojson
 from tapfm.pathpt.question import Question
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.tiles import EncodedSlide

@@ -59,9 +59,9 @@ def predict_slides(
 ) -> int:
     """Name slides and their tiles; a bad slide is reported and the others go on.
 
-    Takes what `tapfm.predict.predict_slides` takes, and a pathpt.safetensors for `path`. The slides
-    of a `case` are named as one: all their tiles have a vote, and with a slide that cannot be read
-    nothing is said of it. Returns 0, or 2 if any slide failed.
+    Takes what `tapfm.inference.predict.predict_slides` takes, and a pathpt.safetensors for `path`.
+    The slides of a `case` are named as one: all their tiles have a vote, and with a slide that
+    cannot be read nothing is said of it. Returns 0, or 2 if any slide failed.
 
     Raises:
         CheckpointError: the file is damaged, or the image tower cannot be had or is another one.

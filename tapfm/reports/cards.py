@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tapfm.heatmap import COLOURS
+from tapfm.inference.heatmap import COLOURS
 from tapfm.reports.arms import Arm
 from tapfm.reports.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.reports.runs import Run

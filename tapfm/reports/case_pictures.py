@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from slides.errors import SlideError
 from slides.files import replacing, write_json
 from slides.wsi.reader import Slide
-from tapfm.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
+from tapfm.inference.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
 
 TILES = 8
 SIDE = 640  # px, the longer side of the pictures of a slide

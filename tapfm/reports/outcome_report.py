@@ -17,7 +17,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from slides.files import write_csv, write_json, write_text
-from tapfm.heatmap import save_figure
+from tapfm.inference.heatmap import save_figure
 from tapfm.reports.arms import Arm, aligned_arms
 from tapfm.reports.figures import curves_figure
 from tapfm.reports.plain_table import FEW_DRAWS, ruled, span

@@ -71,7 +71,7 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
         if is_pathpt(given["path"]):
             from tapfm.pathpt.loose import predict_slides
         else:
-            from tapfm.predict import predict_slides
+            from tapfm.inference.predict import predict_slides
         return predict_slides(rows=loose_rows(slides, slide_mpp), draw=draw, **given)
 
     return do
@@ -109,7 +109,7 @@ def export(verb: ArgumentParser) -> Do:
     """`tapfm export`."""
     encoder_flags(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder")
-    return later("tapfm.export:run_export")
+    return later("tapfm.inference.export:run_export")
 
 
 def encoder_flags(verb: ArgumentParser) -> None:

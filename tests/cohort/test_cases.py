@@ -18,7 +18,7 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluate import groups_of
-from tapfm.prediction import Prediction, pool_cases
+from tapfm.inference.prediction import Prediction, pool_cases
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks import make_task

@@ -20,7 +20,7 @@ from slides.tiling.masks import _fill, geojson_polygons, mask_path, read_mask
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
-from tapfm.heatmap import write_geojson
+from tapfm.inference.heatmap import write_geojson
 from tests.conftest import stained_picture, write_pyramid
 
 GRID = Grid(64, 0.5)

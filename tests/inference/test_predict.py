@@ -22,8 +22,8 @@ from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
-from tapfm.predict import loose_bag
-from tapfm.prediction import predict_bag
+from tapfm.inference.predict import loose_bag
+from tapfm.inference.prediction import predict_bag
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS
 from tests.conftest import stained_picture, write_pyramid
@@ -76,7 +76,9 @@ def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkey
     model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=TILE))
     path, titles = tmp_path / "m.safetensors", []
     models.save(model, path, tissue={"min_area_um2": 1000.0})
-    monkeypatch.setattr("tapfm.predict.overlay_png", lambda *_, title: titles.append(title))
+    monkeypatch.setattr(
+        "tapfm.inference.predict.overlay_png", lambda *_, title: titles.append(title)
+    )
     out = tmp_path / "out"
     assert main(["heatmap", str(slide), "--model", str(path), "--out", str(out)]) == 0
     row = pd.read_csv(out / "predictions.csv").iloc[0]

@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import nn
 
-from tapfm import export
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.registry import ROWS
-from tapfm.export import arguments, readme, spell
+from tapfm.inference import export
+from tapfm.inference.export import arguments, readme, spell
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS
 

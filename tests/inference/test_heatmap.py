@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import rankdata
 
-from tapfm import heatmap
-from tapfm.heatmap import (
+from tapfm.inference import heatmap
+from tapfm.inference.heatmap import (
     overlay_png,
     rank_percentile,
     tile_map,

@@ -29,8 +29,8 @@ from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag
-from tapfm.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
-from tapfm.prediction import (
+from tapfm.inference.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
+from tapfm.inference.prediction import (
     Prediction,
     header_of,
     pool_cases,
