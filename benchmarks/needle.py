@@ -38,10 +38,10 @@ import yaml
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.files import write_json
 from tapfm.config import read_data
+from tapfm.evaluation.study import Cell, plan_cells, prepare, read_study, run_study
+from tapfm.evaluation.study_table import summary
 from tapfm.reports.plain_table import span
-from tapfm.reports.study_table import summary
 from tapfm.stats.metrics import MACRO, auroc
-from tapfm.study import Cell, plan_cells, prepare, read_study, run_study
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))

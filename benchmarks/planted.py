@@ -37,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.demo.cohort import DemoSlide, plan_demo, write_slide
 from slides.files import replacing
-from tapfm.study import TAPFM
+from tapfm.evaluation.study import TAPFM
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "demo.yaml"

@@ -42,7 +42,7 @@ from tapfm import cli
 from tapfm.adapt import STRATEGIES, make_strategy
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
-from tapfm.evaluate import frozen_arms
+from tapfm.evaluation.evaluate import frozen_arms
 from tapfm.inference.prediction import predict_all, write_predictions
 from tapfm.reports.arms import Arm, read_arm
 from tapfm.reports.tables import interval

@@ -19,10 +19,6 @@ The training step and what it meets:
 
 Verbs:
 
-    probe.py         tapfm probe: which blocks a cohort's labels pull at
-    drift.py         how far features have moved, by linear CKA
-    evaluate.py      tapfm test
-    study.py         tapfm study: folds, seeds and strategies as cells that resume
     cli.py           the command line: the list of verbs
 
 What all share:

@@ -17,7 +17,6 @@
     surest.py          which those are, by task
     case_pictures.py   their pictures
     pooling.py         a study's folds pooled by case, seeds averaged
-    study_table.py     its table
 
 Nothing here needs a slide or a GPU.
 """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tapfm.probe import Part
+    from tapfm.evaluation.probe import Part
     from tapfm.reports.arms import Arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes

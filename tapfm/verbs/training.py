@@ -24,7 +24,7 @@ def probe(verb: ArgumentParser) -> Do:
     add("--out", type=Path, default=Path("probe"), help="folder (%(default)s)")
     add("--slides", type=int, default=32, help="training slides (%(default)s)")
     add("--epochs", type=int, default=3, help="of the trial fit (%(default)s)")
-    return later("tapfm.probe:run_probe")
+    return later("tapfm.evaluation.probe:run_probe")
 
 
 def test(verb: ArgumentParser) -> Do:
@@ -33,7 +33,7 @@ def test(verb: ArgumentParser) -> Do:
     run_flags(verb)
     add("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
     add("--features", type=Path, help="frozen features that several folders share; <run>/frozen")
-    return later("tapfm.evaluate:run_test")
+    return later("tapfm.evaluation.evaluate:run_test")
 
 
 def study(verb: ArgumentParser) -> Do:
@@ -51,7 +51,7 @@ def study(verb: ArgumentParser) -> Do:
     add("--jobs", type=int, help="fits at the same time; 1")
 
     def do(study: Path | None, **flags) -> int:
-        from tapfm.study import read_study, run_study
+        from tapfm.evaluation.study import read_study, run_study
 
         return run_study(read_study(study, flags))
 

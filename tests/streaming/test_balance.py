@@ -14,8 +14,8 @@ import torch
 from slides.cohort.table import SlideRow
 from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
-from tapfm import evaluate
 from tapfm.cli import main
+from tapfm.evaluation import evaluate
 from tapfm.tasks import learn_task
 from tapfm.training import warm_start as callback
 from tapfm.training.callbacks import BestWeights

@@ -13,7 +13,7 @@ from PIL import Image
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.evaluate import check_same_data, tile_auroc
+from tapfm.evaluation.evaluate import check_same_data, tile_auroc
 from tapfm.frozen.baselines import RgbStatistics
 from tapfm.frozen.features import read_features
 from tapfm.inference.prediction import Prediction

@@ -9,9 +9,16 @@ import torch
 import yaml
 
 from tapfm import cli
-from tapfm.drift import cls_by_block, linear_cka
 from tapfm.encoders.checkpoints import PACKAGED
-from tapfm.probe import SHARE, fit_head, parts_of, slide_gradients, suggest, training_bags
+from tapfm.evaluation.drift import cls_by_block, linear_cka
+from tapfm.evaluation.probe import (
+    SHARE,
+    fit_head,
+    parts_of,
+    slide_gradients,
+    suggest,
+    training_bags,
+)
 from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 

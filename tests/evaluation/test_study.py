@@ -17,8 +17,9 @@ import yaml
 
 from slides.cohort.table import read_cohort
 from slides.errors import SettingsError
-from tapfm import cli, study
-from tapfm.study import read_study, run_study
+from tapfm import cli
+from tapfm.evaluation import study
+from tapfm.evaluation.study import read_study, run_study
 from tests.cohorts import write_cohort
 
 STAND_IN = """

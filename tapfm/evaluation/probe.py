@@ -35,8 +35,8 @@ from slides.streaming.stream import BagDataset
 from tapfm.adapt.surgery import need_vit
 from tapfm.data.bag import Bag
 from tapfm.data.datamodule import SlideData
-from tapfm.drift import cls_by_block, linear_cka
 from tapfm.engine.chunked import adapt_bag, encode_bag
+from tapfm.evaluation.drift import cls_by_block, linear_cka
 from tapfm.inference.heatmap import save_figure
 from tapfm.reports.figures import probe_figure
 from tapfm.training.fit import read_config

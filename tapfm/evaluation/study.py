@@ -38,7 +38,7 @@ from slides.errors import SettingsError
 from slides.files import write_json, write_text
 from slides.streaming.settings import index_and_cache
 from tapfm.config import read_data, read_source, read_yaml
-from tapfm.reports.study_table import FINISHED, RUN, summary, write_figures
+from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features
