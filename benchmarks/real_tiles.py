@@ -29,12 +29,12 @@ import torch
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
 from tapfm.cli import main as tapfm
-from tapfm.labelled.fit import PROBE, RGB
-from tapfm.labelled.metrics import FIGURES
 from tapfm.reports.plain_table import markdown
 from tapfm.reports.tables import interval
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.confusions import averages, confusions
+from tapfm.tile_training.fit import PROBE, RGB
+from tapfm.tile_training.metrics import FIGURES
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))

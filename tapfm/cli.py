@@ -32,7 +32,10 @@ VERBS = {
     "export": (reading.export, "an encoder as a plain timm model, for other tools"),
     "doctor": (training.doctor, "what is installed, and whether a model loads right"),
 }
-LIGHTNINGS = {"fit": "tapfm.training.fit:run_fit", "fit-tiles": "tapfm.labelled.fit:run_fit_tiles"}
+LIGHTNINGS = {
+    "fit": "tapfm.training.fit:run_fit",
+    "fit-tiles": "tapfm.tile_training.fit:run_fit_tiles",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,11 +54,11 @@ LEAVES = {  # tapfm's files that know no other part of tapfm, but for those name
     "engine.memory": set(),
     "adapt.surgery": {"training.optim"},
     "adapt.pixels": set(),
-    "labelled.prototypes": set(),
+    "tile_training.prototypes": set(),
     "adapt.lowrank": {"adapt.surgery"},
     "data.bag": set(),
-    "labelled.batch": set(),
-    "labelled.metrics": {"stats.bootstrap", "stats.confusions", "stats.metrics"},
+    "tile_training.batch": set(),
+    "tile_training.metrics": {"stats.bootstrap", "stats.confusions", "stats.metrics"},
 }
 
 
@@ -132,12 +132,12 @@ def test_module_and_data_meet_in_the_bag_only():
 
 
 def test_module_and_data_of_tiles_meet_in_the_batch_only():
-    module, data = file_of("labelled.module"), file_of("labelled.data")
+    module, data = file_of("tile_training.module"), file_of("tile_training.data")
     assert "slides" not in tops(module)
-    assert not ours(module) & {"labelled.data", "data.datamodule"}
-    assert not ours(data) & {"labelled.module", "training.module"}
+    assert not ours(module) & {"tile_training.data", "data.datamodule"}
+    assert not ours(data) & {"tile_training.module", "training.module"}
     assert not any(name.startswith("tapfm.adapt") for name in imports(data))
-    assert "labelled.batch" in ours(module) & ours(data)
+    assert "tile_training.batch" in ours(module) & ours(data)
 
 
 def test_strategies_do_not_know_each_other():

@@ -26,7 +26,7 @@ Differs: optical density is that of the tile, not of the normalised input; norms
     maps (nuclei, all else) offline by a network and thresholds; here colour deconvolution makes a
     haematoxylin and an eosin map of the tile itself. Layers that the code makes and never uses
     (0.04 M on a ViT-L) are left out. The prototype loss needs labels of tiles: it is
-    `labelled.prototypes`, and comes with this strategy in `tapfm fit-tiles`.
+    `tile_training.prototypes`, and comes with this strategy in `tapfm fit-tiles`.
 
 Shapes: C tiles of a chunk, N tokens (n patches), D width, E places of the stem's output, W width of
     the stain part, M stains, R bottleneck.

@@ -1,4 +1,4 @@
-"""The batch of labelled tiles: where `labelled.data` and `labelled.module` meet.
+"""The batch of labelled tiles: where `tile_training.data` and `tile_training.module` meet.
 
 Shapes: C tiles of a batch, S side of a tile.
 """

@@ -19,8 +19,8 @@ import numpy as np
 
 from slides.cohort.labelled_tiles import TileRow
 from slides.files import write_csv, write_json, write_text
-from tapfm.labelled.metrics import difference, evaluate_tiles
 from tapfm.reports.plain_table import FEW_DRAWS, aligned, markdown, span
+from tapfm.tile_training.metrics import difference, evaluate_tiles
 
 HEADER = ("model", "macro F1 [95 %]", "balanced accuracy [95 %]", "macro AUROC [95 %]",
           "F1 minus probe [95 %]")  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tapfm.labelled.prototypes import PrototypeLoss
+from tapfm.tile_training.prototypes import PrototypeLoss
 
 
 def example(**options):

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from tapfm.adapt import spell
 from tapfm.engine.chunked import chunk_rng
-from tapfm.labelled.batch import TileBatch
-from tapfm.labelled.prototypes import PrototypeLoss
 from tapfm.slide_model.aggregators import TILES
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions
+from tapfm.tile_training.batch import TileBatch
+from tapfm.tile_training.prototypes import PrototypeLoss
 from tapfm.training.module import SlideModule, StrategyName
 from tapfm.training.optim import Steps
 from tapfm.training.passes import ChunkError

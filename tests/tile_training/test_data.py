@@ -7,7 +7,7 @@ from slides.streaming.augment import orient
 from slides.streaming.order import Turn
 from slides.streaming.stream import Augment
 from tapfm.adapt.pixels import STAINS, StainMaps, optical_density
-from tapfm.labelled.data import TileData, TileDataset
+from tapfm.tile_training.data import TileData, TileDataset
 from tests.tile_sets import SIDE, write_tiles
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from tapfm.encoders.backbones import Encoder
 from tapfm.frozen.baselines import RgbStatistics
-from tapfm.labelled.batch import TileBatch
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions
+from tapfm.tile_training.batch import TileBatch
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # inverse of the penalty's weight
 ITERATIONS = 1000

@@ -12,8 +12,8 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from tapfm.labelled.metrics import difference, evaluate_tiles
 from tapfm.stats.bootstrap import bootstrap_cases
+from tapfm.tile_training.metrics import difference, evaluate_tiles
 
 CLASSES = ["fat", "mucus", "stroma"]
 

@@ -24,13 +24,13 @@ from slides.files import replacing
 from tapfm.adapt import make_strategy, spell
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.labelled.baselines import Probe, features, fit_probe
-from tapfm.labelled.data import TileData
-from tapfm.labelled.module import TileModule
-from tapfm.labelled.report import TileArm, write_tile_results
 from tapfm.settings import SettingsError
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
+from tapfm.tile_training.baselines import Probe, features, fit_probe
+from tapfm.tile_training.data import TileData
+from tapfm.tile_training.module import TileModule
+from tapfm.tile_training.report import TileArm, write_tile_results
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
 from tapfm.training.fit import Cli, prepare_folder, program, read_config
 

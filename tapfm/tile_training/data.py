@@ -25,7 +25,7 @@ from slides.seeds import stable_seed
 from slides.streaming.augment import draw_change
 from slides.streaming.order import Turn, epoch_order
 from slides.streaming.stream import Augment, SlideLoader, SlideSampler, slide_generator
-from tapfm.labelled.batch import TileBatch
+from tapfm.tile_training.batch import TileBatch
 
 
 class TileDataset(Dataset):

@@ -18,12 +18,12 @@ from sklearn.metrics import f1_score
 from tapfm.adapt import StrategyError
 from tapfm.cli import main
 from tapfm.engine.memory import PhaseMeter
-from tapfm.labelled.baselines import ProbeError, fit_probe
-from tapfm.labelled.batch import TileBatch
-from tapfm.labelled.data import TileData
-from tapfm.labelled.fit import PROBE, RGB, frozen_features, predict_tiles
-from tapfm.labelled.module import TileModule
 from tapfm.slide_model import model as models
+from tapfm.tile_training.baselines import ProbeError, fit_probe
+from tapfm.tile_training.batch import TileBatch
+from tapfm.tile_training.data import TileData
+from tapfm.tile_training.fit import PROBE, RGB, frozen_features, predict_tiles
+from tapfm.tile_training.module import TileModule
 from tests.conftest import ROOT
 from tests.tile_sets import arguments, write_tiles
 
