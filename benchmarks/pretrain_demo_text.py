@@ -9,7 +9,7 @@ that are true of it. A caption may leave traits out, and is true of every tile t
 wrong of, so a batch has several right answers, each as good.
 
 What this is not: unsupervised. The captions name the traits that the demo cohort's labels stand for
-(see `tapfm/pathpt/words.py`, Limits). Everything follows from `SEED`.
+(see `tapfm/pathpt/text/words.py`, Limits). Everything follows from `SEED`.
 
 Price: 15 minutes on one busy core, 1 GiB.
 
@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from slides.demo.tissue_painter import COMPARTMENTS, Specimen, compartments, paint, site_stain
 from tapfm.encoders import backbones
-from tapfm.pathpt.towers import tokenise
-from tapfm.pathpt.words import FILE, WordTower, image_head
+from tapfm.pathpt.text.towers import tokenise
+from tapfm.pathpt.text.words import FILE, WordTower, image_head
 from tapfm.training.optim import warmup_cosine
 
 SEED = 20_250_202

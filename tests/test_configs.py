@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 CONFIGS = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "pathpt"
-)  # questions of `tapfm pathpt` are no configs of a run: tests/test_pathpt_run.py reads them
+)  # questions of `tapfm pathpt` are no configs of a run: tests/pathpt/test_run.py reads them
 README = (ROOT / "README.md").read_text()
 PAGES = {"": README}  # all that a user reads, by folder
 for path in (*ROOT.glob("configs/README.md"), *ROOT.glob("tapfm/*/README.md")):

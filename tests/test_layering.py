@@ -108,7 +108,8 @@ def test_leaves_know_nothing_of_the_rest(leaf):
 
 
 @pytest.mark.parametrize(
-    "part", ["prompts", "spatial", "pseudo", "vote", "tile_loss", "towers", "network", "scores"]
+    "part",
+    ["text/prompts", "spatial", "pseudo", "vote", "tile_loss", "text/towers", "model", "scores"],
 )
 def test_what_pathpt_computes_knows_no_slides(part):
     path = ROOT / "tapfm" / "pathpt" / f"{part}.py"

@@ -1,9 +1,8 @@
 """PathPT: learned prompts and a spatial mixer that name every tile of a slide, from few slides.
 
-    towers.py     image and text tower with one joint space; `words.py` and `keep.py` are two
-    prompts.py    class vectors: learned context tokens through the frozen text tower
+    new_slides.py  what it leaves, on slides of no cohort: `tapfm predict`, `tapfm heatmap`
+    model.py       both together: tile logits, saved and loaded
     spatial.py    tiles look at their neighbours and at the slide
-    network.py    both together: tile logits, saved and loaded
     pseudo.py     zero-shot tile labels; `vote.py`: a slide's class from its tiles'
     tile_loss.py  what is minimised
     few.py        draws of training slides
@@ -13,7 +12,6 @@
     tiles.py      slides as features, places and pixels
     findings.py   table, calls, pictures of tile classes
     run.py        `tapfm pathpt`
-    loose.py      what it leaves, on slides of no cohort: `tapfm predict`, `tapfm heatmap`
 
 Source: PathPT (arXiv 2508.15904; Nature Communications 2026, doi 10.1038/s41467-026-71715-2).
 

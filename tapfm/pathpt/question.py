@@ -19,7 +19,7 @@ import yaml
 
 from slides.cohort.table import SlideRow
 from slides.cohort.targets import named_as_mean
-from tapfm.pathpt.prompts import MODES
+from tapfm.pathpt.text.prompts import MODES
 
 TEACHERS = ("demo", "keep")
 INITS = ("template", "random")

@@ -35,9 +35,9 @@ from tapfm.frozen.baselines import FeatureBag, fit_gated_attention, fit_mean_poo
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
-from tapfm.pathpt.network import PathPT, Recipe, save
-from tapfm.pathpt.prompts import Prompts
+from tapfm.pathpt.model import PathPT, Recipe, save
 from tapfm.pathpt.question import Question, QuestionError, read_question, subtypes
+from tapfm.pathpt.text.prompts import Prompts
 from tapfm.pathpt.tiles import (
     EncodedSlide,
     Towers,

@@ -26,11 +26,11 @@ from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag
 from tapfm.frozen.features import Extraction, extract, read_features
-from tapfm.pathpt.keep import load_keep
 from tapfm.pathpt.question import QuestionError
 from tapfm.pathpt.spatial import places
-from tapfm.pathpt.towers import VisionLanguage
-from tapfm.pathpt.words import load_demo
+from tapfm.pathpt.text.keep import load_keep
+from tapfm.pathpt.text.towers import VisionLanguage
+from tapfm.pathpt.text.words import load_demo
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from tapfm.data.bag import Tiles
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.pathpt.network import PathPT
+from tapfm.pathpt.model import PathPT
 from tapfm.pathpt.question import Question
+from tapfm.pathpt.text.towers import TextTower
 from tapfm.pathpt.tile_loss import tile_loss
-from tapfm.pathpt.towers import TextTower
 from tapfm.training.optim import warmup_cosine
 
 WARMUP = 0.1

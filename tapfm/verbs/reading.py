@@ -60,7 +60,7 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
         from slides.errors import SettingsError
-        from tapfm.pathpt.network import is_pathpt
+        from tapfm.pathpt.model import is_pathpt
 
         out, masks = given["out"], given["masks"]
         if draw and masks and out.resolve() == Path(masks).resolve():
@@ -69,7 +69,7 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
                 "same names would take their place. Give another --out."
             )
         if is_pathpt(given["path"]):
-            from tapfm.pathpt.loose import predict_slides
+            from tapfm.pathpt.new_slides import predict_slides
         else:
             from tapfm.inference.predict import predict_slides
         return predict_slides(rows=loose_rows(slides, slide_mpp), draw=draw, **given)

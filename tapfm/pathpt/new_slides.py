@@ -36,10 +36,10 @@ from slides.wsi.reader import Slide
 from tapfm.adapt import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.pathpt.findings import draw_classes
-from tapfm.pathpt.network import PathPT, Recipe, load
+from tapfm.pathpt.model import PathPT, Recipe, load
 from tapfm.pathpt.spatial import places
+from tapfm.pathpt.text.towers import TextError
 from tapfm.pathpt.tiles import Towers, encode_slide, load_towers
-from tapfm.pathpt.towers import TextError
 from tapfm.pathpt.vote import ballot
 from tapfm.slide_model.model import CheckpointError
 

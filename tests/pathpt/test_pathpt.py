@@ -8,16 +8,16 @@ from torch import nn
 
 from tapfm.adapt import make_strategy
 from tapfm.pathpt import pseudo
-from tapfm.pathpt.network import PathPT
-from tapfm.pathpt.prompts import Prompts
+from tapfm.pathpt.model import PathPT
 from tapfm.pathpt.question import Question, TileClass
 from tapfm.pathpt.scores import difference, evaluate
 from tapfm.pathpt.spatial import KERNELS, Mixer, PlaceError, drawn_together, places
+from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.text.towers import TextError, VisionLanguage, tokenise
+from tapfm.pathpt.text.words import WordTower
 from tapfm.pathpt.tile_loss import balanced_nll, tile_loss
-from tapfm.pathpt.towers import TextError, VisionLanguage, tokenise
 from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train
 from tapfm.pathpt.vote import ballot, vote
-from tapfm.pathpt.words import WordTower
 from tests.tiny import random_tiles, tiny_encoder
 
 WORDS = [

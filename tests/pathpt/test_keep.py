@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tapfm import cli
-from tapfm.pathpt.keep import load_keep
-from tapfm.pathpt.network import load
-from tapfm.pathpt.prompts import Prompts
-from tapfm.pathpt.towers import TextError
+from tapfm.pathpt.model import load
+from tapfm.pathpt.text.keep import load_keep
+from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.text.towers import TextError
 from tests.cohorts import write_cohort
 
 VISION = {"img_size": 32, "patch_size": 16, "hidden_size": 24, "num_layers": 2, "num_heads": 3,

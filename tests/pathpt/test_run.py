@@ -25,10 +25,10 @@ from tapfm import cli
 from tapfm.adapt import make_strategy
 from tapfm.config import read_source
 from tapfm.pathpt.few import draw_slides
-from tapfm.pathpt.network import load
+from tapfm.pathpt.model import load
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes
 from tapfm.pathpt.spatial import places
-from tapfm.pathpt.words import load_demo
+from tapfm.pathpt.text.words import load_demo
 from tests.cohorts import write_cohort
 
 SMALL = {

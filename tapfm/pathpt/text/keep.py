@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tapfm.encoders.backbones import Encoder, build, load_state
 from tapfm.encoders.checkpoints import read_weights
 from tapfm.encoders.registry import Backbone
-from tapfm.pathpt.towers import TextError, VisionLanguage
+from tapfm.pathpt.text.towers import TextError, VisionLanguage
 
 REPOSITORY = "Astaxanthin/KEEP"
 FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
@@ -45,7 +45,7 @@ _SIZES = (  # timm's argument, KEEP's key, the published value
 
 
 class BertText(nn.Module):
-    """KEEP's text tower behind the interface of `tapfm.pathpt.towers`."""
+    """KEEP's text tower behind the interface of `tapfm.pathpt.text.towers`."""
 
     longest = LONGEST
 

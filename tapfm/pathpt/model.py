@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from slides.files import replacing
 from tapfm import __version__
-from tapfm.pathpt.prompts import Prompts
 from tapfm.pathpt.spatial import Mixer
+from tapfm.pathpt.text.prompts import Prompts
 from tapfm.slide_model.model import CheckpointError
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
-from tapfm.pathpt.towers import TextError, VisionLanguage
+from tapfm.pathpt.text.towers import TextError, VisionLanguage
 
 FILE = PACKAGED / "demo_text.safetensors"
 SPECIAL = ("[pad]", "[begin]", "[end]")

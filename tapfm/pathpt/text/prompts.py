@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.pathpt.towers import TextError, TextTower, padded
+from tapfm.pathpt.text.towers import TextError, TextTower, padded
 
 PHRASE = "a histopathology image of"
 MODES = ("token", "embedding", "both")

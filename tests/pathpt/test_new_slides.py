@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tapfm.cli import main
-from tapfm.pathpt.loose import load_whole, predict_slides
-from tapfm.pathpt.network import load, save
+from tapfm.pathpt.model import load, save
+from tapfm.pathpt.new_slides import load_whole, predict_slides
 from tapfm.pathpt.vote import ballot
 from tapfm.verbs.reading import loose_rows
 from tests.cohorts import write_cohort
 from tests.conftest import stained_picture, write_pyramid
-from tests.test_pathpt_run import ask
+from tests.pathpt.test_run import ask
 
 NAMES = ("normal tissue", "tumour with smooth chromatin", "tumour with prominent nucleoli")
 
