@@ -22,9 +22,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.reports.arms import END_TO_END, FROZEN_ENCODER
+from tapfm.reports.html.tables import interval
 from tapfm.reports.plain_table import markdown
-from tapfm.reports.tables import interval
+from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "demo.yaml"

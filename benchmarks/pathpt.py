@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite
+from tapfm.reports.html.tables import interval
 from tapfm.reports.plain_table import markdown
-from tapfm.reports.tables import interval
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"

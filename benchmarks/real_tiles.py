@@ -29,8 +29,8 @@ import torch
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt import STRATEGIES
 from tapfm.cli import main as tapfm
+from tapfm.reports.html.tables import interval
 from tapfm.reports.plain_table import markdown
-from tapfm.reports.tables import interval
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.confusions import averages, confusions
 from tapfm.tile_training.fit import PROBE, RGB

@@ -44,8 +44,8 @@ from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluation.evaluate import frozen_arms
 from tapfm.inference.prediction import predict_all, write_predictions
-from tapfm.reports.arms import Arm, read_arm
-from tapfm.reports.tables import interval
+from tapfm.reports.html.tables import interval
+from tapfm.reports.rows import Arm, read_arm
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference

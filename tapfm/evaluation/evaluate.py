@@ -47,10 +47,10 @@ from tapfm.inference.prediction import (
     write_predictions,
     write_weights,
 )
-from tapfm.reports.arms import Arm, row_folder, row_of_run
+from tapfm.reports.html.page import write_page
 from tapfm.reports.outcome_report import write_outcomes
-from tapfm.reports.page import write_page
 from tapfm.reports.report import write_results
+from tapfm.reports.rows import Arm, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES
 from tapfm.slide_model.model import CheckpointError, adapted_fingerprint

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slides.files import write_csv
-from tapfm.reports.arms import END_TO_END, FROZEN_ENCODER, Arm, read_arm, row_folder
 from tapfm.reports.plain_table import aligned, span
 from tapfm.reports.pooling import Pool, pool
 from tapfm.reports.report import ONE_CLASS
+from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER, Arm, read_arm, row_folder
 from tapfm.reports.runs import read_task
 from tapfm.stats.bootstrap import Interval
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tapfm.evaluation.probe import Part
-    from tapfm.reports.arms import Arm
+    from tapfm.reports.rows import Arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes
 # on white.

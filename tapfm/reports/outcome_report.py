@@ -18,10 +18,10 @@ from textwrap import wrap
 
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
-from tapfm.reports.arms import Arm, aligned_arms
 from tapfm.reports.figures import curves_figure
 from tapfm.reports.plain_table import FEW_DRAWS, ruled, span
 from tapfm.reports.report import results_page
+from tapfm.reports.rows import Arm, aligned_arms
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.metrics import interval_of
 from tapfm.tasks import Task, spell_task

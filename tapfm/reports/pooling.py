@@ -32,7 +32,7 @@ from tapfm.stats.bootstrap import Interval, mean_of, percentiles, with_point
 from tapfm.stats.metrics import interval_of
 
 if TYPE_CHECKING:
-    from tapfm.reports.arms import Arm
+    from tapfm.reports.rows import Arm
     from tapfm.tasks import Task
 
 KINDS = ("pooled", "within_folds")

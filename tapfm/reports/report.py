@@ -48,10 +48,10 @@ from textwrap import wrap
 
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
-from tapfm.reports.arms import Arm, aligned_arms
 from tapfm.reports.details import describe, sections
 from tapfm.reports.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.reports.plain_table import FEW_DRAWS, markdown, ruled, span
+from tapfm.reports.rows import Arm, aligned_arms
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
 
 ONE_CLASS = "one class only"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tapfm.reports.arms import Arm, read_arm, row_of_run
+from tapfm.reports.rows import Arm, read_arm, row_of_run
 from tapfm.stats.metrics import MACRO
 from tapfm.tasks import Task, make_task
 from tapfm.tasks.multilabel import Multilabel

@@ -61,7 +61,7 @@ def study(verb: ArgumentParser) -> Do:
 def report(verb: ArgumentParser) -> Do:
     """`tapfm report`."""
     run_flags(verb)
-    return later("tapfm.reports.page:run_report")
+    return later("tapfm.reports.html.page:run_report")
 
 
 def pathpt(verb: ArgumentParser) -> Do:

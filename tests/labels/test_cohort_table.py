@@ -18,7 +18,7 @@ from slides.cohort.tcga_names import parse_slide
 from slides.errors import LabelError
 from slides.labels.cohort_table import parse_genes
 from tapfm import cli
-from tapfm.reports.label_record import label_record, label_tables
+from tapfm.reports.html.label_record import label_record, label_tables
 from tests.conftest import ROOT, stained_picture, write_pyramid
 
 GENES = ("EGFR", "KRAS", "STK11", "TP53")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfm.reports.arms import Arm, ArmError, read_arm
 from tapfm.reports.report import write_results
+from tapfm.reports.rows import Arm, ArmError, read_arm
 from tapfm.stats.delong import delong_difference
 from tapfm.stats.metrics import auroc, evaluate, paired_difference
 from tapfm.stats.thresholds import choose_threshold

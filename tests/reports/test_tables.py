@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tapfm.reports.arms import Arm
+from tapfm.reports.html.tables import Group, Html, further_table, results_table, split_table, table
 from tapfm.reports.report import write_results
-from tapfm.reports.tables import Group, Html, further_table, results_table, split_table, table
+from tapfm.reports.rows import Arm
 
 
 class Rows(HTMLParser):

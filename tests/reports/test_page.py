@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import save_file
 
 from tapfm.cli import main
-from tapfm.reports.arms import Arm
 from tapfm.reports.report import write_results
+from tapfm.reports.rows import Arm
 from tests.conftest import stained_picture, write_pyramid
 from tests.pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 

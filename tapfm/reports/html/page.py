@@ -21,15 +21,15 @@ import yaml
 
 from slides.files import write_text
 from tapfm import __version__
-from tapfm.reports.arms import Arm
-from tapfm.reports.cards import case_cards
 from tapfm.reports.figures import read_curves
-from tapfm.reports.label_record import label_record, label_tables, left_out
-from tapfm.reports.outcome_panels import task_curves
-from tapfm.reports.panels import cost_panels, key, training_panels
+from tapfm.reports.html.cards import case_cards
+from tapfm.reports.html.label_record import label_record, label_tables, left_out
+from tapfm.reports.html.outcome_panels import task_curves
+from tapfm.reports.html.panels import cost_panels, key, training_panels
+from tapfm.reports.html.tables import further_table, html, pairs, results_table, split_table, table
+from tapfm.reports.rows import Arm
 from tapfm.reports.runs import Run, read_arms, read_metrics, read_runs, read_task
 from tapfm.reports.slide_table import by_split, slide_table
-from tapfm.reports.tables import further_table, html, pairs, results_table, split_table, table
 from tapfm.tasks import Task
 
 PAGE = "report.html"

@@ -15,11 +15,11 @@ from pathlib import Path
 from PIL import Image
 
 from tapfm.inference.heatmap import COLOURS
-from tapfm.reports.arms import Arm
-from tapfm.reports.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
+from tapfm.reports.example_slides import Case, Choice, choose
+from tapfm.reports.html.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
+from tapfm.reports.html.tables import Html, html, table
+from tapfm.reports.rows import Arm
 from tapfm.reports.runs import Run
-from tapfm.reports.surest import Case, Choice, choose
-from tapfm.reports.tables import Html, html, table
 from tapfm.tasks import Task
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from slides.files import write_json
-from tapfm.reports.tables import table
+from tapfm.reports.html.tables import table
 
 
 def label_record(saved: Path, data: Mapping) -> dict | None:

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tapfm.cli import main
-from tapfm.reports.arms import Arm
 from tapfm.reports.outcome_report import write_outcomes
+from tapfm.reports.rows import Arm
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from tapfm.reports.arms import Arm
 from tapfm.reports.figures import curves_figure, read_curves, roc_figure
+from tapfm.reports.rows import Arm
 
 LABELS = ["A", "B", "C"]
 

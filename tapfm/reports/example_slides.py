@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tapfm.reports.arms import Arm
+from tapfm.reports.rows import Arm
 from tapfm.tasks import Task
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel

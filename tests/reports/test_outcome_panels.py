@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import chi2
 
-from tapfm.reports.arms import Arm
-from tapfm.reports.outcome_panels import by_case, confusion, task_curves, time_axis, value_axis
+from tapfm.reports.html.outcome_panels import by_case, confusion, task_curves, time_axis, value_axis
 from tapfm.reports.outcome_report import write_outcomes
+from tapfm.reports.rows import Arm
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival

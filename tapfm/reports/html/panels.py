@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tapfm.reports.figures import arm_styles, read_curves, roc_axis, smoothed_curve
-from tapfm.reports.tables import Html
+from tapfm.reports.html.tables import Html
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
 
-    from tapfm.reports.arms import Arm
+    from tapfm.reports.rows import Arm
 
 SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
 WIDE = 3.7, 2.7

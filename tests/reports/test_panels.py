@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tapfm.reports.arms import Arm
 from tapfm.reports.figures import arm_styles
-from tapfm.reports.panels import (
+from tapfm.reports.html.panels import (
     BINS,
     cost_panels,
     inline,
@@ -19,6 +18,7 @@ from tapfm.reports.panels import (
     reliability_axis,
     training_panels,
 )
+from tapfm.reports.rows import Arm
 from tapfm.stats.metrics import auprc
 
 
@@ -95,7 +95,7 @@ def test_peaks_are_the_largest_of_the_phases_there_were(monkeypatch, arms, tmp_p
         draw(axis)
         drawn.append(axis)
 
-    monkeypatch.setattr("tapfm.reports.panels.panel", drawing)
+    monkeypatch.setattr("tapfm.reports.html.panels.panel", drawing)
     cost_panels(arms, {"a": log})
     found = [line.get_xydata().tolist() for line in drawn[1].lines if len(line.get_xdata())]
     assert found == [[[1, 2.5], [2, 3.5], [3, 4]]]

@@ -1,6 +1,6 @@
 """The page's curves of each task: what a reader of its results expects to see.
 
-    multilabel    ROC, precision and recall, calibration of each label (`reports.panels`)
+    multilabel    ROC, precision and recall, calibration of each label (`reports.html.panels`)
     multiclass    the same of each class against the rest, and confusions
     regression    predicted against true values
     survival      Kaplan-Meier's curves of the halves of higher and lower risk, log-rank test
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapfm.reports.arms import Arm
 from tapfm.reports.figures import TRAINED
-from tapfm.reports.panels import BINS, key, label_panels, panel
-from tapfm.reports.tables import Html, html, table
+from tapfm.reports.html.panels import BINS, key, label_panels, panel
+from tapfm.reports.html.tables import Html, html, table
+from tapfm.reports.rows import Arm
 from tapfm.stats.outcomes import r2
 from tapfm.tasks import Task
 from tapfm.tasks.multiclass import Multiclass

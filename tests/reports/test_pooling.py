@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
-from tapfm.reports.arms import Arm
 from tapfm.reports.pooling import pool
+from tapfm.reports.rows import Arm
 from tapfm.stats.bootstrap import with_point
 from tapfm.stats.metrics import auroc_draws, paired_difference
 from tapfm.tasks.multiclass import Multiclass

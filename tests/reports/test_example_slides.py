@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfm.reports.arms import Arm
-from tapfm.reports.case_pictures import NoPicturesError, pictures_of
-from tapfm.reports.surest import choose, thresholds
+from tapfm.reports.example_slides import choose, thresholds
+from tapfm.reports.html.case_pictures import NoPicturesError, pictures_of
+from tapfm.reports.rows import Arm
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression
