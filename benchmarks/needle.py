@@ -38,7 +38,8 @@ import yaml
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.files import write_json
 from tapfm.config import read_data
-from tapfm.evaluation.study import Cell, plan_cells, prepare, read_study, run_study
+from tapfm.evaluation.study import plan_cells, prepare, read_study, run_study
+from tapfm.evaluation.study_cells import Cell
 from tapfm.evaluation.study_table import summary
 from tapfm.reports.plain_table import span
 from tapfm.stats.metrics import MACRO, auroc

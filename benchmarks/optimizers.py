@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, facts, rewrite
+from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.encoders import backbones
 from tapfm.engine.master_weights import KEEPERS, MasterAdamW
-from tapfm.training.optim import parameter_groups
 
 UPDATES, LR, TILES = 200, 1e-6, 4
 BYTES = {"naive": 8, "master": 18, "offload": 6, "residual": 10.05}  # a parameter, gradient too

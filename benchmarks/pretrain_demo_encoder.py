@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slides.demo.tissue_painter import GLASS, Specimen, paint, site_stain
+from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.encoders.backbones import Encoder, build, find
-from tapfm.training.optim import parameter_groups, warmup_cosine
+from tapfm.training.optim import warmup_cosine
 
 SEED = 20_250_101
 SITES = 16

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.adapt import STRATEGIES
+from tapfm.adapt.strategies import STRATEGIES
 from tapfm.cli import main as tapfm
 from tapfm.reports.html.tables import interval
 from tapfm.reports.plain_table import markdown
@@ -90,7 +90,7 @@ def fit(strategy: str, seed: int, epochs: int, run: Path) -> float:
 
 def trainable(strategy: str) -> int:
     """Parameters of the encoder that learn."""
-    from tapfm.adapt import make_strategy
+    from tapfm.adapt.strategies import make_strategy
     from tapfm.encoders import backbones
 
     vit = backbones.load("dinov2_vits14", "random", tile_px=112).vit

@@ -39,7 +39,7 @@ import yaml
 from benchmarks.demo_seeds import CONFIG, ROOT, prepare
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm import cli
-from tapfm.adapt import STRATEGIES, make_strategy
+from tapfm.adapt.strategies import STRATEGIES, make_strategy
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluation.evaluate import frozen_arms

@@ -56,7 +56,7 @@ STRATEGY_CONFIGS = sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
 @pytest.mark.parametrize("config", STRATEGY_CONFIGS, ids=lambda path: path.stem)
 def test_a_strategys_config_goes_behind_any_cohorts(config, capsys):
     """It says what the strategy is by default, and takes back the cohort's rate for another."""
-    from tapfm.adapt import make_strategy
+    from tapfm.adapt.strategies import make_strategy
 
     cohort = ROOT / "configs" / "cohorts" / "demo.yaml"
     with pytest.raises(SystemExit):
@@ -68,7 +68,7 @@ def test_a_strategys_config_goes_behind_any_cohorts(config, capsys):
 
 
 def test_every_strategy_has_a_config_and_none_is_left_over():
-    from tapfm.adapt import STRATEGIES
+    from tapfm.adapt.strategies import STRATEGIES
 
     assert {config.stem for config in STRATEGY_CONFIGS} == set(STRATEGIES)
 
@@ -250,7 +250,7 @@ def test_readme_names_every_model_with_its_licence():
 
 def test_readme_has_a_row_for_every_strategy():
     """Its options with their defaults, as YAML; what it trains; its learning rate; its export."""
-    from tapfm.adapt import STRATEGIES, make_strategy, spell
+    from tapfm.adapt.strategies import STRATEGIES, make_strategy, spell
     from tests.adapt.test_adapt import NO_EXPORT, UNI
 
     row = r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|"

@@ -142,7 +142,7 @@ def test_module_and_data_of_tiles_meet_in_the_batch_only():
 
 
 def test_strategies_do_not_know_each_other():
-    from tapfm.adapt import STRATEGIES
+    from tapfm.adapt.strategies import STRATEGIES
 
     strategies = {kind.__module__.rpartition(".")[2] for kind in STRATEGIES.values()}
     assert len(strategies) == len(STRATEGIES), "a file each"

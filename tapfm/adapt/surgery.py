@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tapfm.training.optim import parameter_groups
+from tapfm.adapt.parameter_groups import parameter_groups
 
 
 class StrategyError(ValueError):

@@ -5,6 +5,8 @@
     probe.py        tapfm probe: which blocks a cohort's labels pull at
     drift.py        how far features have moved, by linear CKA
     study_table.py  its table
+    probe_figure.py  what a probe found of each part, and its picture
+    study_cells.py   what a study is to run, and one cell of it
 
 Reads runs; trains no encoder.
 """

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, fields, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,8 +37,8 @@ from tapfm.data.bag import Bag
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluation.drift import cls_by_block, linear_cka
+from tapfm.evaluation.probe_figure import Part, probe_figure
 from tapfm.inference.heatmap import save_figure
-from tapfm.reports.figures import probe_figure
 from tapfm.training.fit import read_config
 from tapfm.training.module import SlideModule
 
@@ -49,22 +49,6 @@ HELD_OUT = 512  # tiles: CKA of fewer than a few hundred leans high
 
 class ProbeError(ValueError):
     """A cohort cannot be probed as asked."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was found of one part of the encoder."""
-
-    name: str
-    """`front` (patches, tokens, positions), `block 0` and so on, `norm` (and a head, if any)."""
-    parameters: int
-    weight_norm: float
-    gradient_norm: float
-    """Mean over slides."""
-    relative: float
-    """Gradient norm over weight norm, mean over slides."""
-    drift: float
-    """1 - linear CKA of the CLS token behind it; nan where it has none of its own."""
 
 
 def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> int:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,51 +38,11 @@ from slides.errors import SettingsError
 from slides.files import write_json, write_text
 from slides.streaming.settings import index_and_cache
 from tapfm.config import read_data, read_source, read_yaml
+from tapfm.evaluation.study_cells import Cell, Study
 from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is to be run; a YAML file with these keys, or flags, which win."""
-
-    config: tuple[str, ...]
-    """The cohort's config, and others behind it."""
-    out: str
-    """Folder of the study."""
-    folds: int | None = None
-    """Of a cross-validation; None keeps the split of the cohort's table."""
-    fold_seed: int = 0
-    """Another one is another deal of the cases."""
-    preserve_sites: bool = False
-    """Keep the cases of a site in one fold."""
-    seeds: tuple[int, ...] = (0,)
-    """Of weights, order and augmentation."""
-    strategies: tuple[str | Mapping[str, Any], ...] = ("full",)
-    """Names, names with options, or a config to put behind (`configs/strategies/lean.yaml`)."""
-    aggregators: tuple[str, ...] = ("tapfm_gated",)
-    """Their names."""
-    jobs: int = 1
-    """Fits at the same time."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One fit and its test."""
-
-    fold: int
-    seed: int
-    arm: str
-    """Aggregator and strategy, as the folder is named."""
-    folder: Path
-    changes: Mapping[str, Any]
-    """What goes into cell.yaml."""
-    configs: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"fold {self.fold}, seed {self.seed}, {self.arm}"
 
 
 def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:

@@ -21,7 +21,7 @@ from tapfm.reports.runs import read_task
 from tapfm.stats.bootstrap import Interval
 
 if TYPE_CHECKING:
-    from tapfm.evaluation.study import Cell, Study
+    from tapfm.evaluation.study_cells import Cell, Study
     from tapfm.tasks import Task
 
 FINISHED, RUN = "finished.json", "run"

@@ -33,7 +33,7 @@ from slides.streaming.tile_source import loose, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.pathpt.findings import draw_classes
 from tapfm.pathpt.model import PathPT, Recipe, load

@@ -29,7 +29,7 @@ from slides.cohort.table import SlideRow, read_cohort
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import Opener
 from slides.wsi.reader import Slide
-from tapfm.adapt import make_optimizer, make_strategy, spell
+from tapfm.adapt.strategies import make_optimizer, make_strategy, spell
 from tapfm.config import read_data, read_source
 from tapfm.frozen.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
 from tapfm.pathpt import pseudo

@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.adapt import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.encoders.backbones import Backbone, Encoder, build
 from tapfm.encoders.tail import unfit
 from tapfm.engine.frozen_prefix import Boundary, first_to_learn

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tapfm.evaluation.probe import Part
     from tapfm.reports.rows import Arm
 
 # Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes
@@ -60,7 +59,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
         labels: K names.
         arms: predictions of the same slides.
     """
-    figure, axes = _figure(len(labels))
+    figure, axes = panels(len(labels))
     styles = arm_styles(arms)
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         roc_axis(axis, k, label, arms, styles)
@@ -71,7 +70,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
 
 def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
-    figure, axes = _figure(len(labels))
+    figure, axes = panels(len(labels))
     styles = [style | {"markersize": 4.5} for style in arm_styles(arms)]
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
@@ -94,7 +93,7 @@ def curves_figure(
     """Loss, validation AUROC (or what the task chooses by) and effective tiles, by slides seen."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
     curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
-    figure, axes = _figure(3)
+    figure, axes = panels(3)
     styles = arm_styles(arms)
     for row in rows:
         dots = styles[row] | {"markersize": 4.5}
@@ -119,39 +118,6 @@ def curves_figure(
         axis.set_xlabel("slides seen")
     titles = [arms[row].title for row in rows]
     _legend(figure, titles, [styles[row] | {"markersize": 4.5} for row in rows])
-    return figure
-
-
-def probe_figure(found: Sequence[Part], last: int) -> Figure:
-    """What `tapfm probe` found: gradient over weight and drift by part, one panel above the other.
-
-    Args:
-        found: the parts, in the order of the forward pass.
-        last: how many of the last blocks are suggested; they are shaded.
-    """
-    figure, axes = _figure(2, across=1)
-    blocks = range(len(found) - 2)
-    apart = math.ceil(len(blocks) / 12)  # blocks from one written number to the next
-    ends = (-1.5 * apart, blocks[-1] + 1.5 * apart)  # not of one kind: no line to them
-    for axis, title, values, colour, marker in (
-        (axes[0], "gradient norm / weight norm", [p.relative for p in found], TRAINED[0], "o"),
-        (axes[1], "drift of CLS, 1 - linear CKA", [p.drift for p in found], TRAINED[1], "s"),
-    ):
-        axis.axvspan(blocks[-last] - 0.5, blocks[-1] + 0.5, color="0.93", zorder=0)
-        look = {"color": colour, "marker": marker, "markersize": 4.5}
-        axis.plot(blocks, values[1:-1], linewidth=1.5, **look)
-        axis.plot(ends, [values[0], values[-1]], linewidth=0, **look)
-        if max((v for v in values if not math.isnan(v)), default=0) > 0:
-            axis.set_yscale("log")
-        axis.set_xlim(ends[0] - apart / 2, ends[1] + apart / 2)
-        axis.set_title(title, fontsize=10)
-        axis.set_xticks([ends[0], *blocks[::apart], ends[1]],
-                        ["front", *blocks[::apart], "norm"], fontsize=8)  # fmt: skip
-    axes[0].text(blocks[-1] + 0.4, 0.97, f"last {last}", ha="right", va="top", color="0.3",
-                 transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
-    axes[1].set_xlabel(
-        "block; front: patches, tokens and positions; norm: the final one", fontsize=9
-    )
     return figure
 
 
@@ -214,20 +180,20 @@ def arm_styles(arms: Sequence[Arm]) -> list[dict]:
     return styles
 
 
-def _figure(panels: int, across: int = 4) -> tuple[Figure, list]:
-    """A figure of `panels` axes and room for one legend below."""
+def panels(count: int, across: int = 4) -> tuple[Figure, list]:
+    """Return a figure of so many axes, with room for one legend below, and the axes."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    columns = min(panels, across)
-    rows = math.ceil(panels / columns)
+    columns = min(count, across)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(3.6 * columns, 5), 3.5 * rows + 0.9), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[panels:]:
+    for axis in axes[count:]:
         axis.set_visible(False)
-    for axis in axes[:panels]:
+    for axis in axes[:count]:
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:panels]
+    return figure, axes[:count]
 
 
 def _legend(figure: Figure, titles: Sequence[str], styles: Sequence[dict]) -> None:

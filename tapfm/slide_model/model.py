@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from slides.files import replacing
 from tapfm import __version__
-from tapfm.adapt import StrategyError, make_strategy, spell
+from tapfm.adapt.strategies import StrategyError, make_strategy, spell
 from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.files import replacing
-from tapfm.adapt import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.settings import SettingsError

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapfm.adapt import spell
+from tapfm.adapt.strategies import spell
 from tapfm.engine.chunked import chunk_rng
 from tapfm.slide_model.aggregators import TILES
 from tapfm.stats.bootstrap import once

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slides.errors import SettingsError
 from slides.files import write_text
 from tapfm import __version__
-from tapfm.adapt import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find

@@ -19,7 +19,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tapfm.adapt import STRATEGIES, make_optimizer, make_strategy, spell
+from tapfm.adapt.parameter_groups import parameter_groups
+from tapfm.adapt.strategies import STRATEGIES, make_optimizer, make_strategy, spell
 from tapfm.data.bag import Bag, SkippedBag, too_late_to_skip
 from tapfm.distributed import average, gather, unwrap
 from tapfm.encoders import backbones
@@ -31,7 +32,7 @@ from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import effective_tiles
 from tapfm.slide_model.model import Recipe, SlideModel
 from tapfm.tasks import watched
-from tapfm.training.optim import Steps, parameter_groups, warmup_cosine
+from tapfm.training.optim import Steps, warmup_cosine
 from tapfm.training.passes import Passes
 
 

@@ -1,4 +1,4 @@
-"""Learning rates and parameter groups.
+"""Learning rates over a run.
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
     and 1e-5 (head), cosine.
@@ -11,13 +11,8 @@ Differs: one cosine over the run, after a warm-up, instead of warm restarts; nor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-
-TOKENS = ("cls_token", "reg_token", "pos_embed", "prompts")
 END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
 
 
@@ -66,48 +61,3 @@ def warmup_cosine(done: float, warmup: float) -> float:
         return done / warmup
     after = min((done - warmup) / (1 - warmup), 1.0)
     return END + (1 - END) * (1 + math.cos(math.pi * after)) / 2
-
-
-def layerwise(blocks: int, decay: float) -> Callable[[str], float]:
-    """Share of the learning rate that a timm parameter gets by its name: `decay` a block down.
-
-    What is behind the blocks gets 1, the last block `decay`, and patch embedding and tokens, below
-    the first block, the least.
-    """
-
-    def share(name: str) -> float:
-        parts = name.split(".")
-        if parts[0] == "blocks":
-            return decay ** (blocks - int(parts[1]))
-        below = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")
-        return decay ** (blocks + 1) if parts[0] in below else 1.0
-
-    return share
-
-
-def parameter_groups(
-    named: Iterable[tuple[str, Tensor]],
-    lr: float,
-    weight_decay: float,
-    share: Callable[[str], float] = lambda _name: 1.0,
-) -> list[dict[str, Any]]:
-    """Trainable parameters as AdamW groups: matrices, which decay, and the rest.
-
-    Args:
-        named: parameters by name.
-        lr: peak learning rate.
-        weight_decay: of the matrices; tokens, prompts, biases, norms and scales do not decay.
-        share: of the learning rate that a parameter gets, by its name.
-
-    Returns:
-        Two groups for each share there is, the largest first.
-    """
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for name, parameter in named:
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in TOKENS
-            groups.setdefault((share(name), decays), []).append(parameter)
-    return [
-        {"params": each, "lr": lr * part, "weight_decay": weight_decay if decays else 0.0}
-        for (part, decays), each in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]

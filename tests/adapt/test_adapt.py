@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from tapfm.adapt import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
+from tapfm.adapt.parameter_groups import layerwise, parameter_groups
+from tapfm.adapt.strategies import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
 from tapfm.adapt.strategies.pathotune import hold
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
 from tapfm.training.module import StrategyName
-from tapfm.training.optim import layerwise, parameter_groups
 from tests.engine.test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
 from tests.tiny import random_tiles, tiny_encoder, tiny_swin
 

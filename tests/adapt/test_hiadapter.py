@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tapfm.adapt import StrategyError, make_strategy
 from tapfm.adapt.pixels import optical_density
+from tapfm.adapt.strategies import StrategyError, make_strategy
 from tapfm.encoders import backbones
 from tests.tiny import random_tiles, tiny_encoder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm.adapt import StrategyError, make_strategy, spell
+from tapfm.adapt.strategies import StrategyError, make_strategy, spell
 from tapfm.adapt.strategies.pathotune import held
 from tests.tiny import random_tiles, tiny_encoder
 

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from tapfm.adapt import StrategyError, make_strategy, spell
 from tapfm.adapt.peft_layout import peft_spec, read_peft, write_peft
+from tapfm.adapt.strategies import StrategyError, make_strategy, spell
 from tests.tiny import random_tiles, tiny_encoder
 
 SPECS = {

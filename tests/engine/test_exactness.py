@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders import compiled
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.frozen_prefix import BoundaryTokens, find_boundary

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.frozen_prefix import Boundary, BoundaryTokens, find_boundary
 from tests.tiny import MAKES, random_tiles, tiny_encoder

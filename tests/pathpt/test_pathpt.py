@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.model import PathPT
 from tapfm.pathpt.question import Question, TileClass

@@ -22,7 +22,7 @@ from slides.demo.tissue_painter import (
 )
 from slides.streaming.tile_source import Opener
 from tapfm import cli
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.config import read_source
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.model import load

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.adapt import STRATEGIES, make_strategy
+from tapfm.adapt.strategies import STRATEGIES, make_strategy
 from tapfm.encoders.backbones import BackboneError, Encoder, build, find
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.frozen_prefix import find_boundary

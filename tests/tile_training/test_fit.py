@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
-from tapfm.adapt import StrategyError
+from tapfm.adapt.strategies import StrategyError
 from tapfm.cli import main
 from tapfm.engine.memory import PhaseMeter
 from tapfm.slide_model import model as models

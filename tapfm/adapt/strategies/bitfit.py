@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.surgery import share, train_only
-from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tapfm.adapt.lowrank import LowRank
-from tapfm.training.optim import parameter_groups
+from tapfm.adapt.parameter_groups import parameter_groups
 
 
 @dataclass(frozen=True)

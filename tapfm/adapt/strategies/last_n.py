@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.parameter_groups import layerwise, parameter_groups
 from tapfm.adapt.surgery import StrategyError, last_blocks, share
-from tapfm.training.optim import layerwise, parameter_groups
 
 
 @dataclass(frozen=True)

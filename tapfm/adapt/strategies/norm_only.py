@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.surgery import share
-from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

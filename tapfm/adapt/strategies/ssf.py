@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.surgery import mlp_linears, need_vit, qkv_linears, share, timm_state
-from tapfm.training.optim import parameter_groups
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.adapt import make_strategy
+from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import Backbone, Encoder, load
 from tapfm.encoders.tail import TOLERANCE, ClsTail
 from tapfm.engine.frozen_prefix import find_boundary
