@@ -32,7 +32,7 @@ from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter, SavedBytes
-from tapfm.slide_model.model import Recipe, SlideModel
+from tapfm.slide_model.model import ModelConfig, SlideModel
 from tapfm.tasks.losses import MaskedBCE
 
 METHODS = {"two_pass": "two passes (tapfm)", "one_graph": "one graph"}
@@ -71,11 +71,11 @@ class Step:
         self.job, self.device = job, torch.device(job.device)
         with self.device:  # on a GPU the weights are drawn there: a ViT-g takes a minute on a CPU
             encoder = backbones.load(job.model, "random", recompute=job.recompute)
-            recipe = Recipe(
+            model_config = ModelConfig(
                 job.model, "tapfm", LABELS, encoder.row.tile_px, encoder.row.mpp,
                 precision=job.precision,
             )  # fmt: skip
-            self.model = SlideModel(recipe, encoder).to(self.device).train()
+            self.model = SlideModel(model_config, encoder).to(self.device).train()
             self.loss = MaskedBCE([1.0] * len(LABELS)).to(self.device)
         self.labels_K = torch.tensor([1.0, torch.nan, 0.0], device=self.device)
         head, encoder = (
@@ -93,7 +93,7 @@ class Step:
 
     def tiles(self, count: int) -> torch.Tensor:
         """A slide, (T, 3, S, S) uint8, in host memory as in training."""
-        side = self.model.recipe.tile_px
+        side = self.model.model_config.tile_px
         return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
 
     def __call__(self, tiles_TP: torch.Tensor, phase: Callable) -> None:

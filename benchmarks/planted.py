@@ -113,7 +113,7 @@ def train(label: str, table: Path, work: Path, epochs: int) -> dict:
         "run_dir": str(runs),
         "seed_everything": SEED,
         "trainer": {"max_epochs": epochs, "check_val_every_n_epoch": min(3, epochs)},
-        "model": {"aggregator": ARM, "steps": {"head_start": True, "encoder_lr": RATE}},
+        "model": {"aggregator": ARM, "steps": {"warm_start": True, "encoder_lr": RATE}},
         "data": {"table": str(table), "labels": [label], "tiles_per_slide": None, "workers": 0,
                  **places},
     }  # fmt: skip

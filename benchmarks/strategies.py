@@ -5,7 +5,7 @@
 A cell is a strategy on a seed's cohort, the one of `benchmarks.demo_seeds` (painted where it is not
 there yet): `tapfm fit` for as many epochs as every other cell, then the test split, set against the
 best frozen baseline of that cohort. All begin with the head as a linear probe has it
-(`head_start`), and then train the slide model too: `frozen` does that and no more, so what a row
+(`warm_start`), and then train the slide model too: `frozen` does that and no more, so what a row
 has above it is the strategy's. Cells run in processes of their own, one thread each.
 results/strategies.json and the table between the markers in README.md are written after each; a
 cell that is in it is not run again, and a fit that was stopped goes on.
@@ -45,7 +45,7 @@ from tapfm.engine.memory import saved_bytes
 from tapfm.evaluation.evaluate import frozen_arms
 from tapfm.inference.prediction import predict_all, write_predictions
 from tapfm.reports.html.tables import interval
-from tapfm.reports.rows import Arm, read_arm
+from tapfm.reports.rows import ResultRow, read_result_row
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
@@ -194,7 +194,7 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
     """
     lr = learning_rate(name)
     run = [*run, "--model.strategy", name.partition("@")[0], "--model.steps.encoder_lr", str(lr)]
-    run += ["--model.steps.head_first", "0", "--model.steps.head_start", "true"]
+    run += ["--model.steps.head_first", "0", "--model.steps.warm_start", "true"]
     run += ["--data.workers", "0"]  # tiles are cached: reading them is less than a process's start
     began = time.process_time()
     if cli.main(["fit", *run, "--run_dir", str(folder.parent), "--name", folder.name]):
@@ -205,7 +205,10 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
     chunk, model = settings.model.chunk, models.load(folder / BEST)
     predictions = predict_all(model, data.streamed(data.rows("test")), chunk, name)
     write_predictions(folder / PREDICTIONS, data.task, predictions)
-    labels, arm = data.label_names, read_arm(name, folder / PREDICTIONS, data.task, end_to_end=True)
+    labels, arm = (
+        data.label_names,
+        read_result_row(name, folder / PREDICTIONS, data.task, end_to_end=True),
+    )
     tiles = data.streamed(data.rows("val")[:1])
     bag = next(iter(tiles))
     return {
@@ -213,24 +216,24 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
         "parameters": sum(p.numel() for p in model.encoder.parameters() if p.requires_grad),
         "auroc": figures(labels, arm),
         "minus_frozen": gain(data.task, arm, frozen),
-        "val_auroc": models.read_recipe(folder / BEST)[1]["val_auroc"],
+        "val_auroc": models.read_model_config(folder / BEST)[1]["val_auroc"],
         "held_mib": held_mib(model, next(bag.tiles.split(chunk))),
         "processor_s": round(spent),
         "resident_gib": peak(folder / "memory.csv"),
     }
 
 
-def figures(labels: Sequence[str], arm: Arm) -> dict[str, dict]:
+def figures(labels: Sequence[str], arm: ResultRow) -> dict[str, dict]:
     """AUROC with its interval, macro and of each label."""
     found = evaluate(labels, arm.y_NK, arm.p_NK, arm.case_ids)
     return {label: asdict(each["auroc"]) for label, each in found.items()}
 
 
-def gain(task: Task, arm: Arm, frozen: Path) -> dict[str, dict]:
+def gain(task: Task, arm: ResultRow, frozen: Path) -> dict[str, dict]:
     """AUROC above the best frozen baseline's, on the same slides and the same draws."""
     labels = list(task.labels)
     arms = [
-        read_arm(path.parent.name, path, task, end_to_end=False)
+        read_result_row(path.parent.name, path, task, end_to_end=False)
         for path in sorted(frozen.glob(f"*/{PREDICTIONS}"))
     ]
     best = max(arms, key=lambda each: figures(labels, each)[MACRO]["value"])

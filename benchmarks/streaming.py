@@ -13,7 +13,7 @@ reduced for each.
     large       the same of four large slides (benchmarks/indexing.py), a draw of 300 tiles each
     twice       those, two passes over each, as training takes them, with memory for 100 tiles a
                 slide: the others are read again in each pass
-    streamed    validation: all tiles of slide after slide, by one crew of workers
+    streamed    validation: all tiles of slide after slide, by one prefetcher of workers
     (slides.streaming.prefetch)
 
 All is done twice and the run that waited less in all is the table's. Writes results/streaming.csv
@@ -38,7 +38,7 @@ from slides.cohort.table import SlideRow, read_cohort
 from slides.grid import Grid
 from slides.streaming.bounded_tiles import SlideTiles
 from slides.streaming.order import SlideSampler
-from slides.streaming.prefetch import Crew
+from slides.streaming.prefetch import Prefetcher
 from slides.streaming.stream import Augment, BagDataset, SlideLoader
 from slides.streaming.workers import Listed
 from slides.tiling.index import TileIndex, index_cohort, index_path, read_index
@@ -51,14 +51,14 @@ GRID, TISSUE = Grid(224, 0.5), Tissue()
 SLIDES, LARGE, DRAW, HELD, WORKERS, RUNS = 20, 4, 300, 100, 2, 2
 
 
-class Opener:
+class TileSource:
     """Slides and their indexes, for worker processes."""
 
     def __init__(self, index_dir: Path):
         self.index_dir = index_dir
 
     def __call__(self, row: SlideRow) -> tuple[Slide, TileIndex]:
-        """As `tapfm.data.datamodule.Opener`."""
+        """As `tapfm.data.datamodule.TileSource`."""
         index = read_index(index_path(self.index_dir, GRID, row.slide_id), GRID, TISSUE)
         return Slide(row.path, row.mpp, row.slide_id), index
 
@@ -76,18 +76,23 @@ def prepare(folder: Path, demo: Path) -> tuple[list[SlideRow], list[SlideRow]]:
     return rows, large
 
 
-def bags(rows: list[SlideRow], opener: Opener, passes: int = 1, **options) -> Iterator[Iterable]:
+def bags(
+    rows: list[SlideRow], tile_source: TileSource, passes: int = 1, **options
+) -> Iterator[Iterable]:
     """Each slide's tiles, read ahead, as often as they are asked for."""
-    dataset = BagDataset(rows, opener, augment=Augment(colour=0.1), **options)
+    dataset = BagDataset(rows, tile_source, augment=Augment(colour=0.1), **options)
     for bag in SlideLoader(dataset, SlideSampler(len(rows)), WORKERS):
         yield (chunk for _ in range(passes) for chunk in bag.tiles.split(CHUNK))
 
 
-def streamed(rows: list[SlideRow], opener: Opener) -> Iterator[Iterable]:
+def streamed(rows: list[SlideRow], tile_source: TileSource) -> Iterator[Iterable]:
     """Each slide's tiles, the next one's read while this one's are taken."""
-    crew = Crew(WORKERS)
-    slides = [SlideTiles(Listed.of(partial(opener, row), opener(row)[1]), crew) for row in rows]
-    with crew:
+    prefetcher = Prefetcher(WORKERS)
+    slides = [
+        SlideTiles(Listed.of(partial(tile_source, row), tile_source(row)[1]), prefetcher)
+        for row in rows
+    ]
+    with prefetcher:
         for tiles in slides:
             yield tiles.split(CHUNK)
 
@@ -143,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
     about, found = facts("cpu"), []
     with tempfile.TemporaryDirectory() as scratch:
         rows, large = prepare(Path(scratch), given.demo)
-        opener = Opener(Path(scratch) / "index")
+        tile_source = TileSource(Path(scratch) / "index")
         for run in range(RUNS):
             for what, slides in {
-                "training": bags(rows, opener),
-                "large": bags(large, opener, budget=DRAW),
-                "twice": bags(large, opener, 2, budget=DRAW, hold=HELD, workers=WORKERS),
-                "streamed": streamed(rows, opener),
+                "training": bags(rows, tile_source),
+                "large": bags(large, tile_source, budget=DRAW),
+                "twice": bags(large, tile_source, 2, budget=DRAW, hold=HELD, workers=WORKERS),
+                "streamed": streamed(rows, tile_source),
             }.items():
                 found.append({"run": run, "what": what, **consume(slides), **about})
                 print(found[-1], flush=True)

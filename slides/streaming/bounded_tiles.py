@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slides.errors import SlideError
 from slides.streaming.chunks import SlideSource
-from slides.streaming.prefetch import Crew
+from slides.streaming.prefetch import Prefetcher
 from slides.streaming.workers import Listed
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class SlideTiles:
 
     Args:
         slide: gives pixels and tiles when it is read.
-        crew: who reads them; where it has further slides, those of the next `SlideTiles` that are
+        prefetcher: who reads them; where it has further slides, those of the next `SlideTiles` that
+        are
             made of it are read ahead (`slides.streaming.prefetch`).
         held: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
         on_fault: told of a slide's fault; where it returns, the fault goes on its way.
@@ -53,17 +54,17 @@ class SlideTiles:
     def __init__(
         self,
         slide: Listed,
-        crew: Crew,
+        prefetcher: Prefetcher,
         held: Tensor | None = None,
         on_fault: Callable[[SlideError], None] | None = None,
     ):
-        self.crew, self.number, self.count = crew, crew.add(slide), slide.count
+        self.prefetcher, self.number, self.count = prefetcher, prefetcher.add(slide), slide.count
         self.held, self.on_fault = held, on_fault
 
     @classmethod
     def of(cls, source: SlideSource, index: TileIndex, workers: int = 0, **more) -> SlideTiles:
-        """Those of a slide whose pixels and tiles are at hand, with a crew of its own."""
-        return cls(Listed.at_hand(source, index), Crew(workers), **more)
+        """Those of a slide whose pixels and tiles are at hand, with a prefetcher of its own."""
+        return cls(Listed.at_hand(source, index), Prefetcher(workers), **more)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Chunks of `size` tiles; the last may be short.
@@ -73,7 +74,7 @@ class SlideTiles:
         """
         held = 0 if self.held is None else len(self.held) // size * size
         try:
-            with contextlib.closing(self.crew.chunks(self.number, size, held)) as rest:
+            with contextlib.closing(self.prefetcher.chunks(self.number, size, held)) as rest:
                 for start in range(0, held, size):  # meanwhile the rest is read ahead
                     yield self.held[start : start + size]
                 for _, tiles_CSS in rest:

@@ -1,10 +1,10 @@
 """The tiles of slide after slide, read by processes ahead of whoever takes them.
 
-A `Crew` is told of slides, in the order in which they will be wanted, and gives the chunks of any
-of them. Its processes (`slides.streaming.workers`) begin at the first chunk that is asked for.
-Inside `with crew` they live on from slide to slide, and the first chunks of the next slides are
-read while the last of this one are used; outside of it they end with the slide. What is taken in
-another order (a slide a second time, or not to its end) is right all the same: what was read in
+A `Prefetcher` is told of slides, in the order in which they will be wanted, and gives the chunks of
+any of them. Its processes (`slides.streaming.workers`) begin at the first chunk that is asked for.
+Inside `with prefetcher` they live on from slide to slide, and the first chunks of the next slides
+are read while the last of this one are used; outside of it they end with the slide. What is taken
+in another order (a slide a second time, or not to its end) is right all the same: what was read in
 vain is let go.
 
 Price: workers * prefetch chunks of shared memory, whatever the slides.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
 
 
-class Crew:
+class Prefetcher:
     """Reads the slides it was told of, chunk by chunk. Pickles, without its processes.
 
     Args:
@@ -45,7 +45,7 @@ class Crew:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": False, "_live": None}
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Prefetcher:
         self._kept = True
         return self
 
@@ -140,9 +140,9 @@ class Crew:
 def stream_chunks(
     source: SlideSource, index: TileIndex, chunk: int, workers: int = 0, prefetch: int = 2
 ) -> Iterator[tuple[int, Tensor]]:
-    """All tiles of one slide, read by a crew of its own; see `Crew` and `Crew.chunks`."""
-    crew = Crew(workers, prefetch)
-    return crew.chunks(crew.add(Listed.at_hand(source, index)), chunk)
+    """Yield all tiles of one slide, read by a prefetcher of its own (`Prefetcher.chunks`)."""
+    prefetcher = Prefetcher(workers, prefetch)
+    return prefetcher.chunks(prefetcher.add(Listed.at_hand(source, index)), chunk)
 
 
 def _chunks_here(slide: Listed, starts: range) -> Iterator[tuple[int, Tensor]]:

@@ -1,10 +1,10 @@
 """A row of the cohort to its pixels and tiles: from slide, index, and cache where there is one.
 
-    for row, tiles in Opener.of(source).streamed(rows, workers):
+    for row, tiles in TileSource.of(source).streamed(rows, workers):
         for tiles_CSS in tiles.split(chunk): ...
 
-One crew of processes (`slides.streaming.prefetch`) reads slide after slide, ahead of whoever takes
-the tiles.
+One prefetcher of processes (`slides.streaming.prefetch`) reads slide after slide, ahead of whoever
+takes the tiles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slides.errors import IndexFileError, IndexSettingsError, SlideError
 from slides.grid import Grid
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles, joined
 from slides.streaming.chunks import SlideSource
-from slides.streaming.prefetch import Crew
+from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import StainedSlide
 from slides.streaming.workers import Listed
@@ -33,7 +33,7 @@ from slides.wsi.reader import Slide
 
 
 @dataclass(frozen=True)
-class Opener:
+class TileSource:
     """A row of the cohort to an open slide and its tiles; picklable, for worker processes."""
 
     index_dir: Path
@@ -46,7 +46,7 @@ class Opener:
     """With a limit, slides without a cache are read from their files."""
 
     @classmethod
-    def of(cls, source: Source) -> Opener:
+    def of(cls, source: Source) -> TileSource:
         """What opens the slides of a config."""
         grid, tissue = source.tiles.grid, source.tiles.tissue
         return cls(source.index_dir, source.cache_dir, grid, tissue, source.stain, source.cache_gb)
@@ -87,15 +87,17 @@ class Opener:
     def tiles(
         self,
         row: SlideRow,
-        workers: int | Crew = 0,
+        workers: int | Prefetcher = 0,
         on_fault: Callable[[SlideError], None] | None = None,
     ) -> SlideTiles:
         """All tiles of a slide, read chunk by chunk each time they are asked for.
 
-        `workers` may be the crew of several slides, see `SlideTiles`.
+        `workers` may be the prefetcher of several slides, see `SlideTiles`.
         """
-        crew = workers if isinstance(workers, Crew) else Crew(workers)
-        return SlideTiles(Listed.of(partial(self, row), self.index(row)), crew, on_fault=on_fault)
+        prefetcher = workers if isinstance(workers, Prefetcher) else Prefetcher(workers)
+        return SlideTiles(
+            Listed.of(partial(self, row), self.index(row)), prefetcher, on_fault=on_fault
+        )
 
     def streamed(
         self, rows: Sequence[SlideRow], workers: int
@@ -105,9 +107,11 @@ class Opener:
         Raises:
             SlideError: a slide has no index; reading the tiles raises what `SlideTiles` does.
         """
-        crew = Crew(workers)
-        every = [(row, joined([self.tiles(slide, crew) for slide in row.slides])) for row in rows]
-        with crew:
+        prefetcher = Prefetcher(workers)
+        every = [
+            (row, joined([self.tiles(slide, prefetcher) for slide in row.slides])) for row in rows
+        ]
+        with prefetcher:
             yield from every
 
 
@@ -128,9 +132,9 @@ def tiles_as_trained(
 
 
 @contextmanager
-def loose(
+def new_slides(
     rows: Sequence[SlideRow], tiles: TileSettings, workers: int, stain: str | None = None
-) -> Iterator[tuple[Opener, list[SlideRow], dict[str, str]]]:
+) -> Iterator[tuple[TileSource, list[SlideRow], dict[str, str]]]:
     """Slides of no cohort, indexed for as long as this lasts.
 
     Args:
@@ -147,4 +151,4 @@ def loose(
         _, failed = index_and_cache(source)
         for reason in failed.values():
             print(f"tapfm: {reason}", file=sys.stderr)
-        yield Opener.of(source), [row for row in rows if row.slide_id not in failed], failed
+        yield TileSource.of(source), [row for row in rows if row.slide_id not in failed], failed

@@ -38,7 +38,7 @@ ORPHAN_CHECK_S = 5.0  # how often an idle worker looks whether its parent still 
 
 @dataclass(frozen=True)
 class Listed:
-    """A slide that a crew was told of. All slides of a crew are cut by one grid."""
+    """A slide that a prefetcher was told of. All slides of a prefetcher are cut by one grid."""
 
     open_slide: Callable[[], tuple[SlideSource, TileIndex]]
     """Gives pixels and tiles; called by whoever reads, and the pixels are closed after it."""

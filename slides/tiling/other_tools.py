@@ -2,7 +2,7 @@
 
     index = read_coordinates(find_coordinates(folder, slide.name), slide)
 
-The result streams like an index of our own (`crew.stream_chunks`), with their tiles, in their
+The result streams like an index of our own (`prefetcher.stream_chunks`), with their tiles, in their
 order, so row n is row n of the features they made. Their tiles keep their size in level-0 pixels,
 whatever magnification they call it; the resolution is what that size really is on this slide. What
 the slide cannot give in just that size, or a file of another slide, is refused.

@@ -24,13 +24,13 @@ from slides.seeds import stable_seed
 from slides.streaming.balance import balanced_order
 from slides.streaming.bounded_tiles import host_budget, joined, tiles_to_hold
 from slides.streaming.order import SlideSampler, Turn
-from slides.streaming.prefetch import Crew
+from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
 from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from tapfm.data.bag import Bag, SkippedBag
-from tapfm.tasks import TASKS, Task, learn_task, spell_task
+from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
 TaskName = Literal[tuple(TASKS)]
@@ -39,14 +39,14 @@ TaskName = Literal[tuple(TASKS)]
 class Streamed:
     """Bags in a row; while they are gone through, the next one's tiles are read ahead."""
 
-    def __init__(self, bags: Sequence[Bag], crew: Crew):
-        self.bags, self.crew = bags, crew
+    def __init__(self, bags: Sequence[Bag], prefetcher: Prefetcher):
+        self.bags, self.prefetcher = bags, prefetcher
 
     def __len__(self) -> int:
         return len(self.bags)
 
     def __iter__(self) -> Iterator[Bag]:
-        with self.crew:
+        with self.prefetcher:
             yield from self.bags
 
 
@@ -62,7 +62,7 @@ class SlideData(L.LightningDataModule):
             with `bins` and `loss` (hazard or cox).
         sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
             with equal chances (`slides.streaming.balance`), and the loss does not weigh classes
-            then; that of frozen rows and head start does, for they see every bag as often.
+            then; that of frozen rows and warm start does, for they see every bag as often.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
             slides of a patient in one bag.
         pool: what `tapfm test` takes for a case where bags are slides: `mean` or `max` of its
@@ -130,7 +130,7 @@ class SlideData(L.LightningDataModule):
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
             if given:
                 refuse_other_stains(self.cohort.rows, option)
-        self.opener = Opener(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
+        self.tile_source = TileSource(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
         if host_gb is not None and host_gb < 0:
             raise SettingsError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
@@ -142,16 +142,16 @@ class SlideData(L.LightningDataModule):
     @property
     def source(self) -> Source:
         """What `tapfm index` would be asked to prepare."""
-        opener = self.opener
+        tile_source = self.tile_source
         return Source(
             self.cohort.rows,
-            opener.index_dir,
-            opener.cache_dir,
+            tile_source.index_dir,
+            tile_source.cache_dir,
             self.tiles,
             self.on_error,
             self.workers,
-            opener.stain,
-            opener.cache_gb,
+            tile_source.stain,
+            tile_source.cache_gb,
         )
 
     @cached_property
@@ -173,8 +173,8 @@ class SlideData(L.LightningDataModule):
 
     @property
     def task_spec(self) -> dict[str, Any]:
-        """The task as a recipe has it."""
-        return spell_task(self.task)
+        """The task as a model_config has it."""
+        return task_config(self.task)
 
     def prepare_data(self) -> None:
         """Index and cache what is not there yet: one process does, the others wait for it."""
@@ -194,7 +194,7 @@ class SlideData(L.LightningDataModule):
         rows, every = [], self.cohort.split(split)
         for row in every:
             try:
-                self.opener.index(row)
+                self.tile_source.index(row)
                 rows.append(row)
             except SlideError as fault:
                 if self.on_error != "skip":
@@ -220,7 +220,7 @@ class SlideData(L.LightningDataModule):
         """Turns to slides as a step takes them: tiles drawn, augmented, in memory."""
         return BagDataset(
             rows,
-            self.opener,
+            self.tile_source,
             budget=self.tiles_per_slide,
             seed=self.seed,
             augment=self.augment,
@@ -252,7 +252,7 @@ class SlideData(L.LightningDataModule):
         processes = self.trainer.num_devices if self.trainer else 1  # of this machine
         budget = host_budget(self.host_gb) // processes
         hold = tiles_to_hold(budget, self.tiles.tile_px, slides)
-        most = max(len(self.opener.index(slide)) for row in rows for slide in row.slides)
+        most = max(len(self.tile_source.index(slide)) for row in rows for slide in row.slides)
         if hold < min(most, self.tiles_per_slide or most):
             print(
                 f"data.host_gb: {budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides "
@@ -264,7 +264,7 @@ class SlideData(L.LightningDataModule):
     @property
     def streaming_workers(self) -> int:
         """Processes for a slide that is read by itself as it is used."""
-        return 0 if self.opener.cache_dir else self.workers  # it is quicker than one is to start
+        return 0 if self.tile_source.cache_dir else self.workers  # it is quicker than one is to start
 
     @property
     def place(self) -> tuple[int, int]:
@@ -297,13 +297,13 @@ class SlideData(L.LightningDataModule):
 
     def streamed(self, rows: list[SlideRow]) -> Streamed:
         """Bags in the table's order, all tiles, read as the model asks for them."""
-        crew = Crew(self.workers)
-        return Streamed([self.bag(row, crew) for row in rows], crew)
+        prefetcher = Prefetcher(self.workers)
+        return Streamed([self.bag(row, prefetcher) for row in rows], prefetcher)
 
-    def bag(self, row: SlideRow, crew: Crew | None = None) -> Bag:
-        """One slide or case, all tiles, read when asked for, by this crew or one of its own."""
-        how = crew or self.streaming_workers, partial(self.skip, row.slide_id)
-        parts = [self.opener.tiles(slide, *how) for slide in row.slides]
+    def bag(self, row: SlideRow, prefetcher: Prefetcher | None = None) -> Bag:
+        """One slide or case, all tiles, read when asked for, by this prefetcher or one of its own."""
+        how = prefetcher or self.streaming_workers, partial(self.skip, row.slide_id)
+        parts = [self.tile_source.tiles(slide, *how) for slide in row.slides]
         counts = tuple(part.count for part in parts)
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
         return Bag(

@@ -4,8 +4,8 @@ The tokens at that boundary are kept from pass 1, and pass 2 starts there: with 
 blocks learning, a tile costs 1 + 3 n / L forwards instead of 2 + 2 n / L. To the engine
 (`engine.chunked`) the tokens are the tiles, and the blocks behind the boundary are the encoder.
 
-    boundary = find_boundary(encoder)                 None where something in front learns
-    tokens = BoundaryTokens(boundary.tokens, tiles)   in place of the tiles, and
+    boundary = find_frozen_prefix(encoder)                 None where something in front learns
+    tokens = FrozenPrefixTokens(boundary.tokens, tiles)   in place of the tiles, and
     boundary.encode                                   in place of the encoder, in both passes
 
 How: a hook in front of the first block that learns sees what the block is given, whatever the
@@ -38,7 +38,7 @@ class _Reached(Exception):
     """The forward has come to the boundary."""
 
 
-class Boundary:
+class FrozenPrefix:
     """An encoder cut in front of one of its blocks.
 
     Args:
@@ -96,7 +96,7 @@ class Boundary:
         return all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 
 
-class BoundaryTokens:
+class FrozenPrefixTokens:
     """A slide's tokens in place of its tiles (`bag.Tiles`): computed once, kept for pass 2.
 
     Args:
@@ -157,10 +157,10 @@ def first_to_learn(vit: nn.Module) -> int | None:
     return first if 0 < first < len(blocks) else None
 
 
-def find_boundary(encoder: Encoder, precision: str = "fp32") -> Boundary | None:
+def find_frozen_prefix(encoder: Encoder, precision: str = "fp32") -> FrozenPrefix | None:
     """Where learning begins; None where there is nothing to spare, or the model is another make."""
     first = first_to_learn(encoder.vit)
     if first is None:
         return None
-    boundary = Boundary(encoder, first, precision)
+    boundary = FrozenPrefix(encoder, first, precision)
     return boundary if boundary.agrees() else None

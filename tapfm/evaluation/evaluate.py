@@ -50,7 +50,7 @@ from tapfm.inference.prediction import (
 from tapfm.reports.html.page import write_page
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.report import write_results
-from tapfm.reports.rows import Arm, row_folder, row_of_run
+from tapfm.reports.rows import ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES
 from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
@@ -90,7 +90,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     if not folders:
         raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
     for folder in folders:
-        if models.read_recipe(folder / BEST)[0].aggregator == TILES:
+        if models.read_model_config(folder / BEST)[0].aggregator == TILES:
             raise CheckpointError(
                 f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
             )
@@ -107,7 +107,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms = frozen_arms(first, run / "frozen", split, device, features)
     of_slides = {  # of each bag: its slides, and how many tiles each has
-        bag.slide_id: (bag.slides, [len(data.opener.index(row)) for row in bag.slides])
+        bag.slide_id: (bag.slides, [len(data.tile_source.index(row)) for row in bag.slides])
         for bag in data.rows(split)
     }
     rows = {row.slide_id: row for row in data.cohort.rows}
@@ -128,10 +128,10 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
                 ]
             of[part] = by_case(data, part, predictions)
             write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
-        title, trained = row_of_run(folder.name, model.recipe.strategy)
+        title, trained = row_of_run(folder.name, model.model_config.strategy)
         arms.append(arm(title, folder, of, split, end_to_end=trained))
         for each in slides:
-            index = data.opener.index(rows[each.slide_id])
+            index = data.tile_source.index(rows[each.slide_id])
             write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
         if each_slide := tile_auroc(data, slides, truth):
             found[folder.name] = float(np.mean(list(each_slide.values())))
@@ -153,13 +153,13 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
 
 def frozen_arms(
     cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None
-) -> list[Arm]:
+) -> list[ResultRow]:
     """The baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
-    encoder, chunk, opener = model.encoder, cli.model.chunk, data.opener
+    encoder, chunk, tile_source = model.encoder, cli.model.chunk, data.tile_source
     fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
-    name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.recipe.precision
-    how = {"chunk": chunk, "stain": opener.stain}
+    name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.model_config.precision
+    how = {"chunk": chunk, "stain": tile_source.stain}
     extractions = {
         "frozen": Extraction(encoder, name, fingerprint, precision, **how),
         "rgb": Extraction(RgbStatistics(), "rgb", "rgb", **how),
@@ -169,11 +169,11 @@ def frozen_arms(
 
     def kept(extraction: Extraction, bag: Bag) -> FeatureBag:
         z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
-        features = (shared or folder) / opener.grid.tag / f"features_{extraction.name}"
+        features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
         for row, tiles in zip(rows[bag.slide_id].slides, parts, strict=True):
-            path, index = features / f"{row.slide_id}.h5", opener.index(row)
+            path, index = features / f"{row.slide_id}.h5", tile_source.index(row)
             if extraction.fault(path, index):
-                extraction.write(path, tiles, index, opener.tissue)
+                extraction.write(path, tiles, index, tile_source.tissue)
             z_TD.append(read_features(path))
         return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
@@ -224,11 +224,11 @@ def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[
 
 def arm(
     title: str, folder: Path, of: dict[str, list[Prediction]], split: str, *, end_to_end: bool
-) -> Arm:
+) -> ResultRow:
     """A row group of the report, from the predictions of its split and of validation."""
     # none for the val split itself: what was chosen on a split says nothing about it
     metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
-    return Arm(
+    return ResultRow(
         title,
         end_to_end=end_to_end,
         slide_ids=[each.slide_id for each in predictions],
@@ -275,7 +275,7 @@ def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) 
     rows = {row.slide_id: row for row in data.cohort.rows}
     for each in predictions:
         row = rows[each.slide_id]
-        index = data.opener.index(row)
+        index = data.tile_source.index(row)
         with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
             thumbnail, downsample = slide.thumbnail(max_side=1200)
         path = folder / f"{each.slide_id}.png"
@@ -300,7 +300,7 @@ def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> d
         tumour = (
             np.asarray(Image.open(truth / f"{each.slide_id}.png")) == facts["classes"]["tumour"]
         )
-        index = data.opener.index(rows[each.slide_id])
+        index = data.tile_source.index(rows[each.slide_id])
         share_T = tile_fraction(tumour, index.coords0, index.size0, facts["downsample"])
         judged_T = (share_T >= TUMOUR_TILE) | (share_T == 0)
         value = auroc((share_T[judged_T] > 0).astype(float), each.weights_T[judged_T])

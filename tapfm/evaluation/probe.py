@@ -125,7 +125,7 @@ def held_out(data: SlideData) -> Tensor:
 
 
 def _bags(data: SlideData, rows: Sequence, budget: int | None) -> Iterator[Bag]:
-    read = BagDataset(rows, data.opener, budget, data.seed, on_error=data.on_error)
+    read = BagDataset(rows, data.tile_source, budget, data.seed, on_error=data.on_error)
     for number in range(len(rows)):
         bag = data.on_before_batch_transfer(read[number], 0)
         if bag is not None:  # else it is skipped and noted

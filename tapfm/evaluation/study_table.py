@@ -16,7 +16,7 @@ from slides.files import write_csv
 from tapfm.reports.plain_table import aligned, span
 from tapfm.reports.pooling import Pool, pool
 from tapfm.reports.report import ONE_CLASS
-from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER, Arm, read_arm, row_folder
+from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER, ResultRow, read_result_row, row_folder
 from tapfm.reports.runs import read_task
 from tapfm.stats.bootstrap import Interval
 
@@ -75,7 +75,7 @@ def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
     its figure.
     """
     task: Task | None = None
-    runs: dict[str, dict[int, dict[int, Arm]]] = {}
+    runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
     baselines: dict[str, bool] = {}
     trained = {cell.arm: True for cell in cells}
     for cell in cells:
@@ -88,7 +88,7 @@ def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
             of_cell = title in OF_CELL
             name = RUN if of_cell else f"frozen/{row_folder(title)}"
             path = cell.folder / name / "predictions_test.csv"
-            arm = read_arm(title, path, own, end_to_end=facts["end_to_end"])
+            arm = read_result_row(title, path, own, end_to_end=facts["end_to_end"])
             row = cell.arm if of_cell else title
             runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, arm)
             (trained if of_cell else baselines)[row] = facts["end_to_end"]

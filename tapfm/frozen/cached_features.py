@@ -24,7 +24,7 @@ MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g
 
 
 @dataclass(frozen=True)
-class Remembered(FeatureBag):
+class CachedFeatures(FeatureBag):
     """A slide as the frozen encoder sees it, on the CPU."""
 
     score_T: Tensor
@@ -37,7 +37,9 @@ class Remembered(FeatureBag):
         return z_TD, score_T, self.counts
 
 
-def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[Remembered]:
+def cache_features(
+    module: L.LightningModule, bags: Iterable[Bag], title: str
+) -> list[CachedFeatures]:
     """Slides as the encoder sees them now."""
     model, found = module.slide_model, []
     with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
@@ -52,13 +54,13 @@ def remember(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list
                 slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
                 counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
                 slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-                found.append(Remembered(*slide, score_T, counts))
+                found.append(CachedFeatures(*slide, score_T, counts))
             bar.update(bag.count)
     return found
 
 
 @torch.no_grad()
-def standardise(aggregator: Aggregator, mine: Sequence[Remembered]) -> None:
+def standardise(aggregator: Aggregator, mine: Sequence[CachedFeatures]) -> None:
     """Let the aggregator bring features to mean 0 and deviation 1 over all processes' slides.
 
     Every slide counts the same, and a feature that is constant is divided by 1.

@@ -34,14 +34,14 @@ from slides.errors import SlideError
 from slides.files import replacing
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex, index_attributes
 from slides.tiling.tissue import Tissue
 from tapfm import __version__
 from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
-from tapfm.slide_model.model import load_encoder, read_recipe
+from tapfm.slide_model.model import load_encoder, read_model_config
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -171,19 +171,19 @@ def extract(
         WriteError: the disk is full.
         SlideError: with `on_error: stop`, the first slide's fault.
     """
-    opener, wanted, failed, tiles = Opener.of(source), [], {}, 0
+    tile_source, wanted, failed, tiles = TileSource.of(source), [], {}, 0
     for row in rows:
         with _left_out(row, source, failed):
-            why = extraction.fault(folder / f"{row.slide_id}.h5", opener.index(row))
+            why = extraction.fault(folder / f"{row.slide_id}.h5", tile_source.index(row))
             if why not in (None, "not there"):
                 print(f"{row.slide_id}: the features there are {why}: made anew")
             wanted += [row] * (why is not None)
     kept = len(rows) - len(wanted) - len(failed)
-    streamed = opener.streamed(wanted, source.workers)
+    streamed = tile_source.streamed(wanted, source.workers)
     for row, each in tqdm(streamed, folder.name, len(wanted), unit=" slides"):
         with _left_out(row, source, failed):
             path, tissue = folder / f"{row.slide_id}.h5", source.tiles.tissue
-            extraction.write(path, each, opener.index(row), tissue)
+            extraction.write(path, each, tile_source.index(row), tissue)
             tiles += each.count
     return kept, tiles, failed
 
@@ -214,11 +214,11 @@ def tiles_of(model: str) -> TileSettings:
     if not model.endswith(".safetensors"):
         row = find(model)
         return TileSettings(row.tile_px, row.mpp)
-    recipe, facts = read_recipe(Path(model))
+    model_config, facts = read_model_config(Path(model))
     tissue = Tissue(
         **{**facts.get("tissue", {}), "masks": None, "coords": None}
     )  # as in training, but its slides
-    return TileSettings(recipe.tile_px, recipe.mpp, tissue=tissue)
+    return TileSettings(model_config.tile_px, model_config.mpp, tissue=tissue)
 
 
 def run_features(

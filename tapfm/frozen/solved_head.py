@@ -11,14 +11,14 @@ import torch
 
 from tapfm.distributed import gather
 from tapfm.frozen.baselines import FeatureBag, validation_score
-from tapfm.frozen.cached_features import Remembered
+from tapfm.frozen.cached_features import CachedFeatures
 from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
 
 
 @torch.no_grad()
-def embed(aggregator: Aggregator, mine: Sequence[Remembered]) -> list[FeatureBag]:
+def embed(aggregator: Aggregator, mine: Sequence[CachedFeatures]) -> list[FeatureBag]:
     """The slides of all processes, each as its embedding: bags of one tile."""
     embedded, device = [], aggregator.head.weight.device
     for slide in mine:

@@ -18,7 +18,7 @@ import torch
 
 from tapfm.distributed import average, gather, rank, world
 from tapfm.frozen.baselines import undisturbed
-from tapfm.frozen.cached_features import Remembered
+from tapfm.frozen.cached_features import CachedFeatures
 from tapfm.frozen.solved_head import embed, judge
 from tapfm.slide_model.aggregators import Aggregator
 from tapfm.tasks import Task
@@ -46,7 +46,11 @@ class Taught:
 
 
 def teach(
-    fresh: Aggregator, train: Sequence[Remembered], val: Sequence[Remembered], task: Task, seed: int
+    fresh: Aggregator,
+    train: Sequence[CachedFeatures],
+    val: Sequence[CachedFeatures],
+    task: Task,
+    seed: int,
 ) -> Taught:
     """Train copies of a slide model on remembered slides, where it is, and take the best.
 
@@ -72,7 +76,7 @@ def teach(
 
 
 def _epochs(
-    fresh: Aggregator, train: Sequence[Remembered], task: Task, lr: float, seed: int
+    fresh: Aggregator, train: Sequence[CachedFeatures], task: Task, lr: float, seed: int
 ) -> Iterator[Aggregator]:
     """The slide model after each epoch.
 

@@ -24,7 +24,7 @@ from slides.errors import SlideError
 from slides.files import fingerprint, rows_there
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles
 from slides.streaming.settings import TileSettings
-from slides.streaming.tile_source import loose, tiles_as_trained
+from slides.streaming.tile_source import new_slides, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
@@ -81,8 +81,8 @@ def predict_slides(
     """
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recipe, facts = model.recipe, models.read_recipe(path)[1]
-    if recipe.aggregator == TILES:
+    model_config, facts = model.model_config, models.read_model_config(path)[1]
+    if model_config.aggregator == TILES:
         raise models.CheckpointError(
             f"{path}: was trained on labelled tiles and says nothing of a slide. Its encoder is "
             "for `tapfm features` and `tapfm export`."
@@ -90,18 +90,20 @@ def predict_slides(
     pool = pool_of(path, facts) if case else None
     table = out / "predictions.csv"
     rows_there(table, [*header_of(model.task), "model"])  # refused now, not behind all slides
-    trained = TileSettings(recipe.tile_px, recipe.mpp, tissue=Tissue(**facts.get("tissue", {})))
+    trained = TileSettings(
+        model_config.tile_px, model_config.mpp, tissue=Tissue(**facts.get("tissue", {}))
+    )
     tiles = tiles_as_trained(trained, mpp, masks)
     width, predictions = model.task.width, []
     rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
-    with loose(rows, tiles, workers, facts.get("stain")) as (opener, left, failed):
+    with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
         bags = gather(left, ()) if pool == "union" else left
-        for row, each in tqdm(opener.streamed(bags, workers), total=len(bags), unit=" slides"):
+        for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
             try:
-                indices = [opener.index(slide) for slide in row.slides]
+                indices = [tile_source.index(slide) for slide in row.slides]
                 counts = tuple(map(len, indices))
-                whole = predict_bag(model, loose_bag(row, each, width, counts), chunk)
+                whole = predict_bag(model, new_slide_bag(row, each, width, counts), chunk)
                 parts = slide_by_slide(whole, row.slides, counts)
                 for slide, part, index in zip(row.slides, parts, indices, strict=True):
                     write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
@@ -141,7 +143,7 @@ def pool_of(path: Path, facts: Mapping) -> str:
     return facts["pool"]
 
 
-def loose_bag(
+def new_slide_bag(
     row: SlideRow, tiles: SlideTiles | JoinedTiles, labels: int, counts: Sequence[int] = ()
 ) -> Bag:
     """A slide, or a case, of no cohort: `labels` unknown numbers are its target.

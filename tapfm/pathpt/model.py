@@ -1,6 +1,6 @@
 """The model that names tiles: mixer, class vectors, and the cosine between them.
 
-Saved as one safetensors file whose header is the recipe. It holds the class vectors that the
+Saved as one safetensors file whose header is the model_config. It holds the class vectors that the
 prompts came to, so that no text tower is needed to use it.
 
 Source: PathPT (arXiv 2508.15904): logits are 10 times the cosine of mixed tile and class vector.
@@ -32,7 +32,7 @@ from tapfm.slide_model.model import CheckpointError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelConfig:
     """What a saved model is, apart from its weights."""
 
     classes: tuple[str, ...]
@@ -77,7 +77,11 @@ class PathPT(nn.Module):
 
 
 def save(
-    path: Path, model: PathPT, classes_Kd: Tensor, recipe: Recipe, image: Mapping[str, Tensor]
+    path: Path,
+    model: PathPT,
+    classes_Kd: Tensor,
+    model_config: ModelConfig,
+    image: Mapping[str, Tensor],
 ) -> None:
     """Write a model; `path` is whole or not there.
 
@@ -85,14 +89,14 @@ def save(
         path: the file.
         model: its prompts are not written, but what they came to is.
         classes_Kd: that.
-        recipe: what it is.
+        model_config: what it is.
         image: what of the image tower was trained, by name; may be empty.
     """
     state = {f"mixer.{key}": value for key, value in model.mixer.state_dict().items()}
     state |= {"mean_d": model.mean_d, "std_d": model.std_d, "classes_Kd": classes_Kd}
     state |= {f"image.{key}": value for key, value in image.items()}
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {"tapfm": __version__, **asdict(recipe)}
+    header = {"tapfm": __version__, **asdict(model_config)}
     with replacing(path) as partial:
         save_file(state, partial, {"pathpt": json.dumps(header)})
 
@@ -106,8 +110,8 @@ def is_pathpt(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> tuple[PathPT, Tensor, Recipe, dict[str, Tensor]]:
-    """Model in eval mode, class vectors, recipe, and the image tower's trained weights.
+def load(path: Path) -> tuple[PathPT, Tensor, ModelConfig, dict[str, Tensor]]:
+    """Model in eval mode, class vectors, model_config, and the image tower's trained weights.
 
     Raises:
         CheckpointError: no such file, or not one of these.
@@ -116,14 +120,14 @@ def load(path: Path) -> tuple[PathPT, Tensor, Recipe, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["pathpt"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        known = {k: header[k] for k in Recipe.__dataclass_fields__}
+        known = {k: header[k] for k in ModelConfig.__dataclass_fields__}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error})."
         ) from error
-    recipe = Recipe(**{**known, "classes": tuple(known["classes"])})
+    model_config = ModelConfig(**{**known, "classes": tuple(known["classes"])})
     image = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
-    model, classes_Kd = PathPT(recipe.dim, None, recipe.scale), state["classes_Kd"]
+    model, classes_Kd = PathPT(model_config.dim, None, model_config.scale), state["classes_Kd"]
     own = {k: v for k, v in state.items() if not k.startswith("image.") and k != "classes_Kd"}
     model.load_state_dict(own)
-    return model.eval(), classes_Kd, recipe, image
+    return model.eval(), classes_Kd, model_config, image

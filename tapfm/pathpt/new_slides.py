@@ -29,14 +29,14 @@ from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import fingerprint, join_csv, replacing, rows_there
 from slides.streaming.settings import TileSettings
-from slides.streaming.tile_source import loose, tiles_as_trained
+from slides.streaming.tile_source import new_slides, tiles_as_trained
 from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.pathpt.findings import draw_classes
-from tapfm.pathpt.model import PathPT, Recipe, load
+from tapfm.pathpt.model import ModelConfig, PathPT, load
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.text.towers import TextError
 from tapfm.pathpt.tiles import Towers, encode_slide, load_towers
@@ -68,16 +68,18 @@ def predict_slides(
         WriteError: predictions of other columns are there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, classes_Kd, recipe, towers = load_whole(path, device)
-    trained = TileSettings(**{**recipe.tiles, "tissue": Tissue(**recipe.tiles["tissue"])})
-    tiles, names, votes = tiles_as_trained(trained, mpp, masks), recipe.classes, []
+    model, classes_Kd, model_config, towers = load_whole(path, device)
+    trained = TileSettings(
+        **{**model_config.tiles, "tissue": Tissue(**model_config.tiles["tissue"])}
+    )
+    tiles, names, votes = tiles_as_trained(trained, mpp, masks), model_config.classes, []
     table = out / "predictions.csv"
     rows_there(table, header_of(names))  # refused now, not behind all slides
-    with loose(rows, tiles, workers, recipe.stain) as (opener, left, failed):
+    with new_slides(rows, tiles, workers, model_config.stain) as (tile_source, left, failed):
         left = [] if case and failed else left
-        for row, each in tqdm(opener.streamed(left, workers), total=len(left), unit=" slides"):
+        for row, each in tqdm(tile_source.streamed(left, workers), total=len(left), unit=" slides"):
             try:
-                z_Nd, index = encode_slide(towers, each, chunk), opener.index(row)
+                z_Nd, index = encode_slide(towers, each, chunk), tile_source.index(row)
                 spots_N2 = places(index.coords0, index.grid.step0(index.slide_mpp)).to(device)
                 with torch.no_grad():
                     logits_NK = model(z_Nd, spots_N2, classes_Kd).cpu()
@@ -121,30 +123,30 @@ def header_of(names: Sequence[str]) -> list[str]:
     return ["slide_id", "case_id", "called", *shares, "normal", "model"]
 
 
-def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, Recipe, Towers]:
-    """Model, class vectors, recipe, and the image tower as it was trained, on their device.
+def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, ModelConfig, Towers]:
+    """Model, class vectors, model_config, and the image tower as it was trained, on their device.
 
     Raises:
         CheckpointError: as `predict_slides`.
     """
-    model, classes_Kd, recipe, image = load(path)
-    tower = recipe.towers["images"] or recipe.towers["teacher"]
+    model, classes_Kd, model_config, image = load(path)
+    tower = model_config.towers["images"] or model_config.towers["teacher"]
     needs = f"{path}: needs the image tower {tower} that it was trained with"
     try:
-        towers = load_towers(device, **recipe.towers, learned=True)
+        towers = load_towers(device, **model_config.towers, learned=True)
     except (BackboneError, TextError) as error:
         raise CheckpointError(f"{needs}: {error}") from error
-    if towers.mark() != recipe.fingerprint:
+    if towers.mark() != model_config.fingerprint:
         raise CheckpointError(
-            f"{needs} (fingerprint {recipe.fingerprint}), and what is there now is another one "
+            f"{needs} (fingerprint {model_config.fingerprint}), and there is another one now "
             f"({towers.mark()}). Put back the weights that it was trained with."
         )
-    if recipe.strategy:
+    if model_config.strategy:
         vit = towers.encoder.vit
-        make_strategy(recipe.strategy).prepare(vit)
+        make_strategy(model_config.strategy).prepare(vit)
         vit.load_state_dict(image, strict=False)  # the rest is frozen, and was checked above
         vit.to(device).requires_grad_(False)
-    return model.to(device), classes_Kd.to(device), recipe, towers
+    return model.to(device), classes_Kd.to(device), model_config, towers
 
 
 def write_tiles(path: Path, names: Sequence[str], p_NK: np.ndarray, index: TileIndex) -> None:

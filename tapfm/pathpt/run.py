@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from slides.cohort.table import SlideRow, read_cohort
 from slides.streaming.settings import Source
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_optimizer, make_strategy, spell
 from tapfm.config import read_data, read_source
@@ -35,7 +35,7 @@ from tapfm.frozen.baselines import FeatureBag, fit_gated_attention, fit_mean_poo
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
-from tapfm.pathpt.model import PathPT, Recipe, save
+from tapfm.pathpt.model import ModelConfig, PathPT, save
 from tapfm.pathpt.question import Question, QuestionError, read_question, subtypes
 from tapfm.pathpt.text.prompts import Prompts
 from tapfm.pathpt.tiles import (
@@ -160,7 +160,7 @@ def one_draw(
     )
     answer = {ZERO: [vote(each.joint_Nd @ zero_Kd.T) for each in test]}
     answer |= baselines(question, chosen, slides, seed)
-    opener, mark = Opener.of(source), towers.mark()
+    tile_source, mark = TileSource.of(source), towers.mark()
     arms = [PATHPT] + [JOINED] * (question.strategy is not None)
     for arm in arms:
         joined = arm == JOINED
@@ -170,7 +170,7 @@ def one_draw(
                 each.places_N2,
                 pseudo.tile_labels(each.joint_Nd, zero_Kd, each.subtype),
                 each.subtype,
-                opener.tiles(each.row) if joined else None,
+                tile_source.tiles(each.row) if joined else None,
             )
             for each in chosen
         ]
@@ -182,15 +182,15 @@ def one_draw(
         stem = "pathpt_end_to_end" if joined else "pathpt"
         vit = own.encoder.vit  # where it is not trained, all of it is frozen
         trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
-        recipe = Recipe(
+        model_config = ModelConfig(
             tuple(question.names), classes_Kd.shape[1], question.scale, question.towers, mark,
             spell(make_strategy(question.strategy)) if joined else None,
             asdict(source.tiles), source.stain,
         )  # fmt: skip
-        save(here / f"{stem}.safetensors", model, classes_Kd, recipe, trained)
+        save(here / f"{stem}.safetensors", model, classes_Kd, model_config, trained)
         write_losses(here / f"{stem}_losses.csv", losses)
         answer[arm] = []
-        tuned = opener.streamed([each.row for each in test] if joined else [], source.workers)
+        tuned = tile_source.streamed([each.row for each in test] if joined else [], source.workers)
         z_by_slide = {row.slide_id: encode_slide(own, tiles, chunk) for row, tiles in tuned}
         for number, each in enumerate(test):
             with torch.no_grad():
@@ -198,7 +198,7 @@ def one_draw(
                 logits_NK = model(z_Nd, each.places_N2, classes_Kd)
             answer[arm].append(vote(logits_NK))
             if number < drawn and arm == arms[-1]:
-                row, index = each.row, opener.index(each.row)
+                row, index = each.row, tile_source.index(each.row)
                 p_NK, is_ = logits_NK.softmax(1).cpu().numpy(), question.names[each.subtype + 1]
                 with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
                     draw_classes(

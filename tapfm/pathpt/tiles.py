@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slides.cohort.table import SlideRow
 from slides.streaming.settings import Source, index_and_cache
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from tapfm.data.bag import Tiles
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
@@ -111,7 +111,7 @@ def read_slides(
         SlideError: with `on_error: stop`, the first slide's fault; otherwise it is printed.
     """
     _, failed = index_and_cache(source)
-    opener, grid, folders = Opener.of(source), source.tiles.grid, []
+    tile_source, grid, folders = TileSource.of(source), source.tiles.grid, []
     for encoder in (towers.teacher.encoder, *([towers.student] if towers.student else [])):
         if encoder.tile_px != grid.size:
             raise QuestionError(
@@ -129,7 +129,10 @@ def read_slides(
         if row.slide_id in failed:
             continue
         paths = (folder / f"{row.slide_id}.h5" for folder in folders)
-        features, index = [read_features(p).to(towers.device) for p in paths], opener.index(row)
+        features, index = (
+            [read_features(p).to(towers.device) for p in paths],
+            tile_source.index(row),
+        )
         with torch.no_grad():
             joint_Nd = towers.teacher.joint(features[0])
         z_Nd = features[1] if towers.student else joint_Nd

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.encoders.backbones import Backbone, Encoder, build
 from tapfm.encoders.tail import unfit
-from tapfm.engine.frozen_prefix import Boundary, first_to_learn
+from tapfm.engine.frozen_prefix import FrozenPrefix, first_to_learn
 from tapfm.engine.memory import saved_bytes
 
 GIB = 2**30
@@ -175,7 +175,7 @@ class Footprint:
                 encoder, pixels = self._fake(vit, "cpu", torch.float32, setup, tiles=1)
                 encode, first = encoder, first_to_learn(vit)
                 if first is not None:  # what is frozen in front is computed in pass 1 only
-                    boundary = Boundary(encoder, first)
+                    boundary = FrozenPrefix(encoder, first)
                     encode, pixels = boundary.encode, boundary.tokens(pixels)
                 encode(pixels)
                 z_CD, score_C = encode(pixels)

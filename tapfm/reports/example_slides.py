@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.tasks import Task
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
@@ -72,7 +72,7 @@ class Choice:
         return f"{said:.3f}" if self.what == "probability" else f"{said:.6g}"
 
 
-def choose(task: Task, arm: Arm, facts: Mapping) -> Choice:
+def choose(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
     """The slides of a model that are worth looking at.
 
     Args:
@@ -97,7 +97,7 @@ def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
     return [CALLED if value is None else value for value in chosen]
 
 
-def _labels(task: Multilabel, arm: Arm, facts: Mapping) -> Choice:
+def _labels(task: Multilabel, arm: ResultRow, facts: Mapping) -> Choice:
     called = dict(zip(task.labels, thresholds(facts, task.labels), strict=True))
     cases = [
         case
@@ -111,7 +111,7 @@ def _labels(task: Multilabel, arm: Arm, facts: Mapping) -> Choice:
     return Choice(about, tuple(LABEL), called, cases, task.labels, _one_or_zero(arm.y_NK), arm.p_NK)
 
 
-def _classes(task: Multiclass, arm: Arm, facts: Mapping) -> Choice:
+def _classes(task: Multiclass, arm: ResultRow, facts: Mapping) -> Choice:
     said_N, rest = arm.p_NK.argmax(1), task.one_vs_rest(arm.y_NK)
     cases = [
         case
@@ -126,7 +126,7 @@ def _classes(task: Multiclass, arm: Arm, facts: Mapping) -> Choice:
     return Choice(about, tuple(CLASS), {}, cases, task.labels, truth_NL, arm.p_NK)
 
 
-def _values(task: Regression, arm: Arm, facts: Mapping) -> Choice:
+def _values(task: Regression, arm: ResultRow, facts: Mapping) -> Choice:
     cases = []
     for k, label in enumerate(task.labels):
         y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
@@ -148,7 +148,7 @@ def _values(task: Regression, arm: Arm, facts: Mapping) -> Choice:
     return Choice(about, VALUE, {}, cases, task.labels, truth_NL, arm.p_NK, "predicted")
 
 
-def _times(task: Survival, arm: Arm, facts: Mapping) -> Choice:
+def _times(task: Survival, arm: ResultRow, facts: Mapping) -> Choice:
     time_N, event_N, risk_N = arm.y_NK[:, 0], arm.y_NK[:, 1], arm.p_NK[:, 0]
     early_N = np.where((time_N <= task.horizon) & (event_N == 1), 1.0, np.nan)
     early_N[time_N > task.horizon] = 0
@@ -168,7 +168,7 @@ def _times(task: Survival, arm: Arm, facts: Mapping) -> Choice:
 
 
 def _surest(
-    label: str, kinds: Mapping[str, tuple[int, int]], arm: Arm, k: int, y_N, called_N
+    label: str, kinds: Mapping[str, tuple[int, int]], arm: ResultRow, k: int, y_N, called_N
 ) -> list[Case]:
     """Of each kind the slide of the most extreme number k that the arm says, if there is any."""
     p_N, found = arm.p_NK[:, k], []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tapfm.reports.rows import Arm
+    from tapfm.reports.rows import ResultRow
 
 # Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes
 # on white.
@@ -31,7 +31,9 @@ DASHES = ("--", "-.", ":")
 MARKERS = "os^D"
 
 
-def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]) -> None:
+def roc_axis(
+    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
+) -> None:
     """ROC curves of label k."""
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     values = []
@@ -52,7 +54,7 @@ def roc_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequen
     axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
 
 
-def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+def roc_figure(labels: Sequence[str], arms: Sequence[ResultRow]) -> Figure:
     """ROC curves, a panel a label, an arm a curve.
 
     Args:
@@ -68,7 +70,7 @@ def roc_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
     return figure
 
 
-def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
+def reliability_figure(labels: Sequence[str], arms: Sequence[ResultRow]) -> Figure:
     """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
     figure, axes = panels(len(labels))
     styles = [style | {"markersize": 4.5} for style in arm_styles(arms)]
@@ -88,7 +90,10 @@ def reliability_figure(labels: Sequence[str], arms: Sequence[Arm]) -> Figure:
 
 
 def curves_figure(
-    arms: Sequence[Arm], figure_name: str = "auroc", title: str = "macro AUROC", chance: float = 0.5
+    arms: Sequence[ResultRow],
+    figure_name: str = "auroc",
+    title: str = "macro AUROC",
+    chance: float = 0.5,
 ) -> Figure:
     """Loss, validation AUROC (or what the task chooses by) and effective tiles, by slides seen."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
@@ -165,7 +170,7 @@ def _number(text: str | None) -> float | None:
     return None if math.isnan(value) else value
 
 
-def arm_styles(arms: Sequence[Arm]) -> list[dict]:
+def arm_styles(arms: Sequence[ResultRow]) -> list[dict]:
     """How each arm is drawn, the same in every panel and picture."""
     styles = []
     for row, arm in enumerate(arms):

@@ -21,17 +21,17 @@ from tapfm.inference.heatmap import save_figure
 from tapfm.reports.figures import curves_figure
 from tapfm.reports.plain_table import FEW_DRAWS, ruled, span
 from tapfm.reports.report import results_page
-from tapfm.reports.rows import Arm, aligned_arms
+from tapfm.reports.rows import ResultRow, aligned_rows
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.metrics import interval_of
-from tapfm.tasks import Task, spell_task
+from tapfm.tasks import Task, task_config
 
 
 def write_outcomes(
     folder: Path,
     split: str,
     task: Task,
-    arms: Sequence[Arm],
+    arms: Sequence[ResultRow],
     skipped: Sequence[tuple[str, str]] = (),
     draws: int = 2000,
     seed: int = 0,
@@ -42,9 +42,9 @@ def write_outcomes(
         The table and its notes as text.
 
     Raises:
-        ArmError: as there.
+        ResultRowError: as there.
     """
-    arms, skipped = aligned_arms(arms, skipped)
+    arms, skipped = aligned_rows(arms, skipped)
     cases, target_NY = arms[0].case_ids, arms[0].y_NK
     times_BN = with_point(cases, draws, seed).astype(float)
     drawn = {arm.title: task.measure(target_NY, arm.p_NK, times_BN) for arm in arms}
@@ -66,7 +66,7 @@ def write_outcomes(
     }
     result = {
         "split": split,
-        "task": {"labels": list(task.labels), **spell_task(task)},
+        "task": {"labels": list(task.labels), **task_config(task)},
         "slides": len(cases),
         "cases": len(set(cases)),
         "draws": draws,
@@ -96,7 +96,7 @@ def write_outcomes(
     return "\n".join([*ruled(table), "", *wrapped])
 
 
-def _best_frozen(task: Task, arms: Sequence[Arm], drawn: dict) -> str | None:
+def _best_frozen(task: Task, arms: Sequence[ResultRow], drawn: dict) -> str | None:
     """Title of the row not trained end to end that is best on this split; None without one."""
     value = {
         arm.title: next(iter(drawn[arm.title].values()))[task.selects][0]
@@ -156,7 +156,7 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
     return notes
 
 
-def _write_said(path: Path, task: Task, arms: Sequence[Arm]) -> None:
+def _write_said(path: Path, task: Task, arms: Sequence[ResultRow]) -> None:
     header = [f"{name} ({arm.title})" for arm in arms for name in task.said]
     rows = [
         [slide, case, *task.spell(y_Y)] + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]

@@ -32,7 +32,7 @@ from tapfm.stats.bootstrap import Interval, mean_of, percentiles, with_point
 from tapfm.stats.metrics import interval_of
 
 if TYPE_CHECKING:
-    from tapfm.reports.rows import Arm
+    from tapfm.reports.rows import ResultRow
     from tapfm.tasks import Task
 
 KINDS = ("pooled", "within_folds")
@@ -82,7 +82,7 @@ class Pool:
 
 def pool(
     task: Task,
-    runs: Mapping[str, Mapping[int, Mapping[int, Arm]]],
+    runs: Mapping[str, Mapping[int, Mapping[int, ResultRow]]],
     folds: int,
     draws: int = 2000,
     seed: int = 0,
@@ -132,7 +132,7 @@ def pool(
     return Pool(rows, len(slides), len(set(cases)), head, tuple(groups), averaged)
 
 
-def _joined(name: str, folds: Mapping[int, Arm]) -> dict[str, tuple]:
+def _joined(name: str, folds: Mapping[int, ResultRow]) -> dict[str, tuple]:
     """Slide -> fold, case, target, what was said."""
     found: dict[str, tuple] = {}
     for number, fold in folds.items():

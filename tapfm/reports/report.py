@@ -51,7 +51,7 @@ from tapfm.inference.heatmap import save_figure
 from tapfm.reports.details import describe, sections
 from tapfm.reports.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.reports.plain_table import FEW_DRAWS, markdown, ruled, span
-from tapfm.reports.rows import Arm, aligned_arms
+from tapfm.reports.rows import ResultRow, aligned_rows
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
 
 ONE_CLASS = "one class only"
@@ -61,7 +61,7 @@ def write_results(
     folder: Path,
     split: str,
     labels: Sequence[str],
-    arms: Sequence[Arm],
+    arms: Sequence[ResultRow],
     skipped: Sequence[tuple[str, str]] = (),
     draws: int = 2000,
     seed: int = 0,
@@ -83,10 +83,10 @@ def write_results(
         The table and its notes as text.
 
     Raises:
-        ArmError: rows that cannot be set side by side, see `aligned_arms`.
+        ResultRowError: rows that cannot be set side by side, see `aligned_rows`.
     """
     labels = list(labels)
-    arms, skipped = aligned_arms(arms, skipped)
+    arms, skipped = aligned_rows(arms, skipped)
     y_NK, cases = arms[0].y_NK, arms[0].case_ids
     figures = {arm.title: evaluate(labels, y_NK, arm.p_NK, cases, draws, seed) for arm in arms}
     reference = _reference(arms, figures)
@@ -140,7 +140,7 @@ def write_results(
     return "\n".join([*ruled(table), "", *wrapped])
 
 
-def _reference(arms: Sequence[Arm], figures: dict) -> Arm | None:
+def _reference(arms: Sequence[ResultRow], figures: dict) -> ResultRow | None:
     """The row not trained end to end with the highest macro AUROC; None without one."""
     frozen = [arm for arm in arms if not arm.end_to_end]
     value = {arm.title: figures[arm.title][MACRO]["auroc"].value for arm in frozen}
@@ -223,7 +223,7 @@ def results_page(split: str, table: list[list[str]], notes: list[str], drawn: li
     return f"# Results, {split} split\n\n" + text.replace("\n* ", "\n\\* ") + "\n"
 
 
-def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[Arm]) -> None:
+def _write_predictions(path: Path, labels: Sequence[str], arms: Sequence[ResultRow]) -> None:
     columns = [(f"p_{label} ({arm.title})", arm.p_NK[:, k]) for arm in arms
                for k, label in enumerate(labels)]  # fmt: skip
     rows = [

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 END_TO_END, FROZEN_ENCODER = "end to end, ", "frozen encoder, "
 
 
-class ArmError(ValueError):
+class ResultRowError(ValueError):
     """Rows cannot be read back, or not be set side by side."""
 
 
 @dataclass(frozen=True)
-class Arm:
+class ResultRow:
     """One row of the table: a model's predictions of a split."""
 
     title: str
@@ -48,7 +48,7 @@ def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]
 
     Args:
         name: the run's.
-        strategy: as its config or its model's recipe has it: a name, or a name and options.
+        strategy: as its config or its model's model_config has it: a name, or a name and options.
     """
     trained = (strategy if isinstance(strategy, str) else strategy["name"]) != "frozen"
     return f"{END_TO_END if trained else FROZEN_ENCODER}{name}", trained
@@ -59,18 +59,20 @@ def row_folder(title: str) -> str:
     return title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
 
 
-def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = "") -> Arm:
+def read_result_row(
+    title: str, path: Path, task: Task, *, end_to_end: bool, of: str = ""
+) -> ResultRow:
     """An arm from a predictions_<split>.csv.
 
     Args:
         title: of the row.
         path: a CSV with slide_id, case_id, what is known (blank if unknown) and what was said.
         task: names those columns.
-        end_to_end: see `Arm`.
+        end_to_end: see `ResultRow`.
         of: what follows the names of the columns that were said, in a file of several rows.
 
     Raises:
-        ArmError: the file has no such columns.
+        ResultRowError: the file has no such columns.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -78,14 +80,14 @@ def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = 
     said = [f"{name}{of}" for name in task.said]
     if missing := [name for name in ("slide_id", "case_id", *task.truth, *said)
                    if name not in header]:  # fmt: skip
-        raise ArmError(
+        raise ResultRowError(
             f"{path}: columns are {', '.join(header) or 'missing'}, and {', '.join(missing)} "
             "are needed, too. Is this a run's predictions file?"
         )
     y_NK = [task.parse([row[name] for name in task.truth]) for row in rows]
     p_NK = [[float(row[name]) for name in said] for row in rows]
     curves = path.parent / "metrics.csv"
-    return Arm(
+    return ResultRow(
         title,
         end_to_end,
         [row["slide_id"] for row in rows],
@@ -96,22 +98,23 @@ def read_arm(title: str, path: Path, task: Task, *, end_to_end: bool, of: str = 
     )
 
 
-def aligned_arms(
-    arms: Sequence[Arm], skipped: Sequence[tuple[str, str]] = ()
-) -> tuple[list[Arm], list[tuple[str, str]]]:
+def aligned_rows(
+    arms: Sequence[ResultRow], skipped: Sequence[tuple[str, str]] = ()
+) -> tuple[list[ResultRow], list[tuple[str, str]]]:
     """The arms on the slides they share, in one order; skipped slides and the others, with reasons.
 
     Raises:
-        ArmError: no arms, titles or slides twice, arms that disagree on a slide's labels or case,
+        ResultRowError: no arms, titles or slides twice, arms that disagree on a slide's labels or
+        case,
             or no slide that all predicted.
     """
     titles = [arm.title for arm in arms]
     if not arms or len(set(titles)) < len(titles):
-        raise ArmError(f"a report needs rows with different titles, got {titles}")
+        raise ResultRowError(f"a report needs rows with different titles, got {titles}")
     for arm in arms:
         if len(set(arm.slide_ids)) < len(arm.slide_ids):
             twice = sorted({s for s in arm.slide_ids if list(arm.slide_ids).count(s) > 1})
-            raise ArmError(f"{arm.title}: predicted twice: {', '.join(twice)}")
+            raise ResultRowError(f"{arm.title}: predicted twice: {', '.join(twice)}")
     rows = [{slide: row for row, slide in enumerate(arm.slide_ids)} for arm in arms]
     every = sorted(set().union(*rows))
     missed = [
@@ -121,7 +124,7 @@ def aligned_arms(
     ]
     shared = [slide for slide in every if all(slide in row for row in rows)]
     if not shared:
-        raise ArmError(f"no slide was predicted by all of {', '.join(titles)}")
+        raise ResultRowError(f"no slide was predicted by all of {', '.join(titles)}")
     found = []
     for arm, row in zip(arms, rows, strict=True):
         order = [row[slide] for slide in shared]
@@ -135,7 +138,7 @@ def aligned_arms(
         )
         if not same_N.all():
             slide = shared[int(np.argmin(same_N))]
-            raise ArmError(
+            raise ResultRowError(
                 f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
                 "they run on different cohort tables? Run the older one again."
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tapfm.reports.rows import Arm, read_arm, row_of_run
+from tapfm.reports.rows import ResultRow, read_result_row, row_of_run
 from tapfm.stats.metrics import MACRO
 from tapfm.tasks import Task, make_task
 from tapfm.tasks.multilabel import Multilabel
@@ -78,20 +78,20 @@ def read_task(metrics: Mapping) -> Task:
     return Multilabel(tuple(name for name in names if name != MACRO))
 
 
-def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[Arm]:
+def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[ResultRow]:
     """Rows of the table with their predictions, in the table's order; without them, no slides.
 
     Raises:
-        ArmError: the file there is has other columns.
+        ResultRowError: the file there is has other columns.
     """
     logs = {run.title: run.folder / "metrics.csv" for run in runs}
     arms = []
     for title, facts in metrics["arms"].items():
         trained, log = bool(facts.get("end_to_end")), logs.get(title)
         if path.is_file():
-            arm = read_arm(title, path, task, end_to_end=trained, of=f" ({title})")
+            arm = read_result_row(title, path, task, end_to_end=trained, of=f" ({title})")
         else:
             nothing = np.empty((0, task.width)), np.empty((0, len(task.said)))
-            arm = Arm(title, trained, [], [], *nothing)
+            arm = ResultRow(title, trained, [], [], *nothing)
         arms.append(replace(arm, metrics_csv=log if log and log.is_file() else None))
     return arms

@@ -165,7 +165,7 @@ class TileHead(nn.Module):
 
 
 TILES = "tiles"
-"""Name of `TileHead` in a recipe."""
+"""Name of `TileHead` in a model_config."""
 AGGREGATORS = {
     "tapfm": {"gate": False, "score_temperature": 0.1},
     "gated": {"gate": True, "score_temperature": None},

@@ -1,8 +1,8 @@
 """The adapted model: encoder, aggregator and what is needed to build both again.
 
-Saved as one safetensors file whose header holds the recipe: loading runs no code from the file. It
-holds what was trained and no more: all of a fully fine-tuned encoder, a few MB of a LoRA, whose
-base encoder is then built from where it came from and checked to be the same.
+Saved as one safetensors file whose header holds the model_config: loading runs no code from the
+file. It holds what was trained and no more: all of a fully fine-tuned encoder, a few MB of a LoRA,
+whose base encoder is then built from where it came from and checked to be the same.
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features, K labels.
 """
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelConfig:
     """What a model is, apart from its weights."""
 
     model: str
@@ -63,34 +63,36 @@ class Recipe:
     weights: str | None = None
     """Where the base encoder came from: a path, `hub`, `random`, or None, the package."""
     task: Mapping[str, Any] = field(default_factory=lambda: {"name": "multilabel"})
-    """What is predicted, with what came from the training split: `tapfm.tasks.spell_task`."""
+    """What is predicted, with what came from the training split: `tapfm.tasks.task_config`."""
 
 
 class SlideModel(nn.Module):
     """A slide in, logits and tile weights out. Training, validation and prediction all use it.
 
     Args:
-        recipe: what it is.
-        encoder: the base encoder; the recipe's strategy prepares it here.
+        model_config: what it is.
+        encoder: the base encoder; the model_config's strategy prepares it here.
 
     Raises:
         StrategyError: the strategy cannot be used with this encoder.
         ValueError: no such precision or aggregator.
     """
 
-    def __init__(self, recipe: Recipe, encoder: backbones.Encoder):
+    def __init__(self, model_config: ModelConfig, encoder: backbones.Encoder):
         super().__init__()
-        if recipe.precision not in PRECISIONS:
-            raise ValueError(f"precision: {recipe.precision!r} is none of {', '.join(PRECISIONS)}")
-        self.recipe, self.encoder = recipe, encoder
-        self.task = make_task(recipe.task, recipe.labels)
-        self.strategy = make_strategy(recipe.strategy)
+        if model_config.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: {model_config.precision!r} is none of {', '.join(PRECISIONS)}"
+            )
+        self.model_config, self.encoder = model_config, encoder
+        self.task = make_task(model_config.task, model_config.labels)
+        self.strategy = make_strategy(model_config.strategy)
         self.strategy.prepare(encoder.vit)
         self.aggregator = make_aggregator(
-            recipe.aggregator, encoder.dim, len(recipe.labels), recipe.temperature
+            model_config.aggregator, encoder.dim, len(model_config.labels), model_config.temperature
         )
         if self.aggregator.score_temperature is not None:
-            encoder.require_score(f"aggregator {recipe.aggregator}")
+            encoder.require_score(f"aggregator {model_config.aggregator}")
 
     @property
     def device(self) -> torch.device:
@@ -99,14 +101,14 @@ class SlideModel(nn.Module):
 
     def encode(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
-        return self.encoder.encode(tiles_CP, self.recipe.precision)
+        return self.encoder.encode(tiles_CP, self.model_config.precision)
 
     def round_weights(self) -> None:
-        """Turn the encoder's weights to bfloat16 where the recipe's precision says so.
+        """Turn the encoder's weights to bfloat16 where the model_config's precision says so.
 
         Done once they are loaded, and once the optimizer has taken their exact values.
         """
-        if self.recipe.precision == "bf16-true":
+        if self.model_config.precision == "bf16-true":
             for parameter in self.encoder.parameters():  # not buffers: RoPE's angles need fp32
                 parameter.data = parameter.data.to(torch.bfloat16)
 
@@ -130,7 +132,7 @@ class SlideModel(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""
         frozen = {n for n, p in self.named_parameters() if not p.requires_grad}
-        if self.recipe.weights == "random":
+        if self.model_config.weights == "random":
             frozen = set()
         return {key: value for key, value in self.state_dict().items() if key not in frozen}
 
@@ -148,19 +150,19 @@ class SlideModel(nn.Module):
 
 
 def save(model: SlideModel, path: Path, **facts: object) -> None:
-    """Write what was trained, and the recipe; `path` is whole or not there."""
+    """Write what was trained, and the model_config; `path` is whole or not there."""
     trained = model.trained_state()
     whole = len(trained) == len(model.state_dict())
-    recipe = {**asdict(model.recipe), "strategy": spell(model.strategy)}
+    model_config = {**asdict(model.model_config), "strategy": spell(model.strategy)}
     base = None if whole else model.base_digest()
-    header = {"tapfm": __version__, **recipe, "base_digest": base, **facts}
+    header = {"tapfm": __version__, **model_config, "base_digest": base, **facts}
     state = {k: v.detach().cpu().contiguous() for k, v in trained.items()}
     with replacing(path) as partial:
         save_file(state, partial, {"tapfm": json.dumps(header)})
 
 
-def read_recipe(path: Path) -> tuple[Recipe, dict]:
-    """Recipe and further facts of a saved model, without reading its weights.
+def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
+    """ModelConfig and further facts of a saved model, without reading its weights.
 
     Raises:
         CheckpointError: no such file, or not one of ours.
@@ -176,9 +178,9 @@ def read_recipe(path: Path) -> tuple[Recipe, dict]:
             "Give the best.safetensors of a run directory. (A pathpt.safetensors is for "
             "`tapfm predict` and `heatmap` alone.)"
         ) from error
-    names = Recipe.__dataclass_fields__
+    names = ModelConfig.__dataclass_fields__
     fields = {k: header.pop(k) for k in list(header) if k in names}
-    return Recipe(**{**fields, "labels": tuple(fields["labels"])}), header
+    return ModelConfig(**{**fields, "labels": tuple(fields["labels"])}), header
 
 
 def load(path: Path) -> SlideModel:
@@ -188,21 +190,22 @@ def load(path: Path) -> SlideModel:
     training; a local file that was moved is also looked for beside `path`.
 
     Raises:
-        CheckpointError: missing, damaged, weights that do not fit the recipe, or a base encoder
+        CheckpointError: missing, damaged, weights that do not fit the model_config, or a base
+        encoder
             that is missing or another one.
     """
-    recipe, facts = read_recipe(path)
+    model_config, facts = read_model_config(path)
     digest = facts.get("base_digest")
-    source = _base(recipe, path) if digest else "random"
+    source = _base(model_config, path) if digest else "random"
     try:
-        encoder = backbones.load(recipe.model, source, tile_px=recipe.tile_px)
+        encoder = backbones.load(model_config.model, source, tile_px=model_config.tile_px)
     except backbones.BackboneError as error:
-        raise CheckpointError(f"{_needs_base(recipe, path)}: {error}") from error
-    model = SlideModel(recipe, encoder)
+        raise CheckpointError(f"{_needs_base(model_config, path)}: {error}") from error
+    model = SlideModel(model_config, encoder)
     model.round_weights()
     if digest and model.base_digest() != digest:
         raise CheckpointError(
-            f"{_needs_base(recipe, path)}, and {source or 'the package'} holds another one. "
+            f"{_needs_base(model_config, path)}, and {source or 'the package'} holds another one. "
             "Give the weights that it was trained from."
         )
     load_weights(model, path)
@@ -220,8 +223,8 @@ def load_encoder(
         tile_px: side of the tiles; None is the model's own.
 
     Returns:
-        The encoder in eval mode on the CPU; the saved model's header, recipe and all (empty for a
-        foundation model as published); its fingerprint.
+        The encoder in eval mode on the CPU; the saved model's header, model_config and all (empty
+        for a foundation model as published); its fingerprint.
 
     Raises:
         CheckpointError: as `load`, or asked for with other weights or another tile size.
@@ -231,21 +234,21 @@ def load_encoder(
     if not model.endswith(".safetensors"):
         encoder = backbones.load(model, weights, tile_px=tile_px).eval()
         return encoder, {}, _fingerprint(encoder)
-    recipe, facts = read_recipe(Path(model))
+    model_config, facts = read_model_config(Path(model))
     if weights is not None:
         raise CheckpointError(f"{model}: has its own weights; leave --weights out")
-    if tile_px not in (None, recipe.tile_px):
+    if tile_px not in (None, model_config.tile_px):
         raise CheckpointError(
-            f"{model}: was trained on tiles of {recipe.tile_px} px, not {tile_px}. "
-            f"Use --tile-px {recipe.tile_px}."
+            f"{model}: was trained on tiles of {model_config.tile_px} px, not {tile_px}. "
+            f"Use --tile-px {model_config.tile_px}."
         )
     adapted = load(Path(model))
     row = adapted.encoder.row
-    vit = backbones.build(row, recipe.tile_px)
+    vit = backbones.build(row, model_config.tile_px)
     backbones.load_state(vit, row, adapted.strategy.export(adapted.encoder.vit))
     print(f"{model}: adapted from {row.terms}", file=sys.stderr)
     encoder = backbones.Encoder(vit, row).eval()
-    return encoder, {**asdict(recipe), **facts}, _fingerprint(encoder)
+    return encoder, {**asdict(model_config), **facts}, _fingerprint(encoder)
 
 
 def _fingerprint(encoder: backbones.Encoder) -> str:
@@ -279,29 +282,29 @@ def load_weights(model: SlideModel, path: Path) -> None:
     )
     if wrong:
         raise CheckpointError(
-            f"{path}: the weights are not those of {model.recipe.model} with "
-            f"{model.recipe.aggregator}: {len(wrong)} tensors differ, first {wrong[0]}. "
+            f"{path}: the weights are not those of {model.model_config.model} with "
+            f"{model.model_config.aggregator}: {len(wrong)} tensors differ, first {wrong[0]}. "
             "Give the run's own checkpoint, or start a new run directory."
         )
     model.load_state_dict(state, strict=False)  # strict for what is trained: checked above
 
 
-def _base(recipe: Recipe, path: Path) -> str | None:
+def _base(model_config: ModelConfig, path: Path) -> str | None:
     """Where the base encoder is now."""
-    if recipe.weights in (None, "hub"):
-        return recipe.weights
-    there = Path(recipe.weights)
+    if model_config.weights in (None, "hub"):
+        return model_config.weights
+    there = Path(model_config.weights)
     for each in (there, path.parent / there.name):
         if each.exists():
             return str(each)
     raise CheckpointError(
-        f"{_needs_base(recipe, path)}, and {there} is not there. "
+        f"{_needs_base(model_config, path)}, and {there} is not there. "
         f"Put it back, or put {there.name} beside {path.name}."
     )
 
 
-def _needs_base(recipe: Recipe, path: Path) -> str:
+def _needs_base(model_config: ModelConfig, path: Path) -> str:
     return (
-        f"{path}: holds only what {recipe.strategy['name']} trained and needs the base encoder "
-        f"{recipe.model}"
+        f"{path}: holds only what {model_config.strategy['name']} trained and needs the base "
+        f"encoder {model_config.model}"
     )

@@ -34,7 +34,7 @@ from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
 
-__all__ = ["TASKS", "Task", "TaskError", "learn_task", "make_task", "spell_task", "watched"]
+__all__ = ["TASKS", "Task", "TaskError", "learn_task", "make_task", "task_config", "watched"]
 
 TASKS = {
     "multilabel": Multilabel,
@@ -142,14 +142,14 @@ def learn_task(
 
 
 def make_task(spec: Mapping[str, Any], labels: Sequence[str]) -> Task:
-    """A task as `spell_task` wrote it, in the recipe of a model with these logits."""
+    """A task as `task_config` wrote it, in the model_config of a model with these logits."""
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.items()}
     kind = TASKS[given.pop("name")]
     return kind(labels=tuple(labels), **given)
 
 
-def spell_task(task: Task) -> dict[str, Any]:
-    """Name and fields, all but the labels: what a recipe says of a task."""
+def task_config(task: Task) -> dict[str, Any]:
+    """Name and fields, all but the labels: what a model_config says of a task."""
     name = next(name for name, kind in TASKS.items() if isinstance(task, kind))
     told = {field.name for field in fields(task)} - {"labels"}
     return {"name": name, **{key: value for key, value in asdict(task).items() if key in told}}

@@ -75,12 +75,12 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
     """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
 
     Raises:
-        SettingsError: several processes were asked for, or a head start, which is of slides.
+        SettingsError: several processes were asked for, or a warm start, which is of slides.
     """
     cli = read_config(arguments, TileCli)
-    if cli.model.steps.head_start:
+    if cli.model.steps.warm_start:
         raise SettingsError(
-            "model.steps.head_start is of slides. A classifier of tiles begins as the linear probe "
+            "model.steps.warm_start is of slides. A classifier of tiles begins as the linear probe "
             "with model.head: probe."
         )
     if cli.trainer.world_size > 1:
@@ -123,14 +123,15 @@ def train(cli: TileCli, frozen: FrozenArm) -> None:
     """To the last epoch, from where an earlier call came to."""
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
-    recipe = module.slide_model.recipe
+    model_config = module.slide_model.model_config
     module.provenance = {"tiles_sha256": data.tiles.sha256, "head": module.head, **program()}
     parts = ", ".join(f"{len(data.tiles.part(part))} {part}" for part in ("train", "val", "test"))
+    what = module.strategy.describe(module.slide_model.encoder.vit)
     print(
-        f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
+        f"{folder}: {model_config.model}, {what} "
         f"at {module.encoder_lr:g}; loss {'ce' if module.prototype_loss is None else 'ppcl'}; "
-        f"{len(recipe.labels)} classes; tiles: {parts}; batches of {data.batch} in "
-        f"{recipe.precision}"
+        f"{len(model_config.labels)} classes; tiles: {parts}; batches of {data.batch} in "
+        f"{model_config.precision}"
     )
     if module.head == "probe":
         module.start_head(*frozen.probe.linear())
@@ -176,15 +177,17 @@ def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
 
     Pictures that were exported anew, under whatever names, are encoded anew.
     """
-    data, recipe = cli.datamodule, cli.model.slide_model.recipe
-    encoder = backbones.load(recipe.model, recipe.weights, tile_px=recipe.tile_px).eval()
-    print_of = state_fingerprint(encoder.row, encoder.vit.state_dict(), recipe.tile_px)
+    data, model_config = cli.datamodule, cli.model.slide_model.model_config
+    encoder = backbones.load(
+        model_config.model, model_config.weights, tile_px=model_config.tile_px
+    ).eval()
+    print_of = state_fingerprint(encoder.row, encoder.vit.state_dict(), model_config.tile_px)
     tiles = f"{data.tiles.sha256[:8]}_{data.tiles.files_sha256[:8]}"
-    name = f"{encoder.row.key}_{print_of[:8]}_{recipe.precision}_{tiles}"
+    name = f"{encoder.row.key}_{print_of[:8]}_{model_config.precision}_{tiles}"
     path = Path(cli.config.run_dir) / "frozen" / f"{name}.safetensors"
     if not path.exists():
         batches = tqdm(data.loader(data.tiles.rows), desc="frozen features", unit=" batches")
-        z_ND, rgb_N6 = features(encoder.to(device), batches, recipe.precision)
+        z_ND, rgb_N6 = features(encoder.to(device), batches, model_config.precision)
         with replacing(path) as partial:
             save_file({"z": z_ND, "rgb": rgb_N6}, partial)
     return load_file(path)

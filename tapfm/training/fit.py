@@ -34,7 +34,7 @@ from tapfm.planning.plan import compare, forecast
 from tapfm.tasks import watched
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.training.module import SlideModule
-from tapfm.training.warm_start import HeadStart
+from tapfm.training.warm_start import WarmStart
 
 CONFIG = "config.yaml"
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
@@ -115,19 +115,20 @@ def run_fit(arguments: Sequence[str]) -> int:
     trainer: L.Trainer = cli.trainer
     resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
-    recipe = module.slide_model.recipe
-    if recipe.aggregator == "hierarchical" and data.bags != "case":
+    model_config = module.slide_model.model_config
+    if model_config.aggregator == "hierarchical" and data.bags != "case":
         raise SettingsError(
             "model.aggregator hierarchical weighs the slides of a case, and data.bags is slide: "
             "set data.bags: case, or take tapfm_gated."
         )
     if trainer.is_global_zero:
         prepare_folder(cli)
+        what = module.strategy.describe(module.slide_model.encoder.vit)
         print(
-            f"{folder}: {recipe.model}, {module.strategy.describe(module.slide_model.encoder.vit)} "
+            f"{folder}: {model_config.model}, {what} "
             f"at {module.encoder_lr:g}; "
-            f"aggregator {recipe.aggregator}; predicts {', '.join(module.task.truth)}; "
-            f"chunks of {module.chunk} tiles in {recipe.precision}"
+            f"aggregator {model_config.aggregator}; predicts {', '.join(module.task.truth)}; "
+            f"chunks of {module.chunk} tiles in {model_config.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     best = BestWeights(folder, module.task.selects)
@@ -140,8 +141,8 @@ def run_fit(arguments: Sequence[str]) -> int:
         best,
         ResumePoint(folder, cli.config.resume_every),
     ]
-    if module.steps.head_start:
-        trainer.callbacks.append(HeadStart(best))
+    if module.steps.warm_start:
+        trainer.callbacks.append(WarmStart(best))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
@@ -159,11 +160,11 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
 
     None for models of other blocks, and for an encoder of which nothing learns.
     """
-    recipe, row = module.slide_model.recipe, module.slide_model.encoder.row
+    model_config, row = module.slide_model.model_config, module.slide_model.encoder.row
     if not row.prefix_tokens or not module.learns:
         return None
-    setup = Setup(recipe.precision, module.optimizer, module.recompute, recipe.strategy)
-    expected = forecast(row, recipe.tile_px, setup, module.chunk, module.passes.keep)
+    setup = Setup(model_config.precision, module.optimizer, module.recompute, model_config.strategy)
+    expected = forecast(row, model_config.tile_px, setup, module.chunk, module.passes.keep)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
     return expected
@@ -193,7 +194,7 @@ def provenance(data: SlideData) -> dict[str, Any]:
     return {
         "cohort_sha256": data.cohort.sha256,
         "tissue": asdict(data.tiles.tissue),
-        "stain": data.opener.stain,
+        "stain": data.tile_source.stain,
         "bags": data.bags,
         "pool": data.pool,
         **program(),

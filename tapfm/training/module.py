@@ -30,7 +30,7 @@ from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import effective_tiles
-from tapfm.slide_model.model import Recipe, SlideModel
+from tapfm.slide_model.model import ModelConfig, SlideModel
 from tapfm.tasks import watched
 from tapfm.training.optim import Steps, warmup_cosine
 from tapfm.training.passes import Passes
@@ -128,7 +128,7 @@ class SlideModule(L.LightningModule):
         self.automatic_optimization = False  # two optimizers take turns, see training_step
         if weights not in (None, "hub", "random"):
             weights = str(Path(weights).resolve())  # to be found again from anywhere
-        recipe = Recipe(
+        model_config = ModelConfig(
             model, aggregator, tuple(labels), tile_px, mpp, temperature, precision,
             spell(make_strategy(strategy)), weights, task,
         )  # fmt: skip
@@ -136,7 +136,7 @@ class SlideModule(L.LightningModule):
             model, weights, tile_px=tile_px, recompute=recompute, compiled=compile,
             drop_path=drop_path,
         )  # fmt: skip
-        self.slide_model = SlideModel(recipe, encoder)
+        self.slide_model = SlideModel(model_config, encoder)
         self.strategy = self.slide_model.strategy
         self.learns = any(p.requires_grad for p in self.slide_model.encoder.parameters())
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
@@ -254,7 +254,7 @@ class SlideModule(L.LightningModule):
         encoder = self.strategy.parameters(
             self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
         )
-        if self.slide_model.recipe.precision != "fp32":
+        if self.slide_model.model_config.precision != "fp32":
             dither(p for group in encoder for p in group["params"])
         for group in head + encoder:
             group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
@@ -297,7 +297,7 @@ class SlideModule(L.LightningModule):
         if self.slide_model.encoder.compiled:
             need_compiler(self.device)
         unwrap(self)
-        self.passes.find_boundary()
+        self.passes.find_frozen_prefix()
         self.meter = PhaseMeter(self.device)
 
     def validation_step(self, bag: Bag, index: int) -> None:

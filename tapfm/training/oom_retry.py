@@ -1,12 +1,12 @@
 """Running out of memory is not an end: what does not fit is done in halves, and exactly.
 
 Backward adds to `.grad` parameter by parameter, so a chunk that fails half-way leaves some
-parameters with its gradient and others without. `Rescue` notes which, and gives the others theirs
+parameters with its gradient and others without. `OomRetry` notes which, and gives the others theirs
 from the chunk's halves: every parameter receives every tile once, and nothing is kept aside for it.
 
-    with Rescue(parameters) as rescue:
-        adapt_bag(..., backward=rescue)
-    rescue.fits                             tiles that fitted at once, if memory ran out
+    with OomRetry(parameters) as retry:
+        adapt_bag(..., backward=retry)
+    retry.fits                             tiles that fitted at once, if memory ran out
 
 Condition: an encoder without noise. Halves would draw other dropout and drop-path than the chunk
 did in pass 1, and the gradient would be of a slide that nobody saw.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tapfm.engine.chunked import Encode, Encoded, backward_chunk
 
 
-class Rescue:
+class OomRetry:
     """Adds a chunk's gradient as `chunked.backward_chunk` does, in halves where memory runs out.
 
     Args:
@@ -40,7 +40,7 @@ class Rescue:
         self.received: set[int] = set()
         self.hooks: list = []
 
-    def __enter__(self) -> Rescue:
+    def __enter__(self) -> OomRetry:
         self.hooks = [p.register_post_accumulate_grad_hook(self._note) for p in self.parameters]
         return self
 

@@ -2,7 +2,7 @@
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
     and 1e-5 (head), cosine.
-    Kumar et al. 2022 (LP-FT, arXiv 2202.10054) for `head_first` and `head_start`: a head that
+    Kumar et al. 2022 (LP-FT, arXiv 2202.10054) for `head_first` and `warm_start`: a head that
     starts at random sends gradients that spoil the features before they can serve it.
 Differs: one cosine over the run, after a warm-up, instead of warm restarts; norms, biases, scales
     and tokens do not decay.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from tapfm.settings import SettingsError
 
 END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
 
@@ -34,10 +36,16 @@ class Steps:
     """Slides per update."""
     head_first: float = 0.0
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
-    head_start: bool = False
-    """Begin with the slide model fitted to the frozen features (`tapfm.head_start`)."""
+    warm_start: bool = False
+    """Begin with the slide model fitted to the frozen features (`training.warm_start`)."""
+    head_start: bool | None = None
+    """Old name of `warm_start`."""
 
     def __post_init__(self):
+        if self.head_start is not None:
+            print("model.steps.head_start is now model.steps.warm_start")
+            object.__setattr__(self, "warm_start", self.head_start)
+            object.__setattr__(self, "head_start", None)
         faults = [
             f"{name} must be {rule}, got {value}"
             for name, value, rule, good in (
@@ -52,7 +60,7 @@ class Steps:
             if not good
         ]
         if faults:
-            raise ValueError("model.steps: " + "; ".join(faults))
+            raise SettingsError("model.steps: " + "; ".join(faults))
 
 
 def warmup_cosine(done: float, warmup: float) -> float:

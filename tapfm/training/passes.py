@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from tapfm.data.bag import Bag
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
-from tapfm.engine.frozen_prefix import Boundary, BoundaryTokens, find_boundary
+from tapfm.engine.frozen_prefix import FrozenPrefix, FrozenPrefixTokens, find_frozen_prefix
 from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, taken
 from tapfm.slide_model.model import SlideModel
-from tapfm.training.oom_retry import Rescue
+from tapfm.training.oom_retry import OomRetry
 
 
 class ChunkError(RuntimeError):
@@ -34,7 +34,7 @@ class ChunkError(RuntimeError):
 
 
 @dataclass
-class Seen:
+class EncodedTiles:
     """A slide after pass 1."""
 
     bag: Bag
@@ -59,13 +59,13 @@ class Passes:
 
     def __init__(self, model: SlideModel, chunk: int, keep: int = 1, few: int | None = None):
         self.model, self.chunk, self.keep, self.few = model, chunk, keep, few
-        self.boundary: Boundary | None = None
+        self.boundary: FrozenPrefix | None = None
 
-    def find_boundary(self) -> None:
+    def find_frozen_prefix(self) -> None:
         """Look, once the encoder is where it will be trained, what of it is frozen in front."""
-        self.boundary = find_boundary(self.model.encoder, self.model.recipe.precision)
+        self.boundary = find_frozen_prefix(self.model.encoder, self.model.model_config.precision)
 
-    def encode(self, bag: Bag, *, adapting: bool = True) -> Seen:
+    def encode(self, bag: Bag, *, adapting: bool = True) -> EncodedTiles:
         """Pass 1; once more, one graph kept or half the chunk, if memory runs out.
 
         Args:
@@ -76,12 +76,12 @@ class Passes:
             ChunkError: not even one tile fits.
         """
         if self.boundary and adapting:
-            bag = replace(bag, tiles=BoundaryTokens(self.boundary.tokens, bag.tiles, bag.seed))
+            bag = replace(bag, tiles=FrozenPrefixTokens(self.boundary.tokens, bag.tiles, bag.seed))
         while True:
             keep = self.keep if adapting and self.few is None else 0
             try:
                 chunks, device = bag.tiles.split(self.chunk), self.model.device
-                return Seen(
+                return EncodedTiles(
                     bag, *encode_bag(self._chunk, chunks, seed=bag.seed, device=device, keep=keep)
                 )
             except torch.OutOfMemoryError as fault:
@@ -91,7 +91,7 @@ class Passes:
                 print(f"memory ran out with {keep} graphs kept: going on with 1", flush=True)
                 self.keep = 1
 
-    def adapt(self, seen: Seen) -> None:
+    def adapt(self, seen: EncodedTiles) -> None:
         """Pass 2, of all tiles or of a few that are drawn by their gradients.
 
         Raises:
@@ -107,7 +107,7 @@ class Passes:
             bag = replace(bag, tiles=chosen(bag.tiles.split(self.chunk), weight_T))
         self._adapt(bag, grad_z_TD, grad_score_T, seen.kept)
 
-    def compare(self, seen: Seen, parameters: list[nn.Parameter]) -> Tensor:
+    def compare(self, seen: EncodedTiles, parameters: list[nn.Parameter]) -> Tensor:
         """Pass 2 as ever; and of all tiles, for the cosine of the two gradients."""
         before = taken(parameters)
         self.adapt(seen)
@@ -144,22 +144,22 @@ class Passes:
         """`adapt_bag`; in half chunks where memory runs out, unless there is noise."""
         if not len(grad_z_TD):
             return  # no tile was drawn, since none has a gradient
-        with Rescue(p for p in self.model.encoder.parameters() if p.requires_grad) as rescue:
+        with OomRetry(p for p in self.model.encoder.parameters() if p.requires_grad) as retry:
             try:
                 adapt_bag(
-                    lambda chunk: self._chunk(chunk, rescue.fits),
+                    lambda chunk: self._chunk(chunk, retry.fits),
                     bag.tiles.split(self.chunk),
                     grad_z_TD,
                     grad_score_T,
                     seed=bag.seed,
                     device=self.model.device,
                     kept=kept,
-                    backward=backward_chunk if self.noisy else rescue,
+                    backward=backward_chunk if self.noisy else retry,
                 )
             except torch.OutOfMemoryError as fault:
                 self._shrink(0, fault)
-        if rescue.fits:
-            self._shrink(rescue.fits)
+        if retry.fits:
+            self._shrink(retry.fits)
 
     def _shrink(self, tiles: int, fault: Exception | None = None) -> None:
         """Go on with fewer tiles at once.
@@ -173,7 +173,7 @@ class Passes:
                 way_out = f"With dropout, halves are not exact: set model.chunk {self.chunk // 2}"
             raise ChunkError(
                 f"memory ran out with {self.chunk} tiles at once. {way_out}; `tapfm plan --model "
-                f"{self.model.recipe.model} --gpu N` says what fits a card of N GiB."
+                f"{self.model.model_config.model} --gpu N` says what fits a card of N GiB."
             ) from fault
         print(f"memory ran out with {self.chunk} tiles at once: going on with {tiles}", flush=True)
         self.chunk = tiles

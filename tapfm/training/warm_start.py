@@ -1,4 +1,4 @@
-"""The head start as a run has it: before its first slide, and once."""
+"""The warm start as a run has it: before its first slide, and once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from tapfm.distributed import gather
-from tapfm.frozen.cached_features import remember, standardise
+from tapfm.frozen.cached_features import cache_features, standardise
 from tapfm.frozen.solved_head import embed, judge, solve_head
 from tapfm.frozen.taught_head import teach
 from tapfm.training.callbacks import BestWeights
@@ -16,7 +16,7 @@ from tapfm.training.callbacks import BestWeights
 VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 
 
-class HeadStart(Callback):
+class WarmStart(Callback):
     """Before the first slide of a run; a resumed one has had it.
 
     Of several processes each remembers the tiles of its own slides; slides' embeddings go to all.
@@ -35,8 +35,8 @@ class HeadStart(Callback):
         data = trainer.datamodule
         task = data.weighted_task  # here every slide comes as often, however the run draws them
         views = VIEWS if data.varies else 1
-        train = remember(module, data.seen_in_training(views), "frozen train")
-        val = remember(module, data.val_dataloader(), "frozen val")
+        train = cache_features(module, data.seen_in_training(views), "frozen train")
+        val = cache_features(module, data.val_dataloader(), "frozen val")
         aggregator = module.slide_model.aggregator
         standardise(aggregator, train)
         fresh = deepcopy(aggregator)
@@ -56,5 +56,5 @@ class HeadStart(Callback):
         aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
         aggregator.to(module.device)
         if trainer.is_global_zero:
-            print(f"head start: {len(train)} views of slides; {said}", flush=True)
+            print(f"warm start: {len(train)} views of slides; {said}", flush=True)
             self.best.offer(module, figure, loss, epoch=-1)

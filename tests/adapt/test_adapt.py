@@ -472,11 +472,11 @@ TILE = 32
 
 
 def demo_model(case, weights=None):
-    recipe = models.Recipe(
+    model_config = models.ModelConfig(
         "demo_vit", "tapfm_gated", ("A", "B"), TILE, 0.5, strategy=CASES[case], weights=weights
     )
     torch.manual_seed(1)
-    return models.SlideModel(recipe, backbones.load("demo_vit", weights, tile_px=TILE))
+    return models.SlideModel(model_config, backbones.load("demo_vit", weights, tile_px=TILE))
 
 
 @each_case
@@ -490,7 +490,7 @@ def test_checkpoint_holds_what_was_trained_and_gives_it_back(case, tmp_path):
     trained = {f"encoder.vit.{name}" for name in names(model.encoder.vit)}
     assert held == trained | {f"aggregator.{key}" for key in model.aggregator.state_dict()}
     again = models.load(path)
-    assert again.recipe == replace(model.recipe, strategy=spell(model.strategy))
+    assert again.model_config == replace(model.model_config, strategy=spell(model.strategy))
     assert not again.training
     for ours, theirs in zip(model.eval()(tiles, 2), again(tiles, 2), strict=True):
         assert torch.equal(ours, theirs)
@@ -722,7 +722,7 @@ def test_frozen_is_the_base_encoder_and_stays_it(make):
 
 def test_frozen_saves_the_slide_model_alone(tmp_path):
     model = models.SlideModel(
-        models.Recipe("demo_vit", "gated", ("A",), TILE, 0.5, strategy={"name": "frozen"}),
+        models.ModelConfig("demo_vit", "gated", ("A",), TILE, 0.5, strategy={"name": "frozen"}),
         backbones.load("demo_vit", tile_px=TILE),
     )
     models.save(model, tmp_path / "best.safetensors")

@@ -19,7 +19,7 @@ from slides.cache.disk_room import Hold, make_room
 from slides.cache.tiles import CachedSlide, build_cache, cache_path
 from slides.errors import IndexFileError
 from slides.streaming.chunks import read_tiles
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from slides.tiling.index import index_path, write_index
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
@@ -214,8 +214,8 @@ class TestCohort:
 
     def test_what_does_not_fit_is_read_from_its_file(self, cohort, tmp_path):
         rows, index_dir, grid, tissue = cohort
-        opener = Opener(index_dir, tmp_path / "cache", grid, tissue, cache_gb=1.0)
-        sizes = [len(opener.index(row)) * 61 * 61 * 3 for row in rows]
+        tile_source = TileSource(index_dir, tmp_path / "cache", grid, tissue, cache_gb=1.0)
+        sizes = [len(tile_source.index(row)) * 61 * 61 * 3 for row in rows]
         budget = sizes[0] + sizes[1] + 1
         failed = cache_cohort(
             rows, index_dir, tmp_path / "cache", grid, tissue, progress=False, budget=budget
@@ -223,13 +223,13 @@ class TestCohort:
         assert failed == {}
         kinds = []
         for row in rows:
-            source, index = opener(row)
+            source, index = tile_source(row)
             kinds.append(type(source))
             with source, Slide(row.path) as slide:
                 np.testing.assert_array_equal(read_tiles(source, index), read_tiles(slide, index))
         assert kinds == [CachedSlide, CachedSlide, Slide]
         with pytest.raises(IndexFileError, match="c: there is no tile cache"):
-            replace(opener, cache_gb=None)(rows[2])
+            replace(tile_source, cache_gb=None)(rows[2])
 
     def test_another_cohorts_caches_make_room_and_ones_own_stay(self, cohort, tmp_path):
         rows, index_dir, grid, tissue = cohort
@@ -244,7 +244,9 @@ class TestCohort:
         assert theirs.exists()
         made = [path.stat().st_mtime_ns for path in sorted(folder.glob(f"{grid.tag}/*.zarr"))]
         assert len(made) == 3
-        run(sum(len(Opener(index_dir, None, grid, tissue).index(r)) for r in rows) * 61 * 61 * 3)
+        run(
+            sum(len(TileSource(index_dir, None, grid, tissue).index(r)) for r in rows) * 61 * 61 * 3
+        )
         assert not theirs.exists()
         again = [path.stat().st_mtime_ns for path in sorted(folder.glob(f"{grid.tag}/*.zarr"))]
         assert again == made

@@ -83,8 +83,8 @@ def test_a_bag_is_its_slides_one_after_the_other(data):
     case = data.rows("train")[0]
     assert [part.slide_id for part in case.slides] == ["s0", "s1"]
     how = {"budget": 7, "seed": 5, "augment": Augment(colour=0.1)}
-    whole = BagDataset([case], data.opener, **how)[0]
-    parts = [BagDataset([part], data.opener, **how)[0] for part in case.slides]
+    whole = BagDataset([case], data.tile_source, **how)[0]
+    parts = [BagDataset([part], data.tile_source, **how)[0] for part in case.slides]
     assert torch.equal(whole.tiles, torch.cat([part.tiles for part in parts]))
     np.testing.assert_array_equal(whole.coords0, np.concatenate([p.coords0 for p in parts]))
     assert (whole.slide_id, whole.case_id) == ("c0", "c0")
@@ -94,7 +94,7 @@ def test_a_bag_is_its_slides_one_after_the_other(data):
 def test_streamed_it_is_the_same_tiles_whatever_the_chunks(data):
     case = data.rows("train")[0]
     bag = data.bag(case)
-    expected = BagDataset([case], data.opener)[0].tiles
+    expected = BagDataset([case], data.tile_source)[0].tiles
     for size in (3, 16, 1000):
         assert torch.equal(torch.cat(list(bag.tiles.split(size))), expected)
     assert bag.count == len(expected)
@@ -144,7 +144,7 @@ def test_hierarchical_is_its_two_levels_and_starts_as_the_mean_of_slides():
 @pytest.mark.parametrize("name", ["tapfm_gated", "hierarchical"])
 def test_two_passes_over_a_case_are_the_gradient_of_one_graph(data, name):
     case = data.rows("train")[0]
-    bag = BagDataset([case], data.opener, budget=4)[0]
+    bag = BagDataset([case], data.tile_source, budget=4)[0]
     tiles, counts = bag.tiles, bag.counts
     assert counts == (4, 4)
     encoder, aggregator = tiny_encoder(), spread(make_aggregator(name, 24, 1))
@@ -184,7 +184,7 @@ def test_from_fit_to_test_a_row_is_a_case(paired, capsys):
     fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1"]
     assert main([*fit, "--name", "union"]) == 0
     ours = ["--model.aggregator", "hierarchical", "--model.steps.head_lr", "0.1",
-            "--model.steps.head_start", "true"]  # fmt: skip
+            "--model.steps.warm_start", "true"]  # fmt: skip
     assert main([*fit, "--name", "slides", *ours]) == 0
     runs = paired.parent / "runs"
     assert main(["test", "--run", str(runs), "--overlays", "4"]) == 0
@@ -288,8 +288,8 @@ def test_slides_are_trained_and_cases_tested(paired):
 
 
 def test_a_model_of_slides_says_nothing_of_cases(paired, tmp_path, capsys):
-    recipe = models.Recipe("demo_vit", "tapfm_gated", ("KRAS",), 32, 0.5)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    model_config = models.ModelConfig("demo_vit", "tapfm_gated", ("KRAS",), 32, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
     models.save(model, tmp_path / "best.safetensors", bags="slide", pool="union")
     slide, best = str(paired.parent / "slides" / "s10.tif"), str(tmp_path / "best.safetensors")
     assert main(["predict", slide, "--model", best, "--case", "c10"]) == 2

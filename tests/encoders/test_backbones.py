@@ -17,7 +17,7 @@ from tapfm.encoders.backbones import BACKBONES, BackboneError, build, find, load
 from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.planning.doctor import cls_row_error
-from tapfm.slide_model.model import Recipe, SlideModel, save
+from tapfm.slide_model.model import ModelConfig, SlideModel, save
 from tests.tiny import random_tiles, tiny_swin
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted
@@ -175,8 +175,8 @@ def test_a_model_without_cls_takes_learned_attention_only():
     assert score_C.tolist() == [0, 0]
     for aggregator in ("tapfm", "tapfm_gated"):
         with pytest.raises(NoClsAttentionError, match=rf"{aggregator} .*swin_t.*`gated`"):
-            SlideModel(Recipe("swin_t", aggregator, ("KRAS",), 224, 0.5), encoder)
-    model = SlideModel(Recipe("swin_t", "gated", ("KRAS",), 224, 0.5), encoder).eval()
+            SlideModel(ModelConfig("swin_t", aggregator, ("KRAS",), 224, 0.5), encoder)
+    model = SlideModel(ModelConfig("swin_t", "gated", ("KRAS",), 224, 0.5), encoder).eval()
     logits_K, weights_T = model(tiles, chunk=1)
     assert weights_T.sum() == pytest.approx(1)
     assert logits_K.isfinite().all()
@@ -185,7 +185,7 @@ def test_a_model_without_cls_takes_learned_attention_only():
 def test_a_model_without_cls_learns_through_the_two_passes():
     """Every parameter of the encoder gets the one-graph gradient, though no score exists."""
     encoder = tiny_swin()
-    model = SlideModel(Recipe("swin_t", "gated", ("a",), 64, 0.5), encoder).double()
+    model = SlideModel(ModelConfig("swin_t", "gated", ("a",), 64, 0.5), encoder).double()
     vit, tiles = encoder.vit, random_tiles(5, side=64)
 
     z_TD, score_T = model.encode(tiles)
@@ -295,7 +295,7 @@ def test_a_runs_own_weights_are_weights(tmp_path):
     """best.safetensors of a run: its encoder, without its aggregator."""
     torch.manual_seed(0)
     encoder = load("demo_vit", "random")
-    model = SlideModel(Recipe("demo_vit", "tapfm", ("a",), 112, 0.5), encoder)
+    model = SlideModel(ModelConfig("demo_vit", "tapfm", ("a",), 112, 0.5), encoder)
     save(model, tmp_path / "best.safetensors")
     again = load("demo_vit", str(tmp_path / "best.safetensors"))
     assert torch.equal(again.vit.pos_embed, encoder.vit.pos_embed)

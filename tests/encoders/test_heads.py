@@ -13,7 +13,7 @@ from torch import nn
 from tapfm import cli
 from tapfm.encoders.backbones import Encoder, build, find, load_state
 from tapfm.encoders.heads import AttentionPool, Projection
-from tapfm.slide_model.model import Recipe, SlideModel
+from tapfm.slide_model.model import ModelConfig, SlideModel
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
 
@@ -94,7 +94,7 @@ def test_published_names_are_known_and_features_are_the_heads(key):
 @pytest.mark.parametrize("key", ["keep", "conch_v1_5"])
 def test_a_head_learns_with_all_the_rest(key):
     row, vit = tiny(key)
-    model = SlideModel(Recipe(key, "tapfm_gated", ("a",), 32, 0.5), Encoder(vit, row))
+    model = SlideModel(ModelConfig(key, "tapfm_gated", ("a",), 32, 0.5), Encoder(vit, row))
     z_CE, score_C = model.encode(tiles())
     model.aggregator(z_CE, score_C)[0].sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in vit.head.parameters())

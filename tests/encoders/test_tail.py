@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import Backbone, Encoder, load
 from tapfm.encoders.tail import TOLERANCE, ClsTail
-from tapfm.engine.frozen_prefix import find_boundary
+from tapfm.engine.frozen_prefix import find_frozen_prefix
 from tests.adapt.test_adapt import CASES, FUSED_BIAS, MAKES, adapted, move
 from tests.tiny import MAKES as ENCODERS
 from tests.tiny import random_tiles, tiny_encoder
@@ -142,7 +142,7 @@ def test_recomputation_boundary_and_copies(make):
         make_strategy({"name": "last_n", "n": 2}).prepare(encoder.vit)
     expected = answer(whole)
     assert_same(answer(tail), expected)
-    boundary, tiles = find_boundary(tail), random_tiles(TILES)
+    boundary, tiles = find_frozen_prefix(tail), random_tiles(TILES)
     z, score = boundary.encode(boundary.tokens(tiles))
     torch.testing.assert_close(z, expected["z"], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(score, expected["score"], rtol=1e-12, atol=0)

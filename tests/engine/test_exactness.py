@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders import compiled
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.frozen_prefix import BoundaryTokens, find_boundary
+from tapfm.engine.frozen_prefix import FrozenPrefixTokens, find_frozen_prefix
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
@@ -68,8 +68,8 @@ def two_passes(encoder, chunk, boundary=False, score_weight=1.0):
     """As `SlideModule` does it."""
     encode, tiles = encoder.encode, random_tiles(TILES)
     if boundary:
-        cut = find_boundary(encoder)
-        encode, tiles = cut.encode, BoundaryTokens(cut.tokens, tiles, seed=1)
+        cut = find_frozen_prefix(encoder)
+        encode, tiles = cut.encode, FrozenPrefixTokens(cut.tokens, tiles, seed=1)
     encode, same = encoder.sized(encode, chunk), {"seed": 5, "device": CPU}
     z_TD, score_T, kept = encode_bag(encode, tiles.split(chunk), keep=1, **same)
     loss_of(z_TD, score_T).backward()

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt.strategies import make_strategy
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.frozen_prefix import Boundary, BoundaryTokens, find_boundary
+from tapfm.engine.frozen_prefix import FrozenPrefix, FrozenPrefixTokens, find_frozen_prefix
 from tests.tiny import MAKES, random_tiles, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -39,9 +39,9 @@ def test_features_scores_and_gradients_are_those_of_the_whole_encoder(make, n, r
     whole, cut = (encoder_of(make, n, recompute=recompute) for _ in range(2))
     tiles = random_tiles(TILES)
     expected = two_passes(whole.encode, tiles)
-    boundary = find_boundary(cut)
+    boundary = find_frozen_prefix(cut)
     assert boundary.first == 3 - n
-    found = two_passes(boundary.encode, BoundaryTokens(boundary.tokens, tiles, seed=1))
+    found = two_passes(boundary.encode, FrozenPrefixTokens(boundary.tokens, tiles, seed=1))
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b)
     assert gradients(whole).keys() == gradients(cut).keys()
@@ -53,7 +53,7 @@ def test_a_tile_costs_one_forward_of_the_frozen_part():
     """(1 + 3 n / L) forwards of blocks; the whole encoder twice without the boundary."""
     tiles, flops = random_tiles(TILES), {}
     encoder = encoder_of("5 prefix", depth=6, n=2, tail=False)  # all blocks alike
-    boundary = find_boundary(encoder)
+    boundary = find_frozen_prefix(encoder)
 
     def count(work):
         with FlopCounterMode(display=False) as counter:
@@ -75,11 +75,11 @@ def test_a_tile_costs_one_forward_of_the_frozen_part():
         ones = torch.ones_like(z), torch.ones_like(score)
         return lambda: adapt_bag(encode, tiles.split(CHUNK), *ones, seed=0, device=CPU)
 
-    kept = BoundaryTokens(boundary.tokens, tiles, seed=0)
+    kept = FrozenPrefixTokens(boundary.tokens, tiles, seed=0)
     again = count(passes(boundary.encode, kept))
     assert flops["behind"] < again < 3.07 * flops["behind"]
     assert count(passes(encoder.encode, tiles)) == flops["front"] + again
-    assert count(passes(boundary.encode, BoundaryTokens(boundary.tokens, tiles, 0, 0.0))) == (
+    assert count(passes(boundary.encode, FrozenPrefixTokens(boundary.tokens, tiles, 0, 0.0))) == (
         flops["front"] + again
     ), "without room nothing is kept, and it is computed again"
 
@@ -89,9 +89,9 @@ def test_noise_in_front_of_the_boundary_is_the_same_in_both_passes():
     results = []
     for budget in (8.0, 0.0, 1.5e-5):
         encoder = encoder_of("5 prefix", drop_path_rate=0.5).train()
-        boundary = find_boundary(encoder)
+        boundary = find_frozen_prefix(encoder)
         torch.manual_seed(len(results))  # the global generator has no part in it
-        tokens = BoundaryTokens(boundary.tokens, random_tiles(TILES), seed=1, budget_gib=budget)
+        tokens = FrozenPrefixTokens(boundary.tokens, random_tiles(TILES), seed=1, budget_gib=budget)
         z, _ = two_passes(boundary.encode, tokens)
         results.append((len(tokens.kept), z, gradients(encoder)))
     assert [kept for kept, _, _ in results] == [3, 0, 1]
@@ -102,8 +102,8 @@ def test_noise_in_front_of_the_boundary_is_the_same_in_both_passes():
 
 def test_smaller_chunks_start_anew():
     encoder = encoder_of("5 prefix")
-    boundary = find_boundary(encoder)
-    tokens = BoundaryTokens(boundary.tokens, random_tiles(TILES), seed=1)
+    boundary = find_frozen_prefix(encoder)
+    tokens = FrozenPrefixTokens(boundary.tokens, random_tiles(TILES), seed=1)
     assert [len(each) for each in tokens.split(4)] == [4, 3]
     assert [len(each) for each in tokens.split(2)] == [2, 2, 2, 1]
     assert len(tokens.kept) == 4
@@ -113,14 +113,14 @@ def test_smaller_chunks_start_anew():
 def test_there_is_none_where_the_first_block_learns(strategy):
     encoder = tiny_encoder()
     make_strategy(strategy).prepare(encoder.vit)
-    assert find_boundary(encoder) is None
+    assert find_frozen_prefix(encoder) is None
 
 
 def test_an_encoder_of_another_shape_is_left_whole(monkeypatch):
     """The check that decides it is of the features themselves."""
     encoder = encoder_of("5 prefix")
-    assert find_boundary(encoder)
+    assert find_frozen_prefix(encoder)
     encoder.vit.norm.register_forward_pre_hook(lambda _norm, args: (args[0] * 2,))
-    assert find_boundary(encoder), "hooks of modules run in both"
-    monkeypatch.setattr(Boundary, "tokens", lambda self, tiles: torch.zeros(1, 21, 24).double())
-    assert find_boundary(encoder) is None
+    assert find_frozen_prefix(encoder), "hooks of modules run in both"
+    monkeypatch.setattr(FrozenPrefix, "tokens", lambda self, tiles: torch.zeros(1, 21, 24).double())
+    assert find_frozen_prefix(encoder) is None

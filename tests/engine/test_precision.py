@@ -75,10 +75,10 @@ def test_the_score_keeps_what_tells_tiles_apart():
 
 def test_buffers_stay_fp32_where_weights_do_not():
     """RoPE's angles, and the mean and deviation of the pixels."""
-    from tapfm.slide_model.model import Recipe, SlideModel
+    from tapfm.slide_model.model import ModelConfig, SlideModel
 
-    recipe = Recipe("demo_vit", "tapfm", ("A",), 32, 0.5, precision="bf16-true")
-    model = SlideModel(recipe, tiny_encoder("rope", dtype=torch.float32))
+    model_config = ModelConfig("demo_vit", "tapfm", ("A",), 32, 0.5, precision="bf16-true")
+    model = SlideModel(model_config, tiny_encoder("rope", dtype=torch.float32))
     model.round_weights()
     assert {p.dtype for p in model.encoder.parameters()} == {torch.bfloat16}
     buffers = [b for b in model.encoder.buffers() if b.is_floating_point()]

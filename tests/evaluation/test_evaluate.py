@@ -190,7 +190,7 @@ def test_tile_auroc_by_hand(run, tmp_path):
     """Weights that rise with the tumour's share find it; reversed, they do not."""
     data = read_config(["--config", str(run / "tapfm" / "config.yaml")]).datamodule
     row = data.cohort.split("test")[0]
-    index = data.opener.index(row)
+    index = data.tile_source.index(row)
     right = index.coords0[:, 0] >= np.median(index.coords0[:, 0])
     mask = np.zeros((index.height0, index.width0), np.uint8)
     for x0, y0 in index.coords0[right]:

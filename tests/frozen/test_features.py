@@ -152,8 +152,8 @@ def test_features_of_another_program_are_not_overwritten(slide, tmp_path, capsys
 
 def test_an_adapted_encoder_has_a_folder_of_its_own(slide, tmp_path, capsys):
     torch.manual_seed(0)
-    recipe = models.Recipe("demo_vit", "gated", LABELS, 32, 0.5)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    model_config = models.ModelConfig("demo_vit", "gated", LABELS, 32, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
     models.save(model, tmp_path / "best.safetensors", tissue={"min_area_um2": 1000.0})
     given = ["--model", str(tmp_path / "best.safetensors"), "--out", str(tmp_path / "job")]
     assert main(["features", str(slide), *given, "--workers", "0"]) == 0

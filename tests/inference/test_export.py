@@ -22,8 +22,8 @@ TILE = 32
 
 def saved(folder, model="demo_vit", **facts):
     torch.manual_seed(0)
-    recipe = models.Recipe(model, "tapfm_gated", LABELS, TILE, 0.25)
-    whole = models.SlideModel(recipe, backbones.load(model, "random", tile_px=TILE))
+    model_config = models.ModelConfig(model, "tapfm_gated", LABELS, TILE, 0.25)
+    whole = models.SlideModel(model_config, backbones.load(model, "random", tile_px=TILE))
     models.save(whole, folder / "best.safetensors", **facts)
     return whole.encoder.eval(), folder / "best.safetensors"
 

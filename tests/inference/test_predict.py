@@ -22,7 +22,7 @@ from slides.wsi.reader import Slide
 from tapfm.cli import main
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
-from tapfm.inference.predict import loose_bag
+from tapfm.inference.predict import new_slide_bag
 from tapfm.inference.prediction import predict_bag
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS
@@ -35,8 +35,8 @@ TILE = 32
 def saved(tmp_path_factory):
     """A model with random weights, saved as a run saves it."""
     torch.manual_seed(0)
-    recipe = models.Recipe("demo_vit", "tapfm_gated", LABELS, TILE, 0.5)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=TILE))
+    model_config = models.ModelConfig("demo_vit", "tapfm_gated", LABELS, TILE, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=TILE))
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
     models.save(model, path, tissue={"min_area_um2": 1000.0})
     return path
@@ -72,8 +72,8 @@ def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
 def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkeypatch):
     """Not by those of the logits, which are hazards, and as many."""
     task = {"name": "survival", "time": "t", "event": "e", "edges": (12.0, 24.0), "horizon": 14.0}
-    recipe = models.Recipe("demo_vit", "gated", ("h1", "h2", "h3"), TILE, 0.5, task=task)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=TILE))
+    model_config = models.ModelConfig("demo_vit", "gated", ("h1", "h2", "h3"), TILE, 0.5, task=task)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=TILE))
     path, titles = tmp_path / "m.safetensors", []
     models.save(model, path, tissue={"min_area_um2": 1000.0})
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_stains_are_normalised_as_in_training(saved, slide, tmp_path):
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1e3))
         normalised = StainedSlide(opened, index, "macenko")
-        bag = loose_bag(row_of(slide), SlideTiles.of(normalised, index), len(LABELS))
+        bag = new_slide_bag(row_of(slide), SlideTiles.of(normalised, index), len(LABELS))
         expected = predict_bag(model.eval(), bag, 16).probs_K[0]
     assert probabilities[1] == pytest.approx(expected, abs=2e-6)
     assert probabilities[0] != pytest.approx(expected, abs=1e-5)
@@ -213,7 +213,7 @@ def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
     model = models.load(saved)
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1000.0))
-        streamed = loose_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS))
+        streamed = new_slide_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS))
         whole = torch.cat(list(streamed.tiles.split(7)))
     in_memory = Bag("one", "one", whole, len(whole), torch.full((2,), torch.nan), 0)
     a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)

@@ -100,8 +100,8 @@ def test_a_question_is_answered_with_it(keep, tmp_path, capsys, monkeypatch):
     assert cli.main(["pathpt", *(str(each) for each in given)]) == 0
     assert "hf-hub:Astaxanthin/KEEP, licence MIT" in capsys.readouterr().err
     model = tmp_path / "out" / "1_shots" / "draw_0" / "pathpt.safetensors"
-    *_, recipe, _ = load(model)
-    assert (recipe.towers["teacher"], recipe.dim) == ("keep", 24)
+    *_, model_config, _ = load(model)
+    assert (model_config.towers["teacher"], model_config.dim) == ("keep", 24)
 
     # what is saved names tiles without the text tower, and so without `transformers`
     monkeypatch.setitem(sys.modules, "transformers", None)

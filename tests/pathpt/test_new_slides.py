@@ -84,9 +84,9 @@ def test_what_was_trained_of_the_image_tower_counts(ran, tmp_path):
     """The same file without its LoRA says something else of the tiles."""
     folder, draw = ran
     path, less = draw / "pathpt_end_to_end.safetensors", tmp_path / "less.safetensors"
-    model, classes_Kd, recipe, _ = load(path)
-    assert recipe.strategy["rank"] == 2
-    save(less, model, classes_Kd, replace(recipe, strategy=None), {})
+    model, classes_Kd, model_config, _ = load(path)
+    assert model_config.strategy["rank"] == 2
+    save(less, model, classes_Kd, replace(model_config, strategy=None), {})
     found = []
     for each in (path, less):
         assert tell("predict", each, tmp_path, folder / "slides" / "s12.tif", workers=0)[0] == 0
@@ -145,15 +145,15 @@ def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):
 def test_another_image_tower_or_file_is_refused(ran, tmp_path, capsys):
     folder, draw = ran
     slide, path = folder / "slides" / "s12.tif", tmp_path / "model.safetensors"
-    model, classes_Kd, recipe, image = load(draw / "pathpt.safetensors")
+    model, classes_Kd, model_config, image = load(draw / "pathpt.safetensors")
 
     def said(**changes):
-        save(path, model, classes_Kd, replace(recipe, **changes), image)
+        save(path, model, classes_Kd, replace(model_config, **changes), image)
         assert tell("predict", path, tmp_path, slide)[0] == 2
         return capsys.readouterr().err
 
     assert "another one" in said(fingerprint="0" * 16)
-    keep = {**recipe.towers, "teacher": "keep", "weights": str(tmp_path / "gone")}
+    keep = {**model_config.towers, "teacher": "keep", "weights": str(tmp_path / "gone")}
     assert "needs the image tower keep that it was trained with" in said(towers=keep)
     for verb in ("features", "export"):
         given = [str(slide)] if verb == "features" else []

@@ -20,7 +20,7 @@ from slides.demo.tissue_painter import (
     paint,
     site_stain,
 )
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from tapfm import cli
 from tapfm.adapt.strategies import make_strategy
 from tapfm.config import read_source
@@ -88,8 +88,8 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
 
     # what was saved gives the picture's numbers without a text tower
     here = out / "2_shots" / "draw_0"
-    model, classes_Kd, recipe, image = load(here / "pathpt_end_to_end.safetensors")
-    assert recipe.classes == tuple(each["name"] for each in SMALL["classes"])
+    model, classes_Kd, model_config, image = load(here / "pathpt_end_to_end.safetensors")
+    assert model_config.classes == tuple(each["name"] for each in SMALL["classes"])
     assert image
     assert all("lora" in name for name in image)
     _, _, _, untouched = load(here / "pathpt.safetensors")
@@ -100,10 +100,10 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
     make_strategy({"name": "lora", "rank": 2}).prepare(teacher.encoder.vit)
     assert not teacher.encoder.vit.load_state_dict(image, strict=False).unexpected_keys
     source = read_source([cohort[1]])
-    opener, slide = Opener.of(source), next(r for r in source.rows if r.slide_id == "s12")
-    index = opener.index(slide)
+    tile_source, slide = TileSource.of(source), next(r for r in source.rows if r.slide_id == "s12")
+    index = tile_source.index(slide)
     with torch.no_grad():
-        z_Nd = teacher.encode_image(torch.cat(list(opener.tiles(slide).split(16))))
+        z_Nd = teacher.encode_image(torch.cat(list(tile_source.tiles(slide).split(16))))
         logits_NK = model(z_Nd, places(index.coords0, index.size0), classes_Kd)
     np.testing.assert_allclose(p_NK, logits_NK.softmax(1), atol=1e-5)
     assert (out / "tile_classes" / "s12.png").exists()
@@ -117,8 +117,8 @@ def test_a_vision_only_encoder_learns_from_the_teachers_labels(cohort, capsys):
     code, _ = ask(cohort, "student", draws=1, shots=[2], images="demo_vit", mode="embedding")
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")} == before
-    model, classes_Kd, recipe, image = load(out / "2_shots" / "draw_0" / "pathpt.safetensors")
-    assert recipe.dim == classes_Kd.shape[1] == load_demo().encoder.dim
+    model, classes_Kd, model_config, image = load(out / "2_shots" / "draw_0" / "pathpt.safetensors")
+    assert model_config.dim == classes_Kd.shape[1] == load_demo().encoder.dim
     assert (model.std_d != 1).all()
     assert not image
 

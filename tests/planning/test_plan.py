@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.adapt.strategies import STRATEGIES, make_strategy
 from tapfm.encoders.backbones import BackboneError, Encoder, build, find
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.engine.frozen_prefix import find_boundary
+from tapfm.engine.frozen_prefix import find_frozen_prefix
 from tapfm.engine.memory import saved_bytes
 from tapfm.planning import footprint as counting
 from tapfm.planning import plan as planning
@@ -167,7 +167,7 @@ def test_a_real_step_holds_and_computes_what_was_counted(case):
     real = saved_bytes(lambda: encoder(pixels), but=encoder.parameters())
     tile, rest = footprint("demo_vit").held(setup)
     assert tiles * tile + rest == pytest.approx(real, rel=2e-3)
-    encode, inputs, boundary = encoder, pixels[:1], find_boundary(encoder)
+    encode, inputs, boundary = encoder, pixels[:1], find_frozen_prefix(encoder)
     with FlopCounterMode(display=False) as counter:
         if boundary:
             encode, inputs = boundary.encode, boundary.tokens(inputs)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tapfm.reports.example_slides import choose, thresholds
 from tapfm.reports.html.case_pictures import NoPicturesError, pictures_of
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.tasks.regression import Regression
@@ -21,7 +21,7 @@ def test_the_surest_of_every_kind():
     slides = [f"s{n}" for n in range(7)]
     y = np.array([[1, 1, 1, 0, 0, np.nan, 0], [0, 0, 0, 0, 0, 0, 1]]).T
     p = np.array([[0.9, 0.2, 0.97, 0.5, 0.1, 1.0, 0.8], [0.4, 0.3, 0.2, 0.1, 0.3, 0.45, 0.5]]).T
-    found = choose(Multilabel(("A", "B")), Arm("x", True, slides, slides, y, p), {})
+    found = choose(Multilabel(("A", "B")), ResultRow("x", True, slides, slides, y, p), {})
     assert listed(found) == [
         ("A", "true positive", "s2", 0.97),
         ("A", "true negative", "s4", 0.1),
@@ -37,7 +37,7 @@ def test_positive_is_called_from_the_threshold_that_was_chosen():
                                    "B": {"balanced": {"threshold": None}}, "C": None}}  # fmt: skip
     assert thresholds(chosen, ["A", "B", "C", "D"]) == [0.25, 0.5, 0.5, 0.5]
     assert thresholds({"operating_points": None}, ["A"]) == [0.5]
-    one = Arm("x", True, ["s"], ["c"], np.array([[1.0]]), np.array([[0.3]]))
+    one = ResultRow("x", True, ["s"], ["c"], np.array([[1.0]]), np.array([[0.3]]))
     for facts, kind in ((chosen, "true positive"), ({}, "false negative")):
         assert [case.kind for case in choose(Multilabel(("A",)), one, facts).cases] == [kind]
 
@@ -48,7 +48,7 @@ def test_of_classes_values_and_times():
     p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1],
                   [0.5, 0.3, 0.2], [0, 0, 1]])  # fmt: skip
     task = Multiclass(("a", "b", "c"), "kind", (1.0, 1.0, 1.0))
-    found = choose(task, Arm("x", True, slides, slides, y, p), {})
+    found = choose(task, ResultRow("x", True, slides, slides, y, p), {})
     assert listed(found) == [
         ("a", "rightly said", "s0", 0.6),
         ("a", "wrongly said", "s4", 0.5),
@@ -62,7 +62,9 @@ def test_of_classes_values_and_times():
 
     y = np.array([[1.0], [2], [3], [4], [np.nan], [5]])
     p = np.array([[3.0], [2.25], [2.5], [3.75], [9], [3]])
-    found = choose(Regression(("v",), (0.0,), (1.0,)), Arm("x", True, slides, slides, y, p), {})
+    found = choose(
+        Regression(("v",), (0.0,), (1.0,)), ResultRow("x", True, slides, slides, y, p), {}
+    )
     assert listed(found) == [
         ("v", "near, low half", "s1", 2.25),
         ("v", "near, high half", "s3", 3.75),
@@ -73,7 +75,7 @@ def test_of_classes_values_and_times():
     time = np.array([[2, 1], [3, 1], [4, 0], [9, 1], [8, 0], [np.nan, np.nan]], float)
     risk = np.array([[5.0], [1], [9], [4], [0], [3.5]])
     task = Survival(("h",), "months", "dead", (), 5.0, "cox")
-    found = choose(task, Arm("x", True, slides, slides, np.c_[time, time[:, 0]], risk), {})
+    found = choose(task, ResultRow("x", True, slides, slides, np.c_[time, time[:, 0]], risk), {})
     assert found.called == {"risk": 3.75}  # s2 was lost before the horizon: it is neither
     assert listed(found) == [
         ("risk", "early, high risk", "s0", 5),

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from tapfm.reports.figures import curves_figure, read_curves, roc_figure
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 
 LABELS = ["A", "B", "C"]
 
@@ -18,7 +18,7 @@ def arm(title="tapfm", end_to_end=True, seed=0):
     p = np.round(0.3 * y + rng.random(y.shape), 1)  # tied
     y[::7, 0] = np.nan
     slides = [f"s{n}" for n in range(41)]
-    return Arm(title, end_to_end, slides, slides, y, p)
+    return ResultRow(title, end_to_end, slides, slides, y, p)
 
 
 def test_roc_lines_are_scikit_learns():

@@ -9,7 +9,7 @@ from scipy.stats import chi2
 
 from tapfm.reports.html.outcome_panels import by_case, confusion, task_curves, time_axis, value_axis
 from tapfm.reports.outcome_report import write_outcomes
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
@@ -20,7 +20,7 @@ TIMES = Survival(("h",), "months", "dead", (), 5.0, "cox")
 
 def arm(y, p, cases=None, title="a"):
     slides = [f"s{n}" for n in range(len(y))]
-    return Arm(title, True, slides, cases or slides, np.array(y, float), np.array(p, float))
+    return ResultRow(title, True, slides, cases or slides, np.array(y, float), np.array(p, float))
 
 
 def survival_arm(seed=0, cases=40):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tapfm.cli import main
 from tapfm.reports.report import write_results
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tests.conftest import stained_picture, write_pyramid
 from tests.pages import BRIGHT, BROKEN_PICTURES, ILLEGIBLE, ROWS, WIDTH, Page
 
@@ -52,7 +52,8 @@ def write_run(folder):
     where = {"table": str(folder / "cohort.csv"), "index_dir": str(folder / "index")}
     data = {**where, "tiles": tiles}
     coords = np.stack(np.meshgrid(np.arange(9), np.arange(8)), -1).reshape(-1, 2) * SIDE
-    arms = [Arm("frozen, gated attention", False, names, [f"c{n // 2}" for n in range(SLIDES)], y,
+    arms = [ResultRow("frozen, gated attention", False, names, [f"c{n // 2}" for n in
+    range(SLIDES)], y,
                 np.clip(0.3 * np.nan_to_num(y) + 0.7 * rng.random(y.shape), 0, 1))]  # fmt: skip
     for number, name in enumerate(("tapfm", "tapfm_gated")):
         run = folder / "runs" / name
@@ -76,13 +77,17 @@ def write_run(folder):
             f"step,epoch,slide_id,train/loss,train/effective_tiles,val/loss,val/auroc\n{curve}"
         )
         (run / "skipped.json").write_text(json.dumps({"s98": "s98: <torn> file"} if number else {}))
-        recipe = {"model": "demo_vit", "aggregator": name, "labels": LABELS, "tile_px": SIDE,
+        model_config = {"model": "demo_vit", "aggregator": name, "labels": LABELS, "tile_px": SIDE,
                   "mpp": 0.5, "fingerprint": f"f1e2d3c4{number}", "commit": "abc1234",
                   "cohort_sha256": "0123" * 16, "versions": {"torch": "2.8.0"}}  # fmt: skip
-        save_file({"w": torch.zeros(1)}, run / "best.safetensors", {"tapfm": json.dumps(recipe)})
+        save_file(
+            {"w": torch.zeros(1)}, run / "best.safetensors", {"tapfm": json.dumps(model_config)}
+        )
         p = np.clip((0.3 + number / 9) * np.nan_to_num(y) + 0.7 * rng.random(y.shape), 0, 1)
         arms.append(
-            Arm(f"end to end, {name}", True, names, arms[0].case_ids, y, p, run / "metrics.csv")
+            ResultRow(
+                f"end to end, {name}", True, names, arms[0].case_ids, y, p, run / "metrics.csv"
+            )
         )
     write_results(
         folder / "runs" / "report_test", "test", LABELS, arms, [("s97", "no tissue")], 200

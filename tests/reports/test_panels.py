@@ -18,13 +18,13 @@ from tapfm.reports.html.panels import (
     reliability_axis,
     training_panels,
 )
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.stats.metrics import auprc
 
 
 def arm(title, end_to_end, y, p):
     slides = [f"s{n}" for n in range(len(y))]
-    return Arm(title, end_to_end, slides, slides, np.c_[y], np.c_[p])
+    return ResultRow(title, end_to_end, slides, slides, np.c_[y], np.c_[p])
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
 from tapfm.reports.pooling import pool
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.stats.bootstrap import with_point
 from tapfm.stats.metrics import auroc_draws, paired_difference
 from tapfm.tasks.multiclass import Multiclass
@@ -38,7 +38,7 @@ def runs(seeds=(0, 1), folds=3, slides=60, shift=0.0):
                 own = np.flatnonzero(fold_of == fold)[::-1]  # another order
                 names = [f"s{n:02d}" for n in own], [f"c{n // 2}" for n in own]
                 known = np.where((own % 7 == 0)[:, None], np.nan, y[own])
-                each = Arm(title, True, *names, known, p[own])
+                each = ResultRow(title, True, *names, known, p[own])
                 found.setdefault(title, {}).setdefault(seed, {})[fold] = each
     y[np.arange(slides) % 7 == 0] = np.nan
     return found, flat, y, fold_of, [f"c{n // 2}" for n in range(slides)]
@@ -98,7 +98,7 @@ def folds_of(y_NY, p_NP, folds=3):
     for fold in range(folds):
         own = np.flatnonzero(fold_N == fold)
         names = [f"s{n:02d}" for n in own]
-        arms[fold] = Arm("a", True, names, names, y_NY[own], p_NP[own])
+        arms[fold] = ResultRow("a", True, names, names, y_NY[own], p_NP[own])
     return {"a": {0: arms}}, fold_N
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tapfm.reports.report import write_results
-from tapfm.reports.rows import Arm, ArmError, read_arm
+from tapfm.reports.rows import ResultRow, ResultRowError, read_result_row
 from tapfm.stats.delong import delong_difference
 from tapfm.stats.metrics import auroc, evaluate, paired_difference
 from tapfm.stats.thresholds import choose_threshold
@@ -42,7 +42,7 @@ def arms(seed=0, unknown=True):
         order = rng.permutation(SLIDES)
         slides = [f"s{n:02d}" for n in order]
         cases = [f"c{n // 2}" for n in order]
-        found.append(Arm(title, end_to_end, slides, cases, y[order], p[order]))
+        found.append(ResultRow(title, end_to_end, slides, cases, y[order], p[order]))
     return found
 
 
@@ -187,7 +187,7 @@ def test_rows_are_compared_on_the_slides_they_share_and_the_others_are_listed(tm
     rows = arms()
     short = rows[4]
     lost = sorted(short.slide_ids[:2])
-    short = Arm("tapfm_gated", True, short.slide_ids[2:], short.case_ids[2:], short.y_NK[2:],
+    short = ResultRow("tapfm_gated", True, short.slide_ids[2:], short.case_ids[2:], short.y_NK[2:],
                 short.p_NK[2:])  # fmt: skip
     skipped = [(lost[0], "unreadable region at (448, 0)"), ("s99", "no tissue")]
     text = write_results(tmp_path, "test", LABELS, [*rows[:4], short], skipped, draws=DRAWS)
@@ -236,7 +236,9 @@ def test_disagreements_are_named(tmp_path):
     y = rows[1].y_NK.copy()
     row = list(rows[1].slide_ids).index("s11")
     y[row] = 1 - np.nan_to_num(y[row])
-    with pytest.raises(ArmError, match="s11: case or labels differ between 'RGB' and 'frozen, M"):
+    with pytest.raises(
+        ResultRowError, match="s11: case or labels differ between 'RGB' and 'frozen, M"
+    ):
         write_results(tmp_path, "test", LABELS, [rows[0], replace(rows[1], y_NK=y)])
     with pytest.raises(ValueError, match="rows with different titles"):
         write_results(tmp_path, "test", LABELS, [rows[0], rows[0]])
@@ -253,7 +255,9 @@ def test_disagreements_are_named(tmp_path):
 def test_read_arm_reads_a_runs_predictions(tmp_path):
     path = tmp_path / "predictions_test.csv"
     path.write_text("slide_id,case_id,A,p_A,p_53,p_p_53\ns1,c1,1,0.75,,0.5\ns2,c1,0,0.25,1,0.125\n")
-    arm = read_arm("tapfm", path, Multilabel(("A", "p_53")), end_to_end=True)  # a gene may be so
+    arm = read_result_row(
+        "tapfm", path, Multilabel(("A", "p_53")), end_to_end=True
+    )  # a gene may be so
     assert (arm.title, arm.end_to_end, arm.slide_ids, arm.case_ids, arm.metrics_csv) == (
         "tapfm", True, ["s1", "s2"], ["c1", "c1"], None,
     )  # fmt: skip
@@ -262,7 +266,7 @@ def test_read_arm_reads_a_runs_predictions(tmp_path):
     path.write_text("slide,score\na,1\n")
     said = "columns are slide, score, and slide_id, case_id, A, p_A are needed"
     with pytest.raises(ValueError, match=said):
-        read_arm("tapfm", path, Multilabel(("A",)), end_to_end=True)
+        read_result_row("tapfm", path, Multilabel(("A",)), end_to_end=True)
 
 
 def test_pictures_are_written(tmp_path):

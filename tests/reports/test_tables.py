@@ -10,7 +10,7 @@ import pytest
 
 from tapfm.reports.html.tables import Group, Html, further_table, results_table, split_table, table
 from tapfm.reports.report import write_results
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 
 
 class Rows(HTMLParser):
@@ -145,7 +145,8 @@ def test_the_reports_own_file_is_read(tmp_path):
     rng = np.random.default_rng(3)
     y = (rng.random((31, 2)) < 0.5).astype(float)
     slides = [f"s{n}" for n in range(31)]
-    arms = [Arm(title, end_to_end, slides, slides, y, np.clip(0.2 * y + rng.random(y.shape), 0, 1))
+    arms = [ResultRow(title, end_to_end, slides, slides, y, np.clip(0.2 * y + rng.random(y.shape),
+    0, 1))
             for title, end_to_end in (("frozen", False), ("end to end, a", True))]  # fmt: skip
     said = write_results(tmp_path, "test", ["A", "B"], arms, draws=50)
     metrics = json.loads((tmp_path / "metrics_test.json").read_text())

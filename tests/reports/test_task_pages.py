@@ -10,7 +10,7 @@ import yaml
 
 from tapfm.cli import main
 from tapfm.reports.outcome_report import write_outcomes
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
@@ -84,7 +84,9 @@ def write_run(folder, slides, task, of_cases=False):
             file.create_dataset("coords", data=coords).attrs["patch_size_level0"] = SIDE
     bags, own = (cases[::2], slice(None, None, 2)) if of_cases else (names, slice(None))
     arms = [
-        Arm(title, trained, bags, cases[own], target_of(task, v)[own], said_of(task, heard)[own])
+        ResultRow(
+            title, trained, bags, cases[own], target_of(task, v)[own], said_of(task, heard)[own]
+        )
         for title, trained, noise in (("frozen, linear probe", False, 1.5),
                                       ("frozen, gated attention", False, 1.0),
                                       ("end to end, tapfm_gated", True, 0.4))

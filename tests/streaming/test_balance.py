@@ -142,7 +142,7 @@ def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkey
     offer = BestWeights.offer
     monkeypatch.setattr(BestWeights, "offer", lambda *a, **k: offered.append(a) or offer(*a, **k))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
-    start = ["--model.steps.head_start", "true", "--trainer.max_epochs", "1"]
+    start = ["--model.steps.warm_start", "true", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", str(config), *still, *start]) == 0
     assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "0"]) == 0
     assert [task.pos_weight for task in tasks] == 6 * [(4 / 3, 2.0)]

@@ -1,8 +1,8 @@
 """`slides.streaming.prefetch`: slide after slide by the same processes, the next one read ahead.
 
-A crew is a way to read slides, never other slides: whatever the workers, the chunks and the order
-in which slides are asked for, their chunks are those of each slide read alone. What breaks in a
-slide is told at its turn, with its name; no process is left whichever way it ends.
+A prefetcher is a way to read slides, never other slides: whatever the workers, the chunks and the
+order in which slides are asked for, their chunks are those of each slide read alone. What breaks in
+a slide is told at its turn, with its name; no process is left whichever way it ends.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ import yaml
 from slides.errors import NotASlideError, UnreadableRegionError
 from slides.streaming.bounded_tiles import SlideTiles, joined
 from slides.streaming.chunks import WorkerDiedError
-from slides.streaming.prefetch import Crew, stream_chunks
+from slides.streaming.prefetch import Prefetcher, stream_chunks
 from slides.streaming.workers import Listed
 from tapfm.cli import main
 from tapfm.data.bag import SkippedBag
@@ -47,13 +47,13 @@ def listed(number, count, **source):
 
 
 def crew_of(workers, counts=COUNTS, prefetch=2, **faults):
-    """A crew and its slides' sources; `faults` are of slide 1."""
-    crew, sources = Crew(workers, prefetch), []
+    """A prefetcher and its slides' sources; `faults` are of slide 1."""
+    prefetcher, sources = Prefetcher(workers, prefetch), []
     for number, count in enumerate(counts):
         slide = listed(number, count, **(faults if number == 1 else {}))
         sources.append(slide.open_slide.args[0])
-        crew.add(slide)
-    return crew, sources
+        prefetcher.add(slide)
+    return prefetcher, sources
 
 
 def alone(number, count, size):
@@ -61,24 +61,24 @@ def alone(number, count, size):
     return [(start, tiles.tolist()) for start, tiles in chunks]
 
 
-def taken(crew, number, size):
-    return [(start, tiles.tolist()) for start, tiles in crew.chunks(number, size)]
+def taken(prefetcher, number, size):
+    return [(start, tiles.tolist()) for start, tiles in prefetcher.chunks(number, size)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_each_slide_comes_as_it_does_alone(workers, size):
-    crew, sources = crew_of(workers)
-    with crew:
+    prefetcher, sources = crew_of(workers)
+    with prefetcher:
         for number, count in enumerate(COUNTS):
-            assert taken(crew, number, size) == alone(number, count, size)
+            assert taken(prefetcher, number, size) == alone(number, count, size)
     assert [source.reads.value for source in sources] == COUNTS, "every tile is read once"
 
 
 def test_the_parity_test_can_fail():
-    crew, _ = crew_of(2)
-    with crew:
-        assert taken(crew, 0, 5) != alone(4, COUNTS[4], 5)
+    prefetcher, _ = crew_of(2)
+    with prefetcher:
+        assert taken(prefetcher, 0, 5) != alone(4, COUNTS[4], 5)
 
 
 ORDERS = {
@@ -90,19 +90,19 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_any_other_order_is_right_too(order):
-    crew, _ = crew_of(2)
-    with crew:
+    prefetcher, _ = crew_of(2)
+    with prefetcher:
         for number in order:
             for size in (5, 4):
-                assert taken(crew, number, size) == alone(number, COUNTS[number], size)
+                assert taken(prefetcher, number, size) == alone(number, COUNTS[number], size)
 
 
 def test_slides_that_are_left_or_read_at_the_same_time_are_right_too():
-    crew, _ = crew_of(2)
-    with crew:
-        left = crew.chunks(0, 2)
+    prefetcher, _ = crew_of(2)
+    with prefetcher:
+        left = prefetcher.chunks(0, 2)
         next(left)
-        first, last = crew.chunks(0, 2), crew.chunks(4, 2)
+        first, last = prefetcher.chunks(0, 2), prefetcher.chunks(4, 2)
         pairs = list(zip(first, last, strict=False))
         assert [start for (start, _), _ in pairs] == list(range(0, 17, 2))
         for (one, tiles), (other, more) in pairs:
@@ -113,28 +113,28 @@ def test_slides_that_are_left_or_read_at_the_same_time_are_right_too():
 
 
 def test_from_the_middle_of_a_slide_on_nothing_is_read_in_vain():
-    crew, sources = crew_of(2)
-    with crew:
-        assert [start for start, _ in crew.chunks(0, 5, first=10)] == [10, 15, 20]
+    prefetcher, sources = crew_of(2)
+    with prefetcher:
+        assert [start for start, _ in prefetcher.chunks(0, 5, first=10)] == [10, 15, 20]
         for number in (1, 2, 3, 4):
-            assert taken(crew, number, 5) == alone(number, COUNTS[number], 5)
+            assert taken(prefetcher, number, 5) == alone(number, COUNTS[number], 5)
     assert [source.reads.value for source in sources] == [13, *COUNTS[1:]]
 
 
 def test_processes_live_over_all_slides():
-    crew, _ = crew_of(2)
+    prefetcher, _ = crew_of(2)
     seen = set()
-    with crew:
+    with prefetcher:
         for number in range(len(COUNTS)):
-            for _ in crew.chunks(number, 5):
+            for _ in prefetcher.chunks(number, 5):
                 seen.add(frozenset(child.pid for child in multiprocessing.active_children()))
     assert len(seen) == 1
     assert len(*seen) == 2
 
 
 def test_outside_of_with_they_end_with_the_slide_and_read_no_other():
-    crew, sources = crew_of(2)
-    assert taken(crew, 0, 5) == alone(0, COUNTS[0], 5)
+    prefetcher, sources = crew_of(2)
+    assert taken(prefetcher, 0, 5) == alone(0, COUNTS[0], 5)
     assert not multiprocessing.active_children()
     assert sum(source.reads.value for source in sources[1:]) == 0
 
@@ -151,11 +151,11 @@ def settled(sources):
 
 def test_the_next_slides_are_read_ahead_as_far_as_the_slots_go():
     """Whatever the slides, no more is read and not yet taken than workers * prefetch chunks."""
-    crew, sources = crew_of(2, [10, 10, 1000])
+    prefetcher, sources = crew_of(2, [10, 10, 1000])
     done = 0
-    with crew:
+    with prefetcher:
         for number in range(3):
-            for start, tiles in crew.chunks(number, 5):
+            for start, tiles in prefetcher.chunks(number, 5):
                 done += len(tiles)
                 if number < 2 or start in (0, 500):
                     assert settled(sources) == done + 2 * 2 * 5
@@ -167,23 +167,25 @@ def test_slots_are_made_once_for_all_slides(monkeypatch):
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a[0]) or empty(*a, **k))
-    crew, _ = crew_of(2)
-    with crew:
+    prefetcher, _ = crew_of(2)
+    with prefetcher:
         for number in range(len(COUNTS)):
-            assert sum(len(tiles) for _, tiles in crew.chunks(number, 5)) == COUNTS[number]
+            assert sum(len(tiles) for _, tiles in prefetcher.chunks(number, 5)) == COUNTS[number]
     assert made == [(4, 5, 3, SIZE, SIZE)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_is_told_at_its_turn_and_the_next_slide_is_whole(workers):
-    crew, _ = crew_of(workers, [7, 23, 17], fail_at=BAD, error=NotASlideError("no bytes there"))
-    with crew:
-        assert taken(crew, 0, 5) == alone(0, 7, 5)
-        stream = crew.chunks(1, 5)
+    prefetcher, _ = crew_of(
+        workers, [7, 23, 17], fail_at=BAD, error=NotASlideError("no bytes there")
+    )
+    with prefetcher:
+        assert taken(prefetcher, 0, 5) == alone(0, 7, 5)
+        stream = prefetcher.chunks(1, 5)
         assert next(stream)[0] == 0
         with pytest.raises(NotASlideError, match=r"^slide\.1: no bytes there"):
             next(stream)
-        assert taken(crew, 2, 5) == alone(2, 17, 5)
+        assert taken(prefetcher, 2, 5) == alone(2, 17, 5)
 
 
 def fails(error):
@@ -192,53 +194,53 @@ def fails(error):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_slide_that_does_not_open_is_told_at_its_turn_too(workers):
-    crew = Crew(workers)
-    crew.add(listed(0, 7))
+    prefetcher = Prefetcher(workers)
+    prefetcher.add(listed(0, 7))
     broken = partial(fails, UnreadableRegionError("slide.1: no such file"))
-    crew.add(Listed(broken, "slide.1", 9, SIZE))
-    crew.add(listed(2, 17))
-    with crew:
-        assert taken(crew, 0, 5) == alone(0, 7, 5)
+    prefetcher.add(Listed(broken, "slide.1", 9, SIZE))
+    prefetcher.add(listed(2, 17))
+    with prefetcher:
+        assert taken(prefetcher, 0, 5) == alone(0, 7, 5)
         with pytest.raises(UnreadableRegionError, match=r"^slide\.1: no such file"):
-            taken(crew, 1, 5)
-        assert taken(crew, 2, 5) == alone(2, 17, 5)
+            taken(prefetcher, 1, 5)
+        assert taken(prefetcher, 2, 5) == alone(2, 17, 5)
 
 
 def test_a_bug_is_no_slides_fault_but_names_it():
-    crew, _ = crew_of(2, [7, 23], fail_at=BAD, error=ZeroDivisionError("by zero"))
-    with crew, pytest.raises(RuntimeError, match=r"slide\.1: ZeroDivisionError .*: by zero"):
-        taken(crew, 1, 5)
+    prefetcher, _ = crew_of(2, [7, 23], fail_at=BAD, error=ZeroDivisionError("by zero"))
+    with prefetcher, pytest.raises(RuntimeError, match=r"slide\.1: ZeroDivisionError .*: by zero"):
+        taken(prefetcher, 1, 5)
 
 
 def test_a_worker_that_dies_at_a_slide_is_an_error_with_its_name():
     """The slides before it come whole, though it died while they were used."""
-    crew, sources = crew_of(2, [7, 23, 17], die_at=BAD)
-    with crew:
-        stream = crew.chunks(0, 5)
+    prefetcher, sources = crew_of(2, [7, 23, 17], die_at=BAD)
+    with prefetcher:
+        stream = prefetcher.chunks(0, 5)
         first = [next(stream)]
         settled(sources)  # the dead one has been dead for a while
         assert [start for start, _ in [*first, *stream]] == [0, 5]
         with pytest.raises(WorkerDiedError, match=r"^slide\.1: .*SIGKILL"):
-            taken(crew, 1, 5)
+            taken(prefetcher, 1, 5)
         assert not multiprocessing.active_children()
 
 
 def test_workers_killed_from_outside_are_an_error_too():
-    crew, sources = crew_of(2, [7, 23, 17])
-    with crew:
-        taken(crew, 0, 5)
+    prefetcher, sources = crew_of(2, [7, 23, 17])
+    with prefetcher:
+        taken(prefetcher, 0, 5)
         settled(sources)
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
         with pytest.raises(WorkerDiedError, match=r"^slide\.[12]: .*SIGKILL"):
             for number in (1, 2):
-                taken(crew, number, 5)
+                taken(prefetcher, number, 5)
 
 
 def test_no_process_outlives_a_loop_that_is_left():
-    crew, _ = crew_of(2)
-    tiles = [SlideTiles(listed(number, count), crew) for number, count in enumerate(COUNTS)]
-    with pytest.raises(KeyError), crew:
+    prefetcher, _ = crew_of(2)
+    tiles = [SlideTiles(listed(number, count), prefetcher) for number, count in enumerate(COUNTS)]
+    with pytest.raises(KeyError), prefetcher:
         for _ in tiles[0].split(5):
             assert len(multiprocessing.active_children()) == 2
             raise KeyError
@@ -249,19 +251,21 @@ def test_no_file_stays_open():
     """Of pipes, of processes, of shared memory; looked at after the first, which opens torch's."""
     found = []
     for _ in range(4):
-        crew, _ = crew_of(2)
-        with crew:
-            next(crew.chunks(0, 5))
+        prefetcher, _ = crew_of(2)
+        with prefetcher:
+            next(prefetcher.chunks(0, 5))
         found.append(len(os.listdir("/proc/self/fd")))
     assert found[1:] == [found[1]] * 3
 
 
 def test_tiles_of_a_case_are_read_by_one_crew():
-    crew, _ = crew_of(2, [])
-    parts = [SlideTiles(listed(number, count), crew) for number, count in enumerate([7, 0, 6])]
+    prefetcher, _ = crew_of(2, [])
+    parts = [
+        SlideTiles(listed(number, count), prefetcher) for number, count in enumerate([7, 0, 6])
+    ]
     case = joined(parts)
     assert case.count == 13
-    with crew:
+    with prefetcher:
         stream = case.split(5)
         found = [next(stream)]
         pids = {child.pid for child in multiprocessing.active_children()}
@@ -273,23 +277,23 @@ def test_tiles_of_a_case_are_read_by_one_crew():
 
 
 def test_it_pickles_without_its_processes():
-    crew, _ = crew_of(2)
-    with crew:
-        next(crew.chunks(0, 5))
-        copy = pickle.loads(pickle.dumps(crew))
+    prefetcher, _ = crew_of(2)
+    with prefetcher:
+        next(prefetcher.chunks(0, 5))
+        copy = pickle.loads(pickle.dumps(prefetcher))
     assert taken(copy, 0, 5) == alone(0, COUNTS[0], 5)
 
 
 @pytest.mark.parametrize("numbers", [(-1, 2), (2, 0)])
 def test_impossible_numbers_are_refused(numbers):
     with pytest.raises(ValueError, match="must be at least"):
-        Crew(*numbers)
+        Prefetcher(*numbers)
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     """A tiny cohort, indexed and cached; its config."""
-    config = write_cohort(tmp_path_factory.mktemp("crew"), labels=["KRAS"], on_error="skip")
+    config = write_cohort(tmp_path_factory.mktemp("prefetcher"), labels=["KRAS"], on_error="skip")
     text = config.read_text().replace("c1,", "c0,")
     config.write_text(text)
     assert main(["index", "--config", str(config)]) == 0

@@ -177,11 +177,11 @@ class TestTheWholeWay:
         assert read_source([cohort]).stain == "macenko"
         row = data.rows("val")[0]
         streamed = torch.cat(list(data.bag(row).tiles.split(5)))
-        source, index = data.opener(row)
+        source, index = data.tile_source(row)
         with source:
             read = np.stack([source.read(*c, index.grid) for c in index.coords0.tolist()])
         np.testing.assert_array_equal(streamed.permute(0, 2, 3, 1), read)
-        plain, _ = replace(data.opener, stain=None)(row)
+        plain, _ = replace(data.tile_source, stain=None)(row)
         with plain:
             assert (plain.read(*index.coords0[0].tolist(), index.grid) != read[0]).any()
             expected = StainedSlide(plain, index, "macenko")

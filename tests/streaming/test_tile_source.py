@@ -1,4 +1,4 @@
-"""One crew of processes reads slide after slide, whatever is made of their tiles.
+"""One prefetcher of processes reads slide after slide, whatever is made of their tiles.
 
 What `features`, `predict` and `heatmap` write does not depend on how many processes read, nor on
 what is read ahead; a process that dies is an error with the name of its slide.
@@ -15,7 +15,7 @@ import yaml
 from slides.errors import IndexSettingsError, StainError
 from slides.streaming import prefetch as crews
 from slides.streaming.settings import index_and_cache
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from tapfm.cli import main
 from tapfm.config import read_source
 from tapfm.encoders import backbones
@@ -37,8 +37,8 @@ def config(tmp_path_factory):
 def saved(tmp_path_factory):
     """A model with random weights."""
     torch.manual_seed(0)
-    recipe = models.Recipe("demo_vit", "tapfm_gated", LABELS, 32, 0.5)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    model_config = models.ModelConfig("demo_vit", "tapfm_gated", LABELS, 32, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
     models.save(model, path, tissue={"min_area_um2": 1000.0})
     return path
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def started(monkeypatch):
-    """How many workers each start of a crew's processes began with."""
+    """How many workers each start of a prefetcher's processes began with."""
     counts, begin = [], crews.Workers.__init__
 
     def counted(self, slides, size, workers, slots):
@@ -60,10 +60,10 @@ def started(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_slide_comes_as_it_does_alone(config, started, workers):
     source = read_source([config])
-    opener, rows = Opener.of(source), list(source.rows)[:SLIDES]
+    tile_source, rows = TileSource.of(source), list(source.rows)[:SLIDES]
     seen = []
-    for row, tiles in opener.streamed(rows, workers):
-        alone = torch.cat(list(opener.tiles(row).split(7)))
+    for row, tiles in tile_source.streamed(rows, workers):
+        alone = torch.cat(list(tile_source.tiles(row).split(7)))
         assert torch.equal(torch.cat(list(tiles.split(5))), alone)
         seen.append(row)
     assert seen == rows
@@ -72,11 +72,11 @@ def test_each_slide_comes_as_it_does_alone(config, started, workers):
 
 def test_a_case_comes_as_its_slides_one_after_the_other(config):
     source = read_source([config])
-    opener, (one, other, *_) = Opener.of(source), source.rows
+    tile_source, (one, other, *_) = TileSource.of(source), source.rows
     case = replace(one, slide_id="c", parts=(one, other))
-    ((row, tiles),) = opener.streamed([case], 2)
+    ((row, tiles),) = tile_source.streamed([case], 2)
     assert row is case
-    alone = torch.cat([part for each in (one, other) for part in opener.tiles(each).split(7)])
+    alone = torch.cat([part for each in (one, other) for part in tile_source.tiles(each).split(7)])
     assert torch.equal(torch.cat(list(tiles.split(5))), alone)
 
 
@@ -117,14 +117,14 @@ def test_a_process_that_dies_is_an_error_with_its_slides_name(
     config, saved, verb, monkeypatch, capsys
 ):
     index_and_cache(read_source([config]))
-    opened, parent = Opener.__call__, os.getpid()
+    opened, parent = TileSource.__call__, os.getpid()
 
     def deadly(self, row):
         if row.slide_id == "s2" and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return opened(self, row)
 
-    monkeypatch.setattr(Opener, "__call__", deadly)
+    monkeypatch.setattr(TileSource, "__call__", deadly)
     code, out = run(verb, config, saved, 3)
     assert code == 2
     assert "s2: a process that was reading died (SIGKILL)" in capsys.readouterr().err
@@ -136,12 +136,12 @@ def test_a_slide_of_the_same_length_in_anothers_place_is_noticed(tmp_path):
     config = write_cohort(tmp_path)
     assert main(["index", "--config", str(config)]) == 0
     source = read_source([config])
-    opener, row = Opener.of(source), source.rows[0]
+    tile_source, row = TileSource.of(source), source.rows[0]
     pixels = bytearray(row.path.read_bytes())
     pixels[len(pixels) // 2] ^= 1
     row.path.write_bytes(pixels)
     with pytest.raises(IndexSettingsError, match="the slide's file has changed"):
-        opener.index(row)
+        tile_source.index(row)
 
 
 def test_an_old_cache_for_which_there_is_no_room_any_more_is_passed_over(tmp_path):
@@ -155,9 +155,9 @@ def test_an_old_cache_for_which_there_is_no_room_any_more_is_passed_over(tmp_pat
     room["data"] |= {"cache_gb": 1e-6, "tiles": {"tissue": {"min_fraction": 0.9}}}
     limited.write_text(yaml.safe_dump(room))
     assert main(["index", "--config", str(config), "--config", str(limited)]) == 0
-    opener = Opener.of(read_source([config, limited]))
+    tile_source = TileSource.of(read_source([config, limited]))
     for row in rows:
-        source, index = opener(row)
+        source, index = tile_source(row)
         assert source.read(*index.coords0[0].tolist(), index.grid).shape == (32, 32, 3)
 
 
@@ -172,7 +172,7 @@ def test_a_slide_whose_stains_cannot_be_found_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr("slides.streaming.tile_source.StainedSlide", refuse)
     monkeypatch.setattr("slides.wsi.reader.Slide.close", lambda self: closed.append(self.name))
     with pytest.raises(StainError):
-        replace(Opener.of(source), stain="macenko")(source.rows[0])
+        replace(TileSource.of(source), stain="macenko")(source.rows[0])
     assert closed == [source.rows[0].slide_id]
 
 
@@ -188,9 +188,9 @@ def test_an_index_that_no_longer_fits_its_slide_is_not_used(tmp_path, capsys):
     assert main(["index", "--config", str(config)]) == 0
     assert "1 slides left out" in capsys.readouterr().out
     source = read_source([config])
-    opener, row = Opener.of(source), next(r for r in source.rows if r.slide_id == name)
+    tile_source, row = TileSource.of(source), next(r for r in source.rows if r.slide_id == name)
     with pytest.raises(IndexSettingsError, match=rf"{name}: .*now gives mpp 3, it was made with 0"):
-        opener.index(row)
+        tile_source.index(row)
     data = read_config(["--config", str(config)]).datamodule
     data.prepare_data()
     data.setup("fit")

@@ -108,9 +108,9 @@ def test_classes(painted):
     assert ours["balanced_accuracy"]["value"] > 0.7
     frozen = [arm["figures"]["macro"]["auroc"]["value"] for arm in arms.values()]
     assert max(frozen) > 0.85
-    recipe, facts = models.read_recipe(run_dir / "best.safetensors")
-    assert recipe.labels == ("high", "low")
-    assert recipe.task["column"] == "grade"
+    model_config, facts = models.read_model_config(run_dir / "best.safetensors")
+    assert model_config.labels == ("high", "low")
+    assert model_config.task["column"] == "grade"
     assert "val_auroc" in facts
     table = pd.read_csv(run_dir / "predictions_test.csv")
     probs = table[["p_high", "p_low"]]
@@ -142,11 +142,11 @@ def test_times(painted):
     assert arms["end to end, run"]["figures"]["all"]["concordance"]["value"] > 0.8
     for row in ("frozen, linear probe", "frozen, mean-pool MLP"):
         assert arms[row]["figures"]["all"]["concordance"]["value"] > 0.6
-    recipe, _ = models.read_recipe(run_dir / "best.safetensors")
+    model_config, _ = models.read_model_config(run_dir / "best.safetensors")
     table = pd.read_csv(run_dir / "predictions_test.csv")
     known = pd.read_csv(painted / "cohort.csv").query("split == 'train'")
     seen = known[known["status"].str.startswith("1")]["months"]
-    edges = recipe.task["edges"]
+    edges = model_config.task["edges"]
     np.testing.assert_allclose(edges, np.quantile(seen, [1 / 3, 2 / 3]), rtol=1e-6)
     first, second = (table[f"survival_{edge:g}"] for edge in edges)
     assert ((first <= 1) & (first >= second) & (second >= 0)).all()

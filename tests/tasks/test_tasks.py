@@ -1,4 +1,5 @@
-"""What a task takes from the training split, what it says of logits, and that a recipe keeps it."""
+"""What a task takes from the training split, what it says of logits, and that a model_config keeps
+it."""
 
 import json
 import math
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
-from tapfm.tasks import TaskError, learn_task, make_task, spell_task, watched
+from tapfm.tasks import TaskError, learn_task, make_task, task_config, watched
 from tapfm.tasks.multilabel import positive_weights
 
 NAN = math.nan
@@ -59,7 +60,7 @@ def test_constants_are_those_of_the_known_training_targets():
 @pytest.mark.parametrize("name", every())
 def test_a_recipe_keeps_a_task(name):
     task = every()[name]
-    again = make_task(json.loads(json.dumps(spell_task(task))), list(task.labels))
+    again = make_task(json.loads(json.dumps(task_config(task))), list(task.labels))
     assert again == task
 
 
@@ -144,13 +145,13 @@ def test_what_cannot_be_learned_is_said(task, target, said):
 
 
 def test_a_file_from_before_there_were_tasks_is_multilabel(tmp_path):
-    recipe = models.Recipe("demo_vit", "gated", ("A", "B"), 32, 0.5, weights="random")
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    model_config = models.ModelConfig("demo_vit", "gated", ("A", "B"), 32, 0.5, weights="random")
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
     models.save(model, tmp_path / "new.safetensors")
-    _, header = models.read_recipe(tmp_path / "new.safetensors")
+    _, header = models.read_model_config(tmp_path / "new.safetensors")
     from dataclasses import asdict
 
-    old = {k: v for k, v in asdict(recipe).items() if k != "task"}
+    old = {k: v for k, v in asdict(model_config).items() if k != "task"}
     state = load_file(tmp_path / "new.safetensors")
     save_file(state, tmp_path / "old.safetensors", {"tapfm": json.dumps({**old, **header})})
     loaded = models.load(tmp_path / "old.safetensors")

@@ -72,7 +72,7 @@ def test_a_run_says_what_it_gained(cohort, strategy):
     assert metrics["train/loss"].notna().sum() == 2 * 4
     assert (metrics["train/encoder_grad_norm"].dropna() > 0).all()
     assert (metrics["train/ppcl"].dropna() > 0).all() == (strategy == "hiadapter")
-    facts = models.read_recipe(run / "best.safetensors")[1]
+    facts = models.read_model_config(run / "best.safetensors")[1]
     assert facts["val_f1"] == pytest.approx(metrics["val/f1"].max())
 
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_holds_what_was_trained_and_predicts_what_was_reported(coho
     state = load_file(run / "best.safetensors")
     assert all("lora_" in name or name.startswith("aggregator.head") for name in state)
     model = models.load(run / "best.safetensors")
-    assert model.recipe.labels == ("checked", "striped")
+    assert model.model_config.labels == ("checked", "striped")
     data = TileData(str(tiles), tile_px=32, batch=5, workers=0)
     rows = predictions(run)
     said = [[float(row[f"p_{k} (adapted, lora)"]) for k in data.class_names] for row in rows]
@@ -201,8 +201,8 @@ def test_a_killed_run_ends_as_one_never_killed(cohort, tmp_path):
 
 
 def test_tiles_exported_anew_under_the_same_names_have_features_of_their_own(tmp_path):
-    recipe = SimpleNamespace(model="demo_vit", weights=None, tile_px=32, precision="fp32")
-    model = SimpleNamespace(slide_model=SimpleNamespace(recipe=recipe))
+    model_config = SimpleNamespace(model="demo_vit", weights=None, tile_px=32, precision="fp32")
+    model = SimpleNamespace(slide_model=SimpleNamespace(model_config=model_config))
 
     def frozen():
         data = TileData(str(tmp_path / "tiles"), tile_px=32, workers=0)
@@ -240,5 +240,5 @@ def test_faults_end_with_a_message(tmp_path, capsys):
     assert "data.batch must be 1 or more, got 0" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--trainer.devices", "2")) == 2
     assert "fit-tiles trains in one process" in capsys.readouterr().err
-    assert main(arguments(tiles, tmp_path, "--model.steps.head_start", "true")) == 2
-    assert "model.steps.head_start is of slides" in capsys.readouterr().err
+    assert main(arguments(tiles, tmp_path, "--model.steps.warm_start", "true")) == 2
+    assert "model.steps.warm_start is of slides" in capsys.readouterr().err

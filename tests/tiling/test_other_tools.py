@@ -17,7 +17,7 @@ import yaml
 from slides.errors import CoordinatesError, IndexSettingsError, NoTissueError, TooCoarseError
 from slides.grid import Grid
 from slides.streaming.chunks import read_tiles
-from slides.streaming.tile_source import Opener
+from slides.streaming.tile_source import TileSource
 from slides.tiling.index import index_cohort, index_path, read_index, write_index
 from slides.tiling.job_folders import find_coordinates
 from slides.tiling.other_tools import read_coordinates
@@ -343,8 +343,8 @@ class TestIndex:
         settings["data"]["tiles"]["tissue"] = {"coords": str(tmp_path / "job")}
         config.write_text(yaml.safe_dump(settings))
         source = read_source([config])
-        opener = Opener(source.index_dir, None, source.tiles.grid, source.tiles.tissue)
-        slide, index = opener(source.rows[3])
+        tile_source = TileSource(source.index_dir, None, source.tiles.grid, source.tiles.tissue)
+        slide, index = tile_source(source.rows[3])
         assert read_tiles(slide, index).shape == (3, 3, 32, 32)
         assert index.coords0.tolist()[0] == [96, 64]
 

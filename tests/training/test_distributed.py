@@ -57,7 +57,7 @@ def together(config, *arguments, check=True):
     [
         [],
         ["--model.precision", "bf16-true", "--model.optimizer", "master"],
-        ["--model.steps.head_start", "true"],
+        ["--model.steps.warm_start", "true"],
         ["--model.backward_tiles", "4"],
     ],
     ids=["fp32", "masters", "head start", "few tiles"],
@@ -84,7 +84,7 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
         if key.endswith("qkv.bias"):  # softmax does not see k's: AdamW turns its rounding to steps
             value, shared[key] = (torch.cat(each.chunk(3)[::2]) for each in (value, shared[key]))
         if "bf16-true" not in options:
-            taught = "gate" in key and "--model.steps.head_start" in options  # 50 epochs more
+            taught = "gate" in key and "--model.steps.warm_start" in options  # 50 epochs more
             assert torch.allclose(value, shared[key], rtol=0, atol=2e-5 if taught else 1e-6), key
         else:  # a hair decides how bfloat16 is rounded, and then all that follows
             step = 2**-7 if value.dtype == torch.bfloat16 else 0.05
@@ -94,7 +94,7 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
         if base.shape == value.shape:
             moved += not torch.allclose(value.float(), base.float(), atol=1e-6)
     # of so few slides the head start may stay the best; what follows is in the figures below
-    assert moved > 20 or "--model.steps.head_start" in options
+    assert moved > 20 or "--model.steps.warm_start" in options
 
     alone, shared = (pd.read_csv(runs / name / "metrics.csv") for name in ("one", "two"))
     assert alone["slide_id"].fillna("").tolist() == shared["slide_id"].fillna("").tolist()

@@ -50,8 +50,8 @@ def test_run_directory(finished):
     assert memory["tiles"].tolist() == [11] * 21
     assert (memory[["encode_s", "adapt_s"]].sum().sum()) > 0
     assert list(run.glob("tensorboard/events*"))
-    recipe, facts = models.read_recipe(run / "best.safetensors")
-    assert recipe.labels == LABELS
+    model_config, facts = models.read_model_config(run / "best.safetensors")
+    assert model_config.labels == LABELS
     assert facts["val_auroc"] == pytest.approx(metrics["val/auroc"].max())
     assert len(facts["cohort_sha256"]) == 64
 
@@ -312,7 +312,7 @@ def test_checkpoint_of_another_model_is_refused(finished):
     ):
         models.load_weights(other, run / "best.safetensors")
     with pytest.raises(models.CheckpointError, match="not a model that tapfm saved"):
-        models.read_recipe(run / "last.ckpt")
+        models.read_model_config(run / "last.ckpt")
 
 
 def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, capsys):

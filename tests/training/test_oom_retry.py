@@ -9,7 +9,7 @@ import torch
 from tapfm.cli import main
 from tapfm.encoders.backbones import Encoder
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.training.oom_retry import Rescue
+from tapfm.training.oom_retry import OomRetry
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -48,7 +48,7 @@ def small_memory(encoder, forward=99, backward=99, block=1):
 
 
 def gradient(encoder, chunk, before=False, keep=0, score=True):
-    """Of a slide of 11 tiles through `Rescue`; `before`: on top of another slide's."""
+    """Of a slide of 11 tiles through `OomRetry`; `before`: on top of another slide's."""
     encoder.zero_grad()
     tiles, same = random_tiles(11), {"seed": 0, "device": CPU}
     parameters = [p for p in encoder.parameters() if p.requires_grad]
@@ -58,9 +58,9 @@ def gradient(encoder, chunk, before=False, keep=0, score=True):
     z_TD, score_T, kept = encode_bag(encoder, tiles.split(chunk), keep=keep, **same)
     grad_z = torch.sin(torch.arange(z_TD.numel()).double()).reshape(z_TD.shape)
     grad_s = torch.cos(torch.arange(len(score_T)).double()) if score else None
-    with Rescue(parameters) as rescue:
-        adapt_bag(encoder, tiles.split(chunk), grad_z, grad_s, kept=kept, backward=rescue, **same)
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), rescue.fits
+    with OomRetry(parameters) as retry:
+        adapt_bag(encoder, tiles.split(chunk), grad_z, grad_s, kept=kept, backward=retry, **same)
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), retry.fits
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -103,9 +103,9 @@ def test_no_kept_graph_is_alive_while_halves_are_tried(keep):
     assert found == [min(n, keep) for n in range(3)]
     found.clear()
     grads = torch.ones_like(z_TD), torch.ones_like(score_T)
-    with Rescue(encoder.parameters()) as rescue:
-        adapt_bag(encode, tiles.split(3), *grads, kept=kept, backward=rescue, **same)
-    assert rescue.fits == 2
+    with OomRetry(encoder.parameters()) as retry:
+        adapt_bag(encode, tiles.split(3), *grads, kept=kept, backward=retry, **same)
+    assert retry.fits == 2
     assert set(found) == {0}, "nothing but the chunk that is tried"
 
 
@@ -124,12 +124,12 @@ def test_parity_needs_the_notes():
     """The partner: giving the halves to every parameter would count some tiles twice."""
     expected, _ = gradient(tiny_encoder(), 8)
     encoder = small_memory(tiny_encoder(), backward=4)
-    rescue_note = Rescue._note
+    rescue_note = OomRetry._note
     try:
-        Rescue._note = lambda self, parameter: None
+        OomRetry._note = lambda self, parameter: None
         found, _ = gradient(encoder, 8)
     finally:
-        Rescue._note = rescue_note
+        OomRetry._note = rescue_note
     assert ((found - expected).norm() / expected.norm()).item() > 1e-3
 
 

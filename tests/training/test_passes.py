@@ -11,8 +11,8 @@ from tests.tiny import random_tiles
 
 def test_graphs_that_are_not_kept_now_are_kept_later(monkeypatch, capsys):
     """While the head learns alone no graph is held, and fewer of them would be no way out."""
-    recipe = models.Recipe("demo_vit", "gated", ("A",), 32, 0.5)
-    model = models.SlideModel(recipe, backbones.load("demo_vit", "random", tile_px=32))
+    model_config = models.ModelConfig("demo_vit", "gated", ("A",), 32, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
     ours, real = passes.Passes(model, chunk=6, keep=2), passes.encode_bag
 
     def small(encode, chunks, **how):

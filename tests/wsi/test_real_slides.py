@@ -35,9 +35,9 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     torch.manual_seed(0)
-    recipe = models.Recipe("demo_vit", "tapfm_gated", ("KRAS",), 112, MPP)
+    model_config = models.ModelConfig("demo_vit", "tapfm_gated", ("KRAS",), 112, MPP)
     path = tmp_path_factory.mktemp("model") / "best.safetensors"
-    models.save(models.SlideModel(recipe, backbones.load("demo_vit", "random")), path)
+    models.save(models.SlideModel(model_config, backbones.load("demo_vit", "random")), path)
     return path
 
 

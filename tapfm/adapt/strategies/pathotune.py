@@ -52,7 +52,7 @@ from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, need_vit,
 
 PARTS = ("task", "text", "instance")  # in the order of their tokens
 REFINED = 256  # channels of the network that looks at the tile
-HELD = "data:;base64,"  # a text that is not in a file but held in the recipe itself
+HELD = "data:;base64,"  # a text that is not in a file but held in the model_config itself
 
 
 class FreePrompts(nn.Module):
@@ -74,7 +74,9 @@ class TextPrompts(nn.Module):
         super().__init__()
         like = placed(vit)
         vectors_PE = torch.from_numpy(text_PE).to(**like)
-        self.register_buffer("vectors_PE", vectors_PE, persistent=False)  # the recipe holds it
+        self.register_buffer(
+            "vectors_PE", vectors_PE, persistent=False
+        )  # the model_config holds it
         self.project = nn.Linear(text_PE.shape[1], vit.embed_dim, **like)
         _silence(self.project)
 
@@ -239,7 +241,7 @@ def read_text(file: Path) -> np.ndarray:
 
 
 def hold(text_PE: np.ndarray) -> str:
-    """Vectors as text, so that a recipe needs no file beside it."""
+    """Vectors as text, so that a model_config needs no file beside it."""
     file = io.BytesIO()
     np.save(file, text_PE, allow_pickle=False)
     return HELD + base64.b64encode(file.getvalue()).decode()

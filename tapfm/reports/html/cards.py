@@ -18,14 +18,14 @@ from tapfm.inference.heatmap import COLOURS
 from tapfm.reports.example_slides import Case, Choice, choose
 from tapfm.reports.html.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.reports.html.tables import Html, html, table
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.reports.runs import Run
 from tapfm.tasks import Task
 
 
 def case_cards(
     task: Task,
-    arms: Sequence[Arm],
+    arms: Sequence[ResultRow],
     runs: Sequence[Run],
     split: str,
     slides: Sequence[Mapping[str, str]],
@@ -101,7 +101,9 @@ def _files(bag: str, slides: Sequence[Mapping[str, str]], data: Mapping) -> dict
     return found or {bag: None}
 
 
-def _card(bag: str, name: str, arm: Arm, choice: Choice, shown: Mapping[str, Pictures]) -> str:
+def _card(
+    bag: str, name: str, arm: ResultRow, choice: Choice, shown: Mapping[str, Pictures]
+) -> str:
     row = list(arm.slide_ids).index(bag)
     kinds = {case.label: case.kind for case in choice.cases if case.slide_id == bag}
     lines = [

@@ -24,7 +24,7 @@ import numpy as np
 from tapfm.reports.figures import TRAINED
 from tapfm.reports.html.panels import BINS, key, label_panels, panel
 from tapfm.reports.html.tables import Html, html, table
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.stats.outcomes import r2
 from tapfm.tasks import Task
 from tapfm.tasks.multiclass import Multiclass
@@ -39,7 +39,7 @@ HALVES = ("higher risk", "lower risk")
 WHEN = 4  # times at which it is said who is still seen
 
 
-def task_curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
+def task_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """Curves of every row, as parts of the page."""
     shown = {
         Multilabel: of_labels, Multiclass: of_classes, Regression: of_values, Survival: of_times
@@ -47,7 +47,7 @@ def task_curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
     yield from shown(task, arms)
 
 
-def of_labels(task: Multilabel, arms: Sequence[Arm]) -> Iterator[str]:
+def of_labels(task: Multilabel, arms: Sequence[ResultRow]) -> Iterator[str]:
     """ROC, precision and recall, reliability of each label."""
     for kind, panels in label_panels(task.labels, arms).items():
         yield f"<h3>{kind}</h3>{key(arms)}{_side_by_side(panels)}"
@@ -58,7 +58,7 @@ def of_labels(task: Multilabel, arms: Sequence[Arm]) -> Iterator[str]:
     )
 
 
-def of_classes(task: Multiclass, arms: Sequence[Arm]) -> Iterator[str]:
+def of_classes(task: Multiclass, arms: Sequence[ResultRow]) -> Iterator[str]:
     """The same of each class against the rest; then which class was taken for which."""
     each = [np.stack(list(task.one_vs_rest(arm.y_NK).values()), axis=1) for arm in arms]
     rest = [replace(arm, y_NK=y_NK) for arm, y_NK in zip(arms, each, strict=True)]
@@ -73,7 +73,7 @@ def of_classes(task: Multiclass, arms: Sequence[Arm]) -> Iterator[str]:
         yield table([f"{task.column} is \\ said", *task.labels, "right"], rows, arm.title)
 
 
-def confusion(task: Multiclass, arm: Arm) -> list[list[int]]:
+def confusion(task: Multiclass, arm: ResultRow) -> list[list[int]]:
     """Slides by class and by the likeliest class."""
     from sklearn.metrics import confusion_matrix
 
@@ -84,7 +84,7 @@ def confusion(task: Multiclass, arm: Arm) -> list[list[int]]:
     return confusion_matrix(y_N, said_N, labels=range(len(task.labels))).tolist()
 
 
-def of_values(task: Regression, arms: Sequence[Arm]) -> Iterator[str]:
+def of_values(task: Regression, arms: Sequence[ResultRow]) -> Iterator[str]:
     """Predicted against true, a panel a row."""
     for k, label in enumerate(task.labels):
         ends = _ends([arm.y_NK[:, k] for arm in arms] + [arm.p_NK[:, k] for arm in arms])
@@ -99,7 +99,7 @@ def of_values(task: Regression, arms: Sequence[Arm]) -> Iterator[str]:
     yield '<p class="soft">A point a slide; grey: predicted as it is.</p>'
 
 
-def value_axis(axis: Axes, k: int, arm: Arm, ends: tuple[float, float]) -> None:
+def value_axis(axis: Axes, k: int, arm: ResultRow, ends: tuple[float, float]) -> None:
     """A point a slide whose value is known, and the line they should lie on."""
     y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
     known_N = ~np.isnan(y_N)
@@ -113,7 +113,7 @@ def value_axis(axis: Axes, k: int, arm: Arm, ends: tuple[float, float]) -> None:
     axis.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect=1)
 
 
-def of_times(task: Survival, arms: Sequence[Arm]) -> Iterator[str]:
+def of_times(task: Survival, arms: Sequence[ResultRow]) -> Iterator[str]:
     """Kaplan-Meier's curves of two halves, a panel a row, and who is still seen when."""
     panels = [
         panel(partial(time_axis, task=task, arm=arm), f"survival by risk, {arm.title}")
@@ -136,7 +136,7 @@ def of_times(task: Survival, arms: Sequence[Arm]) -> Iterator[str]:
     )
 
 
-def by_case(arm: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_case(arm: ResultRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Time, event and mean risk of each case whose time is known."""
     known_N = ~np.isnan(arm.y_NK[:, 0])
     _, first, case_N = np.unique(
@@ -146,14 +146,14 @@ def by_case(arm: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return *arm.y_NK[known_N][first, :2].T, risk_C
 
 
-def halves(arm: Arm) -> list[tuple[np.ndarray, np.ndarray]]:
+def halves(arm: ResultRow) -> list[tuple[np.ndarray, np.ndarray]]:
     """Times and events of the cases from the median risk on, and of the others."""
     time_C, event_C, risk_C = by_case(arm)
     high_C = risk_C >= np.median(risk_C) if len(risk_C) else risk_C > 0
     return [(time_C[each], event_C[each]) for each in (high_C, ~high_C)]
 
 
-def time_axis(axis: Axes, task: Survival, arm: Arm) -> None:
+def time_axis(axis: Axes, task: Survival, arm: ResultRow) -> None:
     """Share without the event by time; the p-value of their difference."""
     from scipy.stats import CensoredData, ecdf, logrank
 

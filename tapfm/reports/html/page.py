@@ -27,7 +27,7 @@ from tapfm.reports.html.label_record import label_record, label_tables, left_out
 from tapfm.reports.html.outcome_panels import task_curves
 from tapfm.reports.html.panels import cost_panels, key, training_panels
 from tapfm.reports.html.tables import further_table, html, pairs, results_table, split_table, table
-from tapfm.reports.rows import Arm
+from tapfm.reports.rows import ResultRow
 from tapfm.reports.runs import Run, read_arms, read_metrics, read_runs, read_task
 from tapfm.reports.slide_table import by_split, slide_table
 from tapfm.tasks import Task
@@ -119,7 +119,7 @@ def results(metrics: Mapping, report: Path, split: str) -> Iterator[str]:
         yield beside
 
 
-def curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
+def curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """What was said against what is true, the way of the task."""
     if not arms or not len(arms[0].slide_ids):
         yield _soft("No predictions of the models: no curves.")
@@ -127,7 +127,7 @@ def curves(task: Task, arms: Sequence[Arm]) -> Iterator[str]:
     yield from task_curves(task, arms)
 
 
-def training(arms: Sequence[Arm]) -> Iterator[str]:
+def training(arms: Sequence[ResultRow]) -> Iterator[str]:
     """How the models learned."""
     panels = training_panels(arms)
     if not panels:
@@ -137,7 +137,7 @@ def training(arms: Sequence[Arm]) -> Iterator[str]:
     yield f'<div class="panels">{"".join(panels)}</div>'
 
 
-def cost(arms: Sequence[Arm], runs: Sequence[Run]) -> Iterator[str]:
+def cost(arms: Sequence[ResultRow], runs: Sequence[Run]) -> Iterator[str]:
     """What a training step took, from memory.csv."""
     logs = {r.title: log for r in runs if (log := r.folder / "memory.csv").is_file()}
     trained = [arm for arm in arms if arm.title in logs]
@@ -193,14 +193,14 @@ def ledger(
 
 def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) -> Iterator[str]:
     """What was trained, by what, on what: the headers of the saved models, the labels' record."""
-    from tapfm.slide_model.model import CheckpointError, read_recipe
+    from tapfm.slide_model.model import CheckpointError, read_model_config
     from tapfm.training.callbacks import BEST  # torch and Lightning, for this alone
 
     found: dict[str, dict[str, object]] = {}
     for run in runs:
         try:
-            recipe, facts = read_recipe(run.folder / BEST)
-            found[run.name] = dict(pairs({**asdict(recipe), **facts}))
+            model_config, facts = read_model_config(run.folder / BEST)
+            found[run.name] = dict(pairs({**asdict(model_config), **facts}))
         except CheckpointError as error:
             yield _soft(str(error))
     if found:

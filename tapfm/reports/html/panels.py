@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from tapfm.reports.rows import Arm
+    from tapfm.reports.rows import ResultRow
 
 SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
 WIDE = 3.7, 2.7
@@ -54,7 +54,7 @@ CURVES = (  # columns of a metrics.csv
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 
 
-def label_panels(labels: Sequence[str], arms: Sequence[Arm]) -> dict[str, list[Html]]:
+def label_panels(labels: Sequence[str], arms: Sequence[ResultRow]) -> dict[str, list[Html]]:
     """Panels of each label, by what they show."""
     styles = arm_styles(arms)
     drawn: dict[str, list[Html]] = {"ROC": [], "Precision and recall": [], "Calibration": []}
@@ -67,7 +67,9 @@ def label_panels(labels: Sequence[str], arms: Sequence[Arm]) -> dict[str, list[H
     return drawn
 
 
-def pr_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]) -> None:
+def pr_axis(
+    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
+) -> None:
     """Precision against recall; a line from each threshold back to the one before, as AUPRC is."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
@@ -82,7 +84,7 @@ def pr_axis(axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequenc
 
 
 def reliability_axis(
-    axis: Axes, k: int, label: str, arms: Sequence[Arm], styles: Sequence[dict]
+    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
 ) -> None:
     """Share of positives against mean probability, in bins of as many slides each."""
     from sklearn.calibration import calibration_curve
@@ -99,7 +101,7 @@ def reliability_axis(
     axis.set(xlabel="mean probability", ylabel="share of positives")
 
 
-def training_panels(arms: Sequence[Arm]) -> list[Html]:
+def training_panels(arms: Sequence[ResultRow]) -> list[Html]:
     """Loss, what was measured in validation, effective tiles; none without a metrics.csv."""
     rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
     curves, styles = {row: read_curves(arms[row].metrics_csv) for row in rows}, arm_styles(arms)
@@ -129,7 +131,7 @@ def training_panels(arms: Sequence[Arm]) -> list[Html]:
     ]
 
 
-def cost_panels(arms: Sequence[Arm], logs: Mapping[str, Path]) -> list[Html]:
+def cost_panels(arms: Sequence[ResultRow], logs: Mapping[str, Path]) -> list[Html]:
     """Tiles per second and peak memory against slides seen.
 
     Args:
@@ -163,7 +165,7 @@ def cost_panels(arms: Sequence[Arm], logs: Mapping[str, Path]) -> list[Html]:
     return [panel(speed, "tiles per second", WIDE), panel(memory, "memory", WIDE)]
 
 
-def key(arms: Sequence[Arm], shown: Container[str] | None = None) -> Html:
+def key(arms: Sequence[ResultRow], shown: Container[str] | None = None) -> Html:
     """Which line is whose, for the panels that follow.
 
     Args:
@@ -225,7 +227,7 @@ def inline(svg: str, said: str) -> str:
 
 
 def _known(
-    arms: Sequence[Arm], k: int, styles: Sequence[dict]
+    arms: Sequence[ResultRow], k: int, styles: Sequence[dict]
 ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], dict]]:
     """Labels and probabilities of slides whose label is known, where there are both classes."""
     for arm, style in zip(arms, styles, strict=True):

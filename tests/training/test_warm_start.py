@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.frozen.baselines import bag_statistics
-from tapfm.frozen.cached_features import Remembered, standardise
+from tapfm.frozen.cached_features import CachedFeatures, standardise
 from tapfm.frozen.solved_head import embed, judge, solve_head
 from tapfm.frozen.taught_head import teach
 from tapfm.slide_model import model as models
@@ -31,7 +31,7 @@ def slides(count, seed):
         z_TD, label = 50 + torch.randn(10, 8, generator=drawn), float(place % 2)
         z_TD[:, 0] += 2 * label
         score_T = torch.randn(10, generator=drawn)
-        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T))
+        found.append(CachedFeatures(str(place), "", z_TD, torch.tensor([label]), score_T))
     return found
 
 
@@ -65,7 +65,7 @@ def needles(count, seed, tiles=100):
         if label:
             z_TD[torch.randperm(tiles, generator=drawn)[:2], 0] += 15
         score_T = torch.randn(tiles, generator=drawn)
-        found.append(Remembered(str(place), "", z_TD, torch.tensor([label]), score_T))
+        found.append(CachedFeatures(str(place), "", z_TD, torch.tensor([label]), score_T))
     return found
 
 
@@ -152,13 +152,13 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     real = callback.standardise
     monkeypatch.setattr(callback, "standardise", lambda *each: starts.append(each) or real(*each))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
-    fit = ["fit", "--config", str(config), *still, "--model.steps.head_start", "true"]
+    fit = ["fit", "--config", str(config), *still, "--model.steps.warm_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
     said = capsys.readouterr().out
     assert "head start: 28 views of slides; a linear probe, chosen on validation: C" in said
     assert "; attention taught on them, lr " in said
     run = tmp_path / "runs" / "tapfm_gated"
-    facts = models.read_recipe(run / "best.safetensors")[1]
+    facts = models.read_model_config(run / "best.safetensors")[1]
     assert facts["epoch"] == -1
 
     saved, base = load_file(run / "best.safetensors"), backbones.load("demo_vit", tile_px=32)
@@ -180,7 +180,7 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
 def test_slides_that_never_vary_are_seen_once_and_as_they_are(tmp_path, capsys):
     config = write_cohort(tmp_path)
     same = ["--data.turns", "false", "--data.colour", "0", "--data.tiles_per_slide", "null"]
-    start = ["--model.steps.head_start", "true", "--trainer.max_epochs", "1"]
+    start = ["--model.steps.warm_start", "true", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", str(config), *same, *start]) == 0
     assert "head start: 7 views of slides; " in capsys.readouterr().out
     for options, alike in ((same, True), (same[2:], False)):
