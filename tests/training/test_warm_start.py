@@ -1,4 +1,4 @@
-"""The head start: a linear probe in the head, saved as the run's first, and not had twice."""
+"""The warm start: a linear probe in the head, saved as the run's first, and not had twice."""
 
 from dataclasses import replace
 
@@ -155,7 +155,7 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     fit = ["fit", "--config", str(config), *still, "--model.steps.warm_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
     said = capsys.readouterr().out
-    assert "head start: 28 views of slides; a linear probe, chosen on validation: C" in said
+    assert "warm start: 28 views of slides; a linear probe, chosen on validation: C" in said
     assert "; attention taught on them, lr " in said
     run = tmp_path / "runs" / "tapfm_gated"
     facts = models.read_model_config(run / "best.safetensors")[1]
@@ -182,7 +182,7 @@ def test_slides_that_never_vary_are_seen_once_and_as_they_are(tmp_path, capsys):
     same = ["--data.turns", "false", "--data.colour", "0", "--data.tiles_per_slide", "null"]
     start = ["--model.steps.warm_start", "true", "--trainer.max_epochs", "1"]
     assert main(["fit", "--config", str(config), *same, *start]) == 0
-    assert "head start: 7 views of slides; " in capsys.readouterr().out
+    assert "warm start: 7 views of slides; " in capsys.readouterr().out
     for options, alike in ((same, True), (same[2:], False)):
         data = read_config(["--config", str(config), *options]).datamodule
         assert data.varies != alike

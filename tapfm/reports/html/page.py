@@ -86,7 +86,9 @@ def write_page(run: Path, split: str) -> Path:
     ]
     links = [f'<li><a href="#{name}">{title}</a></li>' for title, name in PARTS.items()]
     counts = [f"{metrics[key]} {key}" for key in ("slides", "cases") if key in metrics]
-    template = Template(files("tapfm.reports").joinpath("page.html").read_text(encoding="utf-8"))
+    template = Template(
+        files("tapfm.reports.html").joinpath("page.html").read_text(encoding="utf-8")
+    )
     text = template.substitute(
         title=escape(f"{run.resolve().name}, {split} split"),
         subtitle=escape(
