@@ -40,7 +40,7 @@ from slides.streaming.bounded_tiles import SlideTiles
 from slides.streaming.order import SlideSampler
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.stream import Augment, BagDataset, SlideLoader
-from slides.streaming.workers import Listed
+from slides.streaming.workers import StreamedSlide
 from slides.tiling.index import TileIndex, index_cohort, index_path, read_index
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
@@ -89,7 +89,7 @@ def streamed(rows: list[SlideRow], tile_source: TileSource) -> Iterator[Iterable
     """Each slide's tiles, the next one's read while this one's are taken."""
     prefetcher = Prefetcher(WORKERS)
     slides = [
-        SlideTiles(Listed.of(partial(tile_source, row), tile_source(row)[1]), prefetcher)
+        SlideTiles(StreamedSlide.of(partial(tile_source, row), tile_source(row)[1]), prefetcher)
         for row in rows
     ]
     with prefetcher:

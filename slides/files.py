@@ -121,7 +121,7 @@ def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]
     write_csv(path, header, older + rows)
 
 
-def fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     """By which a file that took another's place is noticed; a copy has the same.
 
     Its size, and a hash of its beginning, middle and end: a few milliseconds, not minutes; a file

@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import yaml
 
-from slides.files import fingerprint
+from slides.files import file_fingerprint
 from tests.conftest import stained_picture, write_pyramid
 
 LABELS = ("EGFR", "KRAS")
@@ -59,4 +59,4 @@ def stamp(path):
     """Let the slide's index take the file for its own, as it is now."""
     for index in path.parent.parent.rglob(f"{path.stem}_patches.h5"):
         with h5py.File(index, "r+") as file:
-            file["coords"].attrs["slide_fingerprint"] = fingerprint(path)
+            file["coords"].attrs["slide_fingerprint"] = file_fingerprint(path)

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
-class Hold:
+class CacheLock:
     """Keeps a slide's cache from being removed until it is closed, and marks it as just used.
 
     Raises:
@@ -49,14 +49,14 @@ class Hold:
     __del__ = close
 
 
-def hold_if_possible(path: Path) -> Hold | None:
+def lock_if_possible(path: Path) -> CacheLock | None:
     """A hold; None on a disk that knows no locks, where nothing is removed either.
 
     Raises:
         FileNotFoundError: there is no such cache, or no more.
     """
     try:
-        return Hold(path)
+        return CacheLock(path)
     except FileNotFoundError:
         raise
     except OSError:
@@ -90,7 +90,7 @@ def make_room(cache_dir: Path, budget: int, keep: Collection[Path] = ()) -> None
     The longest unused goes first. Those in use stay, so they may take more than that in the end.
     """
     there = set(Path(cache_dir).glob("*/*.zarr")) - set(keep)
-    caches = {path: _bytes(path) for path in there}
+    caches = {path: _size_bytes(path) for path in there}
     total = sum(caches.values())
     for path in sorted(caches, key=_last_used):
         if total <= budget:
@@ -145,7 +145,7 @@ def _last_used(path: Path) -> float:
         return 0.0
 
 
-def _bytes(path: Path) -> int:
+def _size_bytes(path: Path) -> int:
     total = 0
     for each in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):

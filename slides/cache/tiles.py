@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.cache.disk_room import hold_if_possible, put_in_place, remove_leftovers, scratch
+from slides.cache.disk_room import lock_if_possible, put_in_place, remove_leftovers, scratch
 from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionError
 from slides.grid import Grid
 from slides.tiling.index_file import TileIndex
@@ -97,7 +97,7 @@ class CachedSlide:
         self.path, self.name, self.index = cache_path(cache_dir, index), index.slide_id, index
         self._forget()
         try:
-            self._hold = hold_if_possible(self.path)
+            self._lock = lock_if_possible(self.path)
         except FileNotFoundError:
             raise _no_cache(self.path, index) from None
         _check(self.path, index)
@@ -144,7 +144,7 @@ class CachedSlide:
         self._forget()
 
     def _forget(self) -> None:
-        self._hold = None  # closes itself
+        self._lock = None  # closes itself
         self._tiles = self._crc32_T = self._row_of = None
         self._chunk_number = self._chunk_CSS = None
 
@@ -154,7 +154,7 @@ class CachedSlide:
         import zarr  # here: it takes longer to import than the rest of slides together
 
         try:
-            self._hold = self._hold or hold_if_possible(self.path)
+            self._lock = self._lock or lock_if_possible(self.path)
             group = zarr.open_group(self.path, mode="r")
             self._tiles, self._crc32_T = group["tiles"], group["crc32"][:]
         except (OSError, ValueError, KeyError, RuntimeError) as error:

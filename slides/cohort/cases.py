@@ -15,7 +15,7 @@ from slides.cohort.table import SlideRow
 from slides.errors import CohortError, all_faults
 
 
-def gather(rows: Sequence[SlideRow], names: Sequence[str]) -> list[SlideRow]:
+def group_by_case(rows: Sequence[SlideRow], names: Sequence[str]) -> list[SlideRow]:
     """A row a case, in order of first appearance; its `parts` are its slides.
 
     Args:

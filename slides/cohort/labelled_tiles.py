@@ -103,7 +103,7 @@ class TileSet:
         return [counts.total() / (len(self.classes) * counts[name]) for name in self.classes]
 
 
-def read_tiles(
+def read_labelled_tiles(
     source: Path,
     case_pattern: str | None = None,
     fractions: Sequence[float] = FRACTIONS,

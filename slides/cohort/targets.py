@@ -110,7 +110,7 @@ class EachColumn:
         return Values(numbers, faults)
 
 
-def labels() -> EachColumn:
+def label_columns() -> EachColumn:
     """Columns of 1, 0 or unknown."""
     return EachColumn(KNOWN.get, (
         "neither 0, 1 nor unknown",
@@ -119,7 +119,7 @@ def labels() -> EachColumn:
     ), _one_class)  # fmt: skip
 
 
-def numbers() -> EachColumn:
+def number_columns() -> EachColumn:
     """Columns of finite numbers or unknown."""
     return EachColumn(_finite, (
         "not numbers",
@@ -228,7 +228,12 @@ class Times:
         return Values(rows, faults)
 
 
-COLUMNS = {"multilabel": labels, "multiclass": Classes, "regression": numbers, "survival": Times}
+COLUMNS = {
+    "multilabel": label_columns,
+    "multiclass": Classes,
+    "regression": number_columns,
+    "survival": Times,
+}
 
 
 def make_columns(task: str | Mapping[str, Any]) -> Columns:

@@ -33,7 +33,7 @@ Layer = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PaintedCell:
     """What one cell looks like."""
 
     nucleus_um: float
@@ -60,20 +60,22 @@ class Cell:
     """Their radius."""
 
 
-def fibroblast(rng: np.random.Generator) -> Cell:
+def fibroblast(rng: np.random.Generator) -> PaintedCell:
     """Spindle nucleus of the stroma."""
     nucleus_um, nucleus_h = rng.uniform(2.4, 3.3), rng.uniform(0.6, 0.95)
-    return Cell(nucleus_um, nucleus_h, elongation=rng.uniform(1.5, 2.8), chromatin=0.1)
+    return PaintedCell(nucleus_um, nucleus_h, elongation=rng.uniform(1.5, 2.8), chromatin=0.1)
 
 
-def lymphocyte(rng: np.random.Generator) -> Cell:
+def lymphocyte(rng: np.random.Generator) -> PaintedCell:
     """Small, round and dark."""
-    return Cell(rng.uniform(2.7, 3.3), rng.uniform(0.95, 1.2), elongation=rng.uniform(1, 1.15))
+    return PaintedCell(
+        rng.uniform(2.7, 3.3), rng.uniform(0.95, 1.2), elongation=rng.uniform(1, 1.15)
+    )
 
 
-def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> Cell:
+def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> PaintedCell:
     """Normal epithelium; shares of it have nucleoli or inclusions, as reactive epithelium does."""
-    return Cell(
+    return PaintedCell(
         rng.uniform(3.0, 3.6),
         rng.uniform(0.6, 0.85),
         elongation=rng.uniform(1.0, 1.35),
@@ -82,9 +84,9 @@ def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> 
     )
 
 
-def foamy_cell(rng: np.random.Generator) -> Cell:
+def foamy_cell(rng: np.random.Generator) -> PaintedCell:
     """Macrophage with none to three vacuoles."""
-    return Cell(
+    return PaintedCell(
         rng.uniform(2.5, 3.1),
         rng.uniform(0.6, 0.9),
         elongation=rng.uniform(1, 1.3),
@@ -98,10 +100,10 @@ def foamy_cell(rng: np.random.Generator) -> Cell:
 
 def tumour_cell(
     rng: np.random.Generator, traits: tuple[int, ...], size_um: float, dark: float
-) -> Cell:
+) -> PaintedCell:
     """A tumour cell of a patient whose nuclei have this radius and this haematoxylin."""
     shown = [state if rng.random() < PENETRANCE else 1 - state for state in traits]
-    return Cell(
+    return PaintedCell(
         size_um * rng.uniform(0.88, 1.12),
         dark * rng.uniform(0.85, 1.15),
         elongation=rng.uniform(1.0, 1.2),
@@ -123,7 +125,7 @@ def smooth_noise(shape: tuple[int, int], step: float, rng: np.random.Generator) 
     return (noise - noise.mean()) / max(float(noise.std()), 1e-6)
 
 
-def stamp(cell: Cell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Layer]:
+def stamp(cell: PaintedCell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Layer]:
     """One cell, turned at random, in a small square, as two layers.
 
     The layers are pressed apart, all bodies before all nuclei, so that no cytoplasm hides a
@@ -176,7 +178,7 @@ def _layer(cover: np.ndarray, h: np.ndarray, e: np.ndarray) -> Layer:
     return cover[..., None].astype(np.float32), inks.astype(np.float32)
 
 
-def _vacuoles(cell: Cell, u: np.ndarray, v: np.ndarray, soft: float, rng) -> np.ndarray:
+def _vacuoles(cell: PaintedCell, u: np.ndarray, v: np.ndarray, soft: float, rng) -> np.ndarray:
     """Cover of the vacuoles: fanned out on the side of the cell that the nucleus leaves free."""
     hole = np.zeros_like(u)
     for k in range(cell.vacuoles):
@@ -193,7 +195,7 @@ def _disc(r_um: np.ndarray, radius_um: float, soft_um: float) -> np.ndarray:
     return np.clip((radius_um - r_um) / soft_um + 0.5, 0, 1)
 
 
-def _nucleus_cover(cell: Cell, u, v, soft: float, rng) -> np.ndarray:
+def _nucleus_cover(cell: PaintedCell, u, v, soft: float, rng) -> np.ndarray:
     """Cover of the nucleus: an ellipse with an uneven edge."""
     stretch = np.sqrt(cell.elongation)
     r, angle = np.hypot(u / stretch, v * stretch), np.arctan2(v, u)

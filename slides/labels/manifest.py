@@ -32,7 +32,7 @@ BLOCK = 1 << 22  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
-class Listed:
+class ManifestFile:
     """A row of a manifest."""
 
     id: str
@@ -55,7 +55,7 @@ class Checked:
     """Files that were hashed now, and not found in `verified.tsv`."""
 
 
-def read_manifest(path: Path) -> list[Listed]:
+def read_manifest(path: Path) -> list[ManifestFile]:
     """The files of a manifest, in its order.
 
     Raises:
@@ -90,7 +90,7 @@ def read_manifest(path: Path) -> list[Listed]:
             faults.append(f"row {number}: {row['id']!r}, {row['filename']!r}: no plain names")
         else:
             size = int(row["size"])
-            listed.append(Listed(row["id"], row["filename"], row["md5"].lower(), size))
+            listed.append(ManifestFile(row["id"], row["filename"], row["md5"].lower(), size))
     for what in ("id", "name"):
         twice = Counter(getattr(file, what) for file in listed)
         faults += [f"{what} {name} is listed {n} times" for name, n in twice.items() if n > 1]
@@ -103,8 +103,8 @@ def read_manifest(path: Path) -> list[Listed]:
 
 
 def pick_diagnostic(
-    files: Sequence[Listed],
-) -> tuple[list[tuple[Listed, SlideName]], dict[str, int]]:
+    files: Sequence[ManifestFile],
+) -> tuple[list[tuple[ManifestFile, SlideName]], dict[str, int]]:
     """The diagnostic (DX) tumour slides of TCGA, and all slides of CPTAC, which does not tell.
 
     Returns:
@@ -140,7 +140,7 @@ def pick_diagnostic(
     return picked, dict(left)
 
 
-def check_files(files: Sequence[Listed], folder: Path, progress: bool = True) -> Checked:
+def check_files(files: Sequence[ManifestFile], folder: Path, progress: bool = True) -> Checked:
     """Find every file and compare size and md5.
 
     Args:
@@ -169,7 +169,7 @@ def check_files(files: Sequence[Listed], folder: Path, progress: bool = True) ->
     return Checked(found, faults, verified.hashed)
 
 
-def _fault(file: Listed, path: Path, partial: Path | None, verified, advance) -> str:
+def _fault(file: ManifestFile, path: Path, partial: Path | None, verified, advance) -> str:
     """What is wrong with a file, up to the remedy; "" if it is as the manifest says."""
     if not path.is_file():
         some = f"; {partial.name} has {partial.stat().st_size} of its bytes" if partial else ""

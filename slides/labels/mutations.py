@@ -122,7 +122,7 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
     ]
     if faults:
         raise LabelError(all_faults(path, faults))
-    data = _bytes(path)
+    data = _read_bytes(path)
     header, rows = _table(path, data)
     kinds = (
         ("MAF", {"Hugo_Symbol", "Variant_Classification", "Tumor_Sample_Barcode"}, _maf),
@@ -175,7 +175,7 @@ def read_profiled(path: Path) -> set[str]:
     Raises:
         LabelError: missing, or no list.
     """
-    lines = _text(Path(path), _bytes(Path(path))).splitlines()
+    lines = _text(Path(path), _read_bytes(Path(path))).splitlines()
     named = [line.partition(":")[2].split() for line in lines if line.startswith("case_list_ids:")]
     if named:
         samples = named[0]
@@ -307,7 +307,7 @@ def _missing_genes(header: list[str], rules: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -25,7 +25,7 @@ from torch import Tensor
 from slides.errors import SlideError
 from slides.streaming.chunks import SlideSource
 from slides.streaming.prefetch import Prefetcher
-from slides.streaming.workers import Listed
+from slides.streaming.workers import StreamedSlide
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
@@ -47,24 +47,24 @@ class SlideTiles:
         prefetcher: who reads them; where it has further slides, those of the next `SlideTiles` that
         are
             made of it are read ahead (`slides.streaming.prefetch`).
-        held: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
+        in_memory: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
         on_fault: told of a slide's fault; where it returns, the fault goes on its way.
     """
 
     def __init__(
         self,
-        slide: Listed,
+        slide: StreamedSlide,
         prefetcher: Prefetcher,
-        held: Tensor | None = None,
+        in_memory: Tensor | None = None,
         on_fault: Callable[[SlideError], None] | None = None,
     ):
         self.prefetcher, self.number, self.count = prefetcher, prefetcher.add(slide), slide.count
-        self.held, self.on_fault = held, on_fault
+        self.in_memory, self.on_fault = in_memory, on_fault
 
     @classmethod
     def of(cls, source: SlideSource, index: TileIndex, workers: int = 0, **more) -> SlideTiles:
         """Those of a slide whose pixels and tiles are at hand, with a prefetcher of its own."""
-        return cls(Listed.at_hand(source, index), Prefetcher(workers), **more)
+        return cls(StreamedSlide.at_hand(source, index), Prefetcher(workers), **more)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Chunks of `size` tiles; the last may be short.
@@ -72,11 +72,11 @@ class SlideTiles:
         Raises:
             SlideError: a tile cannot be read, unless `on_fault` raises something else.
         """
-        held = 0 if self.held is None else len(self.held) // size * size
+        kept = 0 if self.in_memory is None else len(self.in_memory) // size * size
         try:
-            with contextlib.closing(self.prefetcher.chunks(self.number, size, held)) as rest:
-                for start in range(0, held, size):  # meanwhile the rest is read ahead
-                    yield self.held[start : start + size]
+            with contextlib.closing(self.prefetcher.chunks(self.number, size, kept)) as rest:
+                for start in range(0, kept, size):  # meanwhile the rest is read ahead
+                    yield self.in_memory[start : start + size]
                 for _, tiles_CSS in rest:
                     yield tiles_CSS
                     del tiles_CSS  # the caller may be done with it
@@ -87,7 +87,7 @@ class SlideTiles:
 
     def pin_memory(self) -> SlideTiles:
         """What is held, page-locked."""
-        self.held = None if self.held is None else self.held.pin_memory()
+        self.in_memory = None if self.in_memory is None else self.in_memory.pin_memory()
         return self
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
-from slides.streaming.workers import Listed, Workers
+from slides.streaming.workers import StreamedSlide, Workers
 
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
@@ -39,7 +39,7 @@ class Prefetcher:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.workers, self.prefetch = workers, prefetch
-        self.slides: list[Listed] = []
+        self.slides: list[StreamedSlide] = []
         self._kept, self._live = False, None
 
     def __getstate__(self) -> dict:
@@ -59,7 +59,7 @@ class Prefetcher:
         if live:
             live.end()
 
-    def add(self, slide: Listed) -> int:
+    def add(self, slide: StreamedSlide) -> int:
         """Tell of one more slide; its number. For before the first chunk is asked for."""
         self.close()  # they would not know of it
         self.slides.append(slide)
@@ -142,10 +142,10 @@ def stream_chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield all tiles of one slide, read by a prefetcher of its own (`Prefetcher.chunks`)."""
     prefetcher = Prefetcher(workers, prefetch)
-    return prefetcher.chunks(prefetcher.add(Listed.at_hand(source, index)), chunk)
+    return prefetcher.chunks(prefetcher.add(StreamedSlide.at_hand(source, index)), chunk)
 
 
-def _chunks_here(slide: Listed, starts: range) -> Iterator[tuple[int, Tensor]]:
+def _chunks_here(slide: StreamedSlide, starts: range) -> Iterator[tuple[int, Tensor]]:
     if not starts:
         return
     source, index = slide.open_slide()

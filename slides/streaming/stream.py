@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augment",
-    "Bag",
     "BagDataset",
     "Skipped",
     "SlideLoader",
     "SlideSampler",
     "SlideSource",
     "SlideTiles",
+    "TileBag",
     "Turn",
     "WorkerDiedError",
     "epoch_order",
@@ -64,7 +64,7 @@ __all__ = [
 
 
 @dataclass  # not frozen: Lightning's precision plugins rebuild a batch field by field
-class Bag:
+class TileBag:
     """The tiles of one slide as training, validation and the baselines see them."""
 
     slide_id: str
@@ -85,11 +85,11 @@ class Bag:
             if isinstance(part, SlideTiles):
                 part.on_fault = told
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bag:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TileBag:
         """Only the labels move: tiles go to the device chunk by chunk, never the whole slide."""
         return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Bag:
+    def pin_memory(self) -> TileBag:
         """Page-locked tiles, so that their copies to a GPU can overlap with work."""
         return replace(self, tiles=self.tiles.pin_memory())
 
@@ -122,7 +122,7 @@ class Augment:
 
 
 class BagDataset(Dataset):
-    """Maps a turn to the slide's `Bag`. A plain number i is the i-th slide, in epoch 0.
+    """Maps a turn to the slide's `TileBag`. A plain number i is the i-th slide, in epoch 0.
 
     Training gives a budget and an `Augment`; validation and test give neither, and so get all
     tiles, in index order, as they are on the slide.
@@ -168,7 +168,7 @@ class BagDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, turn: Turn | int) -> Bag | Skipped:
+    def __getitem__(self, turn: Turn | int) -> TileBag | Skipped:
         if not isinstance(turn, Turn):
             if not 0 <= turn < len(self.rows):
                 raise IndexError(turn)
@@ -182,7 +182,7 @@ class BagDataset(Dataset):
                 return Skipped(row.slide_id, str(fault), turn)
             raise fault from error
 
-    def _read(self, row: SlideRow, turn: Turn) -> Bag:
+    def _read(self, row: SlideRow, turn: Turn) -> TileBag:
         """The bag of a slide, or of a case: its slides one after the other."""
         parts = []
         for slide in row.slides:
@@ -193,7 +193,7 @@ class BagDataset(Dataset):
         tiles, coords0 = zip(*parts, strict=True)
         counts = tuple(len(each) for each in coords0)
         coords0, labels_K = np.concatenate(coords0), torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn, counts)
+        return TileBag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn, counts)
 
     def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray]:
         """The tiles of one slide that an epoch takes, and their corners."""
@@ -215,7 +215,7 @@ class BagDataset(Dataset):
         finally:
             close(source)  # a cohort's worth of open files and decoder caches would add up
         if len(tiles) < len(chosen):
-            tiles = SlideTiles.of(source, chosen, self.workers, held=tiles)
+            tiles = SlideTiles.of(source, chosen, self.workers, in_memory=tiles)
         return tiles, chosen.coords0
 
     def _rows(self, index: TileIndex, drawn_as: str, epoch: int) -> np.ndarray:
@@ -234,7 +234,7 @@ class _FaultsAsItems(Dataset):
     def __len__(self) -> int:
         return len(self.bags)
 
-    def __getitem__(self, turn: Turn | int) -> Bag | Skipped | SlideError:
+    def __getitem__(self, turn: Turn | int) -> TileBag | Skipped | SlideError:
         try:
             return self.bags[turn]
         except SlideError as fault:
@@ -277,7 +277,7 @@ class SlideLoader(DataLoader):
             **kwargs,
         )
 
-    def __iter__(self) -> Iterator[Bag | Skipped]:
+    def __iter__(self) -> Iterator[TileBag | Skipped]:
         bags = None
         try:
             turns = list(self.sampler)  # as the iterator below will take them
@@ -294,7 +294,7 @@ class SlideLoader(DataLoader):
             if self.num_workers and bags is not None and not self.persistent_workers:
                 bags._shutdown_workers()
 
-    def _next(self, bags: Iterator, turns: list) -> Bag | Skipped | SlideError:
+    def _next(self, bags: Iterator, turns: list) -> TileBag | Skipped | SlideError:
         try:
             return next(bags)
         except RuntimeError as error:

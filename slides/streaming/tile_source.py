@@ -26,7 +26,7 @@ from slides.streaming.chunks import SlideSource
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import StainedSlide
-from slides.streaming.workers import Listed
+from slides.streaming.workers import StreamedSlide
 from slides.tiling.index import TileIndex, index_path, outdated, read_index
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
@@ -96,7 +96,7 @@ class TileSource:
         """
         prefetcher = workers if isinstance(workers, Prefetcher) else Prefetcher(workers)
         return SlideTiles(
-            Listed.of(partial(self, row), self.index(row)), prefetcher, on_fault=on_fault
+            StreamedSlide.of(partial(self, row), self.index(row)), prefetcher, on_fault=on_fault
         )
 
     def streamed(

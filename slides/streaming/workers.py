@@ -37,7 +37,7 @@ ORPHAN_CHECK_S = 5.0  # how often an idle worker looks whether its parent still 
 
 
 @dataclass(frozen=True)
-class Listed:
+class StreamedSlide:
     """A slide that a prefetcher was told of. All slides of a prefetcher are cut by one grid."""
 
     open_slide: Callable[[], tuple[SlideSource, TileIndex]]
@@ -51,12 +51,12 @@ class Listed:
     @classmethod
     def of(
         cls, open_slide: Callable[[], tuple[SlideSource, TileIndex]], index: TileIndex
-    ) -> Listed:
+    ) -> StreamedSlide:
         """A slide whose tiles are known already."""
         return cls(open_slide, index.slide_id, len(index.coords0), index.grid.size)
 
     @classmethod
-    def at_hand(cls, source: SlideSource, index: TileIndex) -> Listed:
+    def at_hand(cls, source: SlideSource, index: TileIndex) -> StreamedSlide:
         """A slide whose pixels are, too."""
         return cls.of(partial(_both, source, index), index)
 
@@ -64,7 +64,7 @@ class Listed:
 class Workers:
     """Running processes, their slots, and what they were asked for and has not been taken."""
 
-    def __init__(self, slides: Sequence[Listed], size: int, workers: int, slots: int):
+    def __init__(self, slides: Sequence[StreamedSlide], size: int, workers: int, slots: int):
         self.slides, self.size, self.number = slides, size, 0
         self.plan: Iterator[tuple[int, int]] = iter(())
         self.asked: deque[tuple[int, int, int]] = deque()  # chunk's number, slide, first tile
@@ -141,7 +141,9 @@ class Workers:
         return reply
 
 
-def _work(theirs: Connection, slots_NC: Tensor, slides: Sequence[Listed], parent: int) -> None:
+def _work(
+    theirs: Connection, slots_NC: Tensor, slides: Sequence[StreamedSlide], parent: int
+) -> None:
     """A worker's life: read the chunk asked for into its slot, say how long it is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # each worker is one of several

@@ -1,6 +1,6 @@
 """From an open slide to its tiles, stage by stage: thumbnail, tissue, pen, blur, choice.
 
-`choose` keeps every stage, for `slides.tiling.stage_picture` to draw; `index_slide` keeps the
+`choose_tiles` keeps every stage, for `slides.tiling.stage_picture` to draw; `index_slide` keeps the
 tiles.
 
 Price: about 0.5 s for a slide of 11,000 x 11,000 px, nearly all of it thumbnail and mask; with
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slides.errors import NoTissueError
-from slides.files import fingerprint
+from slides.files import file_fingerprint
 from slides.grid import Grid
 from slides.tiling.focus import BLUR_MPP, blur
 from slides.tiling.index_file import TileIndex
@@ -29,7 +29,7 @@ MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a gu
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class TileChoice:
     """What was seen of a slide on the way to its tiles. N tiles of its whole lattice."""
 
     thumbnail: np.ndarray
@@ -55,7 +55,7 @@ class Choice:
     """(N,) bool: tissue whose pixels the file does not have, and which is not chosen for that."""
 
 
-def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
+def choose_tiles(slide: Slide, grid: Grid, tissue: Tissue) -> TileChoice:
     """Look at a slide and choose its tiles, perhaps none.
 
     Raises:
@@ -83,7 +83,7 @@ def choose(slide: Slide, grid: Grid, tissue: Tissue) -> Choice:
         tiles = (slide.region(x0, y0, size0, size) for x0, y0 in coords0[chosen].tolist())
         blurs[chosen] = [blur(tile) for tile in tiles]
         chosen[chosen] = blurs[chosen] <= tissue.max_blur
-    return Choice(
+    return TileChoice(
         rgb, downsample, mask, pen, coords0, size0, fraction, pen_fraction, blurs, chosen, lost
     )  # fmt: skip
 
@@ -131,10 +131,10 @@ def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
         slide they
             cannot use.
     """
-    return to_index(choose(slide, grid, tissue), slide, grid, tissue)
+    return to_index(choose_tiles(slide, grid, tissue), slide, grid, tissue)
 
 
-def to_index(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
+def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
     """The chosen tiles, the one with most tissue read to see that the slide's pixels are there.
 
     Raises:
@@ -161,13 +161,13 @@ def to_index(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIn
         level=slide.level_for(choice.size0, grid.size),
         tissue_mm2=float(choice.mask.sum()) * mask_mpp**2 / 1e6,
         mask_sha256=hashlib.sha256(np.packbits(choice.mask).tobytes()).hexdigest(),
-        fingerprint=fingerprint(slide.path),
+        fingerprint=file_fingerprint(slide.path),
         pen_fraction=choice.pen_fraction[chosen],
         blur=choice.blur[chosen],
     )
 
 
-def _why_none(choice: Choice, slide: Slide, grid: Grid, tissue: Tissue) -> str:
+def _why_none(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> str:
     """What left no tile, and the way out."""
     size0, fraction = choice.size0, choice.tissue_fraction
     if not len(choice.coords0):

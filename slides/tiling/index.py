@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError, SlideError
-from slides.files import fingerprint, write_whole
+from slides.files import file_fingerprint, write_whole
 from slides.grid import Grid
-from slides.tiling.choose import choose, index_slide, to_index
+from slides.tiling.choose import choose_tiles, index_slide, to_index
 from slides.tiling.index_file import TileIndex, index_path, read_index, write_index
 from slides.tiling.job_folders import find_all, find_coordinates
 from slides.tiling.other_tools import index_from_coordinates
@@ -164,7 +164,7 @@ def _index_one(job: tuple) -> _Outcome:
                     index = _taken(tissue.coords, slide, grid, out)
                     write_index(out, index, tissue)
                 else:
-                    choice = choose(slide, grid, tissue)
+                    choice = choose_tiles(slide, grid, tissue)
                     if picture:
                         from slides.tiling.stage_picture import draw_stages  # loads matplotlib
 
@@ -236,7 +236,7 @@ def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
     if mpp is None and index.mpp_source == "table":
         return f"the table no longer gives an mpp, {had}"
     with contextlib.suppress(OSError):  # what cannot be read now says so when its tiles are
-        if slide_path.is_file() and fingerprint(slide_path) != index.fingerprint:
+        if slide_path.is_file() and file_fingerprint(slide_path) != index.fingerprint:
             return "the slide's file has changed"
     return ""
 

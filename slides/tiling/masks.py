@@ -56,7 +56,7 @@ def mask_sha256(folder: str | Path, slide_id: str) -> str:
     Raises:
         MaskError: as `mask_path`, or the file cannot be read.
     """
-    return hashlib.sha256(_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
+    return hashlib.sha256(_read_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
 
 
 def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> np.ndarray:
@@ -102,7 +102,7 @@ def geojson_polygons(
     Raises:
         MaskError: not such a file, or without a polygon.
     """
-    none, text = True, _bytes(path, name)
+    none, text = True, _read_bytes(path, name)
     try:
         for feature in _features(json.loads(text)):
             shift = np.array(origin0 if _is_qupath(feature) else (0, 0), float)
@@ -236,7 +236,7 @@ def _picture(
     return tissue[np.ix_(rows, columns)]
 
 
-def _bytes(path: Path, name: str) -> bytes:
+def _read_bytes(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

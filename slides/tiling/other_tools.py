@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.errors import CoordinatesError, NoTissueError
-from slides.files import damage_as, fingerprint
+from slides.files import damage_as, file_fingerprint
 from slides.grid import MPP_RANGE, Grid
 from slides.tiling.index_file import TileIndex
 from slides.tiling.job_folders import coordinates_sha256, hs2p_parts
@@ -80,7 +80,7 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
         level=slide.level_for(found.size0, found.size),
         tissue_mm2=float("nan"),
         mask_sha256=coordinates_sha256(path),
-        fingerprint=fingerprint(slide.path),
+        fingerprint=file_fingerprint(slide.path),
         origin=f"{found.writer}: {path.absolute()}",
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.files import write_whole
-from slides.tiling.choose import Choice
+from slides.tiling.choose import TileChoice
 from slides.wsi.reader import Slide
 
 PANEL = 4.6  # inches, the longer side of a slide
@@ -20,7 +20,7 @@ TISSUE, PEN, TILE = "#00a36c", "#e6007e", "#0057d9"  # told apart by lightness t
 FADED = 0.55  # of the way to white, where tiles' colours lie on the slide
 
 
-def draw_stages(choice: Choice, slide: Slide, path: Path) -> None:
+def draw_stages(choice: TileChoice, slide: Slide, path: Path) -> None:
     """Write the picture; `path` is whole or as it was.
 
     Raises:
@@ -79,7 +79,7 @@ def _outline(axis, mask: np.ndarray, colour: str) -> None:
     axis.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))
 
 
-def _squares(axis, choice: Choice, which: np.ndarray):
+def _squares(axis, choice: TileChoice, which: np.ndarray):
     """Tiles on the thumbnail, as one collection."""
     from matplotlib.collections import PolyCollection
 

@@ -17,7 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from slides.cohort.cases import gather
+from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.seeds import stable_seed
@@ -124,7 +124,7 @@ class SlideData(L.LightningDataModule):
                 "Leave one of them out."
             )
         if bags == "case" or pool != "union":
-            gather(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
+            group_by_case(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
@@ -183,7 +183,7 @@ class SlideData(L.LightningDataModule):
 
     def gathered(self, rows: Sequence[SlideRow]) -> list[SlideRow]:
         """A row a bag: the slides, or their cases."""
-        return gather(rows, self.cohort.labels) if self.bags == "case" else list(rows)
+        return group_by_case(rows, self.cohort.labels) if self.bags == "case" else list(rows)
 
     def rows(self, split: str) -> list[SlideRow]:
         """The bags of a split; slides without tiles are skipped or raise, as asked.

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from slides.cohort.cases import gather
+from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
@@ -218,7 +218,7 @@ def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[
     """Slides' logits pooled over their cases, where `data.pool` says so."""
     if data.pool == "union":
         return predictions
-    cases = gather(data.cohort.split(split), data.cohort.labels)
+    cases = group_by_case(data.cohort.split(split), data.cohort.labels)
     return pool_cases(predictions, data.task, data.pool, cases)
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from slides.cohort.cases import gather
+from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
-from slides.files import fingerprint, rows_there
+from slides.files import file_fingerprint, rows_there
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles
 from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import new_slides, tiles_as_trained
@@ -98,7 +98,7 @@ def predict_slides(
     rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
     with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
-        bags = gather(left, ()) if pool == "union" else left
+        bags = group_by_case(left, ()) if pool == "union" else left
         for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
@@ -119,10 +119,10 @@ def predict_slides(
         print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
         predictions = []
     elif case and pool != "union":
-        predictions = pool_cases(predictions, model.task, pool, gather(rows, ()))
+        predictions = pool_cases(predictions, model.task, pool, group_by_case(rows, ()))
         print(f"{case}: {pool} of {len(rows)} slides; {_said(model.task.said, predictions[0])}")
     if predictions:
-        write_predictions(table, model.task, predictions, fingerprint(path))
+        write_predictions(table, model.task, predictions, file_fingerprint(path))
     return 2 if failed else 0
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
-from slides.files import fingerprint, join_csv, replacing, rows_there
+from slides.files import file_fingerprint, join_csv, replacing, rows_there
 from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import new_slides, tiles_as_trained
 from slides.tiling.index import TileIndex
@@ -99,7 +99,7 @@ def predict_slides(
     elif case:
         votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
     if votes:
-        write_votes(table, names, votes, fingerprint(path))
+        write_votes(table, names, votes, file_fingerprint(path))
     return 2 if failed else 0
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from slides.cache import tiles as cache
 from slides.cache.cohort import cache_cohort
-from slides.cache.disk_room import Hold, make_room
+from slides.cache.disk_room import CacheLock, make_room
 from slides.cache.tiles import CachedSlide, build_cache, cache_path
 from slides.errors import IndexFileError
 from slides.streaming.chunks import read_tiles
@@ -97,7 +97,7 @@ class TestRoom:
         with pytest.raises(IndexFileError, match="there is no tile cache"):
             CachedSlide(tmp_path, indexes[0])
         with pytest.raises(FileNotFoundError):
-            Hold(paths[0])
+            CacheLock(paths[0])
 
 
 def _read_and_wait(folder, index, pipe):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from slides.cohort.cases import gather
+from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.streaming.stream import Augment, BagDataset
@@ -35,7 +35,7 @@ def row(slide, case, *labels):
 
 def test_what_slides_say_is_said_of_the_case():
     rows = [row("a", "c1", 1.0, NAN), row("b", "c2", 0.0, 0.0), row("d", "c1", NAN, NAN)]
-    first, second = gather(rows, ["A", "B"])
+    first, second = group_by_case(rows, ["A", "B"])
     assert (first.slide_id, first.case_id) == ("c1", "c1")
     assert [part.slide_id for part in first.slides] == ["a", "d"]
     assert first.labels[0] == 1
@@ -46,12 +46,14 @@ def test_what_slides_say_is_said_of_the_case():
 def test_slides_that_contradict_each_other_are_named():
     rows = [row("a", "c1", 1.0, 0.0), row("d", "c1", 0.0, NAN), row("e", "c2", 1.0, 1.0)]
     with pytest.raises(CohortError, match="case c1: its slides a, d differ in A: give them one"):
-        gather(rows, ["A", "B"])
+        group_by_case(rows, ["A", "B"])
 
 
 def test_numbers_of_rows_are_no_labels():
     """What survival adds behind its columns differs from slide to slide."""
-    (case,) = gather([row("a", "c1", 5.0, 1.0, 2.0), row("b", "c1", 5.0, 1.0, 3.0)], ["t", "e"])
+    (case,) = group_by_case(
+        [row("a", "c1", 5.0, 1.0, 2.0), row("b", "c1", 5.0, 1.0, 3.0)], ["t", "e"]
+    )
     assert case.labels == (5, 1, 2)
 
 
@@ -235,7 +237,7 @@ def test_logits_of_slides_pooled(pool):
                    np.array(logits[each.slide_id]))
         for each in rows
     ]  # fmt: skip
-    first, second = pool_cases(slides, task, pool, gather(rows, ["A", "B"]))
+    first, second = pool_cases(slides, task, pool, group_by_case(rows, ["A", "B"]))
     expected = np.array([2.0, -3.0] if pool == "mean" else [3.0, -2.0])
     np.testing.assert_allclose(first.probs_K, 1 / (1 + np.exp(-expected)))
     assert (first.slide_id, first.labels_K.tolist()) == ("c1", [1, 1])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slides.cohort.table import SlideRow
-from slides.files import fingerprint
+from slides.files import file_fingerprint
 from slides.grid import Grid
 from slides.streaming.bounded_tiles import SlideTiles
 from slides.streaming.stain import StainedSlide
@@ -182,7 +182,7 @@ def test_slide_after_slide_the_table_grows(saved, slide, tmp_path, capsys):
     assert [run(slide), run(other)] == [0, 0]
     both = table.read_text()
     assert pd.read_csv(table)["slide_id"].tolist() == ["one", "two"]
-    assert pd.read_csv(table)["model"].tolist() == [fingerprint(saved)] * 2
+    assert pd.read_csv(table)["model"].tolist() == [file_fingerprint(saved)] * 2
     table.write_text(both.replace("one,one", "one,P1").replace("two,two", "two,P2"))
     assert run(other) == 0
     assert [line[:6] for line in table.read_text().splitlines()[1:]] == ["one,P1", "two,tw"]

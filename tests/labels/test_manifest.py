@@ -9,7 +9,7 @@ import hashlib
 import pytest
 
 from slides.errors import DownloadError
-from slides.labels.manifest import BLOCK, Listed, check_files, pick_diagnostic, read_manifest
+from slides.labels.manifest import BLOCK, ManifestFile, check_files, pick_diagnostic, read_manifest
 
 HEADER = "id\tfilename\tmd5\tsize\tstate\n"
 UUID = "d4ff32cd-38cf-40ea-8213-45c2b100ac01"
@@ -27,7 +27,9 @@ def download(tmp_path):
         path = tmp_path / "slides" / f"id{number}" / slide(number)
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
-        files.append(Listed(f"id{number}", path.name, hashlib.md5(data).hexdigest(), len(data)))
+        files.append(
+            ManifestFile(f"id{number}", path.name, hashlib.md5(data).hexdigest(), len(data))
+        )
     return tmp_path / "slides", files
 
 
@@ -43,7 +45,7 @@ def place(download, number):
 def test_a_manifest_is_read(tmp_path):
     path = tmp_path / "manifest.txt"
     path.write_text(HEADER + f"i\t{slide(1)}\t{'A' * 32}\t17\treleased\n\n")
-    assert read_manifest(path) == [Listed("i", slide(1), "a" * 32, 17)]
+    assert read_manifest(path) == [ManifestFile("i", slide(1), "a" * 32, 17)]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_diagnostic_slides_are_picked_and_the_rest_counted():
         slide(1), slide(1, "01A-01-TS1"), slide(2, "01A-01-BSA"), slide(3, "11A-00-DX1"),
         "x.maf.gz", slide(4, "06A-00-DX2"), "C3L-00001-21.svs",
     ]  # fmt: skip
-    files = [Listed(str(n), name, "", 1) for n, name in enumerate(names)]
+    files = [ManifestFile(str(n), name, "", 1) for n, name in enumerate(names)]
     picked, left = pick_diagnostic(files)
     assert [name.slide_id for _, name in picked] == [
         "TCGA-05-4001-01Z-00-DX1", "TCGA-05-4004-06A-00-DX2", "C3L-00001-21",
@@ -93,7 +95,7 @@ def test_diagnostic_slides_are_picked_and_the_rest_counted():
 )
 def test_slides_that_cannot_be_picked(names, message):
     with pytest.raises(DownloadError, match=message):
-        pick_diagnostic([Listed(str(n), name, "", 1) for n, name in enumerate(names)])
+        pick_diagnostic([ManifestFile(str(n), name, "", 1) for n, name in enumerate(names)])
 
 
 def test_whole_files_are_found_where_gdc_client_puts_them_or_anywhere_below(download):
@@ -155,5 +157,5 @@ def test_where_nothing_may_be_written_files_are_hashed_every_time(download):
 def test_the_record_believes_the_manifest_of_today(download):
     files = download[1]
     check(download)
-    other = Listed("id0", files[0].name, "0" * 32, 3)
+    other = ManifestFile("id0", files[0].name, "0" * 32, 3)
     assert "damaged" in check(download, [other]).faults[0]

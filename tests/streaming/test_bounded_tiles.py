@@ -73,7 +73,7 @@ def test_it_is_augmented_and_drawn_at_all():
 def test_what_is_held_is_not_read_again():
     source = Source()
     kept = torch.from_numpy(expected_tiles(make_index(TILES))[:10])
-    tiles = SlideTiles.of(source, make_index(TILES), held=kept)
+    tiles = SlideTiles.of(source, make_index(TILES), in_memory=kept)
     assert torch.equal(whole(tiles, 4), torch.from_numpy(expected_tiles(make_index(TILES))))
     assert source.reads.value == TILES - 8  # chunks of four: two are held whole
     assert next(iter(tiles.split(4))).data_ptr() == kept.data_ptr()
@@ -83,14 +83,14 @@ def test_what_is_held_is_not_read_again():
 def test_tiles_beyond_are_read_in_bounded_memory():
     """A slide 100 times what is held: no more than slots and one chunk is read ahead."""
     source, index = Source(), make_index(2003)
-    tiles = SlideTiles.of(source, index, held=torch.from_numpy(expected_tiles(index)[:20]))
+    tiles = SlideTiles.of(source, index, in_memory=torch.from_numpy(expected_tiles(index)[:20]))
     for number, _ in enumerate(islice(tiles.split(5), 40)):
         assert source.reads.value <= max(0, (number - 3) * 5)
 
 
 def test_what_is_not_held_is_read_ahead_while_the_rest_is_used():
     source, index = Source(), make_index(TILES)
-    tiles = SlideTiles.of(source, index, 2, held=torch.from_numpy(expected_tiles(index)[:12]))
+    tiles = SlideTiles.of(source, index, 2, in_memory=torch.from_numpy(expected_tiles(index)[:12]))
     stream = tiles.split(4)
     next(stream)
     deadline = time.monotonic() + 20
@@ -108,8 +108,8 @@ def test_bags_arrive_from_workers_as_they_are_made_here():
     bags = BagDataset(rows, partial(open_slide, TILES), **options)
     loaded = list(SlideLoader(bags, workers=2))
     for number, each in enumerate(loaded):
-        assert each.tiles.held.is_shared()
-        assert len(each.tiles.held) == 6
+        assert each.tiles.in_memory.is_shared()
+        assert len(each.tiles.in_memory) == 6
         assert len(each.coords0) == 17
         assert torch.equal(whole(each.tiles, 4), whole(bags[number].tiles, 4))
 
@@ -138,7 +138,9 @@ class TestFaults:
 
     def test_a_killed_worker_is_an_error_with_the_slides_name(self):
         source, index = Source(die_at=self.LATE), make_index(TILES)
-        tiles = SlideTiles.of(source, index, 2, held=torch.from_numpy(expected_tiles(index)[:8]))
+        tiles = SlideTiles.of(
+            source, index, 2, in_memory=torch.from_numpy(expected_tiles(index)[:8])
+        )
         with pytest.raises(WorkerDiedError, match=r"^slide\.a: .*SIGKILL"):
             whole(tiles, 4)
 

@@ -21,7 +21,7 @@ from slides.errors import NotASlideError, UnreadableRegionError
 from slides.streaming.bounded_tiles import SlideTiles, joined
 from slides.streaming.chunks import WorkerDiedError
 from slides.streaming.prefetch import Prefetcher, stream_chunks
-from slides.streaming.workers import Listed
+from slides.streaming.workers import StreamedSlide
 from tapfm.cli import main
 from tapfm.data.bag import SkippedBag
 from tapfm.training.fit import read_config
@@ -43,7 +43,7 @@ def nothing_is_left():
 
 
 def listed(number, count, **source):
-    return Listed.at_hand(Source(**source), make_index(count, f"slide.{number}"))
+    return StreamedSlide.at_hand(Source(**source), make_index(count, f"slide.{number}"))
 
 
 def crew_of(workers, counts=COUNTS, prefetch=2, **faults):
@@ -197,7 +197,7 @@ def test_a_slide_that_does_not_open_is_told_at_its_turn_too(workers):
     prefetcher = Prefetcher(workers)
     prefetcher.add(listed(0, 7))
     broken = partial(fails, UnreadableRegionError("slide.1: no such file"))
-    prefetcher.add(Listed(broken, "slide.1", 9, SIZE))
+    prefetcher.add(StreamedSlide(broken, "slide.1", 9, SIZE))
     prefetcher.add(listed(2, 17))
     with prefetcher:
         assert taken(prefetcher, 0, 5) == alone(0, 7, 5)

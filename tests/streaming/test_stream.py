@@ -17,11 +17,11 @@ from slides.errors import NoTissueError, UnreadableRegionError
 from slides.streaming.augment import draw_change
 from slides.streaming.stream import (
     Augment,
-    Bag,
     BagDataset,
     Skipped,
     SlideLoader,
     SlideSampler,
+    TileBag,
     Turn,
     WorkerDiedError,
     sample_tiles,
@@ -156,7 +156,7 @@ class TestFaults:
         loaded = list(SlideLoader(bags, workers=workers))
         assert len(loaded) == SLIDES
         assert loaded[2] == Skipped("slide.2", "slide.2: slide.a: bad bytes", Turn(0, 2, 2))
-        assert all(isinstance(bag, Bag) for bag in loaded[:2] + loaded[3:])
+        assert all(isinstance(bag, TileBag) for bag in loaded[:2] + loaded[3:])
 
     def test_a_slide_that_does_not_open_is_skipped_too(self):
         bags = bags_of(Open({"slide.1": FileNotFoundError(2, "No such file")}), on_error="skip")

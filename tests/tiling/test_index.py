@@ -35,7 +35,7 @@ from slides.errors import (
     UnreadableRegionError,
 )
 from slides.grid import Grid
-from slides.tiling.choose import choose
+from slides.tiling.choose import choose_tiles
 from slides.tiling.index import (
     LEDGER,
     index_cohort,
@@ -432,14 +432,14 @@ class TestPictures:
 
     def test_two_dollars_in_a_name_are_no_formula(self, small_slide, tmp_path):
         slide = Slide(small_slide("a.svs"), name="a$x_$b")
-        draw_stages(choose(slide, GRID, Tissue()), slide, tmp_path / "a.png")
+        draw_stages(choose_tiles(slide, GRID, Tissue()), slide, tmp_path / "a.png")
         assert (tmp_path / "a.png").exists()
 
     def test_blur_has_a_panel_of_its_own(self, small_slide, tmp_path):
         widths = []
         for max_blur in (None, 1):
             tissue, slide = Tissue(max_blur=max_blur), Slide(small_slide("a.svs"))
-            draw_stages(choose(slide, GRID, tissue), slide, tmp_path / "a.png")
+            draw_stages(choose_tiles(slide, GRID, tissue), slide, tmp_path / "a.png")
             widths.append(as_array(tmp_path / "a.png").shape[1])
         assert widths[1] > 1.2 * widths[0]
 
