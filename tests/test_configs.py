@@ -25,6 +25,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"": README}  # all that a user reads, by folder
 for path in (*ROOT.glob("configs/README.md"), *ROOT.glob("tapfm/*/README.md")):
     PAGES[str(path.parent.relative_to(ROOT))] = path.read_text()
+LINKED = ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "benchmarks/README.md",
+          "benchmarks/LOG.md", *(f"{folder}/README.md" for folder in PAGES if folder)]  # fmt: skip
 
 
 def verb_of(config):
@@ -216,13 +218,31 @@ def test_a_packages_docstring_lists_its_files(package):
     assert said == there
 
 
-@pytest.mark.parametrize("page", [*PAGES, "benchmarks"])
-def test_links_of_a_page_lead_somewhere(page):
-    text = PAGES[page] if page in PAGES else (ROOT / page / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+@pytest.mark.parametrize("page", LINKED)
+def test_links_of_a_page_lead_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
     assert links
     for link in links:
-        assert link.startswith("https://") or (ROOT / page / link).exists(), link
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert link.startswith("https://") or target.exists(), link
+        if heading and not link.startswith("https://"):
+            assert heading in anchors(target), link
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_files_that_a_page_names_exist(page):
+    """`tapfm/engine/chunked.py`, not a pattern such as `tests/<room>/test_x.py`."""
+    text = (ROOT / page).read_text()
+    named = re.findall(r"(?<![\w/.-])(?:slides|tapfm|tests|configs|benchmarks)/[\w./]*\w", text)
+    for name in named:
+        assert (ROOT / name).exists(), name
 
 
 def test_readme_tree_is_the_tree():
