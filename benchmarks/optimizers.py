@@ -27,9 +27,9 @@ from tapfm.engine.master_weights import KEEPERS, MasterAdamW
 UPDATES, LR, TILES = 200, 1e-6, 4
 BYTES = {"naive": 8, "master": 18, "offload": 6, "residual": 10.05}  # a parameter, gradient too
 SAID = {
-    "naive": "bf16 weights and moments, no masters",
-    "master": "fp32 masters beside the weights",
-    "offload": "fp32 masters in host memory",
+    "naive": "bf16 weights and moments, no master weights",
+    "master": "fp32 master weights on the same device",
+    "offload": "fp32 master weights in host memory",
     "residual": "16-bit residuals, 8-bit moments",
 }
 
