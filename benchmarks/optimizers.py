@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.encoders import backbones
-from tapfm.engine.master_weights import KEEPERS, MasterAdamW
+from tapfm.engine.master_weights import SCHEMES, MasterAdamW
 
 UPDATES, LR, TILES = 200, 1e-6, 4
 BYTES = {"naive": 8, "master": 18, "offload": 6, "residual": 10.05}  # a parameter, gradient too
@@ -63,7 +63,7 @@ def main() -> int:
     weights = list(encoder.vit.parameters())
     start = torch.cat([p.detach().flatten().clone() for p in weights])
     makers: dict[str, Callable] = {"naive": Rounded} | {
-        name: lambda groups, name=name: MasterAdamW(groups, name) for name in KEEPERS
+        name: lambda groups, name=name: MasterAdamW(groups, name) for name in SCHEMES
     }
     arms = {name: arm(make, names, weights) for name, make in makers.items()}
     reference = torch.optim.AdamW(groups_of(names, weights), fused=True)

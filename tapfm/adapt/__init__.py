@@ -1,10 +1,10 @@
-"""Which of the encoder's parameters learn: what strategies share; `strategies` has one file each.
+"""Adaptation of the encoder: which of its parameters learn, and how.
 
-    surgery.py           what strategies need of a timm ViT
-    parameter_groups.py  parameters as AdamW groups: rates by layer, what decays
-    lowrank.py           the layer that LoRA and DoRA share
-    peft_layout.py       their adapters to and from the peft library's files
-    pixels.py            the tile's colours and stains, for strategies that look at them
+    surgery.py           what strategies share: freezing a timm ViT, finding its layers, prompts
+    parameter_groups.py  parameters as AdamW groups: rates by layer, weight decay
+    lowrank.py           the low-rank layer of LoRA and DoRA
+    peft_layout.py       LoRA and DoRA adapters to and from files of the peft library
+    pixels.py            colours and stain maps of the tile, for strategies that use them
 
-Knows no slide and no training run.
+`strategies` has one file a strategy. Knows no slide and no training run.
 """

@@ -1,8 +1,8 @@
-"""A low-rank change of a linear layer, W + (alpha / r) B A: what LoRA and DoRA share.
+"""The low-rank change of a linear layer, W + (alpha / r) B A, that LoRA and DoRA share.
 
-A and B are children of the layer they adapt, by the names of the peft library, so that what is
-trained is already in peft's layout. Of a fused qkv, q, k and v can be chosen: they share one A, as
-in peft, and B has the rows of those chosen.
+A and B are children of the layer they adapt, under the peft library's names, so trained weights are
+already in peft's layout. In a fused qkv, any of q, k and v can be chosen: they share one A, as in
+peft, and B has the rows of those chosen.
 
 Price: two thin products a layer; DoRA forms W + BA once a chunk for its norm, without a graph.
 
@@ -37,18 +37,18 @@ PARTS = ("q", "k", "v", "proj", "mlp")
 
 @dataclass(frozen=True)
 class LowRank:
-    """What both strategies do but for their parameter groups; `magnitude` tells them apart."""
+    """Base of LoRA and DoRA; `magnitude` is True for DoRA."""
 
     rank: int = 8
     """Rows of A, columns of B."""
     alpha: float = 16.0
     """The change is alpha / rank times B A."""
     dropout: float = 0.0
-    """Of the input of A, while training."""
+    """Dropout rate on the input of A, while training."""
     targets: tuple[str, ...] = ("q", "k", "v")
     """Which layers of a block: some of q, k, v, proj, mlp."""
     last: int = 0
-    """In how many blocks, counted from the last; 0 is all."""
+    """How many blocks to adapt, counted from the last; 0 is all."""
     lr: ClassVar[float] = 2e-4
     name: ClassVar[str]
     magnitude: ClassVar[bool]
@@ -58,7 +58,7 @@ class LowRank:
         check(self.name.lower(), self.rank, self.alpha, self.dropout, self.targets, self.last)
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; give the chosen layers an A and a B, and a magnitude where asked for.
+        """Freeze the model; give the chosen layers A and B, and for DoRA a magnitude.
 
         Raises:
             StrategyError: the model has no such layers.
@@ -67,20 +67,20 @@ class LowRank:
         insert(vit, self.name.lower(), *options, magnitude=self.magnitude)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict, the changes added in."""
+        """Return the model's own state dict with the changes added to the weights."""
         return merged_state(vit, timm_state(vit, "lora_"))
 
     def describe(self, vit: nn.Module) -> str:
-        """Rank, where, and how much that is."""
+        """Return rank, adapted layers and number of trained parameters as text."""
         where = f"{len(list(adapted(vit)))} layers ({', '.join(self.targets)})"
         return f"{self.name} of rank {self.rank} in {where}: {share(vit)}"
 
 
 def check(name: str, rank: int, alpha: float, dropout: float, targets: tuple, last: int) -> None:
-    """All faults of the options at once.
+    """Raise one error that lists all faults of the options.
 
     Raises:
-        StrategyError: with all of them.
+        StrategyError: at least one fault.
     """
     unknown = [t for t in targets if t not in PARTS]
     faults = [
@@ -109,7 +109,7 @@ def insert(
     last: int,
     magnitude: bool,
 ) -> None:
-    """Freeze the model and give the chosen layers an A and a B (and a magnitude); BA is 0."""
+    """Freeze the model and give the chosen layers A and B (and a magnitude); BA is 0 at first."""
     vit.requires_grad_(False)
     for block in last_blocks(vit, last, name):
         for linear, parts in _chosen(block, name, targets):
@@ -128,18 +128,18 @@ def insert(
 
 
 def adapted(vit: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that were given an A and a B, by name."""
+    """Yield name and layer of each linear layer that has an A and a B."""
     return ((name, m) for name, m in vit.named_modules() if hasattr(m, "lora_A"))
 
 
 def take(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """The chosen rows of all O rows."""
+    """Return the chosen rows of all O rows."""
     parts = zip(rows.split([size for size, _ in linear.lora_parts]), linear.lora_parts, strict=True)
     return torch.cat([each for each, (_, learns) in parts if learns])
 
 
 def spread(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """The chosen rows in their places among all O rows, which are 0 elsewhere."""
+    """Return all O rows: the chosen ones at their places, 0 elsewhere."""
     if all(learns for _, learns in linear.lora_parts):
         return rows
     given = iter(rows.split([size for size, learns in linear.lora_parts if learns]))
@@ -150,7 +150,7 @@ def spread(linear: nn.Linear, rows: Tensor) -> Tensor:
 
 
 def merged(linear: nn.Linear) -> Tensor:
-    """The one weight (O, I) that computes the same."""
+    """Return the one weight (O, I) that computes the same."""
     weight_OI = linear.weight + _change(linear)
     if hasattr(linear, "lora_magnitude_vector"):
         weight_OI = weight_OI * _stretch(linear)[:, None]
@@ -158,17 +158,17 @@ def merged(linear: nn.Linear) -> Tensor:
 
 
 def merged_state(vit: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A plain state dict with each adapted layer's weight replaced by the merged one."""
+    """Return the state dict with each adapted layer's weight replaced by the merged one."""
     return {**state, **{f"{name}.weight": merged(linear) for name, linear in adapted(vit)}}
 
 
 def _chosen(
     block: nn.Module, name: str, targets: tuple[str, ...]
 ) -> Iterator[tuple[nn.Linear, tuple[tuple[int, bool], ...]]]:
-    """Layers to adapt, each with its row groups: how many rows, and whether they are chosen."""
+    """Yield each layer to adapt with its row groups: number of rows, and whether chosen."""
     if set("qkv") & set(targets):
         linears = qkv_linears(block, name)
-        if len(linears) == 3:  # apart
+        if len(linears) == 3:  # q, k and v are separate layers
             yield from ((m, ((m.out_features, True),)) for m, p in zip(linears, "qkv", strict=True)
                         if p in targets)  # fmt: skip
         else:
@@ -184,14 +184,14 @@ def _chosen(
 
 
 def _change(linear: nn.Linear) -> Tensor:
-    """(alpha / r) B A, (O, I)."""
+    """Return the change (alpha / r) B A, (O, I)."""
     with torch.autocast(linear.weight.device.type, enabled=False):
         b_OR = spread(linear, linear.lora_B.weight)
         return linear.lora_scaling * (b_OR @ linear.lora_A.weight)
 
 
 def _stretch(linear: nn.Linear) -> Tensor:
-    """Magnitude / norm of W + (alpha / r) B A, for each row (O,); exactly 1 at the start."""
+    """Return magnitude / norm of W + (alpha / r) B A for each row (O,); exactly 1 at the start."""
     with torch.no_grad():
         norm_O = torch.linalg.vector_norm(linear.weight + _change(linear), dim=1)
     stretch = linear.lora_magnitude_vector / take(linear, norm_O)

@@ -1,4 +1,4 @@
-"""Parameters as AdamW groups: what decays and what does not, rates that fall layer by layer."""
+"""Groups of parameters for AdamW: which decay, and learning rates that fall layer by layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TOKENS = ("cls_token", "reg_token", "pos_embed", "prompts")
 
 
 def layerwise(blocks: int, decay: float) -> Callable[[str], float]:
-    """Share of the learning rate that a timm parameter gets by its name: `decay` a block down.
+    """Return a function from a timm parameter's name to its share of the learning rate.
 
-    What is behind the blocks gets 1, the last block `decay`, and patch embedding and tokens, below
-    the first block, the least.
+    Each block gets `decay` times the share of the one above it: layers behind the blocks 1, the
+    last block `decay`; patch embedding and tokens, below the first block, the least.
     """
 
     def share(name: str) -> float:
@@ -33,16 +33,16 @@ def parameter_groups(
     weight_decay: float,
     share: Callable[[str], float] = lambda _name: 1.0,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as AdamW groups: matrices, which decay, and the rest.
+    """Return trainable parameters as AdamW groups: matrices, which decay, and the rest.
 
     Args:
         named: parameters by name.
         lr: peak learning rate.
-        weight_decay: of the matrices; tokens, prompts, biases, norms and scales do not decay.
-        share: of the learning rate that a parameter gets, by its name.
+        weight_decay: for matrices; tokens, prompts, biases, norms and scales do not decay.
+        share: returns the share of `lr` for a parameter's name.
 
     Returns:
-        Two groups for each share there is, the largest first.
+        Two groups for each distinct share, the largest share first.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in named:

@@ -1,9 +1,9 @@
-"""LoRA and DoRA to and from the files of the peft library, without the library.
+"""Reads and writes LoRA and DoRA as files of the peft library, without the library.
 
 A folder with `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained`
 reads it over the same timm model and as `save_pretrained` writes it. Where only some of q, k and v
-were adapted, peft's fused qkv gets rows of 0 (and of the weight's own length) for the others; read
-back, all three learn.
+were adapted, the others get rows of 0 in peft's fused qkv (and the weight's own length as DoRA
+magnitude); when read back, all three learn.
 
 Source: peft 0.21 (Apache-2.0): its file layout, by names alone.
 """
@@ -36,14 +36,14 @@ def write_peft(vit: nn.Module, strategy: Any, folder: Path) -> None:
     Args:
         vit: the model.
         strategy: its strategy, for rank, alpha and dropout.
-        folder: made where it is not there.
+        folder: created if missing.
 
     Raises:
         StrategyError: the model has no adapter, or one that peft would not apply.
     """
     layers = dict(adapted(vit))
     if not layers:
-        raise StrategyError("peft: the model has no LoRA or DoRA to write")
+        raise StrategyError("peft: the model has no LoRA or DoRA to write; train lora or dora")
     for block in vit.blocks:
         if hasattr(getattr(block.attn, "qkv", None), "lora_A") and (
             getattr(block.attn, "q_bias", None) is not None
@@ -81,7 +81,7 @@ def write_peft(vit: nn.Module, strategy: Any, folder: Path) -> None:
 
 
 def peft_spec(folder: Path) -> dict[str, Any]:
-    """Name and options of the strategy that a peft adapter is, for `make_strategy`.
+    """Return name and options of the strategy equal to a peft adapter, for `make_strategy`.
 
     Raises:
         StrategyError: no such folder, or an adapter of another kind.
@@ -140,7 +140,7 @@ def read_peft(vit: nn.Module, folder: Path) -> None:
 
 
 def _shape(parameter: Tensor, linear: nn.Linear | None) -> torch.Size:
-    """Of a tensor in peft's file: with all rows of its layer, for all but A."""
+    """Return a tensor's shape in peft's file: with all rows of its layer, except for A."""
     rows = linear.out_features if linear else len(parameter)
     return torch.Size([rows, *parameter.shape[1:]])
 

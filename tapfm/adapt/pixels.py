@@ -1,10 +1,9 @@
-"""The tile itself, for strategies that look at more than its tokens: colours, stains, a small stem.
+"""The tile's pixels, for strategies that look at more than its tokens: colours, stains, a stem.
 
 The patch embedding is called with the normalised tile, so a forward pre-hook there sees every tile
-the encoder sees; `Colours` takes the normalisation back. `StainMaps` separates the stains by colour
-deconvolution, a product of each pixel with a 3 x 3 matrix: no files beside the tile, no further
-network. Nothing here reads more than one tile at a time, so a tile's result is the same in whatever
-chunk it stands.
+that the encoder sees; `Colours` undoes the normalisation. `StainMaps` separates stains by colour
+deconvolution, a product of each pixel with a 3 x 3 matrix, without further files or networks. Each
+tile is processed alone, so its result is the same in any chunk.
 
 Source: Ruifrok & Johnston 2001, "Quantification of histochemical staining by color deconvolution":
     optical density, its separation, and the vectors of haematoxylin, eosin and DAB.
@@ -29,14 +28,14 @@ STAINS = {
     "dab": (0.27, 0.57, 0.78),
 }
 """Optical density of red, green, blue per unit of stain."""
-DARKEST = 1 / 255  # the least light that a pixel of 8 bits can tell from none
+DARKEST = 1 / 255  # the least light that 8 bits can hold, above 0
 BRIGHT = 0.01  # share of a tile's pixels above the percentile that its map is scaled by
 FAINT = 0.2  # optical density: a tile with less of a stain has none, and its noise stays small
-GROUPS = 8  # of the stem's norms
+GROUPS = 8  # groups of the stem's norms
 
 
 class Colours(nn.Module):
-    """Red, green and blue from 0 to 1, of tiles that are normalised for an encoder.
+    """A module from tiles normalised for an encoder to red, green and blue in 0 to 1.
 
     Args:
         vit: a timm model; its `pretrained_cfg` says how its input is normalised.
@@ -49,17 +48,17 @@ class Colours(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, tiles_C3SS: Tensor) -> Tensor:
-        """Normalised tiles to (C, 3, S, S) in [0, 1]."""
+        """Return (C, 3, S, S) in [0, 1] of normalised tiles."""
         return (tiles_C3SS * self.std + self.mean).clamp(0, 1)
 
 
 class StainMaps(nn.Module):
-    """Where each stain is: (C, 3, S, S) optical density to (C, M, S, S) in [0, 1].
+    """A module from optical density (C, 3, S, S) to a map of each stain (C, M, S, S) in [0, 1].
 
     Args:
         stains: keys of `STAINS`, M of them.
         device: where the tiles will be.
-        dtype: theirs.
+        dtype: of the tiles.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class StainMaps(nn.Module):
         self.register_buffer("amount_3M", amount_3M, persistent=False)
 
     def forward(self, density_C3SS: Tensor) -> Tensor:
-        """Each stain's amount over its own 99th percentile within the tile."""
+        """Return each stain's amount divided by its 99th percentile within the tile."""
         weighed = density_C3SS[:, :, None] * self.amount_3M[:, :, None, None]
         amount_CMSS = weighed.sum(1).clamp(min=0)  # no matmul: autocast would round it to bf16
         flat_CMP = amount_CMSS.flatten(2)
@@ -84,14 +83,14 @@ class StainMaps(nn.Module):
 
 
 def optical_density(rgb_C3SS: Tensor) -> Tensor:
-    """Minus log10 of the light that comes through: 0 on glass, 2.4 where there is none."""
+    """Return minus log10 of transmitted light: 0 on glass, 2.4 for the darkest pixel."""
     return -rgb_C3SS.clamp(DARKEST, 1).log10()
 
 
 def stem(width: int, **kwargs: Any) -> nn.Sequential:
-    """Three strided 3 x 3 convolutions, (C, 3, S, S) to (C, width, S / 16, S / 16).
+    """Return three strided 3 x 3 convolutions, (C, 3, S, S) to (C, width, S / 16, S / 16).
 
-    Their norms are over channels and places of one tile.
+    Their norms are taken over channels and positions of one tile.
     """
     sizes = (3, width // 4, width // 2, width)
     layers: list[nn.Module] = []
@@ -105,6 +104,6 @@ def stem(width: int, **kwargs: Any) -> nn.Sequential:
 
 
 def placed(vit: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a model's weights, for what is put beside them."""
+    """Return device and dtype of a model's weights, as keyword arguments for new modules."""
     weight = vit.patch_embed.proj.weight
     return {"device": weight.device, "dtype": weight.dtype}

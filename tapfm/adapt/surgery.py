@@ -1,8 +1,8 @@
-"""What strategies do to a timm ViT: freeze it, find its parts, say what is left to learn.
+"""Parts that strategies share: freezing a timm ViT, finding its layers, counting what learns.
 
-Nothing is replaced. What a strategy adds are parameters below the module they adapt and a hook that
-uses them, so timm's names stay timm's, blocks can still be recomputed, and the tap still reads the
-q and k that the last block goes on to use.
+No module is replaced. A strategy adds parameters below the module they adapt and a hook that uses
+them, so timm's names stay, blocks can still be recomputed, and the tap reads the q and k that the
+last block uses.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slides.errors import SettingsError
 from tapfm.adapt.parameter_groups import parameter_groups
 
 
-class StrategyError(ValueError):
+class StrategyError(SettingsError):
     """A strategy cannot be configured, or cannot be used with this model, as asked."""
 
 
 class Inserted:
-    """A strategy that leaves the model frozen and puts in modules that no plain timm model has."""
+    """Base of strategies that freeze the model and insert modules no plain timm model has."""
 
     name: ClassVar[str]
-    """As users give it."""
+    """Name that users give."""
     adds: ClassVar[str]
-    """What it puts in, for messages."""
+    """What it inserts, for messages."""
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """All that was put in; prompts, biases and norms without weight decay."""
+        """Return groups of all inserted parameters; prompts, biases, norms without weight decay."""
         return parameter_groups(vit.named_parameters(), lr, weight_decay)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """There is none.
+        """Raise: a plain timm model cannot hold the inserted modules.
 
         Raises:
             StrategyError: always.
@@ -48,20 +49,20 @@ class Inserted:
 
 
 def train_only(vit: nn.Module, learns: Callable[[str], bool]) -> None:
-    """Freeze every parameter but those whose name is chosen."""
+    """Freeze every parameter except those for whose name `learns` returns True."""
     for name, parameter in vit.named_parameters():
         parameter.requires_grad_(learns(name))
 
 
 def share(vit: nn.Module) -> str:
-    """`786,432 of 304,137,216 parameters (0.26 %)`: those that learn, of all."""
+    """Return trainable and all parameters as text: `786,432 of 304,137,216 parameters (0.26 %)`."""
     every = sum(p.numel() for p in vit.parameters())
     learn = sum(p.numel() for p in vit.parameters() if p.requires_grad)
     return f"{learn:,} of {every:,} parameters ({100 * learn / every:.2g} %)"
 
 
 def timm_state(vit: nn.Module, added: str) -> dict[str, Tensor]:
-    """The state dict without what a strategy added: keys with a part that starts with `added`."""
+    """Return the state dict without keys that have a part starting with `added`."""
     return {
         key: value
         for key, value in vit.state_dict().items()
@@ -70,10 +71,10 @@ def timm_state(vit: nn.Module, added: str) -> dict[str, Tensor]:
 
 
 def last_blocks(vit: nn.Module, n: int, strategy: str) -> list[nn.Module]:
-    """The last n blocks; 0 is all of them.
+    """Return the last n blocks; 0 is all of them.
 
     Raises:
-        StrategyError: there are not as many, or none in one row.
+        StrategyError: there are fewer, or the model has no sequence of blocks.
     """
     need_vit(vit, strategy)
     if n > len(vit.blocks):
@@ -85,7 +86,7 @@ def last_blocks(vit: nn.Module, n: int, strategy: str) -> list[nn.Module]:
 
 
 def need_vit(vit: nn.Module, strategy: str) -> None:
-    """Refuse what has no one row of blocks behind a CLS token.
+    """Raise unless the model has one sequence of blocks and a CLS token.
 
     Raises:
         StrategyError: the model is another kind of encoder.
@@ -98,7 +99,7 @@ def need_vit(vit: nn.Module, strategy: str) -> None:
 
 
 def new_prompts(vit: nn.Module, rows: int, n: int) -> nn.Parameter:
-    """Prompt tokens (rows, n, D), uniform within sqrt(6 / (3 p^2 + D)).
+    """Return new prompt tokens (rows, n, D), uniform within sqrt(6 / (3 p^2 + D)).
 
     Source: Jia et al. 2022 (VPT, arXiv 2203.12119), the released initialisation.
     """
@@ -109,10 +110,10 @@ def new_prompts(vit: nn.Module, rows: int, n: int) -> nn.Parameter:
 
 
 def hold_prompts(vit: nn.Module, n: int) -> None:
-    """Make room for n prompts behind the prefix tokens of every block.
+    """Reserve columns for n prompts behind the prefix tokens of every block.
 
-    RoPE and the tap are told where the patches begin, and behind the last block the prompts are
-    taken out, so that whatever pools the tokens never sees one. Who calls this puts them in.
+    RoPE and the tap learn where the patches begin, and behind the last block the prompts are taken
+    out, so that no pooling sees them. The caller inserts the prompts.
     """
     prefix = vit.num_prefix_tokens
     for block in vit.blocks:
@@ -126,18 +127,18 @@ def _take_prompts(prefix: int, first_patch: int, _norm: nn.Module, args: tuple) 
 
 
 def mlp_linears(block: nn.Module) -> list[nn.Linear]:
-    """fc1 and fc2, or those of a SwiGLU: all linear layers of a block's MLP."""
+    """Return all linear layers of a block's MLP: fc1 and fc2, or those of a SwiGLU."""
     return [m for m in block.mlp.children() if isinstance(m, nn.Linear)]
 
 
 def qkv_linears(block: nn.Module, strategy: str) -> list[nn.Linear]:
-    """The fused qkv projection, or q, k and v where they are apart; callable, so hooks see them.
+    """Return the fused qkv projection, or q, k and v where separate, so that hooks see them.
 
-    An Eva attention with a bias hands the weight of its qkv to a function and never calls the
-    module; it is told to add the bias apart, which is the same sum.
+    An Eva attention with a bias passes its qkv weight to a function and never calls the module;
+    `qkv_bias_separate` makes it call the module and add the bias afterwards, the same sum.
 
     Raises:
-        StrategyError: an attention of another make.
+        StrategyError: the attention has no such layers.
     """
     attn = block.attn
     if getattr(attn, "q_bias", None) is not None:

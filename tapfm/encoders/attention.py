@@ -29,13 +29,15 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from slides.errors import SettingsError
 
-class NoClsAttentionError(ValueError):
-    """The model has no CLS row to read: it can be trained with learned attention only."""
+
+class NoClsAttentionError(SettingsError):
+    """The model has no CLS row to read; it can only be trained with learned attention."""
 
 
 def cls_row(q_CHNE: Tensor, k_CHNE: Tensor, scale: float) -> Tensor:
-    """Logits of the CLS row (C, H, N), in float32 or better."""
+    """Return the logits of the CLS row (C, H, N), in float32 or better."""
     dtype = torch.promote_types(q_CHNE.dtype, torch.float32)
     with torch.autocast(q_CHNE.device.type, enabled=False):
         q_CH1E = q_CHNE[:, :, :1].to(dtype)
@@ -43,19 +45,19 @@ def cls_row(q_CHNE: Tensor, k_CHNE: Tensor, scale: float) -> Tensor:
 
 
 def prefix_mass(logits_CHN: Tensor, prefix: int) -> Tensor:
-    """Attention on the first `prefix` columns, averaged over heads: (C,), 0 to 1."""
+    """Return the attention on the first `prefix` columns, averaged over heads: (C,), 0 to 1."""
     prefix_CH = logits_CHN[..., :prefix].logsumexp(-1)
     return (prefix_CH - logits_CHN.logsumexp(-1)).exp().mean(1)
 
 
 class ClsTap:
-    """Reads the CLS row of a model's last block during its forward pass.
+    """Hooks that read the CLS row of a model's last block during its forward pass.
 
     Args:
         vit: a timm VisionTransformer or Eva with a CLS token.
 
     Raises:
-        NoClsAttentionError: the model has none, or its attention is of another make.
+        NoClsAttentionError: no CLS token, or the attention has no q_norm and k_norm.
     """
 
     def __init__(self, vit: nn.Module):
@@ -67,7 +69,7 @@ class ClsTap:
             raise NoClsAttentionError(
                 f"{name}: the last block has no CLS attention row to score tiles by "
                 "(no CLS token, or an attention without q_norm and k_norm). "
-                "Use a ViT with a CLS token."
+                "Use a ViT with a CLS token, or the aggregator `gated`."
             )
         self.attn, self.prefix = attn, int(vit.num_prefix_tokens)
         self.scale: float = attn.scale
@@ -85,21 +87,21 @@ class ClsTap:
 
     def _see(self, name: str, _module: nn.Module, _args: tuple, out: Tensor) -> None:
         setattr(self, name, out)
-        self.row = None  # of an earlier pass, should nobody have taken it
+        self.row = None  # drop a row of an earlier pass that was not taken
 
     @property
     def first_patch(self) -> int:
-        """Column of the first patch token, behind the prefix and any prompts (see vpt_deep)."""
+        """Return the column of the first patch token, behind prefix tokens and prompts."""
         return getattr(self.attn, "num_prefix_tokens", self.prefix)
 
     def take_row(self) -> Tensor:
-        """Logits of the CLS row (C, H, N) of the forward pass just made; lets its tensors go."""
+        """Return the CLS row's logits (C, H, N) of the last pass and release its tensors."""
         row_CHN = self.make_row() if self.row is None else self.row
         self.row = None
         return row_CHN
 
     def make_row(self) -> Tensor:
-        """The row of the q and k just seen, for who needs it before that (`encoders.tail`)."""
+        """Return the CLS row of the q and k just recorded, during the pass (`encoders.tail`)."""
         q_CHNE, k_CHNE, rope = self.q, self.k, self.rope
         self.q = self.k = self.rope = None  # or a chunk's q and k would outlive their graph
         if rope is not None:
@@ -110,9 +112,9 @@ class ClsTap:
         return self.row
 
     def take_score(self) -> Tensor:
-        """Score (C,) of the forward pass just made: minus the mass on prefix tokens, float32.
+        """Return the score (C,), minus the mass on prefix tokens, of the last pass; float32.
 
-        Prompts that a strategy put between prefix and patches are no part of the row.
+        Columns of prompts that a strategy put between prefix and patches are left out.
         """
         row_CHN, first = self.take_row(), self.first_patch
         if first > self.prefix:

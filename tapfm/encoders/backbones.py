@@ -1,9 +1,9 @@
-"""How a foundation model is built, loaded and called. What there is stands in `encoders.registry`.
+"""Finds, builds, loads and calls a foundation model; the models are listed in `encoders.registry`.
 
-Nothing is fetched unasked: weights come from a local file or folder, from the package (the demo
-encoder), or, with `weights="hub"`, from the model's publisher. Its licence and gate are printed
-whenever weights are loaded (`encoders.checkpoints` reads them), and what does not fit the row
-exactly is refused.
+Nothing is downloaded unasked: weights come from a local file or folder, from the package (the demo
+encoder), or, with `weights="hub"`, from the model's publisher. The licence and gate are printed
+whenever weights are loaded (`encoders.checkpoints` reads them), and weights that do not fit the row
+exactly are refused.
 
 Shapes: C tiles of a chunk, S pixels a side, D features, N tokens.
 """
@@ -35,12 +35,12 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared: letters and digits alone."""
+    """Return a name as it is compared: lower-case letters and digits alone."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _names() -> Mapping[str, Backbone]:
-    """Every spelling of every model: its key, aliases and source, each feature's suffix behind."""
+    """Return every spelling of every model (key, aliases, source, feature suffixes) and its row."""
     names = {}
     for row in ROWS:
         hub = [row.source, row.source.partition(":")[2]] if row.source != "package" else []
@@ -54,7 +54,7 @@ def _names() -> Mapping[str, Backbone]:
 
 
 def _with_feature(row: Backbone, feature: str) -> Backbone:
-    """The same model read another way, without a head that then has no use."""
+    """Return the row that takes another feature of the same weights, without an unused head."""
     other = replace(row, key=f"{row.key}_{feature.replace('+', '_')}", feature=feature)
     if row.head is None:
         return other
@@ -73,7 +73,7 @@ NAMES = _names()
 
 
 def find(key: str) -> Backbone:
-    """The row of a model.
+    """Return the row of a model.
 
     Args:
         key: a key, alias or hub id, in any case and with any separators; `-cls` or `-cls-mean`
@@ -87,16 +87,16 @@ def find(key: str) -> Backbone:
         return row
     for name, reason in LEFT_OUT.items():
         if _plain(name) == _plain(key):
-            raise BackboneError(f"model: {key} is known and left out: {reason}")
+            raise BackboneError(f"model: {key} is known and left out: {reason}. Choose another.")
     raise BackboneError(f"model: {key!r} is none of {', '.join(BACKBONES)}")
 
 
 class Encoder(nn.Module):
-    """A foundation model as tapfm sees it: uint8 tiles in, features and raw scores out.
+    """A foundation model with one interface: uint8 tiles in, features and raw scores out.
 
     Args:
         vit: the timm model.
-        row: its row.
+        row: its row of the registry.
         recompute: keep only block boundaries for backward (activation checkpointing). The last
             block is cheap and always kept, so that its q and k keep their graph.
         tail: compute the last block for the CLS token alone where nothing else is read
@@ -115,12 +115,14 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
-        # where timm says it: strategies that look at the tile's colours take it back
+        # kept where timm keeps it: strategies that use the tile's colours undo the normalisation
         vit.pretrained_cfg = {**vit.pretrained_cfg, "mean": row.stats[0], "std": row.stats[1]}
         # None: no CLS token, no score; such a model is trained with learned attention
         self.tap = ClsTap(vit) if row.prefix_tokens else None
         self.tail: ClsTail | None = None
-        self.no_tail = f"the feature is {row.feature}" if row.feature != "cls" else "not asked for"
+        self.no_tail = (
+            f"the feature is {row.feature}" if row.feature != "cls" else "it was not asked for"
+        )
         if self.tap and row.feature == "cls" and tail:
             self.tail, self.no_tail = find_tail(vit, self.tap)
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
@@ -135,11 +137,11 @@ class Encoder(nn.Module):
 
     @property
     def tile_px(self) -> int:
-        """Side of the tiles it was built for."""
+        """Return the side in pixels of the tiles it was built for."""
         return self.vit.patch_embed.img_size[0]
 
     def require_score(self, asked_by: str) -> None:
-        """Refuse what needs the CLS score of a model that has none.
+        """Raise if the model has no CLS score, which `asked_by` needs.
 
         Raises:
             NoClsAttentionError: no CLS attention; the message says what can be used.
@@ -152,48 +154,47 @@ class Encoder(nn.Module):
             )
 
     def normalise(self, tiles_CP: Tensor) -> Tensor:
-        """Tiles of 0 to 255, uint8 or float, as the model's publisher feeds it."""
+        """Return tiles of 0 to 255, uint8 or float, normalised as the publisher does."""
         return (tiles_CP.to(self.mean.dtype) - self.mean) / self.std
 
     def encode(self, tiles_CP: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
+        """Return features (C, D) and raw scores (C,) of uint8 tiles on any device."""
         with self.autocast(precision):
             return self(tiles_CP.to(self.mean.device, non_blocking=True))
 
     def sized(self, encode: Encode, chunk: int) -> Encode:
-        """`encode`, with chunks filled up to `chunk` tiles where compiled blocks want one shape."""
+        """Return `encode`, with chunks filled up to `chunk` tiles if blocks are compiled."""
         return padded(encode, chunk) if self.compiled else encode
 
     def autocast(self, precision: str) -> torch.autocast:
-        """For one call, each call its own.
+        """Return a new autocast context; one is made for each call.
 
-        So its cache of cast weights neither outlives an optimizer step, which would make them
-        stale, nor spans a pass without and one with a graph, which would leave parameters without
-        gradient.
+        A longer context would cache cast weights: across an optimizer step they would be stale,
+        and across a pass without and one with a graph parameters would get no gradient.
         """
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
         enabled = precision in ("fp16", "bf16")
         return torch.autocast(self.mean.device.type, dtype, enabled=enabled)
 
     def forward(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
-        """Features z (C, D) and raw scores (C,), in float32 or better whatever the autocast.
+        """Return features (C, D) and raw scores (C,), in float32 or better under any autocast.
 
-        Scores are 0, without a graph, where the model has none.
+        Scores are 0, without a graph, if the model has no CLS token.
         """
         with self.reading():
             tokens = self.vit.forward_features(self.pixels(tiles_CP))
         return self.read(tokens)
 
     def reading(self) -> AbstractContextManager:
-        """Inside, the last block computes what `read` takes, and no more."""
+        """Return a context in which the last block computes only what `read` needs."""
         return self.tail or nullcontext()
 
     def pixels(self, tiles_CP: Tensor) -> Tensor:
-        """What the model takes."""
+        """Return normalised tiles in the dtype of the model's weights."""
         return self.normalise(tiles_CP).to(self.vit.patch_embed.proj.weight.dtype)
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and raw scores from the tokens behind the final norm."""
+        """Return features and raw scores from the tokens behind the final norm."""
         if self.row.feature == "mean":
             z_CD = self.vit.forward_head(tokens, pre_logits=True)
         elif self.row.feature == "head":
@@ -209,19 +210,19 @@ class Encoder(nn.Module):
 
 
 def blocks(vit: nn.Module) -> Sequence[nn.Module]:
-    """A model's blocks in order, over all stages where it has several."""
+    """Return a model's blocks in order, over all stages of a Swin."""
     if hasattr(vit, "blocks"):
         return vit.blocks
     return [block for stage in vit.layers for block in stage.blocks]
 
 
 def _recompute(block: nn.Module) -> None:
-    # the instance's, so keys stay timm's; a partial, so that a copied block recomputes its own
+    # set on the instance, so keys stay timm's; a partial, so that a copied block calls its own
     block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module:
-    """The bare timm model with fresh weights (on the meta device inside `torch.device("meta")`).
+    """Return the timm model with fresh weights (on the meta device inside `torch.device("meta")`).
 
     Args:
         row: which model.
@@ -255,7 +256,7 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
 
 
 class _RatesOnCpu(TorchFunctionMode):
-    """Older timm (1.0.20) reads drop-path rates off a tensor, which has none on the meta device."""
+    """Keeps linspace on the CPU: timm 1.0.20 reads drop-path rates from it, even on meta."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -273,7 +274,7 @@ def load(
     compiled: bool = False,
     drop_path: float = 0.0,
 ) -> Encoder:
-    """An encoder with its weights; prints where they are from, their licence and gate.
+    """Return an encoder with its weights; print their source, licence and gate.
 
     Args:
         key: a model of the registry, see `find`.
@@ -294,7 +295,9 @@ def load(
         if row.source != "package" and weights is not None:
             print(f"{row.key}: {row.terms}", file=sys.stderr)
         state = read_weights(row, weights)
-    vit = build(row, tile_px, drop_path_rate=drop_path)  # said even if 0: some have a default
+    vit = build(
+        row, tile_px, drop_path_rate=drop_path
+    )  # given even if 0: some models have a default
     if state is not None:
         load_state(vit, row, state)
     encoder = Encoder(vit, row, recompute=recompute, compiled=compiled)
@@ -307,7 +310,7 @@ def load(
 
 
 def _parts(state: Mapping[str, Tensor], row: Backbone) -> Mapping[str, Tensor]:
-    """The parts of a publisher's model that its row is made of, by our names."""
+    """Return the parts of a publisher's model that the row uses, under our names."""
     if not any(key.startswith(theirs) for theirs, _ in row.parts for key in state):
         return state
     named = {
@@ -321,10 +324,10 @@ def _parts(state: Mapping[str, Tensor], row: Backbone) -> Mapping[str, Tensor]:
 
 
 def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> None:
-    """Load a publisher's state dict strictly, resampling position embeddings where sizes differ.
+    """Load a publisher's state dict strictly; position embeddings are resampled to the tile size.
 
     Raises:
-        BackboneError: the weights are another model's; the message names the first differences.
+        BackboneError: the weights belong to another model; the message names differences.
     """
     timms = sys.modules[
         type(vit).__module__

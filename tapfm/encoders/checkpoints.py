@@ -1,9 +1,9 @@
-"""Where a model's weights come from, and what is in the file.
+"""Reads a model's weights: from the package, a local file or folder, or the publisher's hub.
 
-From the package (the demo encoder), a local file or folder, or, when asked to, the publisher. A
-file is safetensors, or a torch checkpoint that is read without running code from it. timm's own
-layout, DINOv2's and that of Hugging Face's `transformers` are understood, whatever a trainer wraps
-around them; whether they fit the model is for `encoders.backbones` to say.
+A file is safetensors, or a torch checkpoint that is read without running code from it; the hub is
+asked only if the user says so. timm's own layout, DINOv2's and that of Hugging Face's
+`transformers` are understood, inside whatever outer keys a trainer adds. Whether the weights fit
+the model is checked in `encoders.backbones`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slides.errors import SettingsError
 from tapfm.encoders.registry import Backbone
 from tapfm.encoders.transformers_layout import is_transformers, to_timm
 
 PACKAGED = Path(__file__).parent / "weights"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-UNUSED = ("mask_token", "head.", "pooler.")  # of pretraining and classification
+UNUSED = ("mask_token", "head.", "pooler.")  # used in pretraining and classification only
 WRAPPERS = ("teacher", "state_dict", "model", "module")  # outer keys, the best network first
 PREFIXES = ("encoder.vit.", "module.", "backbone.", "visual.trunk.")
 
 
-class BackboneError(ValueError):
+class BackboneError(SettingsError):
     """A model cannot be built or loaded as asked."""
 
 
 def read_weights(row: Backbone, weights: str | None) -> Mapping[str, Any]:
-    """What the weights' file holds, as it is.
+    """Return the content of the weights' file, unchanged.
 
     Args:
         row: which model.
-        weights: as in `backbones.load`, but for `random`.
+        weights: as in `backbones.load`, except `random`.
 
     Raises:
-        BackboneError: none given, not there, not to be opened, or not to be had.
+        BackboneError: no weights given, no such file, or one that cannot be read or fetched.
     """
     if weights == "hub":
         return _fetch(row, row.source)
@@ -59,7 +60,7 @@ def read_weights(row: Backbone, weights: str | None) -> Mapping[str, Any]:
 
 
 def _checkpoint_in(row: Backbone, folder: Path) -> Path:
-    """The one checkpoint of a folder."""
+    """Return the one checkpoint of a folder."""
     for name in _hub_files(row):
         if (folder / name).is_file():
             return folder / name
@@ -70,7 +71,7 @@ def _checkpoint_in(row: Backbone, folder: Path) -> Path:
         if files:
             raise BackboneError(
                 f"{row.key}: {folder} has {len(files)} checkpoints: "
-                f"{', '.join(path.name for path in files[:5])}. Give the one that is meant."
+                f"{', '.join(path.name for path in files[:5])}. Give the path of one of them."
             )
     raise BackboneError(
         f"{row.key}: {folder} has no checkpoint: no file ending in .safetensors or "
@@ -82,7 +83,7 @@ def _read(row: Backbone, file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise BackboneError(
             f"{row.key}: {file} is neither a checkpoint (.safetensors, {', '.join(PICKLED)}) "
-            "nor a folder with one: there is no such file."
+            "nor a folder with one: there is no such file. Correct model.weights."
         )
     try:
         if file.suffix == ".safetensors":
@@ -90,7 +91,7 @@ def _read(row: Backbone, file: Path) -> Mapping[str, Any]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from it
-    except Exception as error:  # of many undocumented kinds
+    except Exception as error:  # many undocumented kinds
         why = str(error).partition("\n")[0]
         way_out = "Fetch it again, or give another file."
         if file.suffix != ".safetensors":
@@ -100,17 +101,19 @@ def _read(row: Backbone, file: Path) -> Mapping[str, Any]:
             )
         raise BackboneError(f"{row.key}: {file} cannot be read: {why}. {way_out}") from error
     if not isinstance(state, Mapping):
-        raise BackboneError(f"{row.key}: {file} holds a {type(state).__name__}, not a state dict.")
+        raise BackboneError(
+            f"{row.key}: {file} holds a {type(state).__name__}, not a state dict. Give another."
+        )
     return state
 
 
 def _hub_files(row: Backbone) -> tuple[str, ...]:
-    """Names a checkpoint may have at the publisher's, the likeliest first."""
+    """Return the names a checkpoint may have at its publisher, the likeliest first."""
     return (*([row.file] if row.file else []), "model.safetensors", "pytorch_model.bin")
 
 
 def _fetch(row: Backbone, source: str) -> Mapping[str, Any]:
-    """The publisher's checkpoint, from the hub or the cache it was put in."""
+    """Return the publisher's checkpoint, from the hub or its local cache."""
     from huggingface_hub import errors, get_token, hf_hub_download
 
     if source == "package":
@@ -145,7 +148,7 @@ def _fetch(row: Backbone, source: str) -> Mapping[str, Any]:
 
 
 def bare(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """A state dict without what trainers wrap around one: outer keys, prefixes, other networks."""
+    """Return a state dict without a trainer's outer keys, prefixes and other networks."""
     for outer in WRAPPERS:
         if isinstance(state.get(outer), Mapping):
             return bare(state[outer])

@@ -1,19 +1,19 @@
-"""Blocks compiled by torch.compile, and chunks of one shape for them.
+"""Blocks compiled by torch.compile, and chunks filled up to one shape for them.
 
-A compiled block is made for the shape it first sees, and a slide's last chunk is short. So chunks
-are filled up to the full number of tiles, and what is computed of the fillers is dropped: no tile
-looks at another, so the others' numbers are what they were.
+A compiled block serves one input shape, and a slide's last chunk is short. So chunks are filled up
+to the full number of tiles and the fillers' results are dropped; tiles do not see each other, so
+the results of the others stay the same.
 
-    compile_blocks(vit)                 before the first call, after that nothing may be hooked on
-    padded(encode, chunk)(tiles)        features and scores of the tiles given
+    compile_blocks(vit)                 before the first call; no hooks may be added afterwards
+    padded(encode, chunk)(tiles)        features and scores of the given tiles
 
-All blocks but the last are compiled, each for itself: they are alike, so it is done once for all.
-The last is cheap (`encoders.tail`), and its q and k are read while it runs. Whatever strategies put
+All blocks but the last are compiled one by one; being alike, they share the compiled code. The
+last is cheap (`encoders.tail`), and its q and k are read while it runs. Whatever strategies insert
 into a block is compiled with it; recomputed blocks are compiled and then recomputed.
 
-Price: the first slide waits for the compiler, a minute or so; the fillers of the last chunk are
-computed. Condition: a C++ compiler on a CPU, Triton's own needs on a GPU.
-Differs: dropout draws for the fillers too, so its noise has the same distribution and other values.
+Price: the first slide waits a minute or so for the compiler; the last chunk's fillers are computed.
+Condition: a C++ compiler on a CPU; what Triton needs on a GPU.
+Differs: dropout draws for the fillers too, so its noise has the same distribution, other values.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Encoded = tuple[Tensor, Tensor]
 
 
 class CompilerError(RuntimeError):
-    """Blocks cannot be compiled here."""
+    """torch.compile does not work on this machine."""
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile each block's forward, in place, at its first call.
+    """Compile each block's forward in place, at its first call.
 
-    The class's forward, bound by a partial: so keys stay timm's, a copied block computes with its
-    own weights, and all blocks share what was compiled.
+    The class's forward is compiled and bound by a partial, so keys stay timm's, a copied block
+    uses its own weights, and all blocks share the compiled code.
     """
     config = torch._dynamo.config
     # drop-path's rate differs from block to block, and is compiled in
@@ -53,25 +53,25 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
 
 
 def need_compiler(device: torch.device) -> None:
-    """Compile something small, so that what is missing is said before the first slide.
+    """Compile a small function, to find what is missing before the first slide.
 
     Raises:
-        CompilerError: it failed.
+        CompilerError: compilation failed; the message says what is needed.
     """
     try:
         probe = torch.compile(lambda x: (x * 2).sin().sum(), backend=BACKEND)
         probe(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: no compiler, one that fails, no Triton
-        said = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         need = "a C++ compiler (g++ or clang++)" if device.type == "cpu" else "Triton and gcc"
         raise CompilerError(
-            f"model.compile: torch's {BACKEND} cannot compile for {device.type} here: {said}. "
+            f"model.compile: torch's {BACKEND} cannot compile for {device.type} here: {reason}. "
             f"It needs {need}. Install that, or leave model.compile out."
         ) from error
 
 
 def padded(encode: Callable[[Tensor], Encoded], size: int) -> Callable[[Tensor], Encoded]:
-    """`encode`, given `size` tiles or more each time: where there are fewer, the first again."""
+    """Return `encode` with chunks filled up to `size` tiles by repeating the first tile."""
 
     def encode_full(tiles_CP: Tensor) -> Encoded:
         there = len(tiles_CP)

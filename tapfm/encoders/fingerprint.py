@@ -1,14 +1,14 @@
-"""A short name for what an encoder computes, so that two people can say whether theirs is the same.
+"""A short hash of what an encoder computes, to tell whether two encoders are the same.
 
-It is the hash of the features of a known tile, rounded, and stands in the header of a run's
-weights, in every feature file and in what `tapfm doctor` prints. It tells weights, normalisation,
-feature and tile size; how a file stores the weights, the machine and the attention kernel do not
-change it, for it is taken in float64, where machines agree to some 1e-12 and hardly a number comes
-near the edge of its rounding.
+It is the hash of the rounded features of a known tile. It stands in the header of a run's weights,
+in every feature file and in the output of `tapfm doctor`. It depends on weights, normalisation,
+feature and tile size; not on how a file stores the weights, the machine or the attention kernel,
+because it is computed in float64, where machines agree to about 1e-12 and values hardly ever lie
+at the edge of rounding.
 
 Price: one tile through the model in float64: seconds, and 8 bytes a parameter. Condition: position
-embeddings that were resampled for another tile size carry float32's rounding, by which two machines
-may now and then differ.
+embeddings resampled for another tile size carry float32's rounding, so two machines may rarely
+differ.
 
 Shapes: C tiles, S side of a tile, D features.
 """
@@ -29,7 +29,7 @@ ROUNDING = 1e-4  # features are of order 1; float64 machines differ by far less
 
 
 def state_fingerprint(row: Backbone, state: Mapping[str, Tensor], tile_px: int) -> str:
-    """Of plain timm weights, on the CPU and in a model of its own: nothing given is changed."""
+    """Return the fingerprint of plain timm weights, computed on the CPU in a new model."""
     with torch.random.fork_rng(devices=[]):  # building draws numbers that training is to draw
         vit = build(row, tile_px)
     load_state(vit, row, {name: value.detach().cpu() for name, value in state.items()})
@@ -38,10 +38,10 @@ def state_fingerprint(row: Backbone, state: Mapping[str, Tensor], tile_px: int) 
 
 @torch.no_grad()
 def fingerprint(encoder: Encoder) -> str:
-    """The start of a sha256 of rounded features of a known tile. Turns the model to float64.
+    """Return 16 hex digits of the sha256 of a known tile's rounded features.
 
     Args:
-        encoder: in eval mode, on the CPU.
+        encoder: in eval mode, on the CPU; it is turned to float64 in place.
     """
     z_CD, _ = encoder.double()(known_tiles(1, encoder.tile_px))
     rounded = (z_CD / ROUNDING).round().to(torch.int64).numpy().astype("<i8")
@@ -49,7 +49,7 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def known_tiles(tiles: int, side: int) -> Tensor:
-    """Tiles (C, 3, S, S) that are the same everywhere: integer arithmetic, no random numbers."""
+    """Return tiles (C, 3, S, S), equal on every machine: integer arithmetic, no random numbers."""
     c, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
     wave = (x * x + 3 * y * y + x * y * (channel + 1)) // 61 + 37 * channel + 101 * c
     checks = 64 * ((x // 16 + y // 16 + c) % 2)

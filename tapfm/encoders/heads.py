@@ -1,7 +1,7 @@
-"""What stands behind the final norm of models whose feature is not a token: timm has neither.
+"""Heads behind the final norm for models whose feature is not a token; timm has neither.
 
-    Projection      KEEP: the CLS token through two linear layers, of length 1
-    AttentionPool   CONCH v1.5: one query looks at all tokens
+    Projection      KEEP: the CLS token through two linear layers, normalised to length 1
+    AttentionPool   CONCH v1.5: one learned query attends to all tokens
 
 Both take the tokens behind the final norm and are the model's `head`; the registry names them.
 
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Sequential):
-    """KEEP's: Linear, GELU, Linear, then length 1."""
+    """KEEP's head: Linear, GELU, Linear on the CLS token, normalised to length 1."""
 
     def __init__(self, width: int, dim: int):
         super().__init__(nn.Linear(width, dim), nn.GELU(), nn.Linear(dim, dim))
 
     def forward(self, tokens_CND: Tensor) -> Tensor:
-        """Tokens (C, N, D) to features (C, E)."""
+        """Return features (C, E) of tokens (C, N, D)."""
         return F.normalize(super().forward(tokens_CND[:, 0]), dim=-1)
 
 
 class AttentionPool(nn.Module):
-    """CONCH v1.5's: a learned query's attention over all tokens, CLS among them, and a norm."""
+    """CONCH v1.5's head: a learned query attends to all tokens, CLS included; then a norm."""
 
     def __init__(self, width: int, dim: int, heads: int = 8):
         super().__init__()
@@ -43,7 +43,7 @@ class AttentionPool(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, tokens_CND: Tensor) -> Tensor:
-        """Tokens (C, N, D) to features (C, E)."""
+        """Return features (C, E) of tokens (C, N, D)."""
         q_1E = self.to_q(self.ln_q(self.query))
         k_CNE, v_CNE = self.to_kv(self.ln_k(tokens_CND)).chunk(2, dim=-1)
         q_CH1, k_CHN, v_CHN = (

@@ -1,10 +1,10 @@
-"""The foundation models: one frozen row each, and nothing else. Loading is `encoders.backbones`.
+"""The foundation models, one frozen row each; `encoders.backbones` loads them.
 
-Adding a model is adding a row to `ROWS`; a test builds it on the meta device and holds it to its
+Adding a model is adding a row to `ROWS`; a test builds it on the meta device and compares its
 parameters, prefix tokens and width. `LEFT_OUT` names models that users ask for and that have no
 row, each with the reason.
 
-Toolkits disagree on what some names mean. A row says what it means here, and its `note` who means
+Toolkits disagree on some names. A row says what its name means here, and its `note` who uses it for
 something else. `find` in `encoders.backbones` takes `<key>-cls` and `<key>-cls-mean` for the other
 feature of the same weights.
 
@@ -43,7 +43,7 @@ FEATURES = ("cls", "cls+mean", "mean", "head")
 
 @dataclass(frozen=True)
 class Backbone:
-    """One model: what it is, how to build it, how its publisher uses it."""
+    """A model: how to build it, and how its publisher uses it."""
 
     key: str
     """The name users type; case, `-`, `_` and `.` do not matter."""
@@ -56,7 +56,7 @@ class Backbone:
     prefix_tokens: int
     """CLS and registers, in front of the patch tokens; 0 where there is no CLS token."""
     parameters: int
-    """At `tile_px`, to the digit."""
+    """Number of parameters at `tile_px`, exact."""
     licence: str
     tile_px: int = 224
     """Side of the tile the model sees."""
@@ -68,37 +68,37 @@ class Backbone:
     stats: tuple[Triple, Triple] = IMAGENET
     """Mean and standard deviation of its inputs."""
     precision: str = "fp32"
-    """What its publisher extracts features in: `fp32`, `fp16` or `bf16`."""
+    """Precision in which its publisher extracts features: `fp32`, `fp16` or `bf16`."""
     gated: bool = False
-    """Whether the publisher asks to accept a licence first."""
+    """Whether a licence must be accepted at the publisher first."""
     aliases: tuple[str, ...] = ()
     """Other names that users know."""
     file: str | None = None
-    """The weights' file at the source, where it has no usual name."""
+    """The weights' file at the source, if its name is unusual."""
     note: str = ""
     """What other toolkits mean by the name, where they disagree."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from the architecture's defaults."""
+    """Arguments that differ from the timm architecture's defaults."""
     head: tuple[type[nn.Module], int] | None = None
-    """Of `encoders.heads`, and the width of its feature; behind timm's model, as its `head`."""
+    """A class of `encoders.heads` and the width of its feature; becomes the model's `head`."""
     parts: tuple[tuple[str, str], ...] = ()
-    """Beginnings of the publisher's names, and ours; other names are of networks not used here."""
+    """Prefixes of the publisher's keys, and ours; other keys belong to networks not used here."""
 
     @property
     def dim(self) -> int:
-        """Width of the feature the publisher prescribes."""
+        """Return the width of the feature that `feature` chooses."""
         if self.feature == "head":
             return self.head[1]
         return self.width * (2 if self.feature == "cls+mean" else 1)
 
     @property
     def page(self) -> str:
-        """Where the publisher has the model, its licence and its gate."""
+        """Return the address of the publisher's page, with licence and gate."""
         return f"https://huggingface.co/{self.source.partition(':')[2]}"
 
     @property
     def terms(self) -> str:
-        """Licence and gate, in a line."""
+        """Return source, licence and gate in a line."""
         gate = f", gated: accept it at {self.page}" if self.gated else ""
         return f"{self.source}, licence {self.licence}{gate}"
 
@@ -336,4 +336,4 @@ LEFT_OUT: Mapping[str, str] = MappingProxyType(
         "rudolfv2": "an architecture that its publisher keeps in code of his own",
     }
 )
-"""Models without a row, and why."""
+"""Models without a row, and the reason."""

@@ -1,22 +1,22 @@
-"""The last block for the CLS token alone, where the feature is the CLS token and no more.
+"""Computes the last block for the CLS token alone if the feature is the CLS token.
 
-Nothing behind the last block looks at the other tokens, so there only k and v are computed for all
-of them; q, attention, projection, LayerScale, MLP and the final norm are for one token. Features,
-scores and all gradients are those of the whole block, for 2 to 4 % less work, and the CLS row of
-the attention, which the score is read off, is the row that the attention itself uses.
+Nothing behind the last block reads the other tokens. So only k and v are computed for all tokens;
+q, attention, projection, LayerScale, MLP and the final norm are computed for one. Features, scores
+and all gradients equal those of the whole block, for 2 to 4 % less work, and the score is read off
+the very CLS row that the attention uses.
 
-    tail, reason = find_tail(vit, tap)      None, and why, where the block is of another make
+    tail, reason = find_tail(vit, tap)      None and the reason if the block is of another kind
     with tail: vit.forward_features(x)      (C, 1, D); outside of `with` the model is timm's own
 
-How: the forward of the block and of its attention, of this one model. Their parts are called as the
-modules they are, so whatever strategies hook onto them (LoRA, SSF, bottlenecks, prompts) runs as in
-the whole block. Only a fused qkv is taken apart, for q of one token; where it has hooks it is
-called whole.
+How: the forward of this model's last block and of its attention are replaced. Their parts are
+called as modules, so whatever strategies hook onto them (LoRA, SSF, bottlenecks, prompts) runs as
+in the whole block. Only a fused qkv is taken apart, for q of one token; with hooks it is called
+whole.
 
-Price: nothing. Condition: timm's Block or EvaBlock with an attention of as many k and v as q heads.
-    On synthetic tokens it is checked at load that features and scores are the whole block's.
-Differs: dropout draws for one token what it would draw for all, so its noise has the same
-    distribution and other values. Drop-path draws one number a tile, as ever.
+Price: nothing. Condition: timm's Block or EvaBlock, and an attention with as many k and v as q
+    heads. At load, features and scores are compared with the whole block's on synthetic tokens.
+Differs: dropout draws for one token instead of all, so its noise has the same distribution and
+    other values. Drop-path draws one number a tile, as before.
 
 Shapes: C tiles, N tokens (CLS first), D width, H heads, E head width.
 """
@@ -35,20 +35,20 @@ MODELS = ("VisionTransformer", "Eva")
 BLOCKS = ("Block", "EvaBlock")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 TOLERANCE = 1e-4  # relative: kernels differ by 1e-6 in float32, another token or head by 1
-TILES, PATCHES = 2, 7  # of the check
+TILES, PATCHES = 2, 7  # sizes of the check
 
 
 class ClsTail:
-    """The last block of a model, for the CLS token alone inside of `with`.
+    """A replacement for a model's last block inside `with`: computes the CLS token alone.
 
     Args:
-        vit: a timm VisionTransformer or Eva that `unfit` has no objection to.
-        tap: its tap; it makes the row, and keeps it for the score.
+        vit: a timm VisionTransformer or Eva for which `unfit` returns "".
+        tap: its tap, which makes the CLS row and keeps it for the score.
     """
 
     def __init__(self, vit: nn.Module, tap: ClsTap):
         self.block, self.attn, self.tap, self.on = vit.blocks[-1], tap.attn, tap, False
-        # the instances', so keys stay timm's; bound, so that a copied model computes its own
+        # set on the instances, so keys stay timm's; bound, so that a copied model uses its own
         self.block.forward, self.attn.forward = self.forward, self.attend
 
     def __enter__(self) -> ClsTail:
@@ -59,7 +59,7 @@ class ClsTail:
         self.on = False
 
     def forward(self, x_CND: Tensor, **given: Any) -> Tensor:
-        """All tokens to the CLS token behind the block, (C, 1, D)."""
+        """Return the CLS token behind the block, (C, 1, D), of all tokens (C, N, D)."""
         block = self.block
         if not self.on:
             return type(block).forward(block, x_CND, **given)
@@ -73,7 +73,7 @@ class ClsTail:
         return x_C1D + block.drop_path2(self._scaled(2, made_C1D))
 
     def attend(self, h_CND: Tensor, **given: Any) -> Tensor:
-        """What the CLS token finds among all, (C, 1, D)."""
+        """Return the attention's output for the CLS token, (C, 1, D)."""
         attn = self.attn
         if not self.on:
             return type(attn).forward(attn, h_CND, **given)
@@ -89,13 +89,13 @@ class ClsTail:
         return attn.proj_drop(attn.proj(x_C1D))
 
     def _project(self, h_CND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The CLS token's q, the k and v of all: (C, H, 1 or N, E)."""
+        """Return the CLS token's q and all tokens' k and v: (C, H, 1 or N, E)."""
         attn, fused = self.attn, getattr(self.attn, "qkv", None)
         if fused is None:
             q, k, v = attn.q_proj(h_CND[:, :1]), attn.k_proj(h_CND), attn.v_proj(h_CND)
         else:
             biases, bias = [getattr(attn, f"{part}_bias", None) for part in "qkv"], fused.bias
-            if biases[0] is not None:  # Eva's, beside the module
+            if biases[0] is not None:  # Eva keeps them beside the module
                 bias = torch.cat(biases)
             called = biases[0] is None or getattr(attn, "qkv_bias_separate", False)
             if called and (fused._forward_hooks or fused._forward_pre_hooks):
@@ -111,7 +111,7 @@ class ClsTail:
         return tuple(part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
 
     def _scaled(self, number: int, x_C1D: Tensor) -> Tensor:
-        """LayerScale, by either of timm's names."""
+        """Apply LayerScale, under either of timm's names, if the block has it."""
         scale = getattr(self.block, f"ls{number}", None)
         if scale is not None:
             return scale(x_C1D)
@@ -120,9 +120,9 @@ class ClsTail:
 
 
 def find_tail(vit: nn.Module, tap: ClsTap) -> tuple[ClsTail | None, str]:
-    """The tail of a model, or None and the reason.
+    """Return the tail of a model and "", or None and the reason.
 
-    On the meta device, where there is nothing to compare, the make alone decides.
+    On the meta device there is nothing to compare: the classes alone decide.
     """
     reason = unfit(vit)
     if reason:
@@ -131,9 +131,13 @@ def find_tail(vit: nn.Module, tap: ClsTap) -> tuple[ClsTail | None, str]:
     if not vit.cls_token.is_meta:
         try:
             worst, most = disagreement(vit, tail), tolerance(vit.cls_token.dtype)
-            if not worst <= most:  # nor is nan
+            if not worst <= most:  # catches nan too
                 reason = f"it differs from the whole block by {worst:.1e}, more than {most:.0e}"
-        except (AttributeError, RuntimeError, TypeError) as error:  # parts of other names or shapes
+        except (
+            AttributeError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # parts with other names or shapes
             reason = f"{type(error).__name__}: {error}"
         if reason:
             del tail.block.forward, tail.attn.forward
@@ -141,7 +145,7 @@ def find_tail(vit: nn.Module, tap: ClsTap) -> tuple[ClsTail | None, str]:
 
 
 def unfit(vit: nn.Module) -> str:
-    """Why the last block's make is not one that is known here; empty if it is."""
+    """Return why the last block is of an unsupported kind; an empty string if it is supported."""
     attn = vit.blocks[-1].attn
     for part, known in ((vit, MODELS), (vit.blocks[-1], BLOCKS), (attn, ATTENTIONS)):
         if type(part).__name__ not in known or not type(part).__module__.startswith("timm."):
@@ -152,22 +156,22 @@ def unfit(vit: nn.Module) -> str:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative; wider where the weights are stored in half precision."""
+    """Return the relative tolerance of the check, wider for weights in half precision."""
     return max(TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
 def disagreement(vit: nn.Module, tail: ClsTail) -> float:
-    """Largest relative difference of features and scores from the whole block's.
+    """Return the largest relative difference of features and scores from the whole block's.
 
-    Of tokens that are the same everywhere, and few: the block does not ask how many there are.
+    Measured on a few random tokens of a fixed seed; a block works for any number of tokens.
     """
     draw = torch.Generator().manual_seed(0)
     like, tap = vit.cls_token, tail.tap
     tokens = torch.randn(TILES, tap.first_patch + PATCHES, like.shape[-1], generator=draw)
     given = {}
     if getattr(vit, "rope", None) is not None:
-        width = round(tail.attn.scale**-2)  # of a head
+        width = round(tail.attn.scale**-2)  # head width
         given["rope"] = torch.randn(PATCHES, 2 * width, generator=draw).to(like)
     training = vit.training
     vit.eval()

@@ -1,12 +1,13 @@
-"""Weights as Hugging Face's `transformers` names them, renamed to what timm loads.
+"""Renames weights from the layout of Hugging Face's `transformers` to the names that timm loads.
 
 Phikon, Phikon-v2, Midnight, Hibou and the original DINOv2 are published for `transformers`. They
-are the same ViTs, so they are loaded into timm's: score, strategies and export are one for all, and
-`transformers` is not needed. Its own models are the reference in the tests, where it is installed.
+are the same ViTs, so they are loaded into timm's: score, strategies and export work as for the
+others, and `transformers` is not needed. Its models are the reference in the tests, where
+installed.
 
-How: ViT and Dinov2 (plain and with registers) keep q, k and v apart, which timm stacks; the rest
-is names. What comes out is timm's ViT layout, or DINOv2's where there are registers, from which
-timm's own filter goes on.
+How: ViT and Dinov2 (plain and with registers) keep q, k and v apart, which timm stacks; everything
+else is renaming. The result is timm's ViT layout, or DINOv2's where there are registers, which
+timm's own filter then converts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ OUTER = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
-INNER = (  # within a block; the longer name first
+INNER = (  # names within a block, longer ones first
     ("attention.output.dense.", "attn.proj."),
     ("layernorm_before.", "norm1."),
     ("layernorm_after.", "norm2."),
@@ -42,12 +43,12 @@ APART = "attention.attention."
 
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of `transformers`' ViT or Dinov2, bare or below a prefix."""
+    """Return whether the keys are those of `transformers`' ViT or Dinov2, with any prefix."""
     return any(key.endswith(FIRST) for key in state)
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under timm's names, q, k and v stacked; unknown names stay as they are.
+    """Return the same tensors under timm's names, q, k and v stacked; unknown keys are kept.
 
     Raises:
         KeyError: a block has its q but not its k or v.

@@ -8,15 +8,15 @@
 With lambda = 1 this is joint back-propagation of the slide loss, not an estimate of it. Activation
 memory does not depend on the number of tiles; the price is one more forward (4 units of work for
 3). It is exact only if both passes see the same pixels and the same random numbers, so each chunk
-draws dropout and drop-path from a seed of its own: `chunk_rng`.
+draws dropout and drop-path from its own seed (`chunk_rng`).
 
-The first chunks may keep their graphs from the first pass (`keep`), at the memory of as many
-chunks: these pay no second forward. One kept chunk adds next to nothing to the peak, and spares a
-slide that fits in one chunk all of the price.
+The first `keep` chunks may keep their graphs from the first pass and then need no second forward,
+at the memory of as many chunks. One kept chunk hardly raises the peak, and a slide that fits in one
+chunk then pays nothing extra.
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184), the two-graph step; Gao et al. 2021
     (GradCache, arXiv 2101.06983), section 3, the two passes.
-Differs: the paper keeps all tiles' graphs at once, and so is bounded by the card.
+Differs: the paper keeps all tiles' graphs at once, so the GPU's memory limits the tiles.
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features, P pixels (3, H, W).
 """
@@ -32,14 +32,14 @@ from torch import Tensor
 Encoded = tuple[Tensor, Tensor]
 """Features (C, D) and raw scores (C,) of a chunk."""
 Encode = Callable[[Tensor], Encoded]
-"""Tiles (C, 3, H, W) to their features and scores."""
+"""Maps tiles (C, 3, H, W) to their features and scores."""
 Backward = Callable[[Encode, Tensor, Sequence[Tensor], list[Encoded]], None]
-"""How a chunk's gradient is added: `backward_chunk`, or one that can do more."""
+"""Adds one chunk's gradient: `backward_chunk`, or a variant such as `training.oom_retry`'s."""
 
 
 @contextmanager
 def chunk_rng(seed: int, index: int, device: torch.device) -> Iterator[None]:
-    """Make the random numbers inside a function of (seed, index) alone."""
+    """Seed torch inside the `with` from (seed, index) alone; restore its state afterwards."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(hash((seed, index)) % 2**63)  # ints only: their hash has no salt
@@ -54,7 +54,7 @@ def encode_bag(
     device: torch.device,
     keep: int = 0,
 ) -> tuple[Tensor, Tensor, list[Encoded]]:
-    """Pass 1: features and raw scores of every tile, without a graph but for the first chunks.
+    """Return features and scores of every tile (pass 1); only the first chunks keep a graph.
 
     Args:
         encode: the encoder.
@@ -64,7 +64,7 @@ def encode_bag(
         keep: chunks whose graphs are kept for `adapt_bag`.
 
     Returns:
-        z_TD and score_T, leaves that require grad, ready for the slide model; and what was kept.
+        z_TD and score_T (leaves that require grad, for the slide model), and the kept outputs.
 
     Raises:
         ValueError: the slide has no tile.
@@ -89,15 +89,15 @@ def backward_chunk(
     kept: list[Encoded],
     inputs: Sequence[Tensor] | None = None,
 ) -> None:
-    """Encode a chunk with a graph, or take the one that was kept; add its gradient; free it.
+    """Encode a chunk with a graph, or take the kept one; add its gradient; free the graph.
 
     Args:
         encode: the encoder.
         tiles_CP: the chunk.
         grads_C: dL/dz (C, D) and, unless the score is not used, dL/ds (C,).
         kept: features and scores of this chunk and of those behind it, with the graphs that pass
-            1 kept; the first is taken out, so that nobody else holds what memory may run out for.
-        inputs: the parameters to give it to; None is all that learn.
+            1 kept; the first is taken out, so that its memory can be freed.
+        inputs: parameters that receive the gradient; None: all that learn.
     """
     outputs = kept.pop(0) if kept else encode(tiles_CP)
     torch.autograd.backward(outputs[: len(grads_C)], grads_C, inputs=inputs)
@@ -115,7 +115,7 @@ def adapt_bag(
     score_weight: float = 1.0,
     backward: Backward = backward_chunk,
 ) -> None:
-    """Pass 2: add the slide loss's gradient to the encoder's `.grad`.
+    """Add the slide loss's gradient to the encoder's `.grad` (pass 2).
 
     Args:
         encode: as in pass 1, with the same weights.
@@ -124,10 +124,9 @@ def adapt_bag(
         grad_score_T: dL/ds, or None where the aggregator does not use the score.
         seed: as in pass 1.
         device: as in pass 1.
-        kept: what pass 1 kept; emptied, so that each graph is freed once it has served.
+        kept: outputs that pass 1 kept; emptied, so that each graph is freed after its use.
         score_weight: lambda. 1 is the exact gradient; 0 trains through the features only.
-        backward: adds one chunk's gradient; see `training.oom_retry` for one that survives running
-        out
+        backward: adds one chunk's gradient; `training.oom_retry` has one that survives running out
             of memory.
 
     Raises:

@@ -1,17 +1,17 @@
-"""Weights from a 16-bit file, about to be trained in bfloat16: off their grid, by less than it.
+"""Noise for weights that were stored as float16, added once before training in bfloat16.
 
-A float16 number has three bits more than a bfloat16 one, so one weight in eight that was stored as
-float16 lies exactly between two bfloat16 numbers, and rounds to the even one. The first update, be
-it of 1e-9, moves all of these off the middle, each to the side that its gradient points to: the
-encoder that computes in bfloat16 jumps by what a learning rate of 1e-4 would do, whatever the rate.
-(On DINOv2 ViT-S/14 stored as float16, a step of 8e-8 moved slide logits from 2 to -10.)
+float16 has three bits more than bfloat16, so one stored weight in eight lies exactly between two
+bfloat16 numbers, and rounds to the even one. The first update, even of 1e-9, moves all of these off
+the middle, each to the side its gradient points to: the encoder that computes in bfloat16 changes
+as much as at a learning rate of 1e-4, whatever the rate. (On DINOv2 ViT-S/14 stored as float16, a
+step of 8e-8 moved slide logits from 2 to -10.)
 
-So weights that lie on float16's grid get uniform noise of half its last place, once, before they
-are trained: what was lost when they were stored, put back at random. Then as many weights cross a
-middle as the size of the update says. fp32 files are not on the grid, and stay as they are.
+So weights that are all float16 numbers get uniform noise of half a last place, once, before
+training. Afterwards the number of weights whose rounding changes follows from the size of the
+update. Weights stored as fp32 are left as they are.
 
-Price: nothing that bfloat16 would see: the noise is a sixteenth of its last place at most, and of
-    weights below 6e-5, which float16 holds coarsely, 3e-8.
+Price: nothing that bfloat16 can resolve: the noise is at most a sixteenth of its last place, and
+    3e-8 for weights below 6e-5, which float16 holds coarsely.
 Source: none; dither as in quantising signals.
 """
 
@@ -27,10 +27,10 @@ DIGITS, LEAST = 10, -14  # float16: bits behind the leading one, smallest expone
 
 @torch.no_grad()
 def dither(parameters: Iterable[nn.Parameter], seed: int = 0) -> int:
-    """Take parameters off float16's grid. Those on bfloat16's, where nothing is between, stay.
+    """Add noise to parameters that hold float16 numbers; those that fit bfloat16 stay.
 
     Returns:
-        How many numbers were moved.
+        The number of weights that were changed.
     """
     moved, drawn = 0, torch.Generator().manual_seed(seed)
     for parameter in parameters:
@@ -43,12 +43,12 @@ def dither(parameters: Iterable[nn.Parameter], seed: int = 0) -> int:
 
 
 def on_grid(values: Tensor) -> bool:
-    """Whether all are float16 numbers, and not all of them bfloat16."""
+    """Return whether all values are float16 numbers, and not all of them bfloat16."""
     return torch.equal(values, values.half().float()) and not torch.equal(
         values, values.bfloat16().float()
     )
 
 
 def exponent(values: Tensor) -> Tensor:
-    """Of the power of two below each; of 0 something small."""
+    """Return floor(log2 |x|) of each number x; a small number for 0."""
     return torch.frexp(values).exponent - 1.0

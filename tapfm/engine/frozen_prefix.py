@@ -1,20 +1,20 @@
-"""What is frozen in front of the first block that learns is computed once a slide, not twice.
+"""Computes the frozen blocks in front of the first block that learns once a slide, not twice.
 
-The tokens at that boundary are kept from pass 1, and pass 2 starts there: with the last n of L
-blocks learning, a tile costs 1 + 3 n / L forwards instead of 2 + 2 n / L. To the engine
-(`engine.chunked`) the tokens are the tiles, and the blocks behind the boundary are the encoder.
+The tokens behind the frozen blocks are kept from pass 1, and pass 2 starts from them: with the last
+n of L blocks learning, a tile costs 1 + 3 n / L forwards instead of 2 + 2 n / L. To the engine
+(`engine.chunked`) the tokens are the tiles, and the remaining blocks are the encoder.
 
-    boundary = find_frozen_prefix(encoder)                 None where something in front learns
-    tokens = FrozenPrefixTokens(boundary.tokens, tiles)   in place of the tiles, and
-    boundary.encode                                   in place of the encoder, in both passes
+    prefix = find_frozen_prefix(encoder)                  None if something in front learns
+    tokens = FrozenPrefixTokens(prefix.tokens, tiles)     in place of the tiles, and
+    prefix.encode                                         in place of the encoder, in both passes
 
-How: a hook in front of the first block that learns sees what the block is given, whatever the
-model does before (patches, positions, RoPE), and ends the forward there.
+How: a hook on the first block that learns records the block's input, whatever the model does before
+it (patches, positions, RoPE), and ends the forward there.
 
 Price: tokens x width numbers a tile in host memory (ViT-L: 0.4 MB with bfloat16 weights, 0.8 MB
 else), pinned where there is a GPU, up to `BUDGET_GIB`; chunks beyond it are computed again.
-Condition: blocks in a row, then the final norm, as in timm's VisionTransformer and Eva; on one tile
-it is checked that nothing changes.
+Condition: blocks in a row, then the final norm, as in timm's VisionTransformer and Eva; one tile is
+encoded both ways to check that the result is the same.
 
 Shapes: C tiles of a chunk, N tokens, D width.
 """
@@ -35,26 +35,26 @@ BUDGET_GIB = 8.0
 
 
 class _Reached(Exception):
-    """The forward has come to the boundary."""
+    """Raised by the hook to end the forward at the first block that learns."""
 
 
 class FrozenPrefix:
-    """An encoder cut in front of one of its blocks.
+    """An encoder split in front of one of its blocks.
 
     Args:
         encoder: the encoder.
-        first: number of the first block behind the cut.
+        first: number of the first block behind the split.
         precision: as in `Encoder.encode`.
     """
 
     def __init__(self, encoder: Encoder, first: int, precision: str = "fp32"):
         self.encoder, self.first, self.precision = encoder, first, precision
         self.given: Mapping[str, Any] = {}
-        """What the blocks are given beside the tokens, such as RoPE's angles."""
+        """Further arguments of the blocks, such as RoPE's angles."""
 
     @torch.no_grad()
     def tokens(self, tiles_CP: Tensor) -> Tensor:
-        """What the first block behind the cut is given: (C, N, D)."""
+        """Return the tokens (C, N, D) that enter the first block behind the split."""
         found = []
 
         def stop(_block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -74,7 +74,7 @@ class FrozenPrefix:
         return found[0]
 
     def encode(self, tokens_CND: Tensor) -> Encoded:
-        """Features and raw scores, as the whole encoder's."""
+        """Return the features and raw scores that the whole encoder would give."""
         encoder = self.encoder
         with encoder.autocast(self.precision):
             x_CND = tokens_CND.to(encoder.mean.device, non_blocking=True)
@@ -84,7 +84,7 @@ class FrozenPrefix:
             return encoder.read(encoder.vit.norm(x_CND))
 
     def agrees(self) -> bool:
-        """Whether the cut encoder computes what the whole one does."""
+        """Return whether the split encoder gives exactly the whole encoder's result."""
         side = self.encoder.tile_px
         tiles = (torch.arange(3 * side * side) % 251).to(torch.uint8).view(1, 3, side, side)
         training = self.encoder.training
@@ -100,10 +100,10 @@ class FrozenPrefixTokens:
     """A slide's tokens in place of its tiles (`bag.Tiles`): computed once, kept for pass 2.
 
     Args:
-        make: a chunk of tiles to its tokens.
-        tiles: the slide's.
-        seed: of dropout and drop-path in front of the boundary.
-        budget_gib: of host memory.
+        make: maps a chunk of tiles to its tokens.
+        tiles: the slide's tiles.
+        seed: seed of dropout and drop-path in the frozen blocks.
+        budget_gib: host memory for kept tokens.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FrozenPrefixTokens:
             yield tokens_CND
 
     def _keep(self, number: int, tokens_CND: Tensor) -> None:
-        """While there is room, and in order: none behind one that had none."""
+        """Keep a chunk's tokens if all chunks before it are kept and there is room."""
         size = tokens_CND.numel() * tokens_CND.element_size()
         if number != len(self.kept) or size > self.room:
             return
@@ -144,7 +144,7 @@ class FrozenPrefixTokens:
 
 
 def first_to_learn(vit: nn.Module) -> int | None:
-    """Number of the block where learning begins; None where that is the first, or before it."""
+    """Return the number of the first block that learns; None if it is 0 or earlier layers learn."""
     blocks, norm = getattr(vit, "blocks", None), getattr(vit, "norm", None)
     if blocks is None or norm is None:
         return None
@@ -158,9 +158,9 @@ def first_to_learn(vit: nn.Module) -> int | None:
 
 
 def find_frozen_prefix(encoder: Encoder, precision: str = "fp32") -> FrozenPrefix | None:
-    """Where learning begins; None where there is nothing to spare, or the model is another make."""
+    """Return the encoder split at the first block that learns; None if that saves nothing."""
     first = first_to_learn(encoder.vit)
     if first is None:
         return None
-    boundary = FrozenPrefix(encoder, first, precision)
-    return boundary if boundary.agrees() else None
+    prefix = FrozenPrefix(encoder, first, precision)
+    return prefix if prefix.agrees() else None

@@ -2,8 +2,8 @@
 
 A foundation model is tuned at a learning rate of 1e-6, and bfloat16 has 8 bits: an update is
 smaller than half the gap to the next number, so weights that are rounded after each step do not
-move at all. Here the update is made in fp32 and the weight is only the rounded view of it. Where
-the fp32 values and AdamW's moments live is the scheme:
+move at all. Here the update is made in fp32 and the weight is its rounded copy. The scheme says
+where the fp32 values and AdamW's moments are kept:
 
     scheme     beside the weight                             bytes a parameter, gradient included
     master     fp32 master and moments, same device          18
@@ -12,8 +12,8 @@ the fp32 values and AdamW's moments live is the scheme:
     offload    fp32 master and moments in host memory         6, and 12 on the host
 
 Pass 2 adds a gradient per chunk, so gradients are summed in fp32 as well: a hook moves each
-chunk's bfloat16 gradient into the sum and frees it. The sums are the `.grad` of stand-ins, fp32
-parameters of the weights' shapes without memory of their own, and those stand in `param_groups`:
+chunk's bfloat16 gradient into the sum and frees it. The sums are the `.grad` of stand-ins: fp32
+parameters of the weights' shapes that use no memory. `param_groups` holds the stand-ins, so
 clipping, averaging over processes and learning rates work on them as on any parameter.
 
 Source: Micikevicius et al. 2018 (arXiv 1710.03740), fp32 master weights. Loshchilov and Hutter 2019
@@ -37,11 +37,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-BLOCK = 256  # numbers of a moment that share a scale
-CODES, OCTAVES = {torch.int8: 127, torch.uint8: 255}, 18  # of magnitudes 2 ** -18 to 1
+from slides.errors import SettingsError
+
+BLOCK = 256  # neighbouring values of a moment that share a scale
+CODES, OCTAVES = {torch.int8: 127, torch.uint8: 255}, 18  # magnitudes from 2 ** -18 to 1
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 
-Truth = tuple[Tensor, Tensor, Tensor]
+Fp32State = tuple[Tensor, Tensor, Tensor]
 """Master, first and second moment, fp32."""
 
 
@@ -52,16 +54,18 @@ class MasterAdamW(torch.optim.Optimizer):
 
     Args:
         groups: AdamW parameter groups (`params`, `lr`, `weight_decay`).
-        scheme: one of `KEEPERS`.
+        scheme: one of `SCHEMES`.
 
     Raises:
-        ValueError: no such scheme.
+        SettingsError: no such scheme.
     """
 
     def __init__(self, groups: list[dict[str, Any]], scheme: str):
-        if scheme not in KEEPERS:
-            raise ValueError(f"model.optimizer: {scheme!r} is none of adamw, {', '.join(KEEPERS)}")
-        keeper = KEEPERS[scheme]
+        if scheme not in SCHEMES:
+            raise SettingsError(
+                f"model.optimizer: {scheme!r} is none of adamw, {', '.join(SCHEMES)}"
+            )
+        kind = SCHEMES[scheme]
         pairs = [[(_stand_in(weight), weight) for weight in group["params"]] for group in groups]
         super().__init__(
             [
@@ -70,7 +74,7 @@ class MasterAdamW(torch.optim.Optimizer):
             ],
             {"lr": 1e-3, "weight_decay": 0.0},
         )
-        self.kept = {p: keeper(weight) for each in pairs for p, weight in each}
+        self.kept = {p: kind(weight) for each in pairs for p, weight in each}
         for each in pairs:
             for stand_in, weight in each:
                 weight.register_post_accumulate_grad_hook(_summing_into(stand_in))
@@ -87,7 +91,7 @@ class MasterAdamW(torch.optim.Optimizer):
             if p.grad is not None
         ]
         for kept, grad, group in _received(due):
-            truth = master, first, second = kept.read()
+            state = master, first, second = kept.read()
             steps = torch.full((), float(kept.updates), device=master.device)
             adamw(
                 [master], [grad], [first], [second], [], [steps], fused=True, amsgrad=False,
@@ -95,15 +99,15 @@ class MasterAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
             )  # fmt: skip
             kept.updates += 1
-            kept.write(truth)
+            kept.write(state)
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups, and what is kept of each weight, in the groups' order."""
+        """Return the groups, and each weight's master and moments in the groups' order."""
         return {**super().state_dict(), "kept": [kept.state() for kept in self.kept.values()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`. The weights are not in it: load the model's first."""
+        """Load what `state_dict` returned, after the model's own weights."""
         groups = {key: value for key, value in state_dict.items() if key != "kept"}
         super().load_state_dict(groups)
         for kept, saved in zip(self.kept.values(), state_dict["kept"], strict=True):
@@ -111,12 +115,12 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def _stand_in(weight: Tensor) -> nn.Parameter:
-    """An fp32 parameter of the weight's shape and place, one number large."""
+    """Return an fp32 parameter of the weight's shape and device that uses memory for one number."""
     return nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape))
 
 
 def _summing_into(stand_in: nn.Parameter) -> Callable[[Tensor], None]:
-    """A hook that moves a weight's gradient into the stand-in's."""
+    """Return a hook that moves a weight's gradient into the stand-in's."""
 
     def collect(weight: Tensor) -> None:
         grad, weight.grad = weight.grad, None  # if memory runs out now, it was not received
@@ -128,15 +132,17 @@ def _summing_into(stand_in: nn.Parameter) -> Callable[[Tensor], None]:
     return collect
 
 
-def _received(due: list[tuple[Plain, Tensor, dict]]) -> Iterator[tuple[Plain, Tensor, dict]]:
-    """Each gradient where its update is made; the next one is on its way meanwhile."""
+def _received(
+    due: list[tuple[MasterState, Tensor, dict]],
+) -> Iterator[tuple[MasterState, Tensor, dict]]:
+    """Yield each gradient on the device of its update, while the next is being copied."""
     sent = ((kept, kept.send(grad), group) for kept, grad, group in due)
     for (kept, receive, group), _next in pairwise(chain(sent, [None])):
         yield kept, receive(), group
 
 
-class Plain:
-    """Master and moments of a weight as they are, beside it."""
+class MasterState:
+    """Master and moments of one weight, uncompressed, on the weight's device."""
 
     names = ("master", "first", "second")
 
@@ -147,41 +153,41 @@ class Plain:
         weight.data = weight.data.to(torch.bfloat16)
 
     def home(self, tensor: Tensor) -> Tensor:
-        """A tensor where the fp32 values are kept."""
+        """Return the tensor on the device where the fp32 values are kept."""
         return tensor
 
     def send(self, grad: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring a gradient there; the call gives it."""
+        """Start copying a gradient there; return a function that waits for it and returns it."""
         return lambda: grad
 
-    def read(self) -> Truth:
-        """Master and moments, to be changed in place."""
+    def read(self) -> Fp32State:
+        """Return master and moments, to be changed in place."""
         return self.master, self.first, self.second
 
-    def write(self, truth: Truth) -> None:
-        """Keep what was changed, and round the weight."""
-        self.weight.copy_(truth[0])
+    def write(self, state: Fp32State) -> None:
+        """Store the updated values and round the weight."""
+        self.weight.copy_(state[0])
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside the weight."""
+        """Return what resuming needs beside the weight."""
         return {"updates": self.updates, **{name: getattr(self, name) for name in self.names}}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """See `state`."""
+        """Load what `state` returned."""
         self.updates = saved["updates"]
         for name in self.names:
             getattr(self, name).copy_(saved[name])
 
 
-class OnHost(Plain):
+class HostMasterState(MasterState):
     """Master and moments in host memory; copies go through pinned memory and do not wait."""
 
     def home(self, tensor: Tensor) -> Tensor:
-        """Host memory."""
+        """Return the tensor in host memory."""
         return tensor.cpu()
 
     def send(self, grad: Tensor) -> Callable[[], Tensor]:
-        """A copy on its way while the update before it is computed."""
+        """Copy the gradient to the host while the previous update is computed."""
         if not grad.is_cuda:
             return lambda: grad
         there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
@@ -194,78 +200,78 @@ class OnHost(Plain):
 
         return receive
 
-    def write(self, truth: Truth) -> None:
-        """Round here, and copy half the bytes."""
+    def write(self, state: Fp32State) -> None:
+        """Round on the host, then copy half the bytes."""
         weight = self.weight
         if not weight.is_cuda:
-            return super().write(truth)
-        rounded = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(truth[0])
+            return super().write(state)
+        rounded = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(state[0])
         weight.copy_(rounded, non_blocking=True)
 
 
-class Packed(Plain):
-    """The bits of the master that the weight lacks, and moments of 8 bits; fp32 while in use."""
+class PackedMasterState(MasterState):
+    """The master's bits that the weight lacks, and 8-bit moments; fp32 only while in use."""
 
     names = ("low", "first", "first_scale", "root", "root_scale")
 
     def __init__(self, weight: nn.Parameter):
         self.weight, self.updates = weight, 0
-        rounded, self.low = split(weight.detach().to(torch.float32))
+        rounded, self.low = split_bits(weight.detach().to(torch.float32))
         nothing = torch.zeros(weight.shape, device=weight.device)
         self.first, self.first_scale = pack(nothing, torch.int8, seed=0)
         self.root, self.root_scale = pack(nothing, torch.uint8, seed=0)
         weight.data = rounded
 
-    def read(self) -> Truth:
-        """Unpacked: new tensors."""
+    def read(self) -> Fp32State:
+        """Return master and moments decoded to fp32, as new tensors."""
         shape = self.weight.shape
         return (
-            join(self.weight, self.low),
+            join_bits(self.weight, self.low),
             unpack(self.first, self.first_scale, shape),
             unpack(self.root, self.root_scale, shape).square_(),
         )
 
-    def write(self, truth: Truth) -> None:
-        """Packed again."""
-        master, first, second = truth
-        rounded, self.low = split(master)
+    def write(self, state: Fp32State) -> None:
+        """Encode the updated values again."""
+        master, first, second = state
+        rounded, self.low = split_bits(master)
         self.weight.copy_(rounded)
         self.first, self.first_scale = pack(first, torch.int8, seed=self.updates)
         self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=self.updates)
 
 
-KEEPERS = {"master": Plain, "residual": Packed, "offload": OnHost}
+SCHEMES = {"master": MasterState, "residual": PackedMasterState, "offload": HostMasterState}
 
 
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as the nearest bfloat16 and the 16 bits behind it (int16).
+def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an fp32 tensor's nearest bfloat16 and its low 16 bits (int16).
 
-    Halves are rounded away from 0, not to even: so the bits tell which way the rounding went.
+    Halves are rounded away from 0, not to even, so that `join_bits` can undo the rounding.
     """
     bits = master.view(torch.int32)
     rounded = (bits + 0x8000) >> 16
     return rounded.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
-def join(weight: Tensor, low: Tensor) -> Tensor:
-    """The fp32 tensor that `split` took apart, to the bit."""
+def join_bits(weight: Tensor, low: Tensor) -> Tensor:
+    """Return the fp32 tensor that `split_bits` took apart, bit for bit."""
     behind = low.to(torch.int32) & 0xFFFF
     front = weight.view(torch.int16).to(torch.int32) - (behind >= 0x8000).to(torch.int32)
     return ((front << 16) | behind).view(torch.float32)
 
 
 def pack(values: Tensor, kind: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """fp32 of any shape as a byte each (blocks, BLOCK), on a logarithmic scale, and block maxima.
+    """Return fp32 values as logarithmic 8-bit codes (blocks, BLOCK), and each block's maximum.
 
-    AdamW divides one moment by the root of the other, so it is their relative error that counts:
-    two codes are as far apart wherever they are. Nothing but 0 becomes 0. A moment may change by a
-    thousandth a step, so it is rounded up or down by chance: right on average. The draw is of
-    `seed` alone, and so the same when a run is resumed.
+    AdamW divides one moment by the root of the other, so relative error counts: neighbouring codes
+    have the same ratio everywhere, and only 0 becomes 0. A moment may change by 0.1 % a step,
+    so values are rounded up or down at random, right on average. The draw depends on `seed` alone,
+    so a resumed run draws the same.
 
     Args:
-        values: what to pack.
-        kind: int8, where a negative number has a negative code, or uint8, with twice the codes.
-        seed: of the rounding.
+        values: fp32 tensor of any shape.
+        kind: int8, with signed codes, or uint8, with twice as many codes.
+        seed: seed of the rounding.
     """
     flat = values.flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -280,11 +286,11 @@ def pack(values: Tensor, kind: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack(code: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
-    """What was packed, to a code's distance."""
+    """Decode packed values to float32; the error is at most one quantisation step."""
     magnitude = _magnitude(code.to(torch.float32).abs_(), CODES[code.dtype])
     return magnitude.mul_(code.sign()).mul_(largest).flatten()[: shape.numel()].view(shape)
 
 
 def _magnitude(code: Tensor, codes: int) -> Tensor:
-    """0 for code 0, else a power of 2 up to 1."""
+    """Return 0 for code 0, else a power of 2 up to 1."""
     return torch.where(code > 0, ((code - codes) * (OCTAVES / codes)).exp2_(), 0.0)

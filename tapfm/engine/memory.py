@@ -1,11 +1,11 @@
-"""What a step costs: seconds and peak memory of its named phases, and bytes held by autograd.
+"""Measures a step: seconds and peak memory of its named phases, and bytes held by autograd.
 
     with meter.phase("encode"): ...      in the step
     meter.take()                         after it: {"encode": {"s": 1.2, "allocated_gib": 9.8, ...}}
 
 On CUDA a phase is two events and a reading of the allocator's own counters, so nothing inside the
-step waits for the device. On the CPU it is the wall clock and the process's peak resident memory,
-where the system tells it (Linux).
+step waits for the device. On the CPU it is the wall clock and, on Linux, the process's peak
+resident memory.
 
 Price: some tens of microseconds a phase.
 """
@@ -26,7 +26,7 @@ RESET_PEAK = "5"  # proc(5): sets the peak resident size back to the present one
 
 
 def resident_gib() -> float | None:
-    """Peak resident memory of this process since `reset_resident`; None where Linux is not."""
+    """Return peak resident memory in GiB since `reset_resident`; None outside Linux."""
     with suppress(OSError, StopIteration):
         lines = (PROCESS / "status").read_text().splitlines()
         line = next(each for each in lines if each.startswith("VmHWM:"))
@@ -35,13 +35,13 @@ def resident_gib() -> float | None:
 
 
 def reset_resident() -> None:
-    """Start a new peak. Where the system refuses, the peak goes on from the process's start."""
+    """Start a new peak; where the system refuses, the peak counts from the process's start."""
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text(RESET_PEAK)
 
 
 class PhaseMeter:
-    """Seconds and peak memory of the phases of a slide.
+    """A meter of seconds and peak memory for the phases of a slide.
 
     Figures of a phase: `s`, and on CUDA `allocated_gib` and `reserved_gib` (peaks of the phase, as
     the caching allocator counts them), on the CPU `rss_gib` (peak of the whole process).
@@ -58,7 +58,7 @@ class PhaseMeter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what runs inside. A phase that comes twice in a slide is one: times add up."""
+        """Measure the code inside the `with`; times of phases of one name add up."""
         phase = self._begin()
         try:
             yield
@@ -69,7 +69,7 @@ class PhaseMeter:
         self._done.append((name, phase))
 
     def take(self) -> dict[str, dict[str, float]]:
-        """Figures of the phases since the last call: the slide just ended. For between steps.
+        """Return the figures of the phases since the last call (one slide), and start anew.
 
         On CUDA this waits for the slide's last phase, so read the loss first, which waits anyway.
         """
@@ -120,9 +120,9 @@ class _CudaPhase:
 
 
 class SavedBytes:
-    """Counts what autograd holds for backward inside a `with`, on any device, fake ones too.
+    """A counter of bytes that autograd holds for backward inside a `with`, on any device.
 
-    A storage counts once and whole, however many nodes hold it or views of it.
+    A storage counts once and whole, however many nodes or views hold it. Fake tensors count too.
 
     Args:
         but: tensors, such as a model's parameters, whose storages are not counted.
@@ -161,7 +161,7 @@ class SavedBytes:
 
 
 class _Held:
-    """A saved tensor; autograd drops it together with the graph."""
+    """A saved tensor; autograd drops it together with its graph."""
 
     def __init__(self, count: SavedBytes, tensor: Tensor):
         self.count, self.tensor = count, tensor
@@ -176,7 +176,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def saved_bytes(function: Callable[[], object], but: Iterable[Tensor] = ()) -> int:
-    """Most bytes that autograd holds for backward at once while `function` runs.
+    """Return the most bytes that autograd holds for backward at once while `function` runs.
 
     Args:
         function: called once.

@@ -1,19 +1,19 @@
-"""An unbiased backward of a few of the slide's tiles: those whose gradients are large, mostly.
+"""An unbiased backward over a few of a slide's tiles, mostly those with large gradients.
 
-Pass 1 has told how much the loss depends on each tile: the norm g of its row of dL/dz and dL/ds.
-If pass 2 takes tile t with probability p_t and weighs it by 1 / p_t, the encoder's gradient is
-right on average; p_t proportional to g_t, and 1 at most, makes it vary least for a given number of
-tiles. With attention on a few tiles, a tenth of them carries most of the gradient.
+Pass 1 gives how much the loss depends on each tile: the norm g of its row of dL/dz and dL/ds. If
+pass 2 takes tile t with probability p_t and weighs it by 1 / p_t, the encoder's gradient is right
+on average; p_t proportional to g_t, and at most 1, gives the least variance for a number of tiles.
+With attention on a few tiles, a tenth of them carries most of the gradient.
 
     weight_T = draw_tiles(grad_z, grad_score, budget=100, seed=...)     0: left out; else 1 / p
     adapt_bag(encode, chosen(chunks, weight_T).split(16), (grad_z * weight)[weight > 0], ...)
 
-How near one slide's estimate is to its exact gradient, `cosine` says, of what was `taken` from the
-parameters after a backward of each kind.
+`cosine` compares one slide's estimate with its exact gradient; `taken` reads either off the
+parameters after a backward.
 
-Price: the gradient is an estimate, of a slide whose every tile had a say in the loss. Pass 2 costs
-3 forwards of `budget` tiles instead of all; which tiles these are is asked of the device once.
-Condition: no dropout and no drop-path, whose noise belongs to the chunks of pass 1.
+Price: the gradient is an estimate; all tiles still enter the slide's loss. Pass 2 costs 3 forwards
+of `budget` tiles instead of all, and one wait for the device to learn which tiles were drawn.
+Condition: no dropout and no drop-path, because their noise is drawn by the chunks of pass 1.
 Source: Katharopoulos and Fleuret 2018 (arXiv 1803.00942), sampling by gradient norm; systematic
     sampling with unequal probabilities, Madow 1949.
 
@@ -28,24 +28,24 @@ import torch
 from torch import Tensor, nn
 
 Gradients = list[Tensor | None]
-"""Of parameters, in their order; None where there is none."""
+"""Gradients of parameters, in their order; None for a parameter without one."""
 
 
 def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed: int) -> Tensor:
-    """Weights (T,) of the tiles: 0 where left out, else 1 over the probability of being taken.
+    """Return weights (T,): 0 for tiles left out, else 1 over the probability of being drawn.
 
     Args:
         grad_z_TD: dL/dz.
         grad_score_T: dL/ds, or None where the aggregator does not use the score.
-        budget: tiles to take; one more or less may come of it. Tiles without gradient are never
-            taken, and all others are where there are no more of them.
-        seed: of the draw.
+        budget: tiles to draw, give or take one. Tiles without gradient are never drawn; if no more
+            than `budget` have one, all those are.
+        seed: seed of the draw.
     """
     parts = [grad_z_TD] if grad_score_T is None else [grad_z_TD, grad_score_T[:, None]]
     norm_T = torch.cat(parts, dim=1).norm(dim=1).double().cpu()
     chance_T = _chances(norm_T, budget)
-    # every tile is a stretch of its chance on a line, and is taken if a mark falls on it; the
-    # marks are 1 apart, so that their number is the budget and no tile has two
+    # systematic sampling: tiles lie end to end on a line, each as long as its probability, and a
+    # tile is drawn if a mark falls on it; marks are 1 apart, so no tile has two
     offset = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ends_T = chance_T.cumsum(0) + offset
     taken_T = ends_T.floor() > torch.cat([offset[None], ends_T[:-1]]).floor()
@@ -55,7 +55,7 @@ def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed
 
 
 def _chances(norm_T: Tensor, budget: int) -> Tensor:
-    """Proportional to the norm, 1 at most, adding up to the budget."""
+    """Return probabilities (T,) proportional to the norm, at most 1, that sum to the budget."""
     chance_T = torch.zeros_like(norm_T)
     left_T = norm_T > 0
     room = float(budget)
@@ -73,7 +73,7 @@ def _chances(norm_T: Tensor, budget: int) -> Tensor:
 
 
 def chosen(chunks_CP: Iterable[Tensor], weight_T: Tensor) -> Tensor:
-    """The tiles with a weight, in order, together."""
+    """Return the tiles whose weight is above 0, in order, in one tensor."""
     places = (weight_T > 0).cpu()
     rows, done = [], 0
     for tiles_CP in chunks_CP:
@@ -83,7 +83,7 @@ def chosen(chunks_CP: Iterable[Tensor], weight_T: Tensor) -> Tensor:
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Their gradients, which they have no longer."""
+    """Return the parameters' gradients and set each `.grad` to None."""
     grads = [p.grad for p in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -91,14 +91,14 @@ def taken(parameters: Sequence[nn.Parameter]) -> Gradients:
 
 
 def give(parameters: Sequence[nn.Parameter], grads: Gradients) -> None:
-    """Add gradients to what the parameters have."""
+    """Add gradients to the parameters' `.grad`."""
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 
 def cosine(one: Gradients, other: Gradients) -> Tensor:
-    """Of the angle between two gradients of the same parameters; nan where one is 0."""
+    """Return the cosine similarity of two gradients of the same parameters; nan if one is 0."""
     parts = [
         torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).double()
         for a, b in zip(one, other, strict=True)

@@ -1,8 +1,8 @@
-"""Slides to predictions, heatmaps, exported models.
+"""Predictions, heatmaps and exported models from a trained model.
 
-    prediction.py  what a model says of a slide or a case; all tiles, streamed
-    predict.py     tapfm predict and heatmap: slides of no cohort, or a patient's as one
-    heatmap.py     PNG overlay, GeoJSON for QuPath
+    prediction.py  the prediction of a slide or a case, and its files
+    predict.py     tapfm predict and heatmap: slides outside a cohort, singly or as one patient
+    heatmap.py     tile weights as PNG overlay and GeoJSON for QuPath
     export.py      tapfm export: a plain timm model
 
 All tiles, streamed, by the same forward path as in training.

@@ -1,4 +1,4 @@
-"""`tapfm export`: an encoder, adapted or plain, as a timm model that needs nothing of tapfm.
+"""`tapfm export`: writes an encoder, adapted or not, as a timm model that does not need tapfm.
 
     model.safetensors   timm's state dict, at the size of the tiles it was trained on
     config.json         as timm's hub has it: architecture, arguments, transform
@@ -7,7 +7,7 @@
 
 The adapted model is a derivative of the foundation model: its licence goes with it.
 
-Differs: timm's own hub files cannot say an MLP's class, so the lines of the README say it.
+Differs: timm's hub files cannot name an MLP's class, so the README's lines give it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tapfm.tasks import make_task
 
 FILES = ("model.safetensors", "config.json", "provenance.json", "README.md")
 PLAIN = (bool, int, float, str)
-SPELT = ((SwiGLUPacked, "timm.layers.SwiGLUPacked"), (nn.SiLU, "torch.nn.SiLU"))
+PYTHON_NAMES = ((SwiGLUPacked, "timm.layers.SwiGLUPacked"), (nn.SiLU, "torch.nn.SiLU"))
 TOKENS = """
 Its feature is the CLS token joined with the mean of the patch tokens:
 
@@ -82,18 +82,18 @@ model = timm.create_model({local!r}, pretrained=True{classes})
 
 
 def run_export(model: str, weights: str | None, out: Path) -> int:
-    """Write the four files into a folder, in place of those of an earlier export. Returns 0.
+    """Write the four files into a folder, replacing those of an earlier export; return 0.
 
     Raises:
         CheckpointError, BackboneError: no such model, or its weights do not fit.
-        WriteError: the folder has files of the same names that are something else's.
+        WriteError: the folder has files of the same names from another source.
     """
     refuse_others(out)
     encoder, header, fingerprint = load_encoder(model, weights)
     row = encoder.row
     if row.feature == "head":
         raise BackboneError(
-            f"{row.key}: its feature is that of a head which timm does not have, so it cannot be "
+            f"{row.key}: its feature comes from a head that timm does not have, so it cannot be "
             f"written as a plain timm model. Use `tapfm features`, or train {row.key}-cls."
         )
     provenance = {
@@ -123,27 +123,27 @@ def run_export(model: str, weights: str | None, out: Path) -> int:
 
 
 def refuse_others(out: Path) -> None:
-    """See that what would be replaced was exported by us.
+    """Raise unless the files that would be replaced were exported by tapfm.
 
     Raises:
-        WriteError: it was not.
+        WriteError: they were not.
     """
     there = [name for name in FILES if (out / name).exists()]
     ours = out / "provenance.json"
     if there and not (ours.is_file() and b'"exported_by": "tapfm ' in ours.read_bytes()):
         raise WriteError(
-            f"{out}: has {', '.join(there)} of something else, which would be lost. Give another "
+            f"{out}: has {', '.join(there)} from another source, which would be lost. Give another "
             "--out."
         )
 
 
 def arguments(encoder: Encoder) -> dict[str, Any]:
-    """What timm needs beside the architecture's name to build this model."""
+    """Return what timm needs beside the architecture's name to build this model."""
     return {"num_classes": 0, "img_size": encoder.tile_px, **encoder.row.kwargs}
 
 
 def timm_config(encoder: Encoder) -> dict[str, Any]:
-    """The model as timm's hub files describe one; arguments that are classes cannot be in it."""
+    """Return the model as timm's hub files describe one, without arguments that are classes."""
     row, side = encoder.row, encoder.tile_px
     mean, std = row.stats
     given = arguments(encoder)
@@ -170,7 +170,7 @@ def timm_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
-    """How to load it, in lines that run as they stand."""
+    """Return the README: how to load the model, in lines that run as they stand."""
     row, given = encoder.row, arguments(encoder)
     side, (mean, std) = encoder.tile_px, row.stats
     classes = {k: v for k, v in given.items() if not isinstance(v, PLAIN)}
@@ -192,26 +192,26 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
         fingerprint=provenance["fingerprint"],
         file=file,
         local=f"local-dir:{folder}",
-        call=", ".join([repr(row.arch), *(f"{k}={spell(v)}" for k, v in given.items())]),
+        call=", ".join([repr(row.arch), *(f"{k}={to_python(v)}" for k, v in given.items())]),
         transform=f"input_size=(3, {side}, {side}), mean={mean}, std={std}, crop_pct=1.0, "
         'interpolation="bicubic"',
         tokens=TOKENS.format(prefix=row.prefix_tokens) if row.feature == "cls+mean" else "",
         precision={"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[row.precision],
-        classes="".join(f", {k}={spell(v)}" for k, v in classes.items()),
+        classes="".join(f", {k}={to_python(v)}" for k, v in classes.items()),
         eva=eva.rstrip(),
     )
 
 
-def spell(value: Any) -> str:
-    """A timm argument as Python, given `import functools, timm, torch`."""
-    for known, spelt in SPELT:
+def to_python(value: Any) -> str:
+    """Return a timm argument as Python code, given `import functools, timm, torch`."""
+    for known, name in PYTHON_NAMES:
         if value is known:
-            return spelt
+            return name
     if isinstance(value, functools.partial):
-        given = "".join(f", {k}={spell(v)}" for k, v in value.keywords.items())
-        return f"functools.partial({spell(value.func)}{given})"
+        given = "".join(f", {k}={to_python(v)}" for k, v in value.keywords.items())
+        return f"functools.partial({to_python(value.func)}{given})"
     if isinstance(value, type) and value.__module__.startswith("torch.nn"):
         return f"torch.nn.{value.__name__}"
     if isinstance(value, PLAIN):
         return repr(value)
-    raise TypeError(f"{value!r} has no spelling yet: add it to SPELT")
+    raise TypeError(f"{value!r} has no Python name yet: add it to PYTHON_NAMES")

@@ -1,16 +1,16 @@
-"""Tile values as a picture on the slide's thumbnail, and as objects that QuPath opens.
+"""Heatmaps: tile values on the slide's thumbnail (PNG), and as objects for QuPath (GeoJSON).
 
 `overlay_png` shows the thumbnail beside the same thumbnail under the tiles' colours. Colours are
 rank percentiles by default: weights from a softmax span orders of magnitude, so a linear scale
-shows a handful of bright tiles and nothing else. The colour bar says which scale it is. The scale
-is blind to size, so a picture of a slide where nothing stands out looks as lively as any other:
-read the effective tile number beside it.
+shows a few bright tiles and nothing else. The colour bar names the scale. Ranks do not show size,
+so a slide where no tile stands out looks as colourful as any other: read the effective number of
+tiles beside it.
 
 `write_geojson` writes a FeatureCollection of QuPath "tile" objects with measurements (Measure >
 Show measurement maps gives the heat map there; QuPath 0.4 or newer). QuPath crops some formats to
 the slide's bounds, so corners are level-0 pixels less that offset. A slide with more than 50,000
 tiles is written as a .zip with the same file in it, which QuPath opens as well. Ids come from
-slide and place alone: writing twice gives the same file, and importing twice the same objects.
+slide and position alone: writing twice gives the same file, and importing twice the same objects.
 
 Both files are written under a temporary name and renamed.
 
@@ -31,6 +31,7 @@ from textwrap import wrap
 
 import numpy as np
 
+from slides.errors import SettingsError
 from slides.files import replacing
 
 ZIP_FROM = 50_000  # tiles: some 20 MB of text, above which QuPath is given a .zip
@@ -38,19 +39,19 @@ NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "tapfm/tile")
 COLOURS = "viridis"  # even steps of lightness, legible to the colour-blind and in print
 OPACITY = 0.65
 SCALES = ("rank", "linear")
-LETTERS = 11  # of a title in an inch, at least
+LETTERS = 11  # letters of a title that fit in an inch
 
 
 def effective_tiles(weights_T: np.ndarray) -> float:
-    """1 / sum w^2, 1 to T, of weights brought to sum to 1: a case's slide has a share of it."""
+    """Return the effective number of tiles, 1 / sum w^2 of weights scaled to sum 1: 1 to T."""
     exact_T = weights_T.astype(float)
     return float(exact_T.sum() ** 2 / np.square(exact_T).sum())
 
 
 def rank_percentile(values_T: np.ndarray) -> np.ndarray:
-    """Each value's place among them, 0 (lowest) to 100 (highest); ties share one; nan stays.
+    """Return each value's rank percentile, 0 (lowest) to 100; ties share one; nan stays.
 
-    A single value, or values that are all equal, are at 50.
+    A single value, or values that are all equal, get 50.
     """
     values_T = np.asarray(values_T, float)
     ranked_T = np.full(values_T.shape, np.nan)
@@ -70,7 +71,7 @@ def tile_map(
     size0: int,
     values_T: np.ndarray,
 ) -> np.ndarray:
-    """Tile values painted at thumbnail resolution.
+    """Return tile values painted at thumbnail resolution.
 
     Args:
         shape: (H, W) of the thumbnail.
@@ -109,7 +110,7 @@ def overlay_png(
     truth: np.ndarray | None = None,
     truth_label: str = "tumour (truth)",
 ) -> Path:
-    """The thumbnail, the thumbnail under the tiles' colours, and the colour bar.
+    """Write the thumbnail, the thumbnail under the tiles' colours, and the colour bar.
 
     Args:
         thumbnail: uint8 (H, W, 3) of the whole slide.
@@ -119,40 +120,26 @@ def overlay_png(
         values_T: one value a tile; nan leaves the tile bare.
         path: the PNG; its folder is made.
         scale: "rank" colours by rank percentile, "linear" from the lowest to the highest value.
-        label: what the values are, for the colour bar.
-        title: over the picture; None is the file's stem.
+        label: name of the values, for the colour bar.
+        title: above the picture; None is the file's stem.
         truth: a mask of the whole slide at any resolution, drawn as a contour.
-        truth_label: what the contour is.
+        truth_label: name of the contour.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: an unknown scale, or not one value for each tile.
+        ValueError: an unknown scale (SettingsError), or not one value for each tile.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
     if scale not in SCALES:
-        raise ValueError(f"scale: {scale!r} is none of {', '.join(SCALES)}")
+        raise SettingsError(f"scale: {scale!r} is none of {', '.join(SCALES)}")
     values_T = np.asarray(values_T, float)
     _check_lengths(path, coords0, {label: values_T})
     shown_T = rank_percentile(values_T) if scale == "rank" else values_T
     low, high = (0.0, 100.0) if scale == "rank" else _range(values_T)
     height, width = thumbnail.shape[:2]
     painted_HW = tile_map((height, width), downsample, coords0, size0, shown_T)
-
-    beside = height >= 0.75 * width  # wide slides are stacked
-    panel = 5.2  # inches, the long side
-    long = max(height, width)
-    size = (panel * width / long, panel * height / long)
-    figsize = (2 * size[0] + 1.3, size[1] + 0.6) if beside else (size[0] + 1.3, 2 * size[1] + 0.7)
-    figure = Figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots(*((1, 2) if beside else (2, 1)))
-    for axis in axes:
-        axis.imshow(thumbnail, interpolation="nearest")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_color("0.7")
+    figure, axes, beside = _two_thumbnails(thumbnail)
     drawn = axes[1].imshow(
         np.ma.masked_invalid(painted_HW),
         cmap=COLOURS,
@@ -165,8 +152,8 @@ def overlay_png(
         _contour(axes, truth, width, height, truth_label)
     bar = figure.colorbar(drawn, ax=axes[1] if beside else axes, fraction=0.05, pad=0.02)
     how = "rank percentile" if scale == "rank" else "linear scale"
-    bar.set_label(f"{label}, {how}", parse_math=False)  # a $ is the name's own
-    lines = wrap(path.stem if title is None else title, int(LETTERS * figsize[0]))
+    bar.set_label(f"{label}, {how}", parse_math=False)  # a $ in a name is no formula
+    lines = wrap(path.stem if title is None else title, int(LETTERS * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     return save_figure(figure, path)
 
@@ -179,15 +166,15 @@ def write_geojson(
     bounds0: Sequence[int] | None = None,
     name: str = "",
 ) -> Path:
-    """Tiles as QuPath objects.
+    """Write tiles as QuPath objects.
 
     Args:
         path: `<slide>.geojson`; its folder is made.
         coords0: corners (T, 2), level-0 pixels of the whole scan.
         size0: side of a tile, level-0 pixels.
         measurements: name to one number a tile; nan is written as "NaN", which QuPath reads.
-        bounds0: (x0, y0, ...) of the slide's bounds, subtracted; None where it has none.
-        name: of the slide, part of each object's id.
+        bounds0: (x0, y0, ...) of the slide's bounds, subtracted; None if it has none.
+        name: the slide's, part of each object's id.
 
     Returns:
         The file written: `path`, or the same with .zip for more than `ZIP_FROM` tiles.
@@ -219,7 +206,7 @@ def write_geojson(
 
 
 def save_figure(figure, path: Path) -> Path:
-    """A matplotlib figure as PNG, whole or not at all."""
+    """Write a matplotlib figure as PNG, atomically."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
     return path
@@ -228,7 +215,7 @@ def save_figure(figure, path: Path) -> Path:
 def _features(
     coords0: np.ndarray, corners: np.ndarray, size0: int, columns: dict[str, np.ndarray], name: str
 ) -> Iterator[str]:
-    """The file line by line, a tile a line: never all of it in memory."""
+    """Yield the file line by line, a tile a line, so that it is never all in memory."""
     yield '{"type":"FeatureCollection","features":['
     for row, (x0, y0) in enumerate(corners.tolist()):
         x1, y1 = x0 + size0, y0 + size0
@@ -250,11 +237,31 @@ def _features(
 
 
 def _number(value: float) -> float | str:
-    return "NaN" if math.isnan(value) else float(f"{value:.7g}")  # all that a float32 knows
+    return "NaN" if math.isnan(value) else float(f"{value:.7g}")  # the digits of a float32
+
+
+def _two_thumbnails(thumbnail: np.ndarray) -> tuple:
+    """Return a figure with the thumbnail twice, its two axes, and whether they are side by side."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    height, width = thumbnail.shape[:2]
+    beside = height >= 0.75 * width  # wide slides are stacked
+    panel = 5.2  # inches, the long side
+    long = max(height, width)
+    size = (panel * width / long, panel * height / long)
+    figsize = (2 * size[0] + 1.3, size[1] + 0.6) if beside else (size[0] + 1.3, 2 * size[1] + 0.7)
+    figure = Figure(figsize=figsize, layout="constrained")
+    axes = figure.subplots(*((1, 2) if beside else (2, 1)))
+    for axis in axes:
+        axis.imshow(thumbnail, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_color("0.7")
+    return figure, axes, beside
 
 
 def _contour(axes, truth: np.ndarray, width: int, height: int, label: str) -> None:
-    """The mask's outline on both pictures: dark on light, legible on either."""
+    """Draw the mask's outline on both pictures, dark on light, legible on either."""
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import Normal, Stroke
 

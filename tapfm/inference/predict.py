@@ -1,8 +1,8 @@
-"""`tapfm predict` and `tapfm heatmap`: slides that are in no cohort, each by itself or as one case.
+"""`tapfm predict` and `tapfm heatmap`: slides outside a cohort, each alone or all as one case.
 
-A case is predicted the way the model's cases were in training: as one bag of all its tiles where
-bags were cases, or from the mean or the largest of its slides' logits. With a slide that cannot be
-read nothing is said of its case: what the other slides say would pass for the whole.
+A case is predicted as the model's cases were in training: as one bag of all its tiles if bags were
+cases, else from the mean or maximum of its slides' logits. If a slide cannot be read, its case gets
+no prediction: that of the other slides would pass for the whole.
 
 Shapes: K labels.
 """
@@ -56,40 +56,39 @@ def predict_slides(
     device: str | None = None,
     draw: bool = False,
 ) -> int:
-    """Predict slides that are in no cohort; a bad one is reported and the others go on.
+    """Predict slides outside a cohort; a bad one is reported and the others go on.
 
     Args:
         path: a saved model.
         rows: the slides.
-        out: folder for `predictions.csv`, whose last column tells models apart and where rows of
-            other slides stay, `<slide>_weights.h5` and, drawn, `<slide>.png` and `<slide>.geojson`.
-        case: of this name, whose slides these are, and which is predicted as one; None for each
-            slide by itself.
-        mpp: microns per tile pixel, where it is not to be the model's own.
-        masks: folder of masks to take for the tissue; those of the training cohort are not.
+        out: folder for `predictions.csv` (its last column names the model; rows of other slides
+            are kept), `<slide>_weights.h5` and, with `draw`, `<slide>.png` and `<slide>.geojson`.
+        case: name of the case that all slides belong to, predicted as one; None: each slide alone.
+        mpp: microns per tile pixel; None is the model's own.
+        masks: folder of tissue masks; those of the training cohort are not used.
         chunk: tiles on the device at once.
         workers: reading processes.
-        device: where to; None is CUDA where there is one.
+        device: device to run on; None is CUDA if there is one.
         draw: write pictures and GeoJSON as well.
 
     Returns:
         0, or 2 if any slide failed.
 
     Raises:
-        CheckpointError: the model is of tiles, or says nothing of cases.
-        WriteError: predictions of other columns are there.
+        CheckpointError: the model predicts tiles, or was not trained for cases.
+        WriteError: `predictions.csv` exists with other columns.
     """
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_config, facts = model.model_config, models.read_model_config(path)[1]
     if model_config.aggregator == TILES:
         raise models.CheckpointError(
-            f"{path}: was trained on labelled tiles and says nothing of a slide. Its encoder is "
-            "for `tapfm features` and `tapfm export`."
+            f"{path}: was trained on labelled tiles and cannot predict a slide. Use its encoder "
+            "with `tapfm features` or `tapfm export`."
         )
     pool = pool_of(path, facts) if case else None
     table = out / "predictions.csv"
-    rows_there(table, [*header_of(model.task), "model"])  # refused now, not behind all slides
+    rows_there(table, [*header_of(model.task), "model"])  # refused now, not after all slides
     trained = TileSettings(
         model_config.tile_px, model_config.mpp, tissue=Tissue(**facts.get("tissue", {}))
     )
@@ -108,35 +107,35 @@ def predict_slides(
                 for slide, part, index in zip(row.slides, parts, indices, strict=True):
                     write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
                     if draw:
-                        draw_slide(out, slide, index, part, _said(model.task.said, part))
+                        draw_slide(out, slide, index, part, _values(model.task.said, part))
             except SlideError as fault:
                 tqdm.write(f"tapfm: {fault}", file=sys.stderr)
                 failed[row.slide_id] = str(fault)
                 continue
             predictions.append(whole)
-            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_said(model.task.said, whole)}")
+            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_values(model.task.said, whole)}")
     if case and failed:
-        print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
+        print(f"tapfm: {case}: one of its slides failed, so it is not predicted", file=sys.stderr)
         predictions = []
     elif case and pool != "union":
         predictions = pool_cases(predictions, model.task, pool, group_by_case(rows, ()))
-        print(f"{case}: {pool} of {len(rows)} slides; {_said(model.task.said, predictions[0])}")
+        print(f"{case}: {pool} of {len(rows)} slides; {_values(model.task.said, predictions[0])}")
     if predictions:
         write_predictions(table, model.task, predictions, file_fingerprint(path))
     return 2 if failed else 0
 
 
 def pool_of(path: Path, facts: Mapping) -> str:
-    """How a model's cases were made: `union` of their tiles, `mean` or `max` of slides' logits.
+    """Return how a model's cases were made: `union` of tiles, `mean` or `max` of slides' logits.
 
     Raises:
-        CheckpointError: they were not.
+        CheckpointError: the model was not trained for cases.
     """
     if facts.get("bags") == "case":
         return "union"
     if facts.get("pool", "union") == "union":
         raise models.CheckpointError(
-            f"{path}: was trained and tested on slides, each by itself, and says nothing of a case "
+            f"{path}: was trained and tested on single slides and cannot predict a case "
             "of several. Leave --case out, or train with data.bags: case, or data.pool: mean or "
             "max."
         )
@@ -146,32 +145,32 @@ def pool_of(path: Path, facts: Mapping) -> str:
 def new_slide_bag(
     row: SlideRow, tiles: SlideTiles | JoinedTiles, labels: int, counts: Sequence[int] = ()
 ) -> Bag:
-    """A slide, or a case, of no cohort: `labels` unknown numbers are its target.
+    """Return a bag of a slide or case outside a cohort; its `labels` targets are unknown.
 
-    `counts` are the tiles of each slide of a case.
+    `counts` are the numbers of tiles of a case's slides.
     """
     unknown_K = torch.full((labels,), torch.nan)
     ids = row.slide_id, row.case_id
     return Bag(*ids, tiles, tiles.count, unknown_K, seed=0, counts=tuple(counts))
 
 
-def _said(names: Sequence[str], prediction: Prediction) -> str:
+def _values(names: Sequence[str], prediction: Prediction) -> str:
     pairs = zip(names, prediction.probs_K, strict=True)
     return ", ".join(f"{name.removeprefix('p_')} {value:.3f}" for name, value in pairs)
 
 
 def draw_slide(
-    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, said: str
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, values: str
 ) -> None:
-    """`<slide>.png`, the tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
+    """Write `<slide>.png`, tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
 
-    `said` is what the title says of the slide.
+    `values` are the predicted values, for the title.
     """
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
     effective = f"{effective_tiles(weights_T):.1f} effective of {len(index)} tiles"
-    title = f"{row.slide_id}: {said}; {effective}"
+    title = f"{row.slide_id}: {values}; {effective}"
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)

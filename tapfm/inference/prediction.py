@@ -1,8 +1,7 @@
-"""What a model says of a slide or a case: probabilities (values, risks), and where it looked.
+"""Predictions of a slide or a case (probabilities, values or risks) and its tile weights.
 
-All tiles, streamed: pixels in memory are those of a few chunks, on the GPU those of one. What grows
-with the slide is a feature vector and two numbers a tile, in host memory (6 kB a tile for a ViT-g,
-a 25th of its pixels).
+All tiles, streamed: a few chunks of pixels are in memory, one on the GPU. Only features and two
+numbers a tile grow with the slide, in host memory (6 kB a tile for a ViT-g, a 25th of its pixels).
 
 Shapes: T tiles of a slide, S slides of a case, K labels, D features.
 """
@@ -30,22 +29,22 @@ from tapfm.tasks import Task
 
 @dataclass(frozen=True)
 class Prediction:
-    """One slide's, or one case's."""
+    """The prediction of one slide or one case."""
 
     slide_id: str
     case_id: str
     labels_K: np.ndarray
-    """0, 1, or nan where unknown; of other tasks the target's numbers."""
+    """0, 1, or nan where unknown; for other tasks the target's numbers."""
     probs_K: np.ndarray
-    """What the task says: one sigmoid a label, or as many numbers as `Task.said` names."""
+    """Predicted numbers: one sigmoid a label, or as many as `Task.said` names."""
     weights_T: np.ndarray
     """Tile weights, summing to 1."""
     logits_K: np.ndarray | None = None
-    """What `probs_K` was made of, for `pool_cases`."""
+    """The logits behind `probs_K`, for `pool_cases`."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
-    """One slide, by the forward path that training and validation use. `model` is in eval mode."""
+    """Return the prediction of one bag, by the forward path of training; `model` in eval mode."""
     logits_K, weights_T = model(bag.tiles, chunk, bag.counts)
     return Prediction(
         bag.slide_id,
@@ -60,7 +59,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
 def predict_all(
     model: SlideModel, bags: Iterable[Bag], chunk: int, title: str = "predict"
 ) -> list[Prediction]:
-    """Slide after slide, with a progress bar in tiles; skipped slides are not among them."""
+    """Return the predictions of all bags but skipped ones; show a progress bar in tiles."""
     predictions = []
     with tqdm(unit=" tiles", desc=title) as bar:
         for bag in bags:
@@ -73,15 +72,14 @@ def predict_all(
 def pool_cases(
     predictions: Sequence[Prediction], task: Task, pool: str, cases: Sequence[SlideRow]
 ) -> list[Prediction]:
-    """A prediction a case, from the mean or the largest of its slides' logits.
+    """Return a prediction a case, from the mean or maximum of its slides' logits.
 
     Args:
-        predictions: of slides.
-        task: says what the pooled logits mean.
+        predictions: predictions of slides.
+        task: turns the pooled logits into predictions.
         pool: `mean` or `max`.
-        cases: rows of `slides.cohort.cases.gather`, for what is known of each; a case of which no
-        slide
-            was predicted is left out.
+        cases: rows of `slides.cohort.cases.gather` with each case's targets; a case without a
+            predicted slide is left out.
     """
     logits = defaultdict(list)
     for each in predictions:
@@ -92,10 +90,10 @@ def pool_cases(
             slides_SK = torch.stack(each)
             pooled_K = slides_SK.mean(0) if pool == "mean" else slides_SK.amax(0)
             known_K = np.array(case.labels, np.float32)
-            said = task.predict(pooled_K).numpy()
-            none = np.empty(0)  # a case has no weights of its own
+            predicted_K = task.predict(pooled_K).numpy()
+            none = np.empty(0)  # a pooled case has no tile weights
             pooled.append(
-                Prediction(case.case_id, case.case_id, known_K, said, none, pooled_K.numpy())
+                Prediction(case.case_id, case.case_id, known_K, predicted_K, none, pooled_K.numpy())
             )
     return pooled
 
@@ -103,12 +101,12 @@ def pool_cases(
 def slide_by_slide(
     prediction: Prediction, slides: Sequence[SlideRow], counts: Sequence[int]
 ) -> list[Prediction]:
-    """What is said of a case as of its slides, with the tile weights of each.
+    """Return a case's prediction once for each slide, with that slide's tile weights.
 
     Args:
-        prediction: of the case.
+        prediction: the case's.
         slides: its slides, in the order of its tiles.
-        counts: tiles of each; the weights of all of them together sum to 1.
+        counts: tiles of each slide; the weights of all slides together sum to 1.
     """
     weights_S = np.split(prediction.weights_T, np.cumsum(counts)[:-1])
     return [
@@ -117,27 +115,27 @@ def slide_by_slide(
     ]
 
 
-def columns(truth: Sequence[str], said: Sequence[str]) -> list[str]:
-    """What is known, then what is said; in turns where there is one of each."""
-    if len(truth) != len(said):
-        return [*truth, *said]
-    return [each for pair in zip(truth, said, strict=True) for each in pair]
+def columns(targets: Sequence[str], predicted: Sequence[str]) -> list[str]:
+    """Return targets, then predictions; alternating if there is one prediction a target."""
+    if len(targets) != len(predicted):
+        return [*targets, *predicted]
+    return [each for pair in zip(targets, predicted, strict=True) for each in pair]
 
 
 def header_of(task: Task) -> list[str]:
-    """Columns of `write_predictions`: `<label>` and `p_<label>` take turns."""
+    """Return the columns of `write_predictions`: `<label>` and `p_<label>` alternate."""
     return ["slide_id", "case_id", *columns(task.truth, task.said)]
 
 
 def write_predictions(
     path: Path, task: Task, predictions: Sequence[Prediction], model: str | None = None
 ) -> None:
-    """A CSV row a slide: slide_id, case_id, then what is known (blank if not) and what is said.
+    """Write a CSV row a slide: slide_id, case_id, targets (blank if unknown), predictions.
 
-    Of a named `model`, which is then the last column, rows of other slides that are there stay.
+    With a `model`, written as the last column, existing rows of other slides are kept.
 
     Raises:
-        WriteError: it cannot be written, or rows of other columns are there to join.
+        WriteError: it cannot be written, or it exists with other columns.
     """
     rows = [
         [each.slide_id, each.case_id]
@@ -151,7 +149,7 @@ def write_predictions(
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
-    """Tile weights beside their corners, h5: `weights` (T,), `coords` (T, 2) level-0 pixels."""
+    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, as h5."""
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["weights"] = prediction.weights_T
         coords = file.create_dataset("coords", data=index.coords0)

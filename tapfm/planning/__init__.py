@@ -1,8 +1,8 @@
-"""What fits on which card, and whether this installation is sound.
+"""Plans which training setups fit a GPU, and checks the installation.
 
-    plan.py       what fits on a GPU, before the run
-    doctor.py     tapfm doctor
-    footprint.py  what a step holds and computes, counted without a GPU
+    plan.py       tapfm plan: the setups that fit a GPU, before the run
+    doctor.py     tapfm doctor: versions, slide reading, a model's weights
+    footprint.py  memory and work of one training step, counted without a GPU
 
 Nothing here needs a GPU.
 """

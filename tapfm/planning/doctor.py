@@ -1,11 +1,11 @@
-"""Is this installation sound, and does a model load as its publisher meant it?
+"""`tapfm doctor`: checks the installation, and that a model loads as its publisher meant it.
 
     tapfm doctor                                      versions, machine, OpenSlide
     tapfm doctor --model uni --weights uni.safetensors
 
-With a model: the weights must be that model's; the CLS row that scores a tile must be the row of
-the block's own attention matrix, caught where an unfused block drops out of it; and the fingerprint
-(`encoders.fingerprint`) says on any machine whether two people hold the same weights.
+With a model, three checks: the weights must fit it; the CLS row that scores a tile must equal the
+row of the block's own attention matrix, read from an unfused block; and the printed fingerprint
+(`encoders.fingerprint`) tells on any machine whether two people have the same weights.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PACKAGES = (
     "torch", "torchvision", "timm", "lightning", "numpy", "zarr", "h5py", "tifffile", "imagecodecs",
     "openslide-python", "openslide-bin",
 )  # fmt: skip
-CLS_TOLERANCE = 1e-5  # float32 softmax; another row or a missing norm is off by 1e-3 and more
+CLS_TOLERANCE = 1e-5  # float32 softmax; another row or a missing norm is off by 1e-3 or more
 GIB = 2**30
 
 Lines = list[tuple[str, str]]
 
 
 def run_doctor(model: str | None = None, weights: str | None = None) -> int:
-    """`tapfm doctor`: print what was found; 0 if all is well, 1 if not, 2 if nothing could load."""
+    """Print what was found; return 0 if all is well, 1 if not, 2 if the model did not load."""
     _print("Software", software())
     _print("Machine", machine())
     slides, well = slide_reading()
@@ -55,7 +55,7 @@ def run_doctor(model: str | None = None, weights: str | None = None) -> int:
 
 
 def software() -> Lines:
-    """Versions of what results depend on."""
+    """Return versions of the packages that results depend on."""
     lines = [("tapfm", __version__), ("python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -66,7 +66,7 @@ def software() -> Lines:
 
 
 def machine() -> Lines:
-    """Processor, memory, GPUs."""
+    """Return processor, memory and GPUs."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count()
     lines = [("system", f"{platform.system()} {platform.machine()}"), ("cores", str(cores))]
@@ -88,7 +88,7 @@ def machine() -> Lines:
 
 
 def slide_reading() -> tuple[Lines, bool]:
-    """Whether OpenSlide loads, opens a pyramid just written, and reads the right pixels."""
+    """Return whether OpenSlide loads, opens a new pyramid and reads the right pixels."""
     try:
         import openslide
         import tifffile
@@ -103,13 +103,15 @@ def slide_reading() -> tuple[Lines, bool]:
         if not np.array_equal(read, pixels[5 : 5 + 67, 17 : 17 + 101]):
             return [*lines, ("read a slide", "FAILED: other pixels than were written")], False
         return [*lines, ("read a slide", "yes, the pixels written")], True
-    except Exception as error:  # of many kinds: no library, a wrong one, a broken build
-        said = f"FAILED: {type(error).__name__}: {error}. Try: pip install --upgrade openslide-bin"
-        return [("openslide library", said)], False
+    except Exception as error:  # many kinds: no library, a wrong one, a broken build
+        reason = (
+            f"FAILED: {type(error).__name__}: {error}. Try: pip install --upgrade openslide-bin"
+        )
+        return [("openslide library", reason)], False
 
 
 def examine(encoder: Encoder) -> tuple[Lines, bool]:
-    """What a loaded model is, and whether it is read right. Leaves it in float64."""
+    """Return a loaded model's facts and whether all checks passed; leaves it in float64."""
     row, vit = encoder.row, encoder.vit
     count = sum(p.numel() for p in vit.parameters())
     verdict, right = "none: tiles are weighed by learned attention only", True
@@ -119,12 +121,12 @@ def examine(encoder: Encoder) -> tuple[Lines, bool]:
         right = worst <= CLS_TOLERANCE
         if not right:
             verdict = f"FAILED: {verdict}. The tile score cannot be trusted."
-    said = f"no: {encoder.no_tail}"
+    tail = f"no: {encoder.no_tail}"
     if encoder.tail is not None:
         worst = tail_error(encoder)
-        said = f"yes, differs from the whole block by {worst:.1e}, at most {TOLERANCE:.0e} is right"
+        tail = f"yes, differs from the whole block by {worst:.1e}, at most {TOLERANCE:.0e} is right"
         if worst > TOLERANCE:
-            said, right = f"FAILED: {said}. Features cannot be trusted.", False
+            tail, right = f"FAILED: {tail}. Features cannot be trusted.", False
     return [
         ("model", f"{row.key}, {row.source}"),
         ("licence", row.licence),
@@ -134,17 +136,17 @@ def examine(encoder: Encoder) -> tuple[Lines, bool]:
         ("input", f"{row.tile_px} px at {row.mpp:g} microns per pixel"),
         *([("elsewhere", row.note)] if row.note else []),
         ("CLS row", verdict),
-        ("CLS tail", said),
+        ("CLS tail", tail),
         ("fingerprint", fingerprint(encoder)),
     ], right
 
 
 @torch.no_grad()
 def cls_row_error(encoder: Encoder) -> float:
-    """Largest difference of the tap's CLS row from the last block's own attention matrix."""
+    """Return the largest difference of the tap's CLS row from the block's attention matrix."""
     pixels = encoder.pixels(known_tiles(2, encoder.tile_px))
     with encoder.reading():
-        encoder.vit.forward_features(pixels)  # as trained with
+        encoder.vit.forward_features(pixels)  # the path used in training
     row_CHN = encoder.tap.take_row().softmax(-1)
     attn, caught = encoder.vit.blocks[-1].attn, []
     fused, attn.fused_attn = attn.fused_attn, False
@@ -159,7 +161,7 @@ def cls_row_error(encoder: Encoder) -> float:
 
 @torch.no_grad()
 def tail_error(encoder: Encoder) -> float:
-    """Largest relative difference of features and scores from those with a whole last block."""
+    """Return the largest relative difference of features and scores from a whole last block."""
     tiles = known_tiles(2, encoder.tile_px)
     whole = encoder.read(encoder.vit.forward_features(encoder.pixels(tiles)))
     pairs = zip(encoder(tiles), whole, strict=True)
@@ -167,7 +169,7 @@ def tail_error(encoder: Encoder) -> float:
 
 
 def _worst(error: torch.Tensor) -> float:
-    return error.item() if error == error else float("inf")  # nan compares as right with nothing
+    return error.item() if error == error else float("inf")  # nan would pass every comparison
 
 
 def _print(title: str, lines: Lines) -> None:

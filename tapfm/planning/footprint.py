@@ -1,23 +1,22 @@
-"""What one training step holds in GPU memory and computes, counted without a GPU and weights.
+"""GPU memory and work of one training step, counted without a GPU and without weights.
 
-How: the model runs on fake CUDA tensors, which have shapes but no memory, and what autograd would
-hold is counted for two tiles and for three: the difference is a tile's activations, the rest are
-the bfloat16 copies of the weights that autocast makes. A model's blocks are alike, so this is done
-with two and three blocks and the others are added; the last, of which only the CLS token is
-computed (`encoders.tail`), is in both. Peaks follow from these.
+How: the model runs on fake CUDA tensors, which have shapes but no memory, and the bytes autograd
+would hold are counted for two tiles and for three: the difference is a tile's activations, the rest
+are the bfloat16 copies of the weights that autocast makes. A model's blocks are alike, so two and
+three blocks are counted and the others extrapolated; the last, which computes only the CLS token
+(`encoders.tail`), is in both. The peaks of each phase follow:
 
-    encode      what rests, the graph of the first chunk, which is kept (or of the first few), and
-                for the next chunk the cast copies and one block's work
-    aggregate   what rests, what is kept, the features of a bag
-    adapt       what rests, the gradient, what else is kept, what the chunk's forward holds, and
-                the cast copies and one block's work: together, or, where blocks are recomputed,
-                the larger of them
-    step        what rests, the gradient, and what the update makes for an instant
+    encode      resting memory, the graphs of the first chunks that are kept, and for the next
+                chunk the cast copies and one block's work
+    aggregate   resting memory, the kept graphs, the features of a bag
+    adapt       resting memory, the gradient, the other kept graphs, the chunk's own graph, and the
+                cast copies and one block's work: both, or, with recomputation, the larger one
+    step        resting memory, the gradient, and temporary tensors of the update
 
-What rests are the weights and what the optimizer keeps of those that learn
+Resting memory is the weights and what the optimizer keeps for those that learn
 (`engine.master_weights`).
 
-Condition: attention fused; one slide an update: accumulating slides keeps the gradient, 4 bytes a
+Condition: fused attention; one slide an update: accumulating slides keeps the gradient, 4 bytes a
 parameter, through encode and aggregate. Autocast keeps its copies until the encoder's call ends,
 with recomputation and without gradients too, so they are counted there.
 """
@@ -41,13 +40,23 @@ from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.encoders.backbones import Backbone, Encoder, build
 from tapfm.encoders.tail import unfit
 from tapfm.engine.frozen_prefix import FrozenPrefix, first_to_learn
-from tapfm.engine.memory import saved_bytes
+from tapfm.engine.memory import saved_bytes as autograd_bytes
 
 GIB = 2**30
 CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces, fragmentation
 GRADIENT = 4  # bytes a parameter that learns: summed in fp32
-KEPT = {"adamw": 8, "master": 12, "residual": 4.03, "offload": 0}  # by the optimizer, likewise
-AT_ONCE = {"adamw": 0, "master": 0, "residual": 40, "offload": 0}  # an update's, largest tensor's
+KEPT = {
+    "adamw": 8,
+    "master": 12,
+    "residual": 4.03,
+    "offload": 0,
+}  # bytes a trained parameter, by optimizer
+AT_ONCE = {
+    "adamw": 0,
+    "master": 0,
+    "residual": 40,
+    "offload": 0,
+}  # temporary bytes of an update, per number of the largest tensor
 BAG_TILES, BAG_COPIES = 1000, 6  # a training bag; features, gate, their gradients
 PHASES = ("encode", "aggregate", "adapt", "step")
 
@@ -63,7 +72,7 @@ class Setup:
 
     @property
     def flags(self) -> str:
-        """For `tapfm fit`."""
+        """Return the settings as flags of `tapfm fit`."""
         options = {
             "strategy": self.strategy,
             "precision": self.precision,
@@ -78,33 +87,33 @@ class Setup:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step holds and computes, counted."""
+    """Counted parameters, bytes and work of a step."""
 
     parameters: int
     trained: int
     largest: int
-    """Numbers of the largest tensor that learns."""
+    """Size of the largest tensor that learns, in numbers."""
     tile: int
     """Bytes held for the backward of one tile."""
     casts: int
     """Bytes of the weights' bfloat16 copies at the forward's end."""
     block: int
-    """Bytes one block makes of one tile: its work space, at most."""
+    """Most bytes of work space that one block needs for one tile."""
     flop: float
-    """Work of both passes, a tile."""
+    """Floating-point operations of both passes, per tile."""
 
 
 Count = Callable[[int, Any], tuple[int, ...]]
-"""Figures of a model of so many blocks under a strategy."""
+"""Counts figures of a model with that many blocks under a strategy."""
 
 
 class Footprint:
-    """Counts what training a model costs under one setup after another.
+    """A counter of what training one model costs under different setups.
 
     Args:
-        row: which model; one whose blocks are all alike.
+        row: a model whose blocks are all alike.
         tile_px: side of the tiles; None is the model's own.
-        tail: as training does it, the last block for the CLS token alone (`encoders.tail`).
+        tail: compute the last block for the CLS token alone, as training does (`encoders.tail`).
     """
 
     def __init__(self, row: Backbone, tile_px: int | None = None, *, tail: bool = True):
@@ -116,28 +125,28 @@ class Footprint:
         self._counted: dict[tuple, tuple[int, ...]] = {}
 
     def cost(self, setup: Setup) -> Cost:
-        """Count it; a second or so for each scheme."""
+        """Return the cost of a setup; a new one takes a second or so."""
         parameters, trained, largest = self.sizes(setup.strategy)
-        block, casts = self.held(Setup(setup.precision))
+        block, casts = self.saved_bytes(Setup(setup.precision))
         return Cost(
             parameters=parameters,
             trained=trained,
             largest=largest,
-            tile=self.held(setup)[0],
+            tile=self.saved_bytes(setup)[0],
             casts=casts,
             block=block // max(1, self.depth - self.tail),
             flop=self.flops(setup),
         )
 
     def peaks(self, setup: Setup, cost: Cost, chunk: int, keep: int = 1) -> dict[str, float]:
-        """Peak GiB of each phase with `chunk` tiles at once, and graphs of `keep` chunks kept."""
+        """Return peak GiB of each phase with `chunk` tiles at once and `keep` kept graphs."""
         weight = 2 if setup.precision == "bf16-true" else 4
         resting = weight * cost.parameters + KEPT[setup.optimizer] * cost.trained
         learning = resting + GRADIENT * cost.trained
         work, bag = chunk * cost.block, BAG_COPIES * BAG_TILES * self.row.dim * 4
-        both = max if setup.recompute else int.__add__  # one after the other, or together
+        both = max if setup.recompute else int.__add__  # the larger of the two, or both together
         graph = chunk * cost.tile + (0 if setup.recompute else cost.casts)
-        kept, others = keep * graph, max(0, keep - 1) * graph  # others than the one in work
+        kept, others = keep * graph, max(0, keep - 1) * graph  # kept graphs but the current one
         total = {
             "encode": resting + kept + cost.casts + work,
             "aggregate": resting + kept + bag,
@@ -147,7 +156,7 @@ class Footprint:
         return {phase: total[phase] / GIB + CONTEXT_GIB for phase in PHASES}
 
     def sizes(self, strategy: Any) -> tuple[int, ...]:
-        """Parameters, those that learn, and the numbers of the largest tensor that does."""
+        """Return parameters, those that learn, and the size of the largest tensor that learns."""
         key = "sizes", repr(spell(make_strategy(strategy)))
         if key not in self._counted:
             every = list(self._first_blocks(self.depth, strategy).parameters())
@@ -155,28 +164,28 @@ class Footprint:
             self._counted[key] = sum(p.numel() for p in every), sum(learn), max(learn)
         return self._counted[key]
 
-    def held(self, setup: Setup) -> tuple[int, int]:
-        """Bytes the forward leaves for backward: a tile's, and those that no tile adds to."""
+    def saved_bytes(self, setup: Setup) -> tuple[int, int]:
+        """Return bytes held for backward: per tile, and those independent of tiles."""
 
         def count(depth: int, strategy: Any) -> tuple[int, int]:
-            # not of one tile: torch sees a batch of one as contiguous, and shares what it copies
+            # two and three, not one: torch treats a batch of one as contiguous and copies less
             two, three = (self._saved(setup, depth, strategy, tiles) for tiles in (2, 3))
             return three - two, max(0, 3 * two - 2 * three)
 
         return self._over_depth(("held", setup.precision, setup.recompute), setup, count)
 
     def flops(self, setup: Setup) -> int:
-        """Work of one tile in both passes; a multiply-add is 2."""
+        """Return the work of one tile in both passes; a multiply-add is 2."""
 
         def count(depth: int, strategy: Any) -> tuple[int]:
             vit = self._first_blocks(depth, strategy)
             with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-                # on the CPU, since without a GPU autograd cannot run backward for one
+                # on the CPU: without a GPU, autograd cannot run backward on fake CUDA tensors
                 encoder, pixels = self._fake(vit, "cpu", torch.float32, setup, tiles=1)
                 encode, first = encoder, first_to_learn(vit)
-                if first is not None:  # what is frozen in front is computed in pass 1 only
-                    boundary = FrozenPrefix(encoder, first)
-                    encode, pixels = boundary.encode, boundary.tokens(pixels)
+                if first is not None:  # frozen blocks in front are computed in pass 1 only
+                    prefix = FrozenPrefix(encoder, first)
+                    encode, pixels = prefix.encode, prefix.tokens(pixels)
                 encode(pixels)
                 z_CD, score_C = encode(pixels)
                 (z_CD.sum() + score_C.sum()).backward()
@@ -185,9 +194,9 @@ class Footprint:
         return self._over_depth(("flops", setup.recompute), setup, count)[0]
 
     def _over_depth(self, key: tuple, setup: Setup, count: Count) -> tuple[int, ...]:
-        """`count(depth, strategy)` for the whole model, from models of two and three blocks.
+        """Return `count(depth, strategy)` of the whole model, extrapolated from 2 and 3 blocks.
 
-        A strategy that treats blocks each in its own way is counted at full depth: that is slower.
+        A strategy that treats blocks differently is counted at full depth, which is slower.
         """
         spec = spell(make_strategy(setup.strategy))
         key = (*key, repr(spec))
@@ -214,12 +223,12 @@ class Footprint:
         dtype = torch.bfloat16 if setup.precision == "bf16-true" else torch.float32
         with FakeTensorMode(), FusedAttention(), _autocast(setup.precision == "bf16"):
             encoder, pixels = self._fake(vit, "cuda", dtype, setup, tiles)
-            return saved_bytes(lambda: encoder(pixels), but=encoder.parameters())
+            return autograd_bytes(lambda: encoder(pixels), but=encoder.parameters())
 
     def _fake(
         self, vit: nn.Module, device: str, dtype: torch.dtype, setup: Setup, tiles: int
     ) -> tuple[Encoder, Tensor]:
-        """An encoder without memory, and tiles for it, inside a FakeTensorMode."""
+        """Return an encoder without memory and tiles for it, inside a FakeTensorMode."""
         encoder = Encoder(vit, self.row, recompute=setup.recompute, tail=self.tail).train()
         for module in encoder.modules():
             for name, parameter in module._parameters.items():
@@ -234,7 +243,7 @@ class Footprint:
         return encoder, torch.empty(shape, dtype=torch.uint8, device=device)
 
     def _first_blocks(self, depth: int, strategy: Any) -> nn.Module:
-        """The model on the meta device with its first blocks only, made ready by a strategy."""
+        """Return the model on the meta device with its first blocks, prepared by a strategy."""
         blocks = self.vit.blocks
         self.vit.blocks = blocks[:depth]
         vit = copy.deepcopy(self.vit)
@@ -244,7 +253,7 @@ class Footprint:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Takes the fused kernel, which torch would choose on a GPU but not where there is none.
+    """A torch mode that uses the fused kernel, which torch chooses only where there is a GPU.
 
     For float32 a GPU has another fused kernel, which holds the same tensors.
     """
@@ -263,7 +272,7 @@ class FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def _autocast(enabled: bool) -> Iterator[None]:
-    """`torch.autocast("cuda", bfloat16)`, which refuses where there is no GPU."""
+    """Apply `torch.autocast("cuda", bfloat16)`, which torch itself refuses without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", enabled)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

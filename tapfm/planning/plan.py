@@ -1,13 +1,13 @@
-"""What fits on a GPU, and how to train there: answered in seconds, without GPU and weights.
+"""`tapfm plan`: which training setups fit a GPU, found in seconds without a GPU or weights.
 
     tapfm plan --model h_optimus_0 --gpu 24
 
-`planning.footprint` counts what each scheme holds; here the largest chunk that fits is found for
-each, and the first that fits is chosen in this order: exact before approximate, nothing computed
-twice before recomputation, all parameters before some. `tapfm fit` on a GPU prints the same
-forecast for its own settings, and beside it, when it is done, what was measured.
+`planning.footprint` counts the memory of each setup; here the largest chunk that fits is found for
+each, and the first setup that fits is chosen in this order: exact before approximate, no
+recomputation before recomputation, all parameters before some. `tapfm fit` on a GPU prints the same
+forecast for its own settings, and at the end the measured peaks beside it.
 
-Condition: tiles/s are the counted work over a rate that is assumed, not measured (`CARDS`).
+Condition: tiles/s are the counted work over an assumed rate, not a measured one (`CARDS`).
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slides.errors import SettingsError
 from tapfm.encoders.backbones import Backbone, find
 from tapfm.planning.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
 
-KEPT_BACK_GIB, KEPT_BACK = 0.25, 0.02  # of the nominal size: driver, error correction, the desktop
+KEPT_BACK_GIB, KEPT_BACK = 0.25, 0.02  # not usable: driver, error correction, desktop
 CHUNK_CAP = 64  # matrix products are large enough to fill a GPU well below it
 GOOD_CHUNK = 8  # fewer tiles at once leave a GPU idle: recomputing blocks costs less
 CARDS = {"H200": 420, "RTX 4090": 105, "RTX 3090": 42, "A10G": 40}  # sustained TFLOP/s, assumed
-LAST = 4  # last-N is shown for one block in so many
-HOST_BYTES = 12  # a parameter: master and moments in host memory
-SAID = {
+LAST = 4  # last-n is shown for a quarter of the blocks
+HOST_BYTES = 12  # host memory a parameter: master and moments
+DESCRIPTIONS = {
     "adamw": "fp32 weights and autocast",
     "master": "bf16 weights with fp32 masters on the card",
     "offload": "bf16 weights, exact AdamW in host memory",
     "residual": "bf16 weights with 16-bit residuals, moments in 8 bits",
 }
-ORDER = ("master", "offload", "residual", "adamw")  # adamw is master's twin, and slower
+ORDER = ("master", "offload", "residual", "adamw")  # adamw equals master, and is slower
 
 
-class PlanError(ValueError):
-    """A plan was asked for that has no answer."""
+class PlanError(SettingsError):
+    """A plan was asked for that cannot be made."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A scheme, the largest chunk that fits with it, and its peaks."""
+    """A setup, the largest chunk that fits with it, and its peaks."""
 
     setup: Setup
     cost: Cost
     chunk: int
     """Tiles at once; 0 if not even one (or the number asked for) fits."""
     keep: int
-    """Chunks whose graphs fit beside one another, up to those of a bag; 1 at least."""
+    """Number of chunks whose graphs fit at once, from 1 to the chunks of a bag."""
     peak_gib: Mapping[str, float]
-    """By phase, at `chunk`, or at the fewest tiles asked for if that is 0."""
+    """Peak of each phase at `chunk`, or at the smallest allowed chunk if nothing fits."""
     good_gib: float
     """Highest peak with `GOOD_CHUNK` tiles, or the number asked for."""
     least_gib: float
@@ -59,20 +60,20 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As the table says it."""
+        """Return its name in the table."""
         strategy = self.setup.strategy
         strategy = f"last {strategy['n']}" if isinstance(strategy, Mapping) else strategy
         return f"{strategy}, {self.setup.optimizer}" + (", recompute" * self.setup.recompute)
 
     @property
     def full(self) -> bool:
-        """Whether every parameter learns."""
+        """Return whether every parameter learns."""
         return self.setup.strategy == "full"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits, and what to choose."""
+    """All options for a model and a GPU, and the chosen one."""
 
     model: str
     tile_px: int
@@ -87,7 +88,7 @@ class Plan:
 
 
 def setups(depth: int) -> list[Setup]:
-    """What is compared, in order of preference."""
+    """Return the compared setups, in order of preference."""
     last = {"name": "last_n", "n": max(1, depth // LAST)}
     listed = []
     for strategy, optimizers in (("full", ORDER), ("lora", ("master",)), (last, ("master",))):
@@ -101,7 +102,7 @@ def setups(depth: int) -> list[Setup]:
 def make_plan(
     row: Backbone, *, gpu_gib: float, tile_px: int | None = None, chunk: int | None = None
 ) -> Plan:
-    """A plan for one card.
+    """Return a plan for one GPU.
 
     Args:
         row: which model.
@@ -110,7 +111,7 @@ def make_plan(
         chunk: tiles at once; None is the most that fit, up to `CHUNK_CAP`.
 
     Raises:
-        PlanError: a card or chunk of no size, or a model whose blocks differ.
+        PlanError: a GPU or chunk of impossible size, or a model whose blocks differ.
         BackboneError: the tile is not a multiple of the model's patch.
     """
     if not (math.isfinite(gpu_gib) and gpu_gib > 0):
@@ -118,7 +119,7 @@ def make_plan(
     if chunk is not None and chunk < 1:
         raise PlanError(f"plan: a chunk is 1 tile or more, got {chunk}")
     if not row.prefix_tokens:
-        raise PlanError(f"plan: {row.key}: only ViTs are planned, whose blocks are all alike")
+        raise PlanError(f"plan: {row.key}: its blocks differ; only ViTs can be planned, choose one")
     usable = max(0.0, gpu_gib - KEPT_BACK_GIB - KEPT_BACK * gpu_gib)
     footprint = Footprint(row, tile_px)
     options = [_option(footprint, setup, usable, chunk) for setup in setups(footprint.depth)]
@@ -168,7 +169,9 @@ def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[O
     choice = (large or full or fitting)[0]
     setup = choice.setup
     least = f"{choice.good_gib if choice.chunk >= good else choice.least_gib:.1f} GiB at chunk "
-    reason = f"{SAID[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
+    reason = (
+        f"{DESCRIPTIONS[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
+    )
     reason += f"{usable:.1f} are usable"
     if not choice.full:
         return choice, f"training every parameter does not fit; {choice.name} does. {reason}."
@@ -186,12 +189,12 @@ def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[O
 
 
 def _card(peak: float) -> int:
-    """Nominal size of the smallest card that has `peak` GiB usable."""
+    """Return the nominal size of the smallest GPU that has `peak` GiB usable."""
     return math.ceil((peak + KEPT_BACK_GIB) / (1 - KEPT_BACK))
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan as text: a line a scheme, the choice and its reason."""
+    """Return the plan as text: a line for each setup, the choice and its reason."""
     lines = [
         f"{plan.model}: {plan.parameters:,} parameters, tiles of {plan.tile_px} px; "
         f"a {plan.gpu_gib:g} GiB card has {plan.usable_gib:.1f} GiB usable",
@@ -229,7 +232,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def run_plan(model: str, gpu: float, tile_px: int | None) -> int:
-    """`tapfm plan`: print the plan; 0 if something fits, else 1."""
+    """Print the plan; return 0 if something fits, else 1."""
     plan = make_plan(find(model), gpu_gib=gpu, tile_px=tile_px)
     print(plan_table(plan))
     return 0 if plan.choice else 1
@@ -238,16 +241,16 @@ def run_plan(model: str, gpu: float, tile_px: int | None) -> int:
 def forecast(
     row: Backbone, tile_px: int, setup: Setup, chunk: int, keep: int = 1
 ) -> dict[str, float]:
-    """Peak GiB of each phase under a run's own settings, without the context: as torch counts."""
+    """Return peak GiB of each phase under a run's settings, as torch counts (no context)."""
     footprint = Footprint(row, tile_px)
     peak = footprint.peaks(setup, footprint.cost(setup), chunk, keep)
     return {phase: value - CONTEXT_GIB for phase, value in peak.items()}
 
 
 def compare(predicted: Mapping[str, float], memory: Path) -> str:
-    """The forecast beside the largest figures of a run's memory.csv, as text.
+    """Return the forecast beside the largest figures of a run's memory.csv, as text.
 
-    `step` has no figure of its own: a run measures it within `adapt`.
+    A run measures `step` within `adapt`.
     """
     with memory.open() as file:
         rows = list(csv.DictReader(file))

@@ -1,17 +1,17 @@
-"""How sure we may be of a figure: whole cases drawn with replacement, and the interval they give.
+"""Bootstrap intervals of a metric: whole cases are drawn with replacement.
 
 A patient's slides are not independent, so cases are resampled, never slides. A draw is a vector of
-how often each slide takes part; a figure that is computed from such weights has a value for every
-draw at once. Two models evaluated with the same cases and seed see the same draws, which is what
-makes their difference a paired one.
+how often each slide is counted; a metric computed from such weights gets a value for every draw at
+once. Two models evaluated with the same cases and seed get the same draws, which makes their
+difference a paired one.
 
-The interval of a figure between 0 and 1 is symmetric on the logit scale, with the draws' standard
-deviation as its standard error: logit(v) +- 1.96 sd / (v (1 - v)). Percentiles of the draws held a
-known AUROC 86 to 94 % of the time at 40 cases, this 94 to 97 % (benchmarks/coverage.py). That of a
-difference is the 2.5th and 97.5th percentile, which held 91 to 92 % of the time with 8 positive
-cases and 93 to 96 % with 16: nothing that was tried did better.
+The interval of a metric between 0 and 1 is symmetric on the logit scale, with the draws' standard
+deviation as its standard error: logit(v) +- 1.96 sd / (v (1 - v)). Percentiles of the draws covered
+a known AUROC 86 to 94 % of the time at 40 cases, this 94 to 97 % (benchmarks/coverage.py). The
+interval of a difference is the 2.5th and 97.5th percentile, which covered it 91 to 92 % of the time
+with 8 positive cases and 93 to 96 % with 16: no method that was tried did better.
 
-Condition: a figure of exactly 0 or 1 has no logit; its percentiles are given, [1, 1] for a perfect
+Condition: a metric of exactly 0 or 1 has no logit; its percentiles are given, [1, 1] for a perfect
     ranking, which is not certainty. With fewer than about 10 cases of a class every interval here
     is too narrow.
 Source: Field and Welsh 2007 (JRSS B 69:369), cluster bootstrap; Qin and Hotilovac 2008 (Stat
@@ -30,27 +30,27 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95
-Z = 1.959963984540054  # of LEVEL, two-sided
-BLOCK = 2_000_000  # numbers of a block of draws: 16 MB of float64, near the cache, whatever N is
+Z = 1.959963984540054  # two-sided quantile of LEVEL
+BLOCK = 2_000_000  # numbers in a block of draws: 16 MB of float64, near the cache size
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95 % bootstrap interval; all nan where it is undefined."""
+    """A metric with its 95 % bootstrap interval; all nan where it is undefined."""
 
     value: float
-    """On the slides as they are."""
+    """Value on the given slides."""
     low: float
     high: float
     draws: int = 0
-    """Draws in which the figure was defined: the interval stands on these."""
+    """Number of draws in which the metric was defined; the interval comes from these."""
 
 
 def bootstrap_cases(cases_N: Sequence[str], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Draws of as many cases as there are, with replacement; a case brings all its slides.
+    """Return draws of cases with replacement, as many as there are, with all their slides.
 
     Returns:
-        times_BN, uint16: how often slide n takes part in draw b.
+        times_BN, uint16: how often slide n is counted in draw b.
     """
     names, case_N = np.unique(np.asarray(cases_N, dtype=str), return_inverse=True)
     if not len(names):
@@ -61,27 +61,27 @@ def bootstrap_cases(cases_N: Sequence[str], draws: int = 2000, seed: int = 0) ->
 
 
 def once(cases_N: Sequence) -> np.ndarray:
-    """The slides as they are, as one draw (1, N)."""
+    """Return one draw (1, N) that counts every slide once."""
     return np.ones((1, len(cases_N)), np.uint16)
 
 
 def with_point(cases_N: Sequence[str], draws: int, seed: int) -> np.ndarray:
-    """The slides as they are, then the draws: row 0 gives the value, the others its interval."""
+    """Return one draw of every slide once (row 0, the value), then the bootstrap draws."""
     return np.concatenate([once(cases_N), bootstrap_cases(cases_N, draws, seed)])
 
 
 def mean_of_defined(figures: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """`mean_of` those that are defined on the slides as they are (row 0)."""
+    """Return the mean, in every draw, of the metrics that are defined in row 0."""
     return mean_of([figure_B for figure_B in figures if not math.isnan(figure_B[0])], length)
 
 
 def mean_of(figures: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Their mean in every draw; nan if there are none, and in a draw that lacks one of them."""
+    """Return the mean of metrics in every draw (B,); nan in a draw where any is nan, or of none."""
     return np.mean(figures, axis=0) if len(figures) else np.full(length, np.nan)
 
 
 def interval(figure_B: np.ndarray) -> Interval:
-    """Of a figure between 0 and 1, from its value and its draws as `with_point` orders them."""
+    """Return the interval of a metric between 0 and 1, from draws ordered as by `with_point`."""
     value, drawn_B = _split(figure_B)
     if not 0 < value < 1 or len(drawn_B) < 2:
         return _percentiles(value, drawn_B)
@@ -91,7 +91,7 @@ def interval(figure_B: np.ndarray) -> Interval:
 
 
 def percentiles(figure_B: np.ndarray) -> Interval:
-    """Of a difference, from the same draws of both, or of a figure of any range: see `interval`."""
+    """Return the percentile interval of a paired difference, or of a metric of any range."""
     return _percentiles(*_split(figure_B))
 
 

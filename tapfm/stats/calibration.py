@@ -1,17 +1,17 @@
-"""Whether a probability means what it says, and the two mends that validation can teach.
+"""Calibration of probabilities, and two rescalings that are fitted on the validation split.
 
-    reliability   slides by their probability in 10 bins of equal width: mean said, share observed
-    ece           mean over the bins of |said - observed|, each bin counting its slides
+    reliability   slides in 10 bins of equal width: mean predicted probability, observed frequency
+    ece           mean over the bins of |predicted - observed|, weighted by slides
     brier         mean of (p - y)^2
-    temperature   p' = sigmoid(a logit p): how sure, never which side of a half
+    temperature   p' = sigmoid(a logit p): changes confidence, never the side of 0.5
     platt         p' = sigmoid(a logit p + b)
 
-Losses here weigh positives by negatives over positives, so what comes out of a model is off the
-frequency's logit by the log of that weight: a temperature cannot mend that, Platt's shift can.
-Both leave the ranking, and so the AUROC, as it is, and both are fitted on validation alone.
+Losses here weigh positives by negatives over positives, so a model's outputs are shifted from the
+frequency's logit by the log of that weight: a temperature cannot correct that, Platt's shift can.
+Both keep the ranking, and so the AUROC, and both are fitted on validation alone.
 
-Condition: ECE of few slides is not 0 even where all is right, since a bin's share is noisy; it is
-    given without an interval, because resampling adds that noise once more. Brier has one.
+Condition: the ECE of few slides is not 0 even with perfect calibration, since a bin's frequency is
+    noisy; it has no interval, because resampling adds that noise once more. Brier has one.
 Source: Guo et al. 2017 (ICML, arXiv 1706.04599), bins and temperature; Platt 1999, with his targets
     (N+ + 1) / (N+ + 2) and 1 / (N- + 2), which keep a perfect validation ranking finite.
 
@@ -28,38 +28,38 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 BINS = 10
-SLOPES = (0.05, 20.0)  # of either mend: a validation split of few slides may ask for any
-CLIP = 1e-6  # what predictions_<split>.csv keeps of a probability near 0 or 1
+SLOPES = (0.05, 20.0)  # allowed slopes: few validation slides may fit any value
+CLIP = 1e-6  # predictions_<split>.csv resolves probabilities near 0 or 1 no finer
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """p' = sigmoid(slope * logit p + shift)."""
+    """A rescaling of probabilities: p' = sigmoid(slope * logit p + shift)."""
 
     slope: float = 1.0
     """1 over the temperature."""
     shift: float = 0.0
 
     def __call__(self, p_N: np.ndarray) -> np.ndarray:
-        """Probabilities, mended."""
+        """Return the rescaled probabilities."""
         return p_N if self == Scaling() else expit(self.slope * _logits(p_N) + self.shift)
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Slides whose probability lies in (low, high]; the first bin has 0 too."""
+    """Slides whose probability lies in (low, high]; the first bin includes 0."""
 
     low: float
     high: float
     slides: int
     predicted: float
-    """Their mean probability."""
+    """Mean probability of these slides."""
     observed: float
-    """The share of them that is positive."""
+    """Share of these slides that is positive."""
 
 
 def reliability(y_N: np.ndarray, p_N: np.ndarray) -> list[Bin]:
-    """The bins that hold a slide; unknown labels (nan) are left out."""
+    """Return the bins that have a slide; unknown labels (nan) are left out."""
     known_N = ~np.isnan(y_N)
     y_N, p_N = y_N[known_N], np.asarray(p_N, float)[known_N]
     edges = np.linspace(0, 1, BINS + 1)
@@ -73,14 +73,14 @@ def reliability(y_N: np.ndarray, p_N: np.ndarray) -> list[Bin]:
 
 
 def ece(bins: list[Bin]) -> float:
-    """Expected calibration error; nan without a slide."""
+    """Return the expected calibration error of bins; nan without a slide."""
     slides = sum(each.slides for each in bins)
     gaps = sum(each.slides * abs(each.predicted - each.observed) for each in bins)
     return gaps / slides if slides else math.nan
 
 
 def brier(y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """Brier score of every draw (B,); see `stats.bootstrap`."""
+    """Return the Brier score of every draw (B,)."""
     known_N = ~np.isnan(y_N)
     times_BN = times_BN[:, known_N].astype(float)
     off_N = (p_N[known_N] - y_N[known_N]) ** 2
@@ -89,12 +89,12 @@ def brier(y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
 
 
 def fit_temperature(y_N: np.ndarray, p_N: np.ndarray) -> Scaling | None:
-    """The slope that fits the validation labels best; None if one class only is known."""
+    """Return the slope that fits validation labels best; None if only one class is known."""
     return _fit(y_N, p_N, shift=False)
 
 
 def fit_platt(y_N: np.ndarray, p_N: np.ndarray) -> Scaling | None:
-    """Slope and shift. See `fit_temperature`."""
+    """Return the slope and shift that fit best; None if only one class is known."""
     return _fit(y_N, p_N, shift=True)
 
 

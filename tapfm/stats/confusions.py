@@ -1,17 +1,17 @@
-"""What slides or tiles are against what was said of them: counts, and the figures that follow.
+"""Confusion matrices of slides or tiles, and the metrics that follow from their counts.
 
-    recall               share of a class that is said to be of it
-    f1                   2 hits / (of the class + said to be of it); as an average, macro
-    weighted_f1          F1 of each class, weighted by how many are of it
+    recall               share of a class that is predicted as it
+    f1                   2 hits / (members of the class + predicted as it); its average is macro
+    weighted_f1          F1 of each class, weighted by its number of members
     balanced_accuracy    mean recall
-    accuracy             share that is said right
+    accuracy             share predicted right
 
-Every draw (`stats.bootstrap`) has a table of its own. Averages are over the classes that any draw
-has, and nan in a draw that lacks one of them (accuracy never is), so that every draw averages the
+Every draw (`stats.bootstrap`) has its own matrix. Averages are over the classes that occur in any
+draw, and nan in a draw that lacks one of them (except accuracy), so that every draw averages the
 same classes.
 
 Source: definitions as scikit-learn's `f1_score`, `balanced_accuracy_score`, `accuracy_score`.
-Differs: a class that was said and that nothing is of does not enter an average.
+Differs: a class that was predicted but has no member does not enter an average.
 
 Shapes: N slides or tiles, K classes, B draws.
 """
@@ -24,17 +24,17 @@ from tapfm.stats.bootstrap import BLOCK
 
 
 def confusions(
-    y_N: np.ndarray, said_N: np.ndarray, classes: int, times_BN: np.ndarray
+    y_N: np.ndarray, predicted_N: np.ndarray, classes: int, times_BN: np.ndarray
 ) -> np.ndarray:
-    """Counts (B, K, K) of every draw: a row a true class, a column a predicted one.
+    """Return counts (B, K, K) of every draw: rows are true classes, columns predicted ones.
 
     Args:
-        y_N: classes, 0 to K - 1; unknown ones left out before.
-        said_N: likewise.
+        y_N: true classes, 0 to K - 1; unknown ones must be left out.
+        predicted_N: predicted classes.
         classes: K.
-        times_BN: how often each takes part in each draw.
+        times_BN: how often each is counted in each draw.
     """
-    cell_N = np.asarray(y_N, int) * classes + np.asarray(said_N, int)
+    cell_N = np.asarray(y_N, int) * classes + np.asarray(predicted_N, int)
     one_hot_NC = np.eye(classes * classes)[cell_N]
     step = max(1, BLOCK // max(1, len(cell_N)))
     parts = [
@@ -45,26 +45,26 @@ def confusions(
 
 
 def recalls(counts_BKK: np.ndarray) -> np.ndarray:
-    """Of each class (B, K); nan where nothing is of it. Of swapped axes: precision."""
+    """Return the recall of each class (B, K), nan without members; of swapped axes, precision."""
     with np.errstate(invalid="ignore"):
         return _hits(counts_BKK) / counts_BKK.sum(2)
 
 
 def f1s(counts_BKK: np.ndarray) -> np.ndarray:
-    """Of each class (B, K); nan where nothing is of it or said to be."""
+    """Return the F1 of each class (B, K); nan if it has no member and is never predicted."""
     with np.errstate(invalid="ignore"):
         return 2 * _hits(counts_BKK) / (counts_BKK.sum(2) + counts_BKK.sum(1))
 
 
 def averages(counts_BKK: np.ndarray) -> dict[str, np.ndarray]:
-    """accuracy, balanced_accuracy, f1 and weighted_f1 of each draw (B,)."""
+    """Return accuracy, balanced_accuracy, f1 and weighted_f1 of each draw (B,)."""
     true_BK = counts_BKK.sum(2)
-    there_K = true_BK.any(0)
-    if not there_K.any():
+    present_K = true_BK.any(0)
+    if not present_K.any():
         nothing_B = np.full(len(counts_BKK), np.nan)
         return dict.fromkeys(("accuracy", "balanced_accuracy", "f1", "weighted_f1"), nothing_B)
     true_BK, recall_BK, f1_BK = (
-        each_BK[:, there_K] for each_BK in (true_BK, recalls(counts_BKK), f1s(counts_BKK))
+        each_BK[:, present_K] for each_BK in (true_BK, recalls(counts_BKK), f1s(counts_BKK))
     )
     f1_BK = np.where(true_BK > 0, f1_BK, np.nan)
     with np.errstate(invalid="ignore"):

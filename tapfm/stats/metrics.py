@@ -1,13 +1,13 @@
-"""How well slides are ranked, and how sure we may be: AUROC, AUPRC, case-clustered intervals.
+"""AUROC and AUPRC of slides with case-clustered intervals, and paired differences of AUROC.
 
-Both are computed from how often each slide takes part (`stats.bootstrap`): one sort by score, then
+Both are computed from how often each slide is counted (`stats.bootstrap`): one sort by score, then
 cumulative sums for all draws at once. 2000 draws of 200 slides cost about 30 ms a label on a core.
 
     auroc   chance that a positive outranks a negative; a tie counts one half
     auprc   average precision, sum over thresholds of (recall gained) x precision; tied scores are
             one threshold
 
-A draw in which a label has one class only says nothing about that label: it is left out of the
+A draw in which a label has only one class has no value for that label: it is left out of the
 label's interval, and `Interval.draws` says how many remained. Macro is the mean over the labels
 that have both classes among the slides; a draw that lacks a class of any of them is left out of
 macro, so that every draw averages the same labels.
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slides.errors import SettingsError
 from tapfm.stats.bootstrap import (
     BLOCK,
     Interval,
@@ -45,7 +46,7 @@ MACRO = "macro"
 
 
 def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
-    """Area under the ROC curve; nan if one class only is known.
+    """Return the area under the ROC curve; nan if only one class is known.
 
     Args:
         y_N: 0, 1, or nan where unknown (left out).
@@ -55,12 +56,12 @@ def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:
 
 
 def auprc(y_N: np.ndarray, p_N: np.ndarray) -> float:
-    """Average precision; nan if one class only is known. See `auroc`."""
+    """Return the average precision; nan if only one class is known. Arguments as in `auroc`."""
     return float(_metrics(y_N, p_N, once(y_N))[1][0])
 
 
 def macro_auroc(y_NK: np.ndarray, p_NK: np.ndarray) -> float:
-    """Mean AUROC over the labels that have both classes; nan if none has."""
+    """Return the mean AUROC over the labels that have both classes; nan if none has."""
     each = [
         auroc(y_N, p_N) for y_N, p_N in zip(np.transpose(y_NK), np.transpose(p_NK), strict=True)
     ]
@@ -69,18 +70,18 @@ def macro_auroc(y_NK: np.ndarray, p_NK: np.ndarray) -> float:
 
 
 def auroc_draws(y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """AUROC of every draw (B,), nan where the draw has one class only."""
+    """Return the AUROC of every draw (B,), nan where the draw has only one class."""
     return _metrics(y_N, p_N, times_BN)[0]
 
 
 def pairs_draws(y_N: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
-    """Pairs of a positive and a negative in every draw (B,): what AUROC is a share of."""
+    """Return the number of pairs of a positive and a negative in every draw (B,)."""
     y_N, times_BN = np.asarray(y_N, float), np.asarray(times_BN, float)
     return (times_BN @ (y_N == 1)) * (times_BN @ (y_N == 0))
 
 
 def interval_of(name: str, figure_B: np.ndarray) -> Interval:
-    """Of a figure by name: on the logit scale for AUROC, where that was tried, else percentiles."""
+    """Return the interval of a named metric: on the logit scale for AUROC, else percentiles."""
     return interval(figure_B) if name == "auroc" else percentiles(figure_B)
 
 
@@ -92,7 +93,7 @@ def evaluate(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """AUROC and AUPRC of every label and their macro mean.
+    """Return AUROC and AUPRC of every label and their macro mean, with intervals.
 
     Args:
         labels: K names.
@@ -100,7 +101,7 @@ def evaluate(
         p_NK: scores.
         cases_N: each slide's case.
         draws: bootstrap draws.
-        seed: of the draws; the same seed and cases give the same draws.
+        seed: seed of the draws; the same seed and cases give the same draws.
 
     Returns:
         label or "macro" to {"auroc": Interval, "auprc": Interval, "positives": int, "known": int};
@@ -143,10 +144,10 @@ def paired_difference(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """AUROC of scores a less that of scores b, on the same slides in the same draws.
+    """Return AUROC of scores a minus that of scores b, on the same slides and draws.
 
     Returns:
-        label or "macro" to the difference. See `evaluate` for the arguments.
+        label or "macro" to the difference. Arguments as in `evaluate`.
     """
     y_NK, pa_NK, pb_NK = _checked(labels, y_NK, cases_N, pa_NK, pb_NK)
     times_BN = with_point(cases_N, draws, seed)
@@ -163,7 +164,7 @@ def paired_difference(
 def _metrics(
     y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and AUPRC of every draw (B,), nan where the draw has one class only."""
+    """Return AUROC and AUPRC of every draw (B,), nan where the draw has only one class."""
     y_N, p_N = np.asarray(y_N, float), np.asarray(p_N, float)
     known_N = ~np.isnan(y_N)
     rows_N = np.flatnonzero(known_N)[np.argsort(p_N[known_N], kind="stable")]
@@ -185,7 +186,7 @@ def _metrics(
 
 
 def _areas(pos_BG: np.ndarray, neg_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both areas from the counts at each distinct score, lowest score first."""
+    """Return AUROC and AUPRC from the counts at each distinct score, lowest score first."""
     below_BG = neg_BG.cumsum(1)
     wins_B = (pos_BG * (below_BG - neg_BG / 2)).sum(1)
     negatives_B, positives_B = below_BG[:, -1], pos_BG.sum(1)
@@ -203,11 +204,11 @@ def _checked(labels, y_NK, cases_N, *scores) -> list[np.ndarray]:
     y_NK = np.asarray(y_NK, float)
     shape = (len(cases_N), len(labels))
     if MACRO in labels:
-        raise ValueError(f"a label may not be named {MACRO!r}: rename the column")
-    for what, array in [("labels", y_NK), *(("scores", np.asarray(p)) for p in scores)]:
+        raise SettingsError(f"labels: one may not be named {MACRO!r}, which reports use: rename it")
+    for kind, array in [("labels", y_NK), *(("scores", np.asarray(p)) for p in scores)]:
         if array.shape != shape:
             raise ValueError(
-                f"{what} have shape {array.shape}, but there are {shape[0]} slides with a case and "
+                f"{kind} have shape {array.shape}, but there are {shape[0]} slides with a case and "
                 f"{shape[1]} label names: {shape} is needed"
             )
     strange = y_NK[~np.isnan(y_NK) & (y_NK != 0) & (y_NK != 1)]

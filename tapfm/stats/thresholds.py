@@ -1,17 +1,17 @@
-"""What a yes or no costs: sensitivity, specificity, balanced accuracy and F1 at a fixed threshold.
+"""Decision thresholds, and sensitivity, specificity, balanced accuracy and F1 at them.
 
-A threshold is chosen on the validation split and frozen: chosen on the split it is reported on, it
-would flatter itself. Three rules, each for its own reader:
+A threshold is chosen on the validation split and then fixed: chosen on the split it is reported on,
+its figures would be too good. There are three rules:
 
     balanced         the highest balanced accuracy (Youden's index)
     f1               the highest F1
     specificity_90   the lowest threshold at which nine in ten negatives are called negative
 
 A slide is called positive if its score is the threshold or above. Thresholds lie half way between
-neighbouring validation scores; of equally good ones the highest is taken, which calls the fewest.
+neighbouring validation scores; of equally good ones the highest is taken (fewest positives).
 
 Source: Youden 1950; definitions as scikit-learn's `balanced_accuracy_score`, `f1_score`.
-Differs: a draw without a positive or a negative slide has no figure, where they would say 0.
+Differs: a draw without a positive or a negative slide gives nan, where scikit-learn gives 0.
 
 Shapes: N slides, B draws, G thresholds.
 """
@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 
+from slides.errors import SettingsError
 from tapfm.stats.confusions import confusions, f1s, recalls
 
 RULES = ("balanced", "f1", "specificity_90")
@@ -30,15 +31,15 @@ SPECIFICITY = 0.90
 
 
 def choose_threshold(y_N: np.ndarray, p_N: np.ndarray, rule: str) -> float:
-    """The threshold of a rule; nan if one class only is known.
+    """Return the threshold that a rule chooses; nan if only one class is known.
 
     Args:
-        y_N: 0, 1, or nan where unknown (left out); of the validation split.
+        y_N: labels of the validation split: 0, 1, or nan where unknown (left out).
         p_N: scores.
         rule: one of `RULES`.
     """
     if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is none of {', '.join(RULES)}")
+        raise SettingsError(f"rule {rule!r} is none of {', '.join(RULES)}")
     y_N, p_N = _known(y_N, p_N)
     count_2 = np.bincount(y_N, minlength=2)
     if not count_2.all():
@@ -50,8 +51,10 @@ def choose_threshold(y_N: np.ndarray, p_N: np.ndarray, rule: str) -> float:
     below_G2 = np.stack(below, axis=1)
     found = _figures(np.stack([below_G2, count_2 - below_G2], axis=2))
     if rule == "specificity_90":
-        held_G = found["specificity"] >= SPECIFICITY - 1e-12
-        return float(thresholds_G[held_G][-1])  # calling none holds it
+        passes_G = found["specificity"] >= SPECIFICITY - 1e-12
+        return float(
+            thresholds_G[passes_G][-1]
+        )  # the highest threshold calls none positive and always passes
     value_G = found["f1" if rule == "f1" else "balanced_accuracy"]
     return float(thresholds_G[np.argmax(value_G >= value_G.max() - 1e-12)])
 
@@ -59,13 +62,13 @@ def choose_threshold(y_N: np.ndarray, p_N: np.ndarray, rule: str) -> float:
 def figures_at(
     threshold: float, y_N: np.ndarray, p_N: np.ndarray, times_BN: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Each of `FIGURES` in every draw (B,); nan where a draw has one class only.
+    """Return each of `FIGURES` in every draw (B,); nan where a draw has only one class.
 
     Args:
-        threshold: frozen; nan gives nan.
+        threshold: from `choose_threshold`; nan gives nan.
         y_N: labels of the split reported.
         p_N: scores.
-        times_BN: how often each slide takes part in each draw, see `stats.bootstrap`.
+        times_BN: how often each slide is counted in each draw, from `stats.bootstrap`.
     """
     y_N, p_N, times_BN = _known(y_N, p_N, times_BN)
     counts_B22 = confusions(y_N, p_N >= threshold, 2, times_BN)
@@ -75,7 +78,7 @@ def figures_at(
 
 
 def _known(y_N: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Slides of a known label, which become 0 and 1."""
+    """Return labels as 0 and 1 and the other arrays, without slides of unknown label."""
     known_N = ~np.isnan(np.asarray(y_N, float))
     return [np.asarray(y_N)[known_N].astype(int), *(np.asarray(a)[..., known_N] for a in arrays)]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from tapfm.adapt.parameter_groups import layerwise, parameter_groups
 from tapfm.adapt.strategies import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
-from tapfm.adapt.strategies.pathotune import hold
+from tapfm.adapt.strategies.pathotune import vectors_to_text
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
 from tapfm.training.module import StrategyName
@@ -35,7 +35,9 @@ FUSED_BIAS = {
     **MAKES["Eva, RoPE"],
     "arch": "vit_small_patch16_dinov3_qkvb",
 }  # qkv is never called there
-TEXT = hold(np.random.default_rng(0).standard_normal((2, 7)).astype("float32"))  # two, of width 7
+TEXT = vectors_to_text(
+    np.random.default_rng(0).standard_normal((2, 7)).astype("float32")
+)  # two, of width 7
 CASES = {
     "full": {"name": "full"},
     "full, decay": {"name": "full", "layer_decay": 0.5},
@@ -228,7 +230,7 @@ UNI_OPTIONS = [
     ({"name": "hiadapter", "parts": ["morphology"]}, 66_848),
     ({"name": "hiadapter", "parts": ["morphology"], "stains": ["eosin"]}, 66_848 - 4 * 1_056),
     ({"name": "pathotune", "parts": ["task"], "renew": []}, 10 * 1_024),
-    ({"name": "pathotune", "text": hold(np.zeros((1, 768), "float32"))}, 1.93e6),
+    ({"name": "pathotune", "text": vectors_to_text(np.zeros((1, 768), "float32"))}, 1.93e6),
 ]
 
 

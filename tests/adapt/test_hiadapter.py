@@ -179,7 +179,7 @@ def test_what_cannot_carry_it_is_refused():
     with pytest.raises(StrategyError, match=r"4 stages and the model has 3 blocks. Give 3 or"):
         make_strategy("hiadapter").prepare(tiny_encoder().vit)
     vit = tiny_encoder(embed_dim=36).vit
-    with pytest.raises(StrategyError, match=r"width 36 cannot be parted into 8 heads. Give"):
+    with pytest.raises(StrategyError, match=r"width 36 cannot be split into 8 heads. Give"):
         make_strategy(SPEC).prepare(vit)
     make_strategy({**SPEC, "width": 16}).prepare(vit)
     swin = nn.Module()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tapfm.adapt.strategies import StrategyError, make_strategy, spell
-from tapfm.adapt.strategies.pathotune import held
+from tapfm.adapt.strategies.pathotune import text_to_vectors
 from tests.tiny import random_tiles, tiny_encoder
 
 WIDTH = 7  # of the text
@@ -148,7 +148,7 @@ def test_the_recipe_holds_the_text_when_its_file_is_gone(text):
     text.unlink()
     again = make_strategy(spell(strategy))
     assert again == strategy
-    assert np.array_equal(held(again.text), vectors.astype("float32"))
+    assert np.array_equal(text_to_vectors(again.text), vectors.astype("float32"))
 
 
 def test_one_vector_is_one_prompt(tmp_path):

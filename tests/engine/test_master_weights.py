@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tapfm.engine import master_weights as masters
-from tapfm.engine.master_weights import KEEPERS, MasterAdamW, join, pack, split, unpack
+from tapfm.engine.master_weights import SCHEMES, MasterAdamW, join_bits, pack, split_bits, unpack
 
 N = 20_000
 EXACT = ("master", "offload")  # to the bit; the residual scheme has moments of 8 bits
@@ -32,7 +32,7 @@ def trajectory(make, lr, steps=200):
         assert weight.dtype == torch.bfloat16
         (kept,) = optimizer.kept.values()
         exact = kept.read()[0]
-        assert torch.equal(split(exact)[0], weight) or torch.equal(exact.bfloat16(), weight)
+        assert torch.equal(split_bits(exact)[0], weight) or torch.equal(exact.bfloat16(), weight)
         return exact
     return learns.detach().float()
 
@@ -55,7 +55,7 @@ def test_weights_move_as_fp32_adamw_moves_them(lr):
     def off(weights):
         return float((weights - reference).norm() / reference.norm())
 
-    for scheme in KEEPERS:
+    for scheme in SCHEMES:
         weights = trajectory(lambda groups, scheme=scheme: MasterAdamW(groups, scheme), lr)
         error = float((weights - reference).norm() / way)
         assert error <= (0 if scheme in EXACT else 0.1), scheme
@@ -70,8 +70,8 @@ def test_split_and_join_lose_nothing():
     edges = torch.tensor([0, 0x8000, 0x18000, 0x3F808000, 0x3F818000, 0x3F807FFF, 1, 0x7F7F0000])
     edges = torch.cat([edges, edges + 2**31]).to(torch.int32).view(torch.float32)
     for exact in (values, edges):
-        weight, low = split(exact)
-        assert torch.equal(join(weight, low).view(torch.int32), exact.view(torch.int32))
+        weight, low = split_bits(exact)
+        assert torch.equal(join_bits(weight, low).view(torch.int32), exact.view(torch.int32))
         half_a_step = torch.nextafter(weight.abs(), weight.new_tensor(torch.inf)) - weight.abs()
         assert ((weight.double() - exact.double()).abs() <= half_a_step.double() / 2).all()
 
@@ -138,7 +138,7 @@ def test_memory_is_what_the_plan_counts(scheme, bytes_each):
     assert stand_in.untyped_storage().nbytes() == 4
 
 
-@pytest.mark.parametrize("scheme", KEEPERS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_resumed_equals_never_stopped(scheme):
     draw = torch.Generator().manual_seed(2)
     grads = torch.randn(6, N, generator=draw)

@@ -13,7 +13,7 @@ from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.registry import ROWS
 from tapfm.inference import export
-from tapfm.inference.export import arguments, readme, spell
+from tapfm.inference.export import arguments, readme, to_python
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS
 
@@ -95,7 +95,7 @@ def test_what_was_not_exported_stays(name, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     arguments = ["export", "--model", "demo_vit", "--out"]
     assert main([*arguments, str(tmp_path)]) == 2
-    assert f"{tmp_path}: has {name} of something else" in capsys.readouterr().err
+    assert f"{tmp_path}: has {name} from another source" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
     for _ in range(2):  # an earlier export makes room
@@ -128,10 +128,10 @@ def test_every_rows_readme_builds_its_model(row, tmp_path, monkeypatch):
 def test_kwargs_of_the_large_rows_can_be_spelt():
     for row in ROWS:
         for value in row.kwargs.values():
-            assert isinstance(spell(value), str)
-    with pytest.raises(TypeError, match="has no spelling yet"):
-        spell(object())
-    assert spell(nn.SiLU) == "torch.nn.SiLU"
+            assert isinstance(to_python(value), str)
+    with pytest.raises(TypeError, match="has no Python name yet"):
+        to_python(object())
+    assert to_python(nn.SiLU) == "torch.nn.SiLU"
 
 
 def test_more_than_timm_is_refused(tmp_path, monkeypatch):

@@ -108,21 +108,21 @@ SHARE = {
 def test_the_tail_takes_two_to_four_percent_off_every_pass(model):
     """The unit is a forward of the published encoder, all blocks whole. virchow2 reads patches."""
     setup, gflop = Setup("bf16"), TABLE[model][2]
-    step, tile = (f(setup) for f in (footprint(model).flops, footprint(model).held))
+    step, tile = (f(setup) for f in (footprint(model).flops, footprint(model).saved_bytes))
     whole = footprint(model, tail=False)
     assert step / 1e9 / gflop == pytest.approx(4 * SHARE[model], rel=0.005)
     assert step / whole.flops(setup) == pytest.approx(SHARE[model], abs=1e-4)
-    held = tile[0] / whole.held(setup)[0]
+    held = tile[0] / whole.saved_bytes(setup)[0]
     assert held == 1 if model == "virchow2" else 0.96 < held < 0.98
 
 
 @pytest.mark.parametrize("model", TABLE)
 def test_activations_are_those_of_the_earlier_table(model):
     autocast, true, *_ = TABLE[model]
-    tile, casts = footprint(model, tail=False).held(Setup("bf16"))
+    tile, casts = footprint(model, tail=False).saved_bytes(Setup("bf16"))
     assert tile / MIB == pytest.approx(autocast, rel=0.01)
     assert casts == pytest.approx(2 * find(model).parameters, rel=0.01)
-    tile, casts = footprint(model, tail=False).held(Setup("bf16-true", "master"))
+    tile, casts = footprint(model, tail=False).saved_bytes(Setup("bf16-true", "master"))
     assert tile / MIB == pytest.approx(true, rel=0.01)
     assert casts < 2 * MIB
 
@@ -130,7 +130,7 @@ def test_activations_are_those_of_the_earlier_table(model):
 def test_attention_is_counted_as_fused(monkeypatch):
     """Where there is no GPU torch would take the kernel that keeps every map: 45 % more for UNI."""
     monkeypatch.setattr(counting, "FusedAttention", _nothing)
-    tile, _ = Footprint(find("uni")).held(Setup("bf16"))
+    tile, _ = Footprint(find("uni")).saved_bytes(Setup("bf16"))
     assert tile / MIB > 1.3 * TABLE["uni"][0]
 
 
@@ -165,7 +165,7 @@ def test_a_real_step_holds_and_computes_what_was_counted(case):
     encoder = Encoder(vit, row, recompute=recompute)
     pixels = torch.zeros(tiles, 3, row.tile_px, row.tile_px, dtype=torch.uint8)
     real = saved_bytes(lambda: encoder(pixels), but=encoder.parameters())
-    tile, rest = footprint("demo_vit").held(setup)
+    tile, rest = footprint("demo_vit").saved_bytes(setup)
     assert tiles * tile + rest == pytest.approx(real, rel=2e-3)
     encode, inputs, boundary = encoder, pixels[:1], find_frozen_prefix(encoder)
     with FlopCounterMode(display=False) as counter:
@@ -194,7 +194,7 @@ def test_the_last_quarter_costs_less_than_two_forwards():
 def test_strategies_and_recomputation_differ():
     """So that the test above can fail."""
     held = [
-        footprint("demo_vit").held(Setup("fp32", recompute=recompute, strategy=strategy))[0]
+        footprint("demo_vit").saved_bytes(Setup("fp32", recompute=recompute, strategy=strategy))[0]
         for strategy, recompute in REAL.values()
     ]
     assert len(set(held)) == len(held)

@@ -1,15 +1,15 @@
-"""Which of the encoder's parameters learn: one file a strategy, one small contract.
+"""The strategies: which of the encoder's parameters learn, one file each, one small contract.
 
     adaptformer.py  a bottleneck beside every MLP
     bitfit.py       biases
-    dora.py         the same, and the length of their rows
-    frozen.py       nothing, all else as in the others: their control
+    dora.py         LoRA, and the length of the weights' rows
+    frozen.py       nothing; the control of all other strategies
     full.py         everything
-    hiadapter.py    tokens look at the tile's optical density and stains
+    hiadapter.py    tokens attend to the tile's optical density and stain maps
     last_n.py       the last blocks and the final norm
-    lora.py         a low-rank change of matrices
+    lora.py         a low-rank change of weight matrices
     norm_only.py    norms
-    pathotune.py    prompts for the task, from a sentence, of the tile
+    pathotune.py    prompts: free ones, from a sentence, and from the tile
     ssf.py          scale and shift of every operation
     vpt_deep.py     prompt tokens before every block
 
@@ -51,26 +51,26 @@ __all__ = [
 
 
 class Strategy(Protocol):
-    """What the trainer asks of a strategy. `vit` is the bare timm model throughout."""
+    """The methods that the trainer calls; `vit` is the bare timm model throughout."""
 
     lr: ClassVar[float]
-    """Peak learning rate where the user gives none."""
+    """Peak learning rate if the user gives none."""
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze what stays, insert what is new; the output must not change, or the file says so.
+        """Freeze the rest, insert new modules; the output must not change, or the file says so.
 
-        What requires a gradient afterwards is what is trained and what a checkpoint holds. The
+        Parameters that require a gradient afterwards are trained and saved in checkpoints. The
         model's own parameters keep their names.
         """
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of what learns, for AdamW or what the strategy's `optimizer` makes."""
+        """Return parameter groups of what learns, for AdamW or the strategy's `optimizer`."""
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The adapted model as a plain timm state dict; StrategyError where there is none."""
+        """Return the adapted model as a plain timm state dict, or raise StrategyError."""
 
     def describe(self, vit: nn.Module) -> str:
-        """One line: what learns, and how much of the model that is."""
+        """Return one line: what learns, and what share of the model that is."""
 
 
 STRATEGIES: dict[str, type] = {
@@ -91,7 +91,7 @@ _KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text"
 
 
 def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
-    """A strategy by name, or by name and options: `lora`, or `{name: lora, rank: 16}`.
+    """Return a strategy from a name, or name and options: `lora`, `{name: lora, rank: 16}`.
 
     Raises:
         StrategyError: no such strategy, an option it does not have, or one of another type.
@@ -103,10 +103,10 @@ def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
     defaults = {each.name: each.default for each in fields(STRATEGIES[name])}
     unknown = sorted(options.keys() - defaults.keys())
     if unknown:
-        said = ", ".join(f"{key} ({value})" for key, value in defaults.items())
+        known = ", ".join(f"{key} ({value})" for key, value in defaults.items())
         raise StrategyError(
             f"model.strategy: {name} has no option {', '.join(unknown)}; "
-            f"there {'are ' + said if said else 'is none'}"
+            f"there {'are ' + known if known else 'is none'}"
         )
     for key, value in options.items():
         kind = type(defaults[key])
@@ -120,14 +120,14 @@ def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
 
 
 def make_optimizer(strategy: Strategy, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW, or what the strategy's own `optimizer` makes of its parameter groups."""
+    """Return AdamW over the groups, or what the strategy's own `optimizer` makes of them."""
     if hasattr(strategy, "optimizer"):
         return strategy.optimizer(groups)
     return torch.optim.AdamW(groups, fused=True)
 
 
 def spell(strategy: Strategy) -> dict[str, Any]:
-    """The name and every option: what `make_strategy` makes the same strategy of."""
+    """Return name and all options, from which `make_strategy` makes the same strategy."""
     name = next(name for name, kind in STRATEGIES.items() if kind is type(strategy))
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(strategy).items()}
     return {"name": name, **options}

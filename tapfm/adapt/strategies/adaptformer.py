@@ -1,8 +1,8 @@
-"""AdaptFormer: a small bottleneck beside the MLP of every block.
+"""AdaptFormer: a small bottleneck beside the MLP of every block learns.
 
-x + MLP(norm(x)) + scale Up(ReLU(Down(x))), on the residual stream as it is, without norm, and
-outside LayerScale and drop-path. Identity at the start (Up is 0). No plain timm model computes the
-same: there is no `export`, the small checkpoint is what there is.
+x + MLP(norm(x)) + scale Up(ReLU(Down(x))), on the residual stream without norm, and outside
+LayerScale and drop-path. Identity at the start (Up is 0). No plain timm model computes the same:
+there is no `export`, only the small checkpoint.
 
 Source: Chen et al. 2022 (AdaptFormer, arXiv 2205.13535), section 3.2.
 """
@@ -19,7 +19,7 @@ from tapfm.adapt.surgery import Inserted, StrategyError, need_vit, share
 
 
 class Bottleneck(nn.Module):
-    """scale Up(dropout(ReLU(Down(x)))); `x` is what the block's second norm was given."""
+    """The module scale Up(dropout(ReLU(Down(x)))); x is the input of the block's second norm."""
 
     def __init__(self, block: nn.Module, width: int, scale: float, dropout: float):
         super().__init__()
@@ -35,27 +35,27 @@ class Bottleneck(nn.Module):
         block.drop_path2.register_forward_hook(self._add)
 
     def forward(self, x_CND: Tensor) -> Tensor:
-        """Tokens (C, N, D) to what is added to them."""
+        """Return what is added to tokens (C, N, D)."""
         return self.up(self.dropout(self.down(x_CND).relu())) * self.scale
 
     def _see(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.x = args[0]
 
     def _add(self, _drop_path: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        x_CND, self.x = self.x, None  # or it would outlive its graph
+        x_CND, self.x = self.x, None  # free it with its graph
         return out + self(x_CND)
 
 
 @dataclass(frozen=True)
 class AdaptFormer(Inserted):
-    """A bottleneck beside each MLP learns."""
+    """Trains a bottleneck beside each MLP."""
 
     width: int = 64
-    """Of the bottleneck."""
+    """Width of the bottleneck."""
     scale: float = 0.1
-    """Of what it adds."""
+    """Factor on the bottleneck's output."""
     dropout: float = 0.1
-    """Within it, while training."""
+    """Dropout rate within it, while training."""
     lr: ClassVar[float] = 5e-4
     name: ClassVar[str] = "adaptformer"
     adds: ClassVar[str] = "its bottlenecks"
@@ -68,11 +68,11 @@ class AdaptFormer(Inserted):
             )
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; put a bottleneck into each block.
+        """Freeze the model; insert a bottleneck into each block.
 
         Raises:
-            StrategyError: not a ViT with a CLS token, or blocks of another make, which do not add
-                norm, MLP and residual so.
+            StrategyError: not a ViT with a CLS token, or blocks other than timm's Block and
+                EvaBlock, which may order norm, MLP and residual otherwise.
         """
         need_vit(vit, "adaptformer")
         vit.requires_grad_(False)
@@ -85,5 +85,5 @@ class AdaptFormer(Inserted):
             block.adaptformer = Bottleneck(block, self.width, self.scale, self.dropout)
 
     def describe(self, vit: nn.Module) -> str:
-        """How wide, and how much that is."""
+        """Return what learns and its share of the model as text."""
         return f"AdaptFormer of width {self.width} in {len(vit.blocks)} blocks: {share(vit)}"

@@ -16,7 +16,7 @@ from tapfm.adapt.surgery import share, train_only
 
 @dataclass(frozen=True)
 class BitFit:
-    """Every bias learns: of linear layers, norms and the patch embedding."""
+    """Trains every bias: of linear layers, norms and the patch embedding."""
 
     lr: ClassVar[float] = 1e-3
 
@@ -25,13 +25,13 @@ class BitFit:
         train_only(vit, lambda name: name.endswith("bias"))
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The biases, without weight decay."""
+        """Return groups of the biases, without weight decay."""
         return parameter_groups(vit.named_parameters(), lr, weight_decay)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict."""
+        """Return the model's own state dict."""
         return dict(vit.state_dict())
 
     def describe(self, vit: nn.Module) -> str:
-        """How much the biases are."""
+        """Return what learns and its share of the model as text."""
         return f"biases: {share(vit)}"

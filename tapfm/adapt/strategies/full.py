@@ -17,7 +17,7 @@ from tapfm.adapt.surgery import StrategyError, need_vit
 
 @dataclass(frozen=True)
 class Full:
-    """Every parameter learns."""
+    """Trains every parameter."""
 
     layer_decay: float = 1.0
     """Learning rate of a block over that of the block above it; 1 is one rate for all."""
@@ -30,17 +30,17 @@ class Full:
             )
 
     def prepare(self, vit: nn.Module) -> None:
-        """All parameters require a gradient.
+        """Set `requires_grad` of all parameters to True.
 
         Raises:
-            StrategyError: rates by block, and the model has no one row of them.
+            StrategyError: layer_decay is below 1 and the model has no sequence of blocks.
         """
         if self.layer_decay < 1:
             need_vit(vit, "full with layer_decay")
         vit.requires_grad_(True)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """All of them, norms, biases and tokens without weight decay."""
+        """Return groups of all parameters; norms, biases and tokens without weight decay."""
         named = vit.named_parameters()
         if self.layer_decay == 1:
             return parameter_groups(named, lr, weight_decay)
@@ -48,9 +48,9 @@ class Full:
         return parameter_groups(named, lr, weight_decay, shares)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict."""
+        """Return the model's own state dict."""
         return dict(vit.state_dict())
 
     def describe(self, vit: nn.Module) -> str:
-        """All parameters, counted."""
+        """Return what learns and its share of the model as text."""
         return f"full fine-tuning: all {sum(p.numel() for p in vit.parameters()):,} parameters"

@@ -1,22 +1,22 @@
-"""HiAdapter: the tokens learn to look at the tile's optical density, and are told where stains are.
+"""HiAdapter: tokens attend to the tile's optical density, and get maps of where stains are.
 
-Two parts beside a frozen model; `parts` says which of them there are.
+Two parts beside a frozen model; `parts` chooses among them.
 
     stain        in front of the first block, once, for all tokens X: with E the optical density of
                  the tile through a small convolutional stem and A = norm(attention(X, E, E)),
                  X + (1 - g) c A; g is one gate a tile, c one a token and channel
     morphology   in front of `stages` blocks, on the patch tokens: a map of each stain, cut into the
-                 model's patches, through a bottleneck; a small linear layer a stage and stain, one
-                 way up for all stages
+                 model's patches, through a bottleneck; a small linear layer for each stage and
+                 stain, and one projection up for all stages
 
-No token is added, so prefix tokens and the score's columns stay what they were. Identity at the
-start: the last layer of each part is 0. No plain timm model computes the same: there is no
-`export`, the small checkpoint is what there is.
+No token is added, so prefix tokens and the score's columns do not change. Identity at the start:
+the last layer of each part is 0. No plain timm model computes the same: there is no `export`, only
+the small checkpoint.
 
 Price: at the paper's size 11.75 M parameters on a ViT-L, all but 0.07 M in the stain part, and 5 %
 more work a tile; `width: 256` leaves 2.28 M and 1 %. The graph goes through all blocks.
 Condition: a ViT with a CLS token; blocks recomputed by `Encoder(recompute=True)`, if at all, since
-timm's own checkpointing would ask for the tile again when it is gone.
+timm's own checkpointing would need the tile after it was freed.
 
 Source: Liu et al. 2026 (HiAdapter, IEEE TMI) in the form of its authors' published code: the stain
     part's residual form, the stages, all sizes.
@@ -46,20 +46,20 @@ from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, plac
 from tapfm.adapt.surgery import Inserted, StrategyError, need_vit, share
 
 PARTS = ("stain", "morphology")
-HEADS = 8  # of the cross-attention
+HEADS = 8  # heads of the cross-attention
 GATE = 256  # hidden width of the tile's gate
 
 
 class CrossAttention(nn.Module):
-    """Queries (C, N, W) look at (C, E, W): multi-head attention, out comes (C, N, W)."""
+    """Multi-head attention of queries (C, N, W) over (C, E, W), giving (C, N, W)."""
 
     def __init__(self, width: int, dropout: float, like: dict[str, Any]):
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, **like) for _ in range(4))
-        self.dropout = nn.Dropout(dropout)  # a module, so that it is known that there is noise
+        self.dropout = nn.Dropout(dropout)  # a module, so that code that looks for dropout finds it
 
     def forward(self, x_CNW: Tensor, seen_CEW: Tensor) -> Tensor:
-        """What each query finds."""
+        """Return the attention output (C, N, W)."""
         q, k, v = (
             linear(each).unflatten(2, (HEADS, -1)).transpose(1, 2)
             for linear, each in ((self.q, x_CNW), (self.k, seen_CEW), (self.v, seen_CEW))
@@ -70,7 +70,7 @@ class CrossAttention(nn.Module):
 
 
 class StainAdapter(nn.Module):
-    """All tokens look at the tile's optical density; what they find is added, gated."""
+    """The stain part: all tokens attend to the tile's optical density, gated."""
 
     def __init__(self, vit: nn.Module, width: int, dropout: float):
         super().__init__()
@@ -90,13 +90,13 @@ class StainAdapter(nn.Module):
         vit.blocks[0].register_forward_pre_hook(self._add)
 
     def forward(self, x_CND: Tensor, seen_CEW: Tensor) -> Tensor:
-        """(1 - g) c A: tokens, and what `look` makes of their tiles, to what is added to them."""
+        """Return (1 - g) c A, what is added to the tokens, from them and the output of `look`."""
         a_CND = self.norm(self.widen(self.attend(self.narrow(x_CND), seen_CEW)))
         g_C11 = self.tile_gate(torch.cat([a_CND.amax(1), x_CND.mean(1)], dim=1))[:, None]
         return (1 - g_C11) * self.channel_gate(a_CND) * a_CND
 
     def look(self, tiles_CP: Tensor) -> Tensor:
-        """Normalised tiles to (C, E, W)."""
+        """Return the optical density of normalised tiles as (C, E, W)."""
         density_CP = optical_density(self.colours(tiles_CP)).to(self.stem[0].weight.dtype)
         return self.stem_norm(self.stem(density_CP).flatten(2).transpose(1, 2))
 
@@ -105,12 +105,12 @@ class StainAdapter(nn.Module):
 
     def _add(self, _block: nn.Module, args: tuple) -> tuple:
         x_CND, *rest = args
-        seen_CEW, self.seen_CEW = self.seen_CEW, None  # or it would outlive its graph
+        seen_CEW, self.seen_CEW = self.seen_CEW, None  # free it with its graph
         return x_CND + self(x_CND, seen_CEW).to(x_CND.dtype), *rest
 
 
 class MorphologyAdapter(nn.Module):
-    """Patch tokens are told where in the tile the stains are."""
+    """The morphology part: adds maps of the stains to the patch tokens."""
 
     def __init__(self, vit: nn.Module, stages: int, reduction: int, stains: tuple[str, ...]):
         super().__init__()
@@ -138,12 +138,12 @@ class MorphologyAdapter(nn.Module):
             vit.blocks[stage * depth // stages].register_forward_pre_hook(add)
 
     def forward(self, seen_MCnR: tuple[Tensor, ...], stage: int) -> Tensor:
-        """What `look` makes of the tiles to what is added to their patch tokens, (C, n, D)."""
+        """Return what is added to the patch tokens, (C, n, D), from the output of `look`."""
         every = zip(self.tune[stage], seen_MCnR, strict=True)
         return self.up(sum(F.gelu(linear(seen_CnR)) for linear, seen_CnR in every))
 
     def look(self, tiles_CP: Tensor) -> tuple[Tensor, ...]:
-        """Normalised tiles to (C, n, R) for each stain."""
+        """Return (C, n, R) of normalised tiles for each stain."""
         maps_CMSS = self.maps(optical_density(self.colours(tiles_CP))).to(self.up.weight.dtype)
         # three equal channels, as the authors' maps have
         return tuple(
@@ -156,27 +156,27 @@ class MorphologyAdapter(nn.Module):
 
     def _add(self, stage: int, _block: nn.Module, args: tuple) -> tuple:
         x_CND, *rest = args
-        told_CnD = self(self.seen_MCnR, stage).to(x_CND.dtype)
+        added_CnD = self(self.seen_MCnR, stage).to(x_CND.dtype)
         if stage == len(self.tune) - 1:
-            self.seen_MCnR = ()  # or it would outlive its graph
-        patches_CnD = x_CND[:, self.prefix :] + told_CnD
+            self.seen_MCnR = ()  # free it with its graph
+        patches_CnD = x_CND[:, self.prefix :] + added_CnD
         return torch.cat([x_CND[:, : self.prefix], patches_CnD], dim=1), *rest
 
 
 @dataclass(frozen=True)
 class HiAdapter(Inserted):
-    """A stain part and a morphology part beside the frozen model learn."""
+    """Trains a stain part and a morphology part beside the frozen model."""
 
     parts: tuple[str, ...] = PARTS
     """Some of stain, morphology."""
     width: int = 0
-    """Of the stain part, a multiple of 8; 0 is the model's own, the paper's; 256 is lean."""
+    """Width of the stain part, a multiple of 8; 0 is the model's, as in the paper; 256 is lean."""
     dropout: float = 0.1
-    """Of the stain part's attention, while training."""
+    """Dropout rate of the stain part's attention, while training."""
     stages: int = 4
     """Blocks that the morphology part stands in front of, evenly from the first."""
     reduction: int = 32
-    """The model's width over that of the morphology part's bottleneck."""
+    """The model's width divided by that of the morphology part's bottleneck."""
     stains: tuple[str, ...] = ("haematoxylin", "eosin")
     """Maps of the morphology part: some of haematoxylin, eosin, dab."""
     lr: ClassVar[float] = 5e-4
@@ -203,11 +203,11 @@ class HiAdapter(Inserted):
             raise StrategyError("model.strategy: hiadapter: " + "; ".join(faults))
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; put the parts beside it.
+        """Freeze the model; insert the parts.
 
         Raises:
             StrategyError: not a ViT with a CLS token, fewer blocks than stages, or a width that
-                cannot be parted into heads.
+                cannot be split into heads.
         """
         need_vit(vit, "hiadapter")
         if self.stages > len(vit.blocks):
@@ -218,11 +218,11 @@ class HiAdapter(Inserted):
         width = self.width or vit.embed_dim
         if "stain" in self.parts and width % HEADS:
             raise StrategyError(
-                f"model.strategy: hiadapter: the model's width {width} cannot be parted into "
+                f"model.strategy: hiadapter: the model's width {width} cannot be split into "
                 f"{HEADS} heads. Give a width that is a multiple of {HEADS}, such as 256."
             )
         vit.requires_grad_(False)
-        if "stain" in self.parts:  # first: in front of the first block it goes before the other
+        if "stain" in self.parts:  # inserted first, so that its hook on the first block runs first
             vit.stain_adapter = StainAdapter(vit, width, self.dropout)
         if "morphology" in self.parts:
             vit.morphology_adapter = MorphologyAdapter(
@@ -230,7 +230,7 @@ class HiAdapter(Inserted):
             )
 
     def describe(self, vit: nn.Module) -> str:
-        """Which parts, and how much that is."""
+        """Return what learns and its share of the model as text."""
         return f"HiAdapter ({', '.join(self.parts)}): {share(vit)}"
 
 
@@ -239,7 +239,7 @@ def _some(chosen: tuple[str, ...], there_are: Any) -> bool:
 
 
 def _gate(dim: int, hidden: int, out: int, like: dict[str, Any]) -> nn.Sequential:
-    """A gate between 0 and 1."""
+    """Return a small network with outputs between 0 and 1."""
     return nn.Sequential(
         nn.Linear(dim, hidden, **like), nn.ReLU(), nn.Linear(hidden, out, **like), nn.Sigmoid()
     )

@@ -1,7 +1,7 @@
-"""The last blocks and the final norm learn; what is before them leaves the graph.
+"""Partial fine-tuning: the last n blocks and the final norm learn.
 
 Nothing in front of the first trained block needs a gradient, so autograd keeps nothing of it and
-pass 2 goes no further back: the cheapest strategy in memory.
+pass 2 stops there: the strategy that needs least memory.
 
 Source: He et al. 2022 (MAE, arXiv 2111.06377), partial fine-tuning. Layer decay: Clark et al. 2020
     (ELECTRA, arXiv 2003.10555).
@@ -20,10 +20,10 @@ from tapfm.adapt.surgery import StrategyError, last_blocks, share
 
 @dataclass(frozen=True)
 class LastN:
-    """The last n blocks and the final norm learn."""
+    """Trains the last n blocks and the final norm."""
 
     n: int = 1
-    """How many blocks."""
+    """Number of blocks."""
     layer_decay: float = 1.0
     """Learning rate of a block over that of the block above it; 1 is one rate for all."""
     lr: ClassVar[float] = 1e-5
@@ -36,7 +36,7 @@ class LastN:
             )
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze all but the tail.
+        """Freeze all but the last n blocks and the final norm.
 
         Raises:
             StrategyError: not a ViT with a CLS token, or fewer blocks.
@@ -47,14 +47,14 @@ class LastN:
         vit.norm.requires_grad_(True)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The tail's, lower blocks at lower rates where asked for."""
+        """Return groups of what learns, with lower rates for lower blocks if asked for."""
         shares = layerwise(len(vit.blocks), self.layer_decay)
         return parameter_groups(vit.named_parameters(), lr, weight_decay, shares)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict."""
+        """Return the model's own state dict."""
         return dict(vit.state_dict())
 
     def describe(self, vit: nn.Module) -> str:
-        """How many blocks, and how much that is."""
+        """Return what learns and its share of the model as text."""
         return f"last {self.n} of {len(vit.blocks)} blocks and the final norm: {share(vit)}"

@@ -1,6 +1,6 @@
-"""LoRA: linear layers learn a change of low rank, W + (alpha / rank) B A.
+"""LoRA: linear layers learn a low-rank change of their weight, W + (alpha / rank) B A.
 
-Identity at the start (B is 0), gone at the end: `export` adds the change into the weights. Rank 8
+Identity at the start (B is 0); `export` adds the change to the weights. Rank 8
 on qkv is 0.26 % of a ViT-L.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685).
@@ -20,11 +20,11 @@ from tapfm.adapt.parameter_groups import parameter_groups
 
 @dataclass(frozen=True)
 class Lora(LowRank):
-    """A low-rank change of the chosen layers learns."""
+    """Trains a low-rank change of the chosen layers."""
 
     name: ClassVar[str] = "LoRA"
     magnitude: ClassVar[bool] = False
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """All A and B."""
+        """Return groups of all A and B."""
         return parameter_groups(vit.named_parameters(), lr, weight_decay)

@@ -17,25 +17,25 @@ from tapfm.adapt.surgery import share
 
 @dataclass(frozen=True)
 class NormOnly:
-    """Scale and shift of every norm learn."""
+    """Trains scale and shift of every norm."""
 
     lr: ClassVar[float] = 1e-3
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze all but the norms, LayerNorm or RMSNorm of whatever library."""
+        """Freeze all but the norms, LayerNorm or RMSNorm of any library."""
         vit.requires_grad_(False)
         for module in vit.modules():
             if "norm" in type(module).__name__.lower():
                 module.requires_grad_(True)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The norms', without weight decay."""
+        """Return groups of the norms, without weight decay."""
         return parameter_groups(vit.named_parameters(), lr, weight_decay)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict."""
+        """Return the model's own state dict."""
         return dict(vit.state_dict())
 
     def describe(self, vit: nn.Module) -> str:
-        """How much the norms are."""
+        """Return what learns and its share of the model as text."""
         return f"norms: {share(vit)}"

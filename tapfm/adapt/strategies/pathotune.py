@@ -1,29 +1,28 @@
-"""PathoTune-style prompts: for the task, from a sentence, and of the tile itself.
+"""PathoTune-style prompts that learn: free task prompts, one from a sentence, two from the tile.
 
 Three kinds of prompt tokens stand between the prefix tokens and the patches of a frozen model;
-`parts` says which of them there are.
+`parts` chooses among them.
 
     task       n free tokens
     text       a sentence about task and stain, as a frozen text model encodes it, through a linear
                layer that learns. The text model runs once and elsewhere: `text` is a .npy file with
                its vector (or several), and the checkpoint holds the numbers
-    instance   two tokens of each tile: a small convolutional network on its colours, its outputs
-               averaged (stain) and at their largest (structure), a linear layer each
+    instance   two tokens of each tile: a small convolutional network on its colours, its output
+               averaged (stain) and at its maximum (structure), a linear layer each
 
-Prompts have no position embedding. Kinds in `renew` are put in anew before every block, the others
-once, and keep what the blocks make of them. Behind the last block all are taken out, and the tile's
-score leaves their columns out: it is taken of the CLS row over prefix and patches, renormalised.
+Prompts have no position embedding. Kinds in `renew` are replaced before every block; the others
+enter once and pass through the blocks. Behind the last block all are taken out, and the tile's
+score leaves their columns out: it is computed from the CLS row over prefix and patches,
+renormalised. Without a `text` file the text prompt is one more free token, like the task's.
 
-Without a file no sentence is read: the text prompt is then one more free token, like the task's.
-
-Not the identity at the start: free tokens are random and are looked at. Prompts of a sentence and
-of the tile start at 0, and so say nothing yet, but take their share of the attention. No plain timm
-model computes the same: there is no `export`, the small checkpoint is what there is.
+Not the identity at the start: free tokens are random and are attended to. Prompts of a sentence and
+of the tile start at 0 but take their share of the attention. No plain timm model computes the same:
+there is no `export`, only the small checkpoint.
 
 Price: 1.14 M parameters on a ViT-L, 1.93 M with a text of width 768; 7 % more work a tile; the
 graph goes through all blocks.
 Condition: a ViT with a CLS token; blocks recomputed by `Encoder(recompute=True)`, if at all, since
-timm's own checkpointing would ask for the tile again when it is gone.
+timm's own checkpointing would need the tile after it was freed.
 
 Source: Lu et al. 2024 (PathoTune, MICCAI, arXiv 2403.16497) for the three kinds, two instance
     prompts, task prompts of their own for each layer, and RAdam.
@@ -51,24 +50,24 @@ from tapfm.adapt.pixels import Colours, placed, stem
 from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, need_vit, new_prompts, share
 
 PARTS = ("task", "text", "instance")  # in the order of their tokens
-REFINED = 256  # channels of the network that looks at the tile
-HELD = "data:;base64,"  # a text that is not in a file but held in the model_config itself
+REFINED = 256  # channels of the network on the tile's colours
+INLINE = "data:;base64,"  # a text stored in the model_config itself instead of a file
 
 
 class FreePrompts(nn.Module):
-    """Tokens that learn, the same for every tile: for each block, or for the first."""
+    """Prompt tokens that learn, equal for all tiles: a set for each block, or for the first."""
 
     def __init__(self, vit: nn.Module, rows: int, n: int):
         super().__init__()
         self.prompts = new_prompts(vit, rows, n)
 
     def forward(self, depth: int) -> Tensor:
-        """(n, D) for the block at that depth."""
+        """Return the prompts (n, D) of the block at that depth."""
         return self.prompts[depth % len(self.prompts)]
 
 
 class TextPrompts(nn.Module):
-    """A sentence's vectors in the model's width; 0 at the start."""
+    """A sentence's vectors, projected to the model's width; 0 at the start."""
 
     def __init__(self, vit: nn.Module, text_PE: np.ndarray):
         super().__init__()
@@ -81,12 +80,12 @@ class TextPrompts(nn.Module):
         _silence(self.project)
 
     def forward(self, _depth: int) -> Tensor:
-        """(P, D)."""
+        """Return the prompts (P, D)."""
         return self.project(self.vectors_PE.to(self.project.weight.dtype))
 
 
 class InstancePrompts(nn.Module):
-    """What the colours of a tile say of it: two tokens, of its stain and of its structure."""
+    """Two prompts computed from a tile's colours: of its stain and of its structure."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
@@ -101,28 +100,28 @@ class InstancePrompts(nn.Module):
         vit.norm.register_forward_pre_hook(self._forget)
 
     def look(self, tiles_CP: Tensor) -> Tensor:
-        """Normalised tiles to (C, 2, D)."""
+        """Return prompts (C, 2, D) of normalised tiles."""
         colours_CP = self.colours(tiles_CP).to(self.stain.weight.dtype)
         seen_CRE = self.stem(colours_CP).flatten(2)
         return torch.stack([self.stain(seen_CRE.mean(2)), self.structure(seen_CRE.amax(2))], dim=1)
 
     def forward(self, _depth: int) -> Tensor:
-        """(C, 2, D) of the tiles on their way through the model."""
+        """Return prompts (C, 2, D) of the tiles in the current forward pass."""
         return self.prompts_C2D
 
     def _see(self, _embed: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.prompts_C2D = self.look(args[0])
 
     def _forget(self, _norm: nn.Module, _args: tuple[Tensor, ...]) -> None:
-        self.prompts_C2D = None  # or it would outlive its graph
+        self.prompts_C2D = None  # free it with its graph
 
 
 class Prompts(nn.Module):
-    """All prompts of a model, and the hooks that put them in."""
+    """All prompts of a model, and the hooks that insert them."""
 
     def __init__(self, vit: nn.Module, kinds: Iterable[tuple[str, nn.Module, int]], renew: set):
         super().__init__()
-        self.spans: dict[str, slice] = {}  # each kind's columns
+        self.spans: dict[str, slice] = {}  # columns of each kind
         end = self.prefix = vit.num_prefix_tokens
         for name, kind, n in kinds:
             self.add_module(name, kind)
@@ -148,16 +147,16 @@ class Prompts(nn.Module):
 
 @dataclass(frozen=True)
 class PathoTune(Inserted):
-    """Prompt tokens learn: free ones, a sentence's and the tile's own."""
+    """Trains prompt tokens: free ones, a sentence's and the tile's own."""
 
     parts: tuple[str, ...] = PARTS
     """Some of task, text, instance."""
     n: int = 10
-    """Task prompts a block."""
+    """Number of task prompts before each block."""
     text: str = ""
-    """A .npy file of a frozen text model's (E,) or (prompts, E); empty: a free token instead."""
+    """A .npy file with a text model's vectors, (E,) or (prompts, E); empty: a free token."""
     renew: tuple[str, ...] = ("task",)
-    """Kinds that every block gets anew; none: all enter before the first block only."""
+    """Kinds replaced before every block; empty: all enter before the first block only."""
     lr: ClassVar[float] = 1e-3
     name: ClassVar[str] = "pathotune"
     adds: ClassVar[str] = "prompts"
@@ -178,11 +177,11 @@ class PathoTune(Inserted):
         ]  # fmt: skip
         if faults:
             raise StrategyError("model.strategy: pathotune: " + "; ".join(faults))
-        if self.text and not self.text.startswith(HELD):
-            object.__setattr__(self, "text", hold(read_text(Path(self.text))))
+        if self.text and not self.text.startswith(INLINE):
+            object.__setattr__(self, "text", vectors_to_text(read_text(Path(self.text))))
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; put in the prompts.
+        """Freeze the model; insert the prompts.
 
         Raises:
             StrategyError: not a ViT with a CLS token.
@@ -192,12 +191,12 @@ class PathoTune(Inserted):
         vit.pathotune = Prompts(vit, self._kinds(vit), set(self.renew))
 
     def _kinds(self, vit: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
-        """Name, module and number of tokens of each kind there is."""
+        """Yield name, module and number of tokens of each kind of prompt."""
         if "task" in self.parts:
             rows = len(vit.blocks) if "task" in self.renew else 1
             yield "task", FreePrompts(vit, rows, self.n), self.n
         if "text" in self.parts and self.text:
-            text_PE = held(self.text)
+            text_PE = text_to_vectors(self.text)
             yield "text", TextPrompts(vit, text_PE), len(text_PE)
         elif "text" in self.parts:
             yield "text", FreePrompts(vit, 1, 1), 1
@@ -206,11 +205,11 @@ class PathoTune(Inserted):
 
     @staticmethod
     def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """RAdam, the paper's."""
+        """Return RAdam, as in the paper."""
         return torch.optim.RAdam(groups, decoupled_weight_decay=True)
 
     def describe(self, vit: nn.Module) -> str:
-        """How many prompts of each kind, and how much that is."""
+        """Return the number of prompts of each kind and their share of the model as text."""
         spans = vit.pathotune.spans.items()
         counts = [f"{span.stop - span.start} {name}" for name, span in spans]
         if "text" in self.parts and not self.text:
@@ -219,7 +218,7 @@ class PathoTune(Inserted):
 
 
 def read_text(file: Path) -> np.ndarray:
-    """The vectors (P, E) that a text model made of a sentence, float32.
+    """Return the vectors (P, E), float32, that a text model made of a sentence.
 
     Raises:
         StrategyError: no such file, or not one or several vectors of finite floats.
@@ -228,9 +227,9 @@ def read_text(file: Path) -> np.ndarray:
     try:
         text_PE = np.atleast_2d(np.load(file, allow_pickle=False)).astype(np.float32)
     except (OSError, ValueError) as error:
-        said = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise StrategyError(
-            f"model.strategy: pathotune: text: {file} cannot be read: {said}. {why}"
+            f"model.strategy: pathotune: text: {file} cannot be read: {reason}. {why}"
         ) from error
     if text_PE.ndim != 2 or not text_PE.size or not np.isfinite(text_PE).all():
         raise StrategyError(
@@ -240,16 +239,16 @@ def read_text(file: Path) -> np.ndarray:
     return text_PE
 
 
-def hold(text_PE: np.ndarray) -> str:
-    """Vectors as text, so that a model_config needs no file beside it."""
+def vectors_to_text(text_PE: np.ndarray) -> str:
+    """Return vectors as text, so that a model_config needs no file beside it."""
     file = io.BytesIO()
     np.save(file, text_PE, allow_pickle=False)
-    return HELD + base64.b64encode(file.getvalue()).decode()
+    return INLINE + base64.b64encode(file.getvalue()).decode()
 
 
-def held(text: str) -> np.ndarray:
-    """The vectors that `hold` wrote."""
-    return np.load(io.BytesIO(base64.b64decode(text.removeprefix(HELD))), allow_pickle=False)
+def text_to_vectors(text: str) -> np.ndarray:
+    """Return the vectors that `vectors_to_text` encoded."""
+    return np.load(io.BytesIO(base64.b64decode(text.removeprefix(INLINE))), allow_pickle=False)
 
 
 def _silence(linear: nn.Linear) -> None:

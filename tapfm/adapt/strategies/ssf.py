@@ -1,8 +1,7 @@
-"""SSF: every operation's output is scaled and shifted, channel by channel.
+"""SSF: the output of every operation is scaled and shifted by channel; scale and shift learn.
 
-Behind the patch embedding, both norms, qkv, proj and the layers of the MLP of each block, and the
-final norm. Identity at the start, gone at the end: `export` folds scale and shift into weight and
-bias.
+Operations are the patch embedding, both norms, qkv, proj and the MLP's layers of each block, and
+the final norm. Identity at the start; `export` folds scale and shift into weight and bias.
 
 Source: Lian et al. 2022 (SSF, arXiv 2210.08823), section 3.2.
 Differs: starts at exactly 1 and 0, not around them, so that the first features are the model's own.
@@ -23,7 +22,7 @@ from tapfm.adapt.surgery import mlp_linears, need_vit, qkv_linears, share, timm_
 
 @dataclass(frozen=True)
 class Ssf:
-    """A scale and a shift of every operation's output learn."""
+    """Trains a scale and a shift of every operation's output."""
 
     lr: ClassVar[float] = 1e-3
 
@@ -31,7 +30,7 @@ class Ssf:
         """Freeze the model; give each operation a scale of 1 and a shift of 0.
 
         Raises:
-            StrategyError: not a ViT with a CLS token, or an attention of another make.
+            StrategyError: not a ViT with a CLS token, or an attention without qkv layers.
         """
         need_vit(vit, "ssf")
         vit.requires_grad_(False)
@@ -42,11 +41,11 @@ class Ssf:
             each.register_forward_hook(_scale_and_shift)
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Scales and shifts, without weight decay."""
+        """Return groups of scales and shifts, without weight decay."""
         return parameter_groups(vit.named_parameters(), lr, weight_decay)
 
     def export(self, vit: nn.Module) -> dict[str, Tensor]:
-        """The model's own state dict, scales and shifts folded in."""
+        """Return the model's own state dict, scales and shifts folded in."""
         state = timm_state(vit, "ssf_")
         for name, each in vit.named_modules():
             if hasattr(each, "ssf_scale"):
@@ -57,12 +56,12 @@ class Ssf:
         return state
 
     def describe(self, vit: nn.Module) -> str:
-        """How many operations, and how much that is."""
+        """Return what learns and its share of the model as text."""
         return f"SSF of {len(list(_operations(vit)))} operations: {share(vit)}"
 
 
 def _operations(vit: nn.Module) -> Iterator[nn.Module]:
-    """In the order they are used; a norm without weights is passed over."""
+    """Yield modules in the order of use; a norm without weights is skipped."""
     every = [vit.patch_embed.proj]
     for block in vit.blocks:
         every += [block.norm1, *qkv_linears(block, "ssf"), block.attn.proj]
@@ -71,7 +70,7 @@ def _operations(vit: nn.Module) -> Iterator[nn.Module]:
 
 
 def _along(values: Tensor, weight: Tensor) -> Tensor:
-    """Output channels come first in a weight."""
+    """Return values shaped to multiply a weight along its output channels."""
     return values.view(-1, *[1] * (weight.ndim - 1))
 
 

@@ -1,15 +1,14 @@
-"""VPT-deep: prompt tokens of its own for every block; the model stays as it is.
+"""VPT-deep: every block gets prompt tokens of its own, which learn; the model stays frozen.
 
-n tokens stand between the prefix tokens (CLS, registers) and the patches. What a block makes of
-them is thrown away and the next block gets its own; behind the last block they are taken out, so
-that whatever pools the tokens never sees one. They have no position embedding, and RoPE leaves them
-alone.
+n tokens stand between the prefix tokens (CLS, registers) and the patches. A block's output for them
+is dropped and the next block gets its own; behind the last block they are taken out, so that no
+pooling sees them. They have no position embedding, and RoPE leaves them alone.
 
-The tile's score leaves their columns out too: it is taken of the CLS row over prefix and patch
-columns alone, renormalised, since prompts absorb attention that says nothing of the tile.
+The tile's score leaves their columns out too: it is computed from the CLS row over prefix and patch
+columns alone, renormalised, since prompts absorb attention that says nothing about the tile.
 
-Not the identity at the start (random prompts are looked at), and no plain timm model computes the
-same: there is no `export`, the small checkpoint is what there is.
+Not the identity at the start (random prompts are attended to), and no plain timm model computes the
+same: there is no `export`, only the small checkpoint.
 
 Source: Jia et al. 2022 (VPT, arXiv 2203.12119), section 3.2.
 """
@@ -28,10 +27,10 @@ from tapfm.adapt.surgery import Inserted, StrategyError, hold_prompts, need_vit,
 
 @dataclass(frozen=True)
 class VptDeep(Inserted):
-    """Prompt tokens learn, n of them before every block."""
+    """Trains n prompt tokens before every block."""
 
     n: int = 10
-    """Prompts a block."""
+    """Number of prompts before each block."""
     lr: ClassVar[float] = 1e-3
     name: ClassVar[str] = "vpt_deep"
     adds: ClassVar[str] = "prompts"
@@ -41,7 +40,7 @@ class VptDeep(Inserted):
             raise StrategyError(f"model.strategy: vpt_deep: n must be 1 or more, got {self.n}")
 
     def prepare(self, vit: nn.Module) -> None:
-        """Freeze the model; put in prompts, uniform within sqrt(6 / (3 p^2 + D)).
+        """Freeze the model; insert prompts, uniform within sqrt(6 / (3 p^2 + D)).
 
         Raises:
             StrategyError: not a ViT with a CLS token.
@@ -57,7 +56,7 @@ class VptDeep(Inserted):
         hold_prompts(vit, self.n)
 
     def describe(self, vit: nn.Module) -> str:
-        """How many prompts, and how much that is."""
+        """Return what learns and its share of the model as text."""
         return f"VPT-deep, {self.n} prompts before each of {len(vit.blocks)} blocks: {share(vit)}"
 
 
