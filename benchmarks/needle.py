@@ -134,7 +134,7 @@ def tile_aurocs(cells: Sequence[Cell]) -> dict[str, float]:
                 weights, coords = file["weights"][:], file["coords"][:]
             target = np.array([truth[path.stem][tuple(xy)] for xy in coords.tolist()], float)
             if target.any():
-                found[cell.arm].append(auroc(target, weights))
+                found[cell.row].append(auroc(target, weights))
     return {arm: float(np.mean(each)) for arm, each in found.items()}
 
 

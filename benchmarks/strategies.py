@@ -42,7 +42,7 @@ from tapfm import cli
 from tapfm.adapt.strategies import STRATEGIES, make_strategy
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
-from tapfm.evaluation.evaluate import frozen_arms
+from tapfm.evaluation.evaluate import frozen_rows
 from tapfm.inference.prediction import predict_all, write_predictions
 from tapfm.reports.html.tables import interval
 from tapfm.reports.rows import ResultRow, read_result_row
@@ -178,7 +178,7 @@ def run_cell(name: str, seed: int, arguments: argparse.Namespace) -> int:
 def measure_frozen(run: Sequence[str], folder: Path) -> dict:
     """The baselines of `tapfm test`; their predictions stay in `folder`."""
     first = read_config([*run, "--model.strategy", "full"])
-    arms = frozen_arms(first, folder, "test", "cpu")
+    arms = frozen_rows(first, folder, "test", "cpu")
     labels = first.datamodule.label_names
     return {"arms": {arm.title: figures(labels, arm) for arm in arms}}
 

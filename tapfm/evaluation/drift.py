@@ -1,9 +1,9 @@
-"""How far an encoder's features have moved: 1 - linear CKA, block by block.
+"""How far an encoder's features have moved in training: 1 - linear CKA, block by block.
 
-Zero where a block's features are the same but for a rotation, a shift or one scale; 1 where they
-have nothing in common.
+It is 0 if a block's features are equal up to rotation, shift and one scale; 1 if they have nothing
+in common.
 
-Limits: with fewer tiles than features it leans to 0; some hundred tiles are few enough to be quick.
+Limits: with fewer tiles than features it is biased to 0; a few hundred tiles are quick enough.
 Source: Kornblith et al. 2019 (arXiv 1905.00414), equation 3, for linear CKA.
 
 Shapes: N tiles, D features of one model, E of the other.
@@ -20,10 +20,10 @@ from tapfm.slide_model.model import SlideModel
 
 
 def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float:
-    """Linear centred kernel alignment of two sets of features of the same tiles: 0 to 1.
+    """Return linear centred kernel alignment, 0 to 1, of two feature sets of the same tiles.
 
-    It does not change when either is shifted, scaled by one number, or rotated. nan where either
-    is the same for all tiles.
+    It does not change if either is shifted, scaled by one number, or rotated; nan if either is
+    equal for all tiles.
     """
     x_ND, y_NE = (each.double() - each.double().mean(0) for each in (x_ND, y_NE))
     own = torch.linalg.norm(x_ND.T @ x_ND) * torch.linalg.norm(y_NE.T @ y_NE)
@@ -32,7 +32,7 @@ def linear_cka(x_ND: Tensor, y_NE: Tensor) -> float:
 
 @torch.no_grad()
 def cls_by_block(model: SlideModel, tiles: Tensor, chunk: int) -> list[Tensor]:
-    """The CLS token (N, D) behind each block, on the CPU."""
+    """Return the CLS token (N, D) behind each block, on the CPU."""
     model.eval()
     blocks = model.encoder.vit.blocks
     found: list[list[Tensor]] = [[] for _ in blocks]

@@ -1,9 +1,9 @@
 """`tapfm test`: every run of a cohort beside the frozen baselines, on the same tiles and splits.
 
-A run that cannot say whether tuning beat frozen is not finished. So this fits a linear
+A run is complete only when it is known whether tuning beat frozen features. So this fits a linear
 probe, a mean-pool MLP and gated-attention MIL on the unadapted encoder's features, and gated
-attention on six RGB numbers a tile as the floor, chooses them on the validation split, and prints
-one table with intervals. Thresholds and calibration of every row come from validation, too.
+attention on six RGB numbers a tile as the lower bound, chooses them on the validation split, and
+prints one table with intervals. Thresholds and calibration of every row come from validation, too.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ from tapfm.tasks.multilabel import Multilabel
 from tapfm.training.callbacks import BEST
 from tapfm.training.fit import CONFIG, Cli, read_config
 
-GROUPS = ("site", "stain")  # columns of the table by which the report has tables of their own
+GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group
 MIXED = "mixed"
-TUMOUR_TILE = 0.5  # share of a tile from which it counts as tumour; between this and 0, as neither
-# What of the data sets the bags that are tested and fitted to: the rest says how tiles are read, or
-# how a run draws and changes those it trains on.
+TUMOUR_TILE = 0.5  # share from which a tile counts as tumour; from there to 0 it is not used
+# Data settings that define the bags to be fitted and tested; the others say how tiles are read, or
+# how a run samples and augments them in training.
 COMPARED = "table", "slides_dir", "labels", "task", "bags", "pool", "tiles", "stain"
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
@@ -74,17 +74,59 @@ FROZEN = (
 
 
 def run_test(run: Path, split: str, overlays: int, features: Path | None = None) -> int:
-    """Evaluate every run below a folder; the report is in `<run>/report_<split>`. Returns 0.
+    """Evaluate every run below a folder and write `<run>/report_<split>`; return 0.
 
     Args:
         run: the folder.
-        split: to report on.
-        overlays: slides to draw.
+        split: the split to report on.
+        overlays: number of slides to draw.
         features: folder of frozen features that several folders share; None is `<run>/frozen`.
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
         CohortError: the cohort's table has no slide of that split, or none that can be read.
+    """
+    folders = finished_runs(run)
+    # the baselines' encoder is the published one, whatever the run's strategy inserts into it
+    first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
+    data = first.datamodule
+    if not data.cohort.split(split):
+        there = sorted({row.split for row in data.cohort.rows})
+        raise CohortError(
+            f"{first.config.data.table}: no slide of split {split}; there are {', '.join(there)}. "
+            f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = frozen_rows(first, run / "frozen", split, device, features)
+    masks = Path(first.config.data.table).parent / "truth"
+    groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
+    aurocs = {}
+    for folder in folders:
+        row, slides = evaluate_run(first, folder, split, device)
+        rows.append(row)
+        if each_slide := tile_auroc(data, slides, masks):
+            aurocs[folder.name] = float(np.mean(list(each_slide.values())))
+        draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
+    skipped = sorted(data.skipped.items())
+    report = run / f"report_{split}"
+    if isinstance(data.task, Multilabel):
+        print(write_results(report, split, data.label_names, rows, skipped, groups=groups))
+    else:
+        print(write_outcomes(report, split, data.task, rows, skipped))
+    if aurocs:
+        print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
+        print("".join(f"  {name} {value:.3f}\n" for name, value in aurocs.items()))
+        (report / f"tile_auroc_{split}.json").write_text(json.dumps(aurocs, indent=1) + "\n")
+    print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
+    print(f"{write_page(run, split)}: all of it, and example slides, on one page")
+    return 0
+
+
+def finished_runs(run: Path) -> list[Path]:
+    """Return the folders of finished runs below a folder.
+
+    Raises:
+        CheckpointError: there is none, one is on labelled tiles, or their data differ.
     """
     folders = sorted(path.parent for path in run.glob(f"*/{BEST}"))
     if not folders:
@@ -95,69 +137,44 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
                 f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
             )
         check_same_data(folder, folders[0])
-    # the baselines' encoder is as it came, whatever the run's strategy puts into it
-    first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
-    data = first.datamodule
-    if not data.cohort.split(split):
-        there = sorted({row.split for row in data.cohort.rows})
-        raise CohortError(
-            f"{first.config.data.table}: no slide of split {split}; there are {', '.join(there)}. "
-            f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arms = frozen_arms(first, run / "frozen", split, device, features)
-    of_slides = {  # of each bag: its slides, and how many tiles each has
-        bag.slide_id: (bag.slides, [len(data.tile_source.index(row)) for row in bag.slides])
-        for bag in data.rows(split)
-    }
-    rows = {row.slide_id: row for row in data.cohort.rows}
-    truth = Path(first.config.data.table).parent / "truth"
-    groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
-    found = {}
-    for folder in folders:
-        model = models.load(folder / BEST).to(device)
-        of = {}
-        for part in dict.fromkeys(("val", split)):
-            parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
-            predictions = predict_all(model, parts, first.model.chunk, name)
-            if part == split:
-                slides = [
-                    own
-                    for each in predictions
-                    for own in slide_by_slide(each, *of_slides[each.slide_id])
-                ]
-            of[part] = by_case(data, part, predictions)
-            write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
-        title, trained = row_of_run(folder.name, model.model_config.strategy)
-        arms.append(arm(title, folder, of, split, end_to_end=trained))
-        for each in slides:
-            index = data.tile_source.index(rows[each.slide_id])
-            write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-        if each_slide := tile_auroc(data, slides, truth):
-            found[folder.name] = float(np.mean(list(each_slide.values())))
-        draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
-    skipped = sorted(data.skipped.items())
-    report = run / f"report_{split}"
-    if isinstance(data.task, Multilabel):
-        print(write_results(report, split, data.label_names, arms, skipped, groups=groups))
-    else:
-        print(write_outcomes(report, split, data.task, arms, skipped))
-    if found:
-        print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
-        print("".join(f"  {name} {value:.3f}\n" for name, value in found.items()))
-        (report / f"tile_auroc_{split}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
-    print(f"{write_page(run, split)}: all of it, and the slides to look at, on one page")
-    return 0
+    return folders
 
 
-def frozen_arms(
+def evaluate_run(
+    cli: Cli, folder: Path, split: str, device: str
+) -> tuple[ResultRow, list[Prediction]]:
+    """Predict validation and `split` with a run's model; write predictions and tile weights.
+
+    Returns:
+        Its row of the report, and a prediction for each slide of the split.
+    """
+    data, of, slides = cli.datamodule, {}, []
+    model = models.load(folder / BEST).to(device)
+    for part in dict.fromkeys(("val", split)):
+        parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
+        predictions = predict_all(model, parts, cli.model.chunk, name)
+        if part == split:
+            bags = {bag.slide_id: bag.slides for bag in data.rows(split)}
+            for each in predictions:
+                counts = [len(data.tile_source.index(row)) for row in bags[each.slide_id]]
+                slides += slide_by_slide(each, bags[each.slide_id], counts)
+        of[part] = by_case(data, part, predictions)
+        write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
+    cohort = {row.slide_id: row for row in data.cohort.rows}
+    for each in slides:
+        index = data.tile_source.index(cohort[each.slide_id])
+        write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
+    title, trained = row_of_run(folder.name, model.model_config.strategy)
+    return result_row(title, folder, of, split, end_to_end=trained), slides
+
+
+def frozen_rows(
     cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None
 ) -> list[ResultRow]:
-    """The baselines, fitted on the train split and chosen on val."""
+    """Return rows of the baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
     encoder, chunk, tile_source = model.encoder, cli.model.chunk, data.tile_source
-    fingerprint = adapted_fingerprint(model)  # untrained, so that of the model as published
+    fingerprint = adapted_fingerprint(model)  # untrained: the published model's
     name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.model_config.precision
     how = {"chunk": chunk, "stain": tile_source.stain}
     extractions = {
@@ -165,22 +182,22 @@ def frozen_arms(
         "rgb": Extraction(RgbStatistics(), "rgb", "rgb", **how),
     }
     parts = dict.fromkeys(("train", "val", split))
-    rows = {row.slide_id: row for part in parts for row in data.rows(part)}
+    bags_of = {row.slide_id: row for part in parts for row in data.rows(part)}
 
-    def kept(extraction: Extraction, bag: Bag) -> FeatureBag:
+    def features_of(extraction: Extraction, bag: Bag) -> FeatureBag:
         z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
         features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
-        for row, tiles in zip(rows[bag.slide_id].slides, parts, strict=True):
+        for row, tiles in zip(bags_of[bag.slide_id].slides, parts, strict=True):
             path, index = features / f"{row.slide_id}.h5", tile_source.index(row)
             if extraction.fault(path, index):
                 extraction.write(path, tiles, index, tile_source.tissue)
             z_TD.append(read_features(path))
         return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
-    arms, made = [], {}
+    rows, made = [], {}
     for title, kind, fit in FROZEN:
         if kind not in made:
-            read = partial(kept, extractions[kind])
+            read = partial(features_of, extractions[kind])
             made[kind] = {part: feature_bags(data, part, kind, read) for part in parts}
         bags = made[kind]
         baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
@@ -188,25 +205,27 @@ def frozen_arms(
         name = row_folder(title)
         of = {}
         for part in dict.fromkeys(("val", split)):
-            said = [predict_features(baseline, bag) for bag in bags[part]]
-            of[part] = by_case(data, part, said)
+            predictions = [predict_features(baseline, bag) for bag in bags[part]]
+            of[part] = by_case(data, part, predictions)
             write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
-        arms.append(arm(title, folder / name, of, split, end_to_end=False))
-    return arms
+        rows.append(result_row(title, folder / name, of, split, end_to_end=False))
+    return rows
 
 
 def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
-    """What a baseline says of a slide."""
+    """Return a baseline's prediction of a slide."""
     logits_K, weights_T = baseline.logits(bag)
     weights = np.empty(0) if weights_T is None else weights_T.numpy()
-    said_P = baseline.task.predict(logits_K).numpy()
-    return Prediction(bag.slide_id, bag.case_id, bag.y_K.numpy(), said_P, weights, logits_K.numpy())
+    predicted_P = baseline.task.predict(logits_K).numpy()
+    return Prediction(
+        bag.slide_id, bag.case_id, bag.y_K.numpy(), predicted_P, weights, logits_K.numpy()
+    )
 
 
 def feature_bags(
     data: SlideData, split: str, kind: str, features: Callable[[Bag], FeatureBag]
 ) -> list[FeatureBag]:
-    """Of every slide of a split that can be read."""
+    """Return the features of every slide of a split that can be read."""
     bags = []
     for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):
         with suppress(SkippedBag):
@@ -215,18 +234,18 @@ def feature_bags(
 
 
 def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
-    """Slides' logits pooled over their cases, where `data.pool` says so."""
+    """Return predictions, pooled over cases if `data.pool` asks for it."""
     if data.pool == "union":
         return predictions
     cases = group_by_case(data.cohort.split(split), data.cohort.labels)
     return pool_cases(predictions, data.task, data.pool, cases)
 
 
-def arm(
+def result_row(
     title: str, folder: Path, of: dict[str, list[Prediction]], split: str, *, end_to_end: bool
 ) -> ResultRow:
-    """A row group of the report, from the predictions of its split and of validation."""
-    # none for the val split itself: what was chosen on a split says nothing about it
+    """Return a row of the report from predictions of its split and of validation."""
+    # None for the val split itself: thresholds are not judged on the split they were chosen on
     metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
     return ResultRow(
         title,
@@ -243,7 +262,7 @@ def arm(
 
 
 def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
-    """Slide or case -> its site or stain; a case of slides that differ in it is `mixed`."""
+    """Return the site or stain of each slide and case; `mixed` for a case with several."""
     known = defaultdict(set)
     for row in rows:
         for name in (row.case_id, row.slide_id):
@@ -254,24 +273,24 @@ def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
 
 
 def check_same_data(folder: Path, first: Path) -> None:
-    """Runs of one folder are compared, so they must have the same slides, tiles and labels.
+    """Raise unless two runs of one folder have the same slides, tiles and labels.
 
     Raises:
-        CheckpointError: they have not.
+        CheckpointError: their data differ.
     """
-    unsaid = {key: each.default for key, each in signature(SlideData).parameters.items()}
+    defaults = {key: each.default for key, each in signature(SlideData).parameters.items()}
     one, other = (
-        unsaid | yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder)
+        defaults | yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder)
     )
     if changed := [key for key in COMPARED if one[key] != other[key]]:
         raise CheckpointError(
-            f"{folder} and {first} have other data ({', '.join(changed)} differ), so a comparison "
-            "would say nothing. Move one of them to another folder."
+            f"{folder} and {first} have other data ({', '.join(changed)} differ) and cannot be "
+            "compared. Move one of them to another folder."
         )
 
 
 def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) -> None:
-    """Tile weights on the thumbnails of a few slides."""
+    """Write tile weights on the thumbnails of a few slides."""
     rows = {row.slide_id: row for row in data.cohort.rows}
     for each in predictions:
         row = rows[each.slide_id]
@@ -283,13 +302,13 @@ def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) 
 
 
 def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> dict[str, float]:
-    """Do tile weights find the tumour? AUROC of tumour tiles against tumour-free tissue, by slide.
+    """Return the AUROC of tile weights for tumour tiles against tumour-free tissue, by slide.
 
     Args:
         data: the cohort.
         predictions: tile weights.
-        truth: folder with `<slide_id>.png`, class numbers, and `<slide_id>.json`, which says
-            their downsample and which number is tumour. Slides without both are left out.
+        truth: folder with `<slide_id>.png`, class numbers, and `<slide_id>.json`, with their
+            downsample and the number of tumour. Slides without both are left out.
     """
     rows, found = {row.slide_id: row for row in data.cohort.rows}, {}
     for each in predictions:
@@ -302,8 +321,8 @@ def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> d
         )
         index = data.tile_source.index(rows[each.slide_id])
         share_T = tile_fraction(tumour, index.coords0, index.size0, facts["downsample"])
-        judged_T = (share_T >= TUMOUR_TILE) | (share_T == 0)
-        value = auroc((share_T[judged_T] > 0).astype(float), each.weights_T[judged_T])
+        used_T = (share_T >= TUMOUR_TILE) | (share_T == 0)
+        value = auroc((share_T[used_T] > 0).astype(float), each.weights_T[used_T])
         if not np.isnan(value):
             found[each.slide_id] = value
     return found

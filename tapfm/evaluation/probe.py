@@ -1,4 +1,4 @@
-"""`tapfm probe`: which blocks a cohort's labels pull at, and how far full fine-tuning moves each.
+"""`tapfm probe`: how strongly a cohort's labels act on each block, and how far tuning moves it.
 
     1. head        the slide model alone, on frozen features of a few dozen training slides
     2. gradient    each slide's exact gradient by two passes: per block, norm over the weights' norm
@@ -7,10 +7,10 @@
                    and after, on tiles of the val split
 
 The rule for `last_n`: the fewest last blocks that together have `SHARE` of the gradient over
-weight, summed over all blocks. Drift enters no rule; it accumulates from the first block to the
-last and says whether the learning rate moves anything at all.
+weight, summed over all blocks. Drift is not used by the rule; it accumulates from the first block
+to the last and shows whether the learning rate moves anything at all.
 
-Nothing of the user's is changed: the probe's weights are its own and are thrown away.
+No file of the user is changed; the probe's own weights are discarded.
 
 Price: the slides are read once for the head, once for the gradient, and once an epoch of the fit.
 Condition: a ViT with a CLS token.
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from slides.errors import SettingsError
 from slides.files import write_csv
 from slides.streaming.order import epoch_order
 from slides.streaming.stream import BagDataset
@@ -37,29 +38,31 @@ from tapfm.data.bag import Bag
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluation.drift import cls_by_block, linear_cka
-from tapfm.evaluation.probe_figure import Part, probe_figure
+from tapfm.evaluation.probe_figure import EncoderPart, probe_figure
 from tapfm.inference.heatmap import save_figure
 from tapfm.training.fit import read_config
 from tapfm.training.module import SlideModule
 
-SHARE = 0.8  # of the gradient over weight that the suggested blocks have
-HEAD_PASSES, HEAD_LR = 20, 1e-3  # over the frozen features: seconds
-HELD_OUT = 512  # tiles: CKA of fewer than a few hundred leans high
+SHARE = 0.8  # share of gradient over weight that the suggested blocks have
+HEAD_PASSES, HEAD_LR = 20, 1e-3  # epochs on frozen features: seconds
+DRIFT_TILES = 512  # CKA of fewer than a few hundred tiles is biased high
 
 
-class ProbeError(ValueError):
+class BlockProbeError(SettingsError):
     """A cohort cannot be probed as asked."""
 
 
 def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> int:
-    """Probe a cohort; leaves probe.csv and probe.png in `out`. Returns 0.
+    """Probe a cohort; write probe.csv and probe.png to `out`; return 0.
 
     Raises:
-        ProbeError: nothing to train or to compare on.
-        StrategyError: an encoder without a row of blocks and a CLS token.
+        BlockProbeError: no slide to train on or to compare.
+        StrategyError: an encoder without a sequence of blocks and a CLS token.
     """
     if slides < 1 or epochs < 1:
-        raise ProbeError(f"probe: slides and epochs must be 1 or more, got {slides} and {epochs}")
+        raise BlockProbeError(
+            f"probe: slides and epochs must be 1 or more, got {slides} and {epochs}"
+        )
     each = [argument for config in configs for argument in ("--config", str(config))]
     cli = read_config(
         [*each, "--model.strategy", "full", "--model.steps.head_first", "0",
@@ -70,9 +73,9 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
     data: SlideData = cli.datamodule
     model = module.slide_model.to(cli.trainer.strategy.root_device)
     need_vit(model.encoder.vit, "last_n")
-    model.round_weights()  # before anything is compared, so that rounding is no drift
+    model.round_weights()  # before the comparison, so that rounding does not count as drift
     data.prepare_data()
-    tiles = held_out(data)
+    tiles = drift_tiles(data)
     count = min(slides, len(data.rows("train")))
     before, after = fit_head(module, training_bags(data, count), data.seed)
     print(f"head: loss {before:.3f} to {after:.3f} on frozen features of {count} slides")
@@ -84,42 +87,42 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
         1 - linear_cka(*pair)
         for pair in zip(cls, cls_by_block(model, tiles, module.chunk), strict=True)
     ]
-    found = describe(gradients, drift)
+    found = with_drift(gradients, drift)
     rows = [["" if v != v else f"{v:.6g}" if isinstance(v, float) else v for v in astuple(part)]
             for part in found]  # fmt: skip
-    write_csv(out / "probe.csv", [each.name for each in fields(Part)], rows)
+    write_csv(out / "probe.csv", [each.name for each in fields(EncoderPart)], rows)
     n = suggest([part.relative for part in found if part.name.startswith("block")])
     save_figure(probe_figure(found, n), out / "probe.png")
-    said = (
+    caption = (
         f"Gradient: mean over {count} slides. Drift: 1 - linear CKA of CLS on {len(tiles)} tiles "
         f"of the val split, after full fine-tuning at {module.encoder_lr:g} for {epochs} x {count} "
         "slides."
     )
-    print(report(found, n, said))
+    print(probe_table(found, n, caption))
     print(f"{out}: probe.csv, probe.png")
     return 0
 
 
 def training_bags(data: SlideData, count: int) -> Iterator[Bag]:
-    """The slides that training would take first, as they are on the slide, read one by one."""
+    """Yield the slides that training would take first, unaugmented, one by one."""
     rows = data.rows("train")
     order = epoch_order(len(rows), data.seed, 0)[:count]
     return _bags(data, [rows[number] for number in order], data.tiles_per_slide)
 
 
-def held_out(data: SlideData) -> Tensor:
-    """Some `HELD_OUT` tiles of the val split, as many of each slide.
+def drift_tiles(data: SlideData) -> Tensor:
+    """Return about `DRIFT_TILES` tiles of the val split, equally many from each slide.
 
     Raises:
-        ProbeError: the val split has none.
+        BlockProbeError: the val split has no readable slide.
     """
-    rows = data.rows("val")[:HELD_OUT]
-    bags = _bags(data, rows, math.ceil(HELD_OUT / max(1, len(rows))))
+    rows = data.rows("val")[:DRIFT_TILES]
+    bags = _bags(data, rows, math.ceil(DRIFT_TILES / max(1, len(rows))))
     tiles = [bag.tiles for bag in bags]
     if not tiles:
-        raise ProbeError(
-            "probe: the val split has no slide to measure the drift on. Give the table some: "
-            "`tapfm split` deals one."
+        raise BlockProbeError(
+            "probe: the val split has no slide to measure the drift on. Add a val split to the "
+            "table: `tapfm split` makes one."
         )
     return torch.cat(tiles)
 
@@ -133,10 +136,10 @@ def _bags(data: SlideData, rows: Sequence, budget: int | None) -> Iterator[Bag]:
 
 
 def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float, float]:
-    """The slide model on features of the encoder as it is: mean loss before and after.
+    """Fit the slide model on frozen features; return its mean loss before and after.
 
     Raises:
-        ProbeError: no slide could be read.
+        BlockProbeError: no slide could be read.
     """
     model = module.slide_model.eval()
     device, aggregator = model.device, model.aggregator
@@ -149,7 +152,7 @@ def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float
         features = z_TD.detach(), score_T.detach(), bag.counts
         frozen.append((features, bag.labels_K.to(device)))
     if not frozen:
-        raise ProbeError("probe: no slide of the train split could be read; see the ledger")
+        raise BlockProbeError("probe: no slide of the train split could be read; see the ledger")
 
     def losses(order: Iterable[int]) -> Iterator[Tensor]:
         for number in order:
@@ -171,7 +174,7 @@ def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float
 
 
 def parts_of(vit: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of the blocks, and of what is in front of and behind them."""
+    """Return the parameters of each block, and of the layers in front of and behind them."""
     parts: dict[str, list[nn.Parameter]] = {"front": []}
     parts |= {f"block {number}": [] for number in range(len(vit.blocks))} | {"norm": []}
     for name, parameter in vit.named_parameters():
@@ -182,8 +185,8 @@ def parts_of(vit: nn.Module) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[Part]:
-    """Each part's gradient of the slide loss, by the engine that trains; no weight changes."""
+def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[EncoderPart]:
+    """Return each part's gradient of the slide loss, by the engine that trains."""
     model = module.slide_model.eval()
     parts = parts_of(model.encoder.vit)
     weight = {name: _norm(each) for name, each in parts.items()}
@@ -199,7 +202,7 @@ def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[Part]:
         model.zero_grad(set_to_none=True)
         count += 1
     return [
-        Part(
+        EncoderPart(
             name,
             sum(p.numel() for p in each),
             weight[name],
@@ -216,26 +219,26 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def suggest(relative: Sequence[float], share: float = SHARE) -> int:
-    """The fewest last blocks that have `share` of the sum."""
+    """Return the fewest last blocks that have `share` of the sum."""
     wanted = share * math.fsum(relative)
     sums = accumulate(reversed(relative))
-    return next((n for n, held in enumerate(sums, 1) if held >= wanted), len(relative))
+    return next((n for n, total in enumerate(sums, 1) if total >= wanted), len(relative))
 
 
-def describe(gradients: Sequence[Part], drift: Sequence[float]) -> list[Part]:
-    """The parts with the drift of the blocks."""
+def with_drift(gradients: Sequence[EncoderPart], drift: Sequence[float]) -> list[EncoderPart]:
+    """Return the parts with the drift of the blocks filled in."""
     of = {f"block {number}": value for number, value in enumerate(drift)}
     return [replace(part, drift=of.get(part.name, math.nan)) for part in gradients]
 
 
-def report(found: Sequence[Part], n: int, said: str) -> str:
-    """The table, the rule and what it gives."""
+def probe_table(found: Sequence[EncoderPart], n: int, caption: str) -> str:
+    """Return the table, the rule and its result as text."""
     lines = [f"{'':9}{'parameters':>13}  {'gradient / weight':>17}  {'drift of CLS':>12}"]
     for part in found:
         drift = "" if math.isnan(part.drift) else f"{part.drift:.2e}"
         lines.append(f"{part.name:9}{part.parameters:>13,}  {part.relative:>17.2e}  {drift:>12}")
     blocks = len(found) - 2
-    lines += ["", said, f"last_n: n = {n} of {blocks}, the fewest last blocks that have "
+    lines += ["", caption, f"last_n: n = {n} of {blocks}, the fewest last blocks that have "
               f"{SHARE:.0%} of gradient / weight summed over the blocks."]  # fmt: skip
     if n == blocks:
         lines.append("That is all of them: full, or lora, rather than last_n.")

@@ -1,4 +1,4 @@
-"""What `tapfm probe` found of each part of the encoder, and its picture."""
+"""The result of `tapfm probe` for each part of the encoder, and its figure."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What was found of one part of the encoder."""
+class EncoderPart:
+    """Gradient, weight norm and drift of one part of the encoder."""
 
     name: str
     """`front` (patches, tokens, positions), `block 0` and so on, `norm` (and a head, if any)."""
     parameters: int
     weight_norm: float
     gradient_norm: float
-    """Mean over slides."""
+    """Mean gradient norm over slides."""
     relative: float
     """Gradient norm over weight norm, mean over slides."""
     drift: float
-    """1 - linear CKA of the CLS token behind it; nan where it has none of its own."""
+    """1 - linear CKA of the CLS token behind a block; nan for other parts."""
 
 
-def probe_figure(found: Sequence[Part], last: int) -> Figure:
-    """What `tapfm probe` found: gradient over weight and drift by part, one panel above the other.
+def probe_figure(found: Sequence[EncoderPart], last: int) -> Figure:
+    """Return a figure of gradient over weight and, below it, drift, by part.
 
     Args:
         found: the parts, in the order of the forward pass.
@@ -38,8 +38,8 @@ def probe_figure(found: Sequence[Part], last: int) -> Figure:
     """
     figure, axes = panels(2, across=1)
     blocks = range(len(found) - 2)
-    apart = math.ceil(len(blocks) / 12)  # blocks from one written number to the next
-    ends = (-1.5 * apart, blocks[-1] + 1.5 * apart)  # not of one kind: no line to them
+    apart = math.ceil(len(blocks) / 12)  # blocks between two tick labels
+    ends = (-1.5 * apart, blocks[-1] + 1.5 * apart)  # drawn apart: front and norm are no blocks
     for axis, title, values, colour, marker in (
         (axes[0], "gradient norm / weight norm", [p.relative for p in found], TRAINED[0], "o"),
         (axes[1], "drift of CLS, 1 - linear CKA", [p.drift for p in found], TRAINED[1], "s"),

@@ -1,18 +1,18 @@
-"""`tapfm study`: folds x seeds x aggregators x strategies, and one table of what came out.
+"""`tapfm study`: folds x seeds x aggregators x strategies, and one table of the results.
 
-    <out>/folds/                              the cohort's table, dealt by case, a file a fold
-    <out>/fold_0/seed_0/<arm>/cell.yaml       what the cell changes of the config
-    <out>/fold_0/seed_0/<arm>/run/            the fit's own folder
-    <out>/fold_0/seed_0/<arm>/report_test/    its report, frozen rows included
-    <out>/fold_0/seed_0/<arm>/log.txt         what both commands said
-    <out>/fold_0/seed_0/<arm>/finished.json   written last: seconds of fit and test
+    <out>/folds/                              the cohort's table split by case, a file a fold
+    <out>/fold_0/seed_0/<row>/cell.yaml       what the cell changes of the config
+    <out>/fold_0/seed_0/<row>/run/            the fit's own folder
+    <out>/fold_0/seed_0/<row>/report_test/    its report, frozen rows included
+    <out>/fold_0/seed_0/<row>/log.txt         output of both commands
+    <out>/fold_0/seed_0/<row>/finished.json   written last: seconds of fit and test
     <out>/frozen/                             frozen features and RGB numbers, shared by all cells
     <out>/study.json, study.csv               the table, its intervals, every paired difference
 
-A cell is `tapfm fit` and `tapfm test` as processes of their own, so that none takes another down;
-one that fails is named, with the last it said, and the others go on. The same command goes on where
-it stopped: finished cells are skipped, a half-trained one is resumed by `tapfm fit`. Seeds,
-strategies and aggregators may be added; the config and the folds of a study do not change.
+A cell is `tapfm fit` and `tapfm test` in their own processes, so that no failure stops others; a
+failed cell is reported with its last message. The same command continues where it stopped: finished
+cells are skipped, a half-trained one is resumed by `tapfm fit`. Seeds, strategies and aggregators
+may be added; the config and the folds of a study do not change.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ TESTING = threading.Lock()  # one test at a time: they write the same frozen fea
 
 
 def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
-    """A study from its YAML and the flags that are not None.
+    """Return a study from its YAML and the flags that are not None.
 
     Raises:
-        SettingsError: an unknown key, something missing, or something twice.
+        SettingsError: an unknown key, a missing one, or a value given twice.
     """
     found = {} if file is None else read_yaml(file, "study")
     found |= {key: value for key, value in flags.items() if value is not None}
@@ -81,7 +81,7 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
 
 
 def strategy_name(strategy: str | Mapping[str, Any]) -> str:
-    """As folders and rows have it: lora, lora_rank16, or the stem of a config."""
+    """Return its name in folders and rows: lora, lora_rank16, or the stem of a config."""
     if isinstance(strategy, str):
         return Path(strategy).stem
     options = "".join(f"_{k}{v}" for k, v in strategy.items() if k != "name")
@@ -90,10 +90,10 @@ def strategy_name(strategy: str | Mapping[str, Any]) -> str:
 
 
 def run_study(study: Study) -> int:
-    """Run what is not finished, then print the table. Returns 0, or 2 if a cell failed.
+    """Run the unfinished cells, then print the table; return 0, or 2 if a cell failed.
 
     Raises:
-        SettingsError: the folder holds a study of another config or other folds.
+        SettingsError: the folder holds a study with another config or other folds.
     """
     out, data = Path(study.out), read_data([Path(each) for each in study.config])
     tables = prepare(study, data)
@@ -119,10 +119,10 @@ def run_study(study: Study) -> int:
 
 
 def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
-    """The table of each fold; dealt once, and never again for this folder."""
+    """Return the table of each fold; folds are made once for a folder."""
     out, table = Path(study.out), Path(data["table"])
     if not table.is_file():
-        raise SettingsError(f"{table}: there is no such table")
+        raise SettingsError(f"{table}: there is no such table. Correct data.table.")
     fixed = {
         "configs": [yaml.safe_load(Path(each).read_text()) for each in study.config],
         "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
@@ -150,26 +150,26 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
 
 
 def plan_cells(study: Study, tables: Sequence[Path]) -> list[Cell]:
-    """Every cell, fold by fold."""
+    """Return every cell, fold by fold."""
     cells = []
     for (fold, table), seed, aggregator, strategy in product(
         enumerate(tables), study.seeds, study.aggregators, study.strategies
     ):
-        arm = f"{aggregator}_{strategy_name(strategy)}"
-        folder = Path(study.out) / f"fold_{fold}" / f"seed_{seed}" / arm
+        row = f"{aggregator}_{strategy_name(strategy)}"
+        folder = Path(study.out) / f"fold_{fold}" / f"seed_{seed}" / row
         model: dict[str, Any] = {"aggregator": aggregator}
-        behind = isinstance(strategy, str) and strategy.endswith((".yaml", ".yml"))
-        if not behind:
+        is_config = isinstance(strategy, str) and strategy.endswith((".yaml", ".yml"))
+        if not is_config:
             model["strategy"] = strategy if isinstance(strategy, str) else dict(strategy)
         changes = {"seed_everything": seed, "run_dir": str(folder), "name": RUN,
                    "model": model, "data": {"table": str(table)}}  # fmt: skip
-        configs = (*study.config, *([strategy] if behind else []))
-        cells.append(Cell(fold, seed, arm, folder, changes, configs))
+        configs = (*study.config, *([strategy] if is_config else []))
+        cells.append(Cell(fold, seed, row, folder, changes, configs))
     return cells
 
 
 def run_cell(cell: Cell, out: Path) -> str | None:
-    """Fit and test; None, or why it failed."""
+    """Fit and test; return None, or the reason of a failure."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     changes = cell.folder / "cell.yaml"
     changes.write_text(yaml.safe_dump(dict(cell.changes), sort_keys=False))
@@ -190,7 +190,7 @@ def run_cell(cell: Cell, out: Path) -> str | None:
 
 
 def _command(arguments: list[str], log: Path) -> str | None:
-    """Run a verb, what it says into the log; None, or the last it said if it failed."""
+    """Run a verb with its output in the log; return None, or its last message if it failed."""
     with log.open("a") as file:
         file.write(f"\n$ tapfm {' '.join(arguments)}\n")
         file.flush()
@@ -202,6 +202,6 @@ def _command(arguments: list[str], log: Path) -> str | None:
         return None
     with log.open(errors="replace") as file:
         file.seek(start)
-        said = [line.strip() for line in file.read().splitlines() if line.strip()]
-    faults = [line.removeprefix("tapfm: ") for line in said if line.startswith("tapfm: ")]
-    return f"exit code {code}: {(faults or said or ['it said nothing'])[-1]} (see {log})"
+        lines = [line.strip() for line in file.read().splitlines() if line.strip()]
+    faults = [line.removeprefix("tapfm: ") for line in lines if line.startswith("tapfm: ")]
+    return f"exit code {code}: {(faults or lines or ['no output'])[-1]} (see {log})"

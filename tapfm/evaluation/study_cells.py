@@ -1,4 +1,4 @@
-"""What a study is to run, and one cell of it."""
+"""The settings of a study, and of one cell: one fit and its test."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be run; a YAML file with these keys, or flags, which win."""
+    """The settings of a study: keys of its YAML file, or flags, which take precedence."""
 
     config: tuple[str, ...]
-    """The cohort's config, and others behind it."""
+    """The cohort's config, and others read after it."""
     out: str
     """Folder of the study."""
     folds: int | None = None
-    """Of a cross-validation; None keeps the split of the cohort's table."""
+    """Number of folds; None keeps the split of the cohort's table."""
     fold_seed: int = 0
-    """Another one is another deal of the cases."""
+    """Seed of the assignment of cases to folds."""
     preserve_sites: bool = False
     """Keep the cases of a site in one fold."""
     seeds: tuple[int, ...] = (0,)
-    """Of weights, order and augmentation."""
+    """Seeds of weights, order and augmentation."""
     strategies: tuple[str | Mapping[str, Any], ...] = ("full",)
-    """Names, names with options, or a config to put behind (`configs/strategies/lean.yaml`)."""
+    """Names, names with options, or a config read last (`configs/strategies/lean.yaml`)."""
     aggregators: tuple[str, ...] = ("tapfm_gated",)
-    """Their names."""
+    """Names of aggregators."""
     jobs: int = 1
-    """Fits at the same time."""
+    """Number of fits at the same time."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Cell:
 
     fold: int
     seed: int
-    arm: str
-    """Aggregator and strategy, as the folder is named."""
+    row: str
+    """Aggregator and strategy: the folder's name and the row of the table."""
     folder: Path
     changes: Mapping[str, Any]
-    """What goes into cell.yaml."""
+    """Content of cell.yaml."""
     configs: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"fold {self.fold}, seed {self.seed}, {self.arm}"
+        return f"fold {self.fold}, seed {self.seed}, {self.row}"

@@ -1,7 +1,7 @@
-"""What a study found: one table, and every interval and difference behind it.
+"""A study's table, with every interval and paired difference behind it.
 
-The rows are the frozen ones, then aggregators and strategies, pooled by `reports.pooling`.
-`summary` reads what finished cells left on disk, so the table can be had while others still run.
+Rows are the frozen ones, then aggregators and strategies, pooled by `reports.pooling`. `summary`
+reads the files of finished cells, so it works while others still run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from tapfm.tasks import Task
 
 FINISHED, RUN = "finished.json", "run"
-OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # its row in its own report
+OF_CELL = {
+    f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)
+}  # titles of a cell's own row in its report
 
 
 def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
-    """The table as text, and all behind it for study.json."""
-    task, runs, order = gather(cells)
+    """Return the table as text, and all figures behind it for study.json."""
+    task, runs, order = collect_runs(cells)
     folds = len({cell.fold for cell in cells})
     result: dict[str, Any] = {
         "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
@@ -68,16 +70,16 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
     return _text(study.folds, len(study.seeds), task, result, found, why), result
 
 
-def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
-    """The task; title -> seed -> fold -> predictions of finished cells; title -> is it trained.
+def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
+    """Return the task, predictions by title, seed and fold, and whether each title is trained.
 
-    What a task takes from its training split differs by fold; the first one's does not matter to
-    its figure.
+    A task's facts of its training split differ by fold; the first fold's are used, since the
+    figure does not depend on them.
     """
     task: Task | None = None
     runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
     baselines: dict[str, bool] = {}
-    trained = {cell.arm: True for cell in cells}
+    trained = {cell.row: True for cell in cells}
     for cell in cells:
         if not (cell.folder / FINISHED).exists():
             continue
@@ -88,9 +90,9 @@ def gather(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
             of_cell = title in OF_CELL
             name = RUN if of_cell else f"frozen/{row_folder(title)}"
             path = cell.folder / name / "predictions_test.csv"
-            arm = read_result_row(title, path, own, end_to_end=facts["end_to_end"])
-            row = cell.arm if of_cell else title
-            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, arm)
+            result = read_result_row(title, path, own, end_to_end=facts["end_to_end"])
+            row = cell.row if of_cell else title
+            runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, result)
             (trained if of_cell else baselines)[row] = facts["end_to_end"]
     return task, runs, baselines | trained
 
@@ -103,21 +105,21 @@ def _text(
     head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
             "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
     table = [head]
-    for title, arm in result["arms"].items():
+    for title, row in result["arms"].items():
         mark = " *" if title == best else " **" if title == first else ""
-        if not arm["seeds"]:
+        if not row["seeds"]:
             table.append([title, "not finished", *[""] * (len(head) - 2)])
             continue
-        pooled, deviation = arm["figures"]["pooled"], arm["deviation_of_seeds"]
-        gains = [arm["differences"].get(other) for other in (best, first)]
+        pooled, deviation = row["figures"]["pooled"], row["deviation_of_seeds"]
+        gains = [row["differences"].get(other) for other in (best, first)]
         table.append(
             [
                 title + mark,
                 span(pooled[found.head], undefined=undefined),
                 *(_number(pooled[name].value) for name in found.groups),
             ]
-            + [_number(arm["figures"]["within_folds"][found.head].value)]
-            + [f"{len(arm['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
+            + [_number(row["figures"]["within_folds"][found.head].value)]
+            + [f"{len(row['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
             + [
                 span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
                 for gain in gains
@@ -130,35 +132,36 @@ def _text(
         f"{result['slides']} slides of {result['cases']} cases; {dealt}; averaged over the "
         f"seeds{over}.",
         "Intervals: 95 %, from bootstrap draws of whole cases; differences paired, on the same "
-        "draws. They say nothing of training anew: the deviation over seeds does.",
-        f"* the frozen row of the highest {task.title}, chosen on what is reported here, "
+        "draws. They do not cover training anew: the deviation over seeds does.",
+        f"* the frozen row of the highest {task.title}, chosen on the data reported here, "
         "which favours it; ** the first end-to-end row; study.json has every pair.",
     ]
-    short = [f"{title}: {len(arm['seeds'])} of {seeds} seeds have every fold; the "
-             "others are left out" for title, arm in result["arms"].items()
-             if len(arm["seeds"]) < seeds]  # fmt: skip
+    short = [f"{title}: {len(row['seeds'])} of {seeds} seeds have every fold; the "
+             "others are left out" for title, row in result["arms"].items()
+             if len(row["seeds"]) < seeds]  # fmt: skip
     return "\n".join([*aligned(table), *notes, *short, *why])
 
 
 def write_figures(path: Path, result: Mapping) -> None:
-    """study.csv: a row a model and label."""
+    """Write study.csv: a row a model and label."""
     figure = result.get("figure", "figure")
     spans = [f"{name}_{end}" for name in (figure, "minus_frozen", "minus_first")
              for end in ("value", "low", "high")]  # fmt: skip
     rows = []
-    for title, arm in result["arms"].items():
-        for label in arm.get("figures", {}).get("pooled", {}):
-            cells = _ends(arm["figures"]["pooled"][label])
+    for title, row in result["arms"].items():
+        for label in row.get("figures", {}).get("pooled", {}):
+            cells = _ends(row["figures"]["pooled"][label])
             for other in (result["reference"], result["first"]):
-                gain = arm["differences"].get(other)
+                gain = row["differences"].get(other)
                 cells += _ends(gain["pooled"][label]) if gain else [""] * 3
-            within = _ends(arm["figures"]["within_folds"][label])[0]
-            rows.append([title, int(arm["end_to_end"]), len(arm["seeds"]), label, *cells, within])
+            within = _ends(row["figures"]["within_folds"][label])[0]
+            rows.append([title, int(row["end_to_end"]), len(row["seeds"]), label, *cells, within])
     header = ["model", "end_to_end", "seeds", "label", *spans, f"{figure}_within_folds"]
     write_csv(path, header, rows)
 
 
 def _ends(found: Interval) -> list[str]:
+    """Return value, low and high as CSV cells, blank for nan."""
     return ["" if math.isnan(x) else f"{x:.6f}" for x in (found.value, found.low, found.high)]
 
 

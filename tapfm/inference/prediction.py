@@ -78,8 +78,8 @@ def pool_cases(
         predictions: predictions of slides.
         task: turns the pooled logits into predictions.
         pool: `mean` or `max`.
-        cases: rows of `slides.cohort.cases.gather` with each case's targets; a case without a
-            predicted slide is left out.
+        cases: rows of `slides.cohort.cases.group_by_case` with each case's targets; a case without
+            a predicted slide is left out.
     """
     logits = defaultdict(list)
     for each in predictions:

@@ -210,7 +210,7 @@ def test_from_fit_to_test_a_row_is_a_case(paired, capsys):
     capsys.readouterr()
     code, table, _ = predicted(paired, runs / "slides", "c10", ("s10.tif", "gone.svs"))
     assert (code, table) == (2, None)
-    assert "c10: a slide of it failed, and nothing is said of it" in capsys.readouterr().err
+    assert "c10: one of its slides failed, so it is not predicted" in capsys.readouterr().err
     metrics = pd.read_csv(runs / "union" / "metrics.csv")
     assert sorted(metrics["slide_id"].dropna()) == ["c0", "c2", "c3", "c4", "c6"]
     for folder in (runs / "union", runs / "frozen" / "frozen_gated_attention"):
@@ -295,4 +295,4 @@ def test_a_model_of_slides_says_nothing_of_cases(paired, tmp_path, capsys):
     models.save(model, tmp_path / "best.safetensors", bags="slide", pool="union")
     slide, best = str(paired.parent / "slides" / "s10.tif"), str(tmp_path / "best.safetensors")
     assert main(["predict", slide, "--model", best, "--case", "c10"]) == 2
-    assert "says nothing of a case of several. Leave --case out" in capsys.readouterr().err
+    assert "cannot predict a case of several. Leave --case out" in capsys.readouterr().err

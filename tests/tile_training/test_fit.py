@@ -99,7 +99,7 @@ def test_its_encoder_is_for_features_and_it_predicts_no_slide(cohort, capsys):
     with torch.no_grad():
         torch.testing.assert_close(encoder(tiles)[0], adapted.encoder(tiles)[0], atol=1e-5, rtol=0)
     assert main(["predict", "slide.svs", "--model", str(best)]) == 2
-    assert "was trained on labelled tiles and says nothing of a slide" in capsys.readouterr().err
+    assert "was trained on labelled tiles and cannot predict a slide" in capsys.readouterr().err
     assert main(["test", "--run", str(cohort[1])]) == 2
     assert "`tapfm fit-tiles` left its report there" in capsys.readouterr().err
     with pytest.raises(StrategyError):
