@@ -28,10 +28,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import HERE, README, RESULTS, cores, facts, rewrite, write_rows
+from tapfm.data.bag import Places
 from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter, SavedBytes
+from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.slide_model.model import ModelConfig, SlideModel
 from tapfm.tasks.losses import MaskedBCE
 
@@ -72,7 +74,7 @@ class Step:
         with self.device:  # on a GPU the weights are drawn there: a ViT-g takes a minute on a CPU
             encoder = backbones.load(job.model, "random", recompute=job.recompute)
             model_config = ModelConfig(
-                job.model, "tapfm", LABELS, encoder.row.tile_px, encoder.row.mpp,
+                job.model, {"name": "tapfm"}, LABELS, encoder.row.tile_px, encoder.row.mpp,
                 precision=job.precision,
             )  # fmt: skip
             self.model = SlideModel(model_config, encoder).to(self.device).train()
@@ -108,7 +110,8 @@ class Step:
             else:
                 z_TD, score_T = map(torch.cat, zip(*map(encode, chunks), strict=True))
         with phase("aggregate"):
-            logits_K, _ = self.model.aggregator(z_TD, score_T)
+            tiles = TileSet.of(Places.unknown(len(z_TD)), z_TD, score_T)
+            logits_K = self.model.aggregator(tiles).logits_K
             loss = self.loss(logits_K, self.labels_K)
             if two_pass:
                 loss.backward()

@@ -1,32 +1,34 @@
 """tapfm adapts pathology foundation models to slide-level questions, end to end, on one GPU.
 
-    distributed.py  what several GPUs tell each other
+Rooms, each of which lists its files in its own docstring, in the order of a run:
 
-Rooms, each of which lists its files in its own docstring:
-
+    data/            slides to bags: the data module and the batch
     encoders/        foundation models: which there are, loading, a tile's feature and score
-    engine/          the exact gradient of a slide at one chunk's memory
     adapt/           what of the encoder learns; one file a strategy
+    slide_model/     encoder and aggregator as one model; one file an aggregator
+    bag_transforms/  which tiles the aggregator is given in training; one file a transform
+    regularisers/    terms beside the task's loss; one file a regulariser
     tasks/           what is predicted; one file a task
+    engine/          the exact gradient of a slide at one chunk's memory
+    training/        one run: the step, the two passes, callbacks, `tapfm fit`
+    frozen/          what the frozen encoder gives: features, and slide models fitted to them
+    inference/       slides to predictions, heatmaps, exported models
+    evaluation/      runs against each other: test, study, probe, drift
     stats/           figures with intervals
     reports/         what runs said: tables, pictures, one page
-    labelled/        training on labelled tiles
+    planning/        what fits on which card, and whether this installation is sound
+    tile_training/   training on labelled tiles
     pathpt/          tiles named by learned prompts, from few slides
     verbs/           the command line's flags, and what is done with them
 
-The training step and what it meets:
-
-
-Verbs:
+and beside them:
 
     cli.py           the command line: the list of verbs
-
-What all share:
-
     config.py        what indexing reads of a config
-    settings.py      errors of settings: all at once, with near spellings
+    settings.py      settings: what is wrong with them, all at once; things chosen by name
+    distributed.py   what several GPUs tell each other
 
-Read `training` first: its module has the training step.
+Read `training/module.py` first.
 """
 
 __version__ = "0.1.0"

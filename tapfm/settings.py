@@ -1,23 +1,34 @@
-"""Settings errors: everything wrong with a run's settings in one message, with near spellings."""
+"""Settings errors: everything wrong with a run's settings in one message, with near spellings.
+
+Strategies, aggregators, regularisers and bag transforms are all named in a config the same way:
+`name`, or `{name: name, option: value}`. Their options are the fields of a frozen dataclass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from difflib import get_close_matches
+from typing import Any
 
 from slides.errors import SettingsError, all_faults
 
-__all__ = ["SettingsError", "did_you_mean", "refuse"]
+__all__ = ["SettingsError", "choose", "did_you_mean", "refuse", "spec_of"]
+
+Spec = str | Mapping[str, Any]
+"""A name, or a name and options: `lora`, or `{name: lora, rank: 16}`."""
+_KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text",
+          bool: "true or false"}  # fmt: skip
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the closest of the known words, or an empty string."""
-    near = get_close_matches(word, list(known), n=1)
+    near = get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def refuse(faults: Iterable[str], where: str = "settings") -> None:
-    """Raise one error that lists all faults.
+    """Raise one error that lists all faults, if there are any.
 
     Raises:
         SettingsError: there is at least one.
@@ -27,3 +38,52 @@ def refuse(faults: Iterable[str], where: str = "settings") -> None:
         raise SettingsError(faults[0])
     if faults:
         raise SettingsError(all_faults(where, faults))
+
+
+def choose(
+    kinds: Mapping[str, type], spec: Spec, where: str, error: type[SettingsError] = SettingsError
+) -> Any:
+    """Return one of several kinds of frozen dataclass, by name, or by name and options.
+
+    Args:
+        kinds: by name.
+        spec: as in a config.
+        where: the config's key, for messages.
+        error: what is raised.
+
+    Raises:
+        SettingsError: no such name, an option it does not have, or one of another type; as `error`.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if name not in kinds:
+        raise error(
+            f"{where}: name {name!r} is none of {', '.join(kinds)}.{did_you_mean(name, kinds)}"
+        )
+    defaults = {each.name: each.default for each in fields(kinds[name])}
+    faults = []
+    for key in sorted(options.keys() - defaults.keys()):
+        there = ", ".join(f"{key} ({value})" for key, value in defaults.items())
+        faults.append(
+            f"{where}: {name} has no option {key}; there {'are ' + there if there else 'is none'}."
+            f"{did_you_mean(key, defaults)}"
+        )
+    for key, value in options.items():
+        kind = type(defaults.get(key))
+        fits = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
+        if kind not in _KINDS or key not in defaults:
+            continue
+        if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
+            faults.append(f"{where}: {name}: {key} must be {_KINDS[kind]}, got {value!r}")
+        else:
+            options[key] = kind(value)
+    if faults:
+        raise error(faults[0] if len(faults) == 1 else all_faults(where, faults))
+    return kinds[name](**options)
+
+
+def spec_of(kinds: Mapping[str, type], chosen: Any) -> dict[str, Any]:
+    """Return the name and every option: what `choose` makes the same of."""
+    name = next(name for name, kind in kinds.items() if kind is type(chosen))
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()}
+    return {"name": name, **options}

@@ -78,6 +78,8 @@ class TileBag:
     turn: Turn
     counts: tuple[int, ...] = ()
     """Tiles of each of its slides, in order."""
+    steps0: tuple[int, ...] = ()
+    """Level-0 pixels from a tile of each slide's lattice to the next."""
 
     def on_fault(self, told: Callable[[SlideError], None]) -> None:
         """Who is told of a fault in tiles that are read as they are asked for: `SlideTiles`."""
@@ -190,13 +192,15 @@ class BagDataset(Dataset):
                 parts.append(self._tiles(slide, turn))
             except Exception as error:
                 raise named_fault(error, slide.slide_id) from error
-        tiles, coords0 = zip(*parts, strict=True)
+        tiles, coords0, steps0 = zip(*parts, strict=True)
         counts = tuple(len(each) for each in coords0)
         coords0, labels_K = np.concatenate(coords0), torch.tensor(row.labels, dtype=torch.float32)
-        return TileBag(row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn, counts)
+        return TileBag(
+            row.slide_id, row.case_id, joined(tiles), coords0, labels_K, turn, counts, steps0
+        )
 
-    def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray]:
-        """The tiles of one slide that an epoch takes, and their corners."""
+    def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray, int]:
+        """Return the tiles of a slide that an epoch takes, their corners, the lattice's step."""
         source, index = self.open_slide(row)
         try:
             if not len(index.coords0):
@@ -216,7 +220,7 @@ class BagDataset(Dataset):
             close(source)  # a cohort's worth of open files and decoder caches would add up
         if len(tiles) < len(chosen):
             tiles = SlideTiles.of(source, chosen, self.workers, in_memory=tiles)
-        return tiles, chosen.coords0
+        return tiles, chosen.coords0, index.step0
 
     def _rows(self, index: TileIndex, drawn_as: str, epoch: int) -> np.ndarray:
         place = self.budget, self.seed, epoch, drawn_as

@@ -69,6 +69,11 @@ class TileIndex:
     def __len__(self) -> int:
         return len(self.coords0)
 
+    @property
+    def step0(self) -> int:
+        """Level-0 pixels from a tile of the lattice to the next, at least 1."""
+        return max(1, round(self.size0 * (self.grid.size - self.grid.overlap) / self.grid.size))
+
     def part(self, rows: slice | np.ndarray) -> TileIndex:
         """Some of the tiles, in the order given."""
         each = {"coords0": self.coords0, "tissue_fraction": self.tissue_fraction, **_figures(self)}

@@ -1,15 +1,17 @@
-"""The batch: one slide's tiles and labels. Where `tapfm.data.datamodule` and `tapfm.training.module` meet.
+"""The batch: one slide's tiles and labels. Where `tapfm.data` and `tapfm.training` meet.
 
-Shapes: T tiles of a slide, K labels.
+Shapes: T tiles of a bag, D features, K labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -17,7 +19,7 @@ class Tiles(Protocol):
     """A slide's tiles, cut into chunks: a uint8 tensor (T, 3, H, W), or a slide read on the way."""
 
     def split(self, size: int) -> Iterable[Tensor]:
-        """Chunks (C, 3, H, W) of `size` tiles in order, the last one short; the same every time."""
+        """Return chunks (C, 3, H, W) of `size` tiles in order, the last short; always the same."""
 
 
 class SkippedBag(Exception):
@@ -30,27 +32,119 @@ class SkippedBag(Exception):
 
 @contextmanager
 def too_late_to_skip() -> Iterator[None]:
-    """Where something has learned from the slide, and its fault is an error after all."""
+    """Raise a slide's fault after all, where something has learned from the slide."""
     try:
         yield
     except SkippedBag as skipped:
         raise (skipped.__cause__ or skipped) from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the tiles of a bag lie. Its tensors stay on the CPU."""
+
+    coords0_T2: Tensor | None
+    """int64 level-0 pixels of each tile's upper left corner, in its own slide; None is unknown."""
+    slide_of_T: Tensor
+    """int64 number of each tile's slide in the bag, from 0 on and rising."""
+    grid_px0_T: Tensor | None
+    """float64 level-0 pixels from a tile to the next of the lattice; None is unknown."""
+    mpp: float
+    """Microns per tile pixel."""
+
+    @classmethod
+    def of(
+        cls,
+        coords0: Sequence[np.ndarray | Tensor],
+        grid_px0: Sequence[float],
+        mpp: float,
+    ) -> Places:
+        """Return the places of one or several slides, given the corners (T, 2) of each.
+
+        Args:
+            coords0: of each slide.
+            grid_px0: level-0 pixels from a tile to the next, of each slide.
+            mpp: microns per tile pixel.
+        """
+        counts = torch.tensor([len(each) for each in coords0])
+        return cls(
+            coords0_T2=torch.cat([torch.as_tensor(each, dtype=torch.int64) for each in coords0]),
+            slide_of_T=torch.arange(len(counts)).repeat_interleave(counts),
+            grid_px0_T=torch.tensor(grid_px0, dtype=torch.float64).repeat_interleave(counts),
+            mpp=mpp,
+        )
+
+    @classmethod
+    def unknown(cls, count: int, mpp: float = 0.5) -> Places:
+        """Return the places of the tiles of one slide that says nothing of where they lie."""
+        slide_of_T = torch.zeros(count, dtype=torch.int64)
+        return cls(coords0_T2=None, slide_of_T=slide_of_T, grid_px0_T=None, mpp=mpp)
+
+    def __len__(self) -> int:
+        return len(self.slide_of_T)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tiles of each slide that has any, in order."""
+        return self.slide_of_T.unique_consecutive(return_counts=True)[1].tolist()
+
+    def lattice(self) -> Tensor:
+        """Return row and column of each tile on its slide's lattice, (T, 2) int64, from 0 on."""
+        yx_T2 = (self.coords0_T2.flip(1) / self.grid_px0_T[:, None]).round().long()
+        for number in self.slide_of_T.unique():
+            own_T = self.slide_of_T == number
+            yx_T2[own_T] -= yx_T2[own_T].amin(0)
+        return yx_T2
+
+    def take(self, rows_T: Tensor) -> Self:
+        """Return the same of some tiles, chosen by a mask or by numbers on the CPU."""
+        tensors = {
+            each.name: value[rows_T.to(value.device)]
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far a run is, for schedules and random numbers of what a step minimises."""
+
+    progress: float
+    """Share of the run that is over, 0 to 1."""
+    epoch: int
+    seed: int
+    """A function of run seed, epoch and slide."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A bag that was encoded before, by an encoder that stays as it is."""
+
+    z_TD: Tensor
+    score_T: Tensor
+
+
 @dataclass(frozen=True)
 class Bag:
-    """One slide as the trainer sees it."""
+    """One slide, or all slides of a case, as the trainer sees it."""
 
     slide_id: str
     case_id: str
     tiles: Tiles
-    count: int
-    """T, the number of tiles."""
+    """Its pixels; of features, nothing is ever asked of them."""
+    places: Places
+    """Where its T tiles lie, and of which slide each is."""
     labels_K: Tensor
     """float32: 0, 1, or nan where unknown; of other tasks the target's numbers."""
     seed: int
     """Seeds dropout and drop-path: a function of run seed, epoch and slide."""
     turn: tuple[int, int, int] | None = None
     """Its place in training: epoch, position, slide; None outside training."""
-    counts: tuple[int, ...] = ()
-    """Tiles of each of its slides, in order, where it is a case of several."""
+    features: Features | None = None
+    """What the encoder says of the tiles, where that is known already."""
+
+    @property
+    def count(self) -> int:
+        """T, the number of tiles."""
+        return len(self.places)

@@ -29,7 +29,8 @@ from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
 from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.streaming.tile_source import TileSource
-from tapfm.data.bag import Bag, SkippedBag
+from slides.tiling.index_file import TileIndex
+from tapfm.data.bag import Bag, Places, SkippedBag
 from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
@@ -304,11 +305,9 @@ class SlideData(L.LightningDataModule):
         """One slide or case, all tiles, read when asked for, by this prefetcher or one of its own."""
         how = prefetcher or self.streaming_workers, partial(self.skip, row.slide_id)
         parts = [self.tile_source.tiles(slide, *how) for slide in row.slides]
-        counts = tuple(part.count for part in parts)
+        places = places_of([self.tile_source.index(slide) for slide in row.slides])
         labels_K = torch.tensor(row.labels, dtype=torch.float32)
-        return Bag(
-            row.slide_id, row.case_id, joined(parts), sum(counts), labels_K, seed=0, counts=counts
-        )
+        return Bag(row.slide_id, row.case_id, joined(parts), places, labels_K, seed=0)
 
     def skip(self, slide_id: str, fault: SlideError) -> None:
         """List a slide that broke while it was read, where such slides are to be left out.
@@ -339,20 +338,21 @@ class SlideData(L.LightningDataModule):
         if self.place[1] == 1:  # others would wait for a slide that this one leaves out
             batch.on_fault(partial(self.skip, batch.slide_id))
         seed = stable_seed("chunks", self.seed, batch.turn.epoch, batch.slide_id) % 2**63
+        coords0 = np.split(batch.coords0, np.cumsum(batch.counts)[:-1])
+        places = Places.of(coords0, batch.steps0, self.tiles.mpp)
         return Bag(
-            batch.slide_id,
-            batch.case_id,
-            batch.tiles,
-            len(batch.coords0),
-            batch.labels,
-            seed,
-            batch.turn,
-            batch.counts,
+            batch.slide_id, batch.case_id, batch.tiles, places, batch.labels, seed, batch.turn
         )
 
     def trained(self, turn: Turn) -> None:
         """A slide's step is done: resuming begins after it."""
         self.sampler.trained(turn)
+
+
+def places_of(indices: Sequence[TileIndex]) -> Places:
+    """Return where the tiles of the slides of a bag lie, slide after slide."""
+    coords0, steps0 = [each.coords0 for each in indices], [each.step0 for each in indices]
+    return Places.of(coords0, steps0, indices[0].grid.mpp)
 
 
 def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:

@@ -54,6 +54,12 @@ def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed
     return torch.where(chance_T > 0, weight_T, 0.0).to(grad_z_TD)
 
 
+def has_gradient(grad_z_TD: Tensor, grad_score_T: Tensor | None) -> Tensor:
+    """Return which tiles have a gradient, (T,) bool: the others need no second forward."""
+    some_T = (grad_z_TD != 0).any(1)
+    return some_T if grad_score_T is None else some_T | (grad_score_T != 0)
+
+
 def _chances(norm_T: Tensor, budget: int) -> Tensor:
     """Return probabilities (T,) proportional to the norm, at most 1, that sum to the budget."""
     chance_T = torch.zeros_like(norm_T)

@@ -52,7 +52,7 @@ from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.report import write_results
 from tapfm.reports.rows import ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
-from tapfm.slide_model.aggregators import TILES
+from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
 from tapfm.stats.metrics import auroc
 from tapfm.tasks.multilabel import Multilabel
@@ -132,7 +132,7 @@ def finished_runs(run: Path) -> list[Path]:
     if not folders:
         raise CheckpointError(f"{run}: no run with a {BEST} below it. Run `tapfm fit` first.")
     for folder in folders:
-        if models.read_model_config(folder / BEST)[0].aggregator == TILES:
+        if name_of(models.read_model_config(folder / BEST)[0].aggregator) == TILES:
             raise CheckpointError(
                 f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
             )

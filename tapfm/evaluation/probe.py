@@ -40,6 +40,7 @@ from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluation.drift import cls_by_block, linear_cka
 from tapfm.evaluation.probe_figure import EncoderPart, probe_figure
 from tapfm.inference.heatmap import save_figure
+from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.training.fit import read_config
 from tapfm.training.module import SlideModule
 
@@ -143,21 +144,21 @@ def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float
     """
     model = module.slide_model.eval()
     device, aggregator = model.device, model.aggregator
-    loss = module.loss.to(device)
+    loss = module.objective.task_loss.to(device)
     frozen = []
     for bag in bags:
         z_TD, score_T, _ = encode_bag(
             model.encode, bag.tiles.split(module.chunk), seed=bag.seed, device=device
         )
-        features = z_TD.detach(), score_T.detach(), bag.counts
-        frozen.append((features, bag.labels_K.to(device)))
+        tiles = TileSet.of(bag.places, z_TD.detach(), score_T.detach())
+        frozen.append((tiles, bag.labels_K.to(device)))
     if not frozen:
         raise BlockProbeError("probe: no slide of the train split could be read; see the ledger")
 
     def losses(order: Iterable[int]) -> Iterator[Tensor]:
         for number in order:
-            features, labels_K = frozen[number]
-            yield loss(aggregator(*features)[0], labels_K)
+            tiles, labels_K = frozen[number]
+            yield aggregator.loss(tiles, labels_K, loss)
 
     def mean() -> float:
         with torch.no_grad():
@@ -194,8 +195,9 @@ def slide_gradients(module: SlideModule, bags: Iterable[Bag]) -> list[EncoderPar
     for bag in bags:
         same = {"seed": bag.seed, "device": model.device}
         z_TD, score_T, _ = encode_bag(model.encode, bag.tiles.split(module.chunk), **same)
-        logits_K, _ = model.aggregator(z_TD, score_T, bag.counts)
-        module.loss(logits_K, bag.labels_K.to(model.device)).backward()
+        tiles = TileSet.of(bag.places, z_TD, score_T)
+        loss = module.objective.task_loss
+        model.aggregator.loss(tiles, bag.labels_K.to(model.device), loss).backward()
         adapt_bag(model.encode, bag.tiles.split(module.chunk), z_TD.grad, score_T.grad, **same)
         for name, each in parts.items():
             total[name] += _norm([p.grad for p in each if p.grad is not None])

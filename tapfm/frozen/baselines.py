@@ -33,7 +33,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from tapfm.data.bag import Places
 from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.tasks import Task, watched
 
 BATCH = 8  # slides an update: steadier than one, still tens of updates an epoch
@@ -113,8 +115,11 @@ class GatedAttention(nn.Module):
         """Logits (N, K) of N bags (T, D), and the weights (T,) of each one's tiles."""
         counts = [len(z_TD) for z_TD in bags]
         x_TW = self.project(torch.cat(list(bags)))  # one matrix product for all the slides
-        slides = [self.aggregator(x, x.new_zeros(len(x))) for x in x_TW.split(counts)]
-        return torch.stack([logits_K for logits_K, _ in slides]), [w_T for _, w_T in slides]
+        slides = [
+            self.aggregator(TileSet.of(Places.unknown(len(x_TW)), x_TW, x_TW.new_zeros(len(x_TW))))
+            for x_TW in x_TW.split(counts)
+        ]
+        return torch.stack([s.logits_K for s in slides]), [s.weights_T for s in slides]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slides.seeds import stable_seed
-from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.bag import Bag, Places, SkippedBag
 from tapfm.distributed import gather
 from tapfm.frozen.baselines import FeatureBag, divisor
-from tapfm.slide_model.aggregators import Aggregator
+from tapfm.slide_model.aggregators.contract import Aggregator, TileSet
 
 MOST_TILES = 2048  # of a slide that are remembered: 12 MB of a ViT-g
 
@@ -28,13 +28,12 @@ class CachedFeatures(FeatureBag):
     """A slide as the frozen encoder sees it, on the CPU."""
 
     score_T: Tensor
-    counts: tuple[int, ...] = ()
-    """Tiles of each of its slides, as in `Bag`."""
+    places: Places
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """What an aggregator takes, there."""
+    def to(self, device: torch.device) -> TileSet:
+        """Return its tiles as an aggregator takes them, on a device."""
         z_TD, score_T = (each.to(device, non_blocking=True) for each in (self.z_TD, self.score_T))
-        return z_TD, score_T, self.counts
+        return TileSet.of(self.places, z_TD, score_T)
 
 
 def cache_features(
@@ -45,16 +44,14 @@ def cache_features(
     with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
         for bag in bags:
             with suppress(SkippedBag):
-                z_TD, score_T = model.features(bag.tiles, module.chunk)
+                tiles = model.tiles(bag, module.chunk)
                 drawn = torch.Generator().manual_seed(
                     stable_seed("head start", bag.slide_id) % 2**63
                 )
                 kept_T = torch.randperm(bag.count, generator=drawn)[:MOST_TILES].sort().values
-                z_TD, score_T = z_TD.cpu()[kept_T], score_T.cpu()[kept_T]
-                slide_T = torch.arange(len(bag.counts)).repeat_interleave(torch.tensor(bag.counts))
-                counts = tuple(n for n in slide_T[kept_T].bincount().tolist() if n)
+                z_TD, score_T = tiles.z_TD.cpu()[kept_T], tiles.score_T.cpu()[kept_T]
                 slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-                found.append(CachedFeatures(*slide, score_T, counts))
+                found.append(CachedFeatures(*slide, score_T, bag.places.take(kept_T)))
             bar.update(bag.count)
     return found
 

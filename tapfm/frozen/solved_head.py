@@ -13,16 +13,16 @@ from tapfm.distributed import gather
 from tapfm.frozen.baselines import FeatureBag, validation_score
 from tapfm.frozen.cached_features import CachedFeatures
 from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
-from tapfm.slide_model.aggregators import Aggregator
+from tapfm.slide_model.aggregators.contract import Aggregator
 from tapfm.tasks import Task
 
 
 @torch.no_grad()
 def embed(aggregator: Aggregator, mine: Sequence[CachedFeatures]) -> list[FeatureBag]:
     """The slides of all processes, each as its embedding: bags of one tile."""
-    embedded, device = [], aggregator.head.weight.device
+    embedded, device = [], aggregator.center_D.device
     for slide in mine:
-        b_D, _ = aggregator.embed(*slide.to(device))
+        b_D = aggregator(slide.to(device)).embedding_E
         embedded.append(FeatureBag(slide.slide_id, slide.case_id, b_D[None].cpu(), slide.y_K))
     return sorted((bag for share in gather(embedded) for bag in share), key=lambda b: b.slide_id)
 

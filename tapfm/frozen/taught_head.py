@@ -20,7 +20,7 @@ from tapfm.distributed import average, gather, rank, world
 from tapfm.frozen.baselines import undisturbed
 from tapfm.frozen.cached_features import CachedFeatures
 from tapfm.frozen.solved_head import embed, judge
-from tapfm.slide_model.aggregators import Aggregator
+from tapfm.slide_model.aggregators.contract import Aggregator
 from tapfm.tasks import Task
 
 RATES = (1e-2, 3e-3, 1e-3)
@@ -82,7 +82,7 @@ def _epochs(
 
     Every process knows the order of all slides, and adds the gradients of those that it holds.
     """
-    device, held = fresh.head.weight.device, views(gather([slide.slide_id for slide in train]))
+    device, held = fresh.center_D.device, views(gather([slide.slide_id for slide in train]))
     aggregator, loss = deepcopy(fresh), task.loss().to(device).train()
     optimizer = torch.optim.AdamW(aggregator.parameters(), lr, weight_decay=WEIGHT_DECAY)
     order = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ def _epochs(
                     if holder == rank():
                         y_K, seen = train[n].y_K.to(device), train[n].to(device)
                         share = world() / len(chosen)  # of which the mean over processes is taken
-                        (share * loss(aggregator(*seen)[0], y_K)).backward()
+                        (share * aggregator.loss(seen, y_K, loss)).backward()
                 average(aggregator.parameters())
                 optimizer.step()
         yield aggregator

@@ -29,6 +29,7 @@ from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag
+from tapfm.data.datamodule import places_of
 from tapfm.inference.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.inference.prediction import (
     Prediction,
@@ -40,7 +41,7 @@ from tapfm.inference.prediction import (
     write_weights,
 )
 from tapfm.slide_model import model as models
-from tapfm.slide_model.aggregators import TILES
+from tapfm.slide_model.aggregators import TILES, name_of
 
 
 def predict_slides(
@@ -81,7 +82,7 @@ def predict_slides(
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_config, facts = model.model_config, models.read_model_config(path)[1]
-    if model_config.aggregator == TILES:
+    if name_of(model_config.aggregator) == TILES:
         raise models.CheckpointError(
             f"{path}: was trained on labelled tiles and cannot predict a slide. Use its encoder "
             "with `tapfm features` or `tapfm export`."
@@ -101,9 +102,8 @@ def predict_slides(
         for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
-                counts = tuple(map(len, indices))
-                whole = predict_bag(model, new_slide_bag(row, each, width, counts), chunk)
-                parts = slide_by_slide(whole, row.slides, counts)
+                whole = predict_bag(model, new_slide_bag(row, each, width, indices), chunk)
+                parts = slide_by_slide(whole, row.slides, [*map(len, indices)])
                 for slide, part, index in zip(row.slides, parts, indices, strict=True):
                     write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
                     if draw:
@@ -143,15 +143,21 @@ def pool_of(path: Path, facts: Mapping) -> str:
 
 
 def new_slide_bag(
-    row: SlideRow, tiles: SlideTiles | JoinedTiles, labels: int, counts: Sequence[int] = ()
+    row: SlideRow,
+    tiles: SlideTiles | JoinedTiles,
+    labels: int,
+    indices: Sequence[TileIndex],
 ) -> Bag:
-    """Return a bag of a slide or case outside a cohort; its `labels` targets are unknown.
+    """Return the bag of a slide, or a case, outside a cohort.
 
-    `counts` are the numbers of tiles of a case's slides.
+    Args:
+        row: the slide or case.
+        tiles: of all its slides.
+        labels: how many unknown numbers its target has.
+        indices: of each of its slides.
     """
     unknown_K = torch.full((labels,), torch.nan)
-    ids = row.slide_id, row.case_id
-    return Bag(*ids, tiles, tiles.count, unknown_K, seed=0, counts=tuple(counts))
+    return Bag(row.slide_id, row.case_id, tiles, places_of(indices), unknown_K, seed=0)
 
 
 def _values(names: Sequence[str], prediction: Prediction) -> str:

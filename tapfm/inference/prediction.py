@@ -45,14 +45,14 @@ class Prediction:
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
     """Return the prediction of one bag, by the forward path of training; `model` in eval mode."""
-    logits_K, weights_T = model(bag.tiles, chunk, bag.counts)
+    output = model(bag, chunk)
     return Prediction(
         bag.slide_id,
         bag.case_id,
         bag.labels_K.numpy(),
-        model.task.predict(logits_K).cpu().numpy(),
-        weights_T.cpu().numpy(),
-        logits_K.cpu().numpy(),
+        model.task.predict(output.logits_K).cpu().numpy(),
+        output.weights_T.cpu().numpy(),
+        output.logits_K.cpu().numpy(),
     )
 
 

@@ -1,7 +1,6 @@
-"""Encoder + aggregator + head: built, saved, loaded.
+"""Encoder and aggregator as one model: built, saved, loaded. `aggregators` has one file each.
 
-    aggregators.py  tile weights and slide logits
-    model.py        encoder and aggregator together; saved and loaded
+    model.py  the model, and the config that builds it again
 
 Knows no slide file and no training run.
 """

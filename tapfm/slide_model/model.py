@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from slides.files import replacing
 from tapfm import __version__
 from tapfm.adapt.strategies import StrategyError, make_strategy, spell
-from tapfm.data.bag import Tiles
+from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
 from tapfm.engine.chunked import encode_bag
-from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.settings import SettingsError
+from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
+from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet
 from tapfm.tasks import make_task
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
@@ -45,16 +47,14 @@ class ModelConfig:
 
     model: str
     """Key of the foundation model."""
-    aggregator: str
-    """Key of the aggregator."""
+    aggregator: str | Mapping[str, Any]
+    """Name of the aggregator, or name and options, which is what it becomes."""
     labels: tuple[str, ...]
     """Names of the K logits, in order."""
     tile_px: int
     """Side of a tile, in tile pixels."""
     mpp: float
     """Microns per tile pixel."""
-    temperature: float | None = None
-    """Of the CLS score's softmax; None is the aggregator's own."""
     precision: str = "fp32"
     """Of the encoder: `fp32`, `bf16` (autocast), or `bf16-true` (the weights are bfloat16 too).
     Aggregator, score and loss are always fp32."""
@@ -64,6 +64,10 @@ class ModelConfig:
     """Where the base encoder came from: a path, `hub`, `random`, or None, the package."""
     task: Mapping[str, Any] = field(default_factory=lambda: {"name": "multilabel"})
     """What is predicted, with what came from the training split: `tapfm.tasks.task_config`."""
+
+    def __post_init__(self):
+        if isinstance(self.aggregator, str):
+            object.__setattr__(self, "aggregator", {"name": self.aggregator})
 
 
 class SlideModel(nn.Module):
@@ -75,13 +79,13 @@ class SlideModel(nn.Module):
 
     Raises:
         StrategyError: the strategy cannot be used with this encoder.
-        ValueError: no such precision or aggregator.
+        SettingsError: no such precision or aggregator.
     """
 
     def __init__(self, model_config: ModelConfig, encoder: backbones.Encoder):
         super().__init__()
         if model_config.precision not in PRECISIONS:
-            raise ValueError(
+            raise SettingsError(
                 f"precision: {model_config.precision!r} is none of {', '.join(PRECISIONS)}"
             )
         self.model_config, self.encoder = model_config, encoder
@@ -89,15 +93,15 @@ class SlideModel(nn.Module):
         self.strategy = make_strategy(model_config.strategy)
         self.strategy.prepare(encoder.vit)
         self.aggregator = make_aggregator(
-            model_config.aggregator, encoder.dim, len(model_config.labels), model_config.temperature
+            model_config.aggregator, encoder.dim, len(model_config.labels)
         )
-        if self.aggregator.score_temperature is not None:
-            encoder.require_score(f"aggregator {model_config.aggregator}")
+        if self.aggregator.uses_score:
+            encoder.require_score(f"aggregator {model_config.aggregator['name']}")
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.aggregator.head.weight.device
+        return next(self.aggregator.parameters()).device
 
     def encode(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Features (C, D) and raw scores (C,) of uint8 tiles from anywhere."""
@@ -113,21 +117,19 @@ class SlideModel(nn.Module):
                 parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
-    def features(self, tiles: Tiles, chunk: int) -> tuple[Tensor, Tensor]:
-        """Features (T, D) and raw scores (T,) of a slide, streamed in chunks."""
+    def tiles(self, bag: Bag, chunk: int) -> TileSet:
+        """Return features and raw scores of a bag, streamed in chunks unless they are known."""
+        if bag.features is not None:
+            known = bag.features.z_TD.to(self.device), bag.features.score_T.to(self.device)
+            return TileSet.of(bag.places, *(each.requires_grad_() for each in known))
         encode = self.encoder.sized(self.encode, chunk)
-        z_TD, score_T, _ = encode_bag(encode, tiles.split(chunk), seed=0, device=self.device)
-        return z_TD.detach(), score_T.detach()
+        z_TD, score_T, _ = encode_bag(encode, bag.tiles.split(chunk), seed=0, device=self.device)
+        return TileSet.of(bag.places, z_TD.detach(), score_T.detach())
 
     @torch.no_grad()
-    def forward(
-        self, tiles: Tiles, chunk: int, counts: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and tile weights (T,) of a slide, streamed in chunks.
-
-        `counts` are the tiles of each slide, where they are a case's.
-        """
-        return self.aggregator(*self.features(tiles, chunk), counts)
+    def forward(self, bag: Bag, chunk: int) -> SlideOutput:
+        """Return what the aggregator says of a bag, its tiles streamed in chunks."""
+        return self.aggregator(self.tiles(bag, chunk))
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all but frozen weights that can be had again at their source."""
@@ -147,6 +149,35 @@ class SlideModel(nn.Module):
                 head = parameter.detach().flatten()[:64].float().cpu()
                 digest.update(name.encode() + head.numpy().tobytes())
         return digest.hexdigest()
+
+
+def build(
+    config: ModelConfig, *, recompute: bool = False, compiled: bool = False, drop_path: float = 0.0
+) -> SlideModel:
+    """Return an untrained model, its encoder loaded from where the config says.
+
+    Args:
+        config: what the model is; a path of weights is made absolute, to be found from anywhere.
+        recompute: keep block boundaries only, and compute the rest again for backward.
+        compiled: blocks by torch.compile.
+        drop_path: stochastic depth while training.
+
+    Raises:
+        BackboneError: as `backbones.load`.
+        StrategyError, SettingsError: as `SlideModel`.
+    """
+    weights = config.weights
+    if weights not in (None, "hub", "random"):
+        weights = str(Path(weights).resolve())
+    encoder = backbones.load(
+        config.model,
+        weights,
+        tile_px=config.tile_px,
+        recompute=recompute,
+        compiled=compiled,
+        drop_path=drop_path,
+    )
+    return SlideModel(replace(config, weights=weights), encoder)
 
 
 def save(model: SlideModel, path: Path, **facts: object) -> None:
@@ -180,7 +211,10 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
         ) from error
     names = ModelConfig.__dataclass_fields__
     fields = {k: header.pop(k) for k in list(header) if k in names}
-    return ModelConfig(**{**fields, "labels": tuple(fields["labels"])}), header
+    fields["labels"] = tuple(fields["labels"])
+    if isinstance(fields["aggregator"], str):  # version 0.1
+        fields["aggregator"] = as_of_0_1(fields["aggregator"], header.pop("temperature", None))
+    return ModelConfig(**fields), header
 
 
 def load(path: Path) -> SlideModel:
@@ -281,9 +315,10 @@ def load_weights(model: SlideModel, path: Path) -> None:
         k for k in wanted.keys() | state.keys() if k not in state or wanted.get(k) != state[k].shape
     )
     if wrong:
+        config = model.model_config
         raise CheckpointError(
-            f"{path}: the weights are not those of {model.model_config.model} with "
-            f"{model.model_config.aggregator}: {len(wrong)} tensors differ, first {wrong[0]}. "
+            f"{path}: the weights are not those of {config.model} with "
+            f"{config.aggregator['name']}: {len(wrong)} tensors differ, first {wrong[0]}. "
             "Give the run's own checkpoint, or start a new run directory."
         )
     model.load_state_dict(state, strict=False)  # strict for what is trained: checked above

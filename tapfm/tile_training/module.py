@@ -1,8 +1,7 @@
 """Training on labelled tiles: each tile is its own example, and one backward takes the batch.
 
-What a slide's run has is the same here, and is inherited: encoders, strategies, two optimizers and
-their groups, precision, checkpoints with only what was trained. Only the step differs: no bag, no
-aggregator, no second pass.
+Encoders, strategies, optimizers, precision and checkpoints are those of a slide's run
+(`training.alternating`). The step differs: no bag, no aggregator, no second pass.
 
     loss = cross-entropy, weighed by class  [+ prototype loss]
 
@@ -26,21 +25,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapfm.adapt.strategies import spell
+from tapfm.adapt.strategies import make_strategy, spell
 from tapfm.engine.chunked import chunk_rng
+from tapfm.settings import refuse
 from tapfm.slide_model.aggregators import TILES
+from tapfm.slide_model.model import ModelConfig, build
 from tapfm.stats.bootstrap import once
 from tapfm.stats.confusions import averages, confusions
 from tapfm.tile_training.batch import TileBatch
 from tapfm.tile_training.prototypes import PrototypeLoss
-from tapfm.training.module import SlideModule, StrategyName
+from tapfm.training.alternating import (
+    AlternatingModule,
+    StrategyName,
+    check_drop_path,
+    check_precision,
+)
 from tapfm.training.optim import Steps
 from tapfm.training.passes import ChunkError
 
 HEAD_DROPOUT = 0.5
 
 
-class TileModule(SlideModule):
+class TileModule(AlternatingModule):
     """A batch of labelled tiles per step: update the head and the encoder.
 
     Args:
@@ -82,23 +88,17 @@ class TileModule(SlideModule):
         drop_path: float = 0.0,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):
-        super().__init__(
-            labels,
-            {"name": "multiclass", "column": "label", "weight": tuple(class_weight)},
-            model=model,
-            weights=weights,
-            aggregator=TILES,
-            strategy=strategy,
-            tile_px=tile_px,
-            mpp=mpp,
-            recompute=recompute,
-            precision=precision,
-            optimizer=optimizer,
-            drop_path=drop_path,
-            steps=steps,
-        )
-        self.loss = torch.nn.Module()  # of slides: none, and nothing to keep of it
-        self.head = head
+        refuse([*check_drop_path(drop_path), *check_precision(precision, optimizer)], "model")
+        task = {"name": "multiclass", "column": "label", "weight": tuple(class_weight)}
+        config = ModelConfig(
+            model, {"name": TILES}, tuple(labels), tile_px, mpp, precision,
+            spell(make_strategy(strategy)), weights, task,
+        )  # fmt: skip
+        how = {"recompute": recompute, "drop_path": drop_path}
+        super().__init__(build(config, **how), steps, optimizer)
+        self.recompute, self.head = recompute, head
+        self.chunk = None  # a batch is encoded in one
+        self.validated: list[tuple[Tensor, Tensor]] = []
         if head == "random":  # a probe was fitted without, and would lose its way
             self.slide_model.aggregator.dropout.p = HEAD_DROPOUT
         self.register_buffer("class_weight_K", torch.tensor(class_weight), persistent=False)
@@ -165,9 +165,3 @@ class TileModule(SlideModule):
         self.log("val/loss", loss)
         self.log("val/f1", float(figures["f1"][0]), prog_bar=True)
         self.log("val/balanced_accuracy", float(figures["balanced_accuracy"][0]))
-
-    def on_save_checkpoint(self, checkpoint) -> None:
-        """What a slide's run keeps, and the prototypes."""
-        kept = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("prototype_loss")}
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] |= kept

@@ -1,12 +1,14 @@
-"""One run: the step, the two passes, optimizers, callbacks, warm start.
+"""One training run on slides: the step, the two passes, what is minimised, what is written.
 
-    module.py      LightningModule: training_step is the algorithm
-    fit.py         tapfm fit
-    callbacks.py   metrics.csv, memory.csv, best weights, resume point
-    optim.py       learning rates, parameter groups
-    passes.py      these as a run makes them, with the three below
-    oom_retry.py   when memory runs out: the same gradient from smaller chunks
-    warm_start.py  both, before the first slide; the better begins the run
+    module.py       LightningModule: the training step is the paper's algorithm
+    alternating.py  the two optimizers that take turns; shared with training on labelled tiles
+    passes.py       pass 1 and pass 2 of a slide: frozen blocks once, out of memory, few tiles
+    objective.py    between the passes: bag transforms, task loss, regularisers
+    optim.py        learning rates over a run
+    oom_retry.py    when memory runs out: the same gradient from smaller chunks
+    callbacks.py    metrics.csv, memory.csv, best weights, resume point
+    warm_start.py   before the first slide: the slide model is fitted to frozen features
+    fit.py          `tapfm fit`: config to run folder
 
-Read `module.py` first: its training step is the paper's algorithm.
+Read `module.py` first.
 """

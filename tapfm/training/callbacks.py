@@ -57,9 +57,14 @@ class RunLog(Callback):
 
     def __init__(self, folder: Path, figures: list[str], further: Sequence[str] = ()):
         each = ["loss", *figures]
-        train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm", *further]
+        train = ["loss", "effective_tiles", "head_grad_norm", "encoder_grad_norm"]
         lr = ["lr/head", "lr/encoder"]
-        columns = [*(f"train/{name}" for name in train), *lr, *(f"val/{name}" for name in each)]
+        columns = [
+            *(f"train/{name}" for name in train),
+            *further,
+            *lr,
+            *(f"val/{name}" for name in each),
+        ]
         self.metrics = CsvLog(folder / "metrics.csv", ["step", "epoch", "slide_id", *columns])
         phases = [f"{phase}_{unit}" for phase in ("encode", "aggregate", "adapt")
                   for unit in ("s", "allocated_gib", "reserved_gib", "rss_gib")]  # fmt: skip

@@ -31,6 +31,7 @@ from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
+from tapfm.slide_model.aggregators import aggregator_options, name_of
 from tapfm.tasks import watched
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.training.module import SlideModule
@@ -82,13 +83,15 @@ class Cli(LightningCLI):
     def folder(self) -> Path:
         """The run's own."""
         strategy = spell(make_strategy(self.config.model.strategy))["name"]
-        name = self.config.model.aggregator + (f"_{strategy}" if strategy != "full" else "")
+        name = name_of(self.config.model.aggregator)
+        name += f"_{strategy}" if strategy != "full" else ""
         return Path(self.config.run_dir) / (self.config.name or name)
 
     def before_instantiate_classes(self) -> None:
         """Nothing is instantiated with an unknown model or strategy."""
         find(self.config.model.model)
         make_strategy(self.config.model.strategy)
+        aggregator_options(self.config.model.aggregator)
 
 
 def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
@@ -116,7 +119,7 @@ def run_fit(arguments: Sequence[str]) -> int:
     resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
     model_config = module.slide_model.model_config
-    if model_config.aggregator == "hierarchical" and data.bags != "case":
+    if name_of(model_config.aggregator) == "hierarchical" and data.bags != "case":
         raise SettingsError(
             "model.aggregator hierarchical weighs the slides of a case, and data.bags is slide: "
             "set data.bags: case, or take tapfm_gated."
@@ -126,18 +129,14 @@ def run_fit(arguments: Sequence[str]) -> int:
         what = module.strategy.describe(module.slide_model.encoder.vit)
         print(
             f"{folder}: {model_config.model}, {what} "
-            f"at {module.encoder_lr:g}; "
-            f"aggregator {model_config.aggregator}; predicts {', '.join(module.task.truth)}; "
+            f"at {module.encoder_lr:g}; aggregator "
+            f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.truth)}; "
             f"chunks of {module.chunk} tiles in {model_config.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
     best = BestWeights(folder, module.task.selects)
     trainer.callbacks += [
-        RunLog(
-            folder,
-            list(watched(module.task)),
-            ["sampling_cosine"] if module.cosine_every else [],
-        ),
+        RunLog(folder, list(watched(module.task)), module.columns),
         best,
         ResumePoint(folder, cli.config.resume_every),
     ]

@@ -1,10 +1,11 @@
 """The training step, as the paper's algorithm box.
 
 `training_step` is the whole method; its three phases carry the names that the memory meter and the
-benchmark tables report under.
+benchmark tables report under. `training.alternating` has the two optimizers and their updates.
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): two graphs, alternating optimizer steps.
-Differs: any number of tiles at one chunk's memory; unknown labels are masked; warm-up and clipping.
+Differs: any number of tiles at one chunk's memory; unknown labels are masked; warm-up and clipping;
+    bag transforms and regularisers between the passes.
 
 Shapes: T tiles of a slide, D features, K labels.
 """
@@ -12,27 +13,31 @@ Shapes: T tiles of a slide, D features, K labels.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tapfm.adapt.parameter_groups import parameter_groups
-from tapfm.adapt.strategies import STRATEGIES, make_optimizer, make_strategy, spell
-from tapfm.data.bag import Bag, SkippedBag, too_late_to_skip
-from tapfm.distributed import average, gather, unwrap
-from tapfm.encoders import backbones
-from tapfm.encoders.compiled import need_compiler
-from tapfm.engine.dither import dither
-from tapfm.engine.master_weights import MasterAdamW
-from tapfm.engine.memory import PhaseMeter
-from tapfm.settings import SettingsError
-from tapfm.slide_model.aggregators import effective_tiles
-from tapfm.slide_model.model import ModelConfig, SlideModel
+from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.bag_transforms import make_bag_transforms
+from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
+from tapfm.distributed import gather
+from tapfm.regularisers import make_regularisers
+from tapfm.settings import SettingsError, refuse
+from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
+from tapfm.slide_model.aggregators.pooling import effective_tiles
+from tapfm.slide_model.model import ModelConfig, build
 from tapfm.tasks import watched
-from tapfm.training.optim import Steps, warmup_cosine
+from tapfm.training.alternating import (
+    AlternatingModule,
+    StrategyName,
+    check_drop_path,
+    check_precision,
+    parameters_of,
+)
+from tapfm.training.objective import Objective
+from tapfm.training.optim import Steps
 from tapfm.training.passes import Passes
 
 
@@ -51,10 +56,11 @@ class DivergedError(ValueError):
         )
 
 
-StrategyName = Literal[tuple(STRATEGIES)]
+AggregatorName = Literal[tuple(AGGREGATORS)]
+Options = dict[str, Any]
 
 
-class SlideModule(L.LightningModule):
+class SlideModule(AlternatingModule):
     """One slide per step: update the slide model, then the encoder.
 
     Args:
@@ -62,9 +68,13 @@ class SlideModule(L.LightningModule):
         task: what is predicted, and what the training split says of it (the data's).
         model: key of the foundation model.
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
-        aggregator: tapfm, gated or tapfm_gated; of cases (`data.bags`) also hierarchical.
+        aggregator: from tiles to a slide, by name, or by name and options:
+            `{name: tapfm, temperature: 0.3}`; hierarchical is of cases (`data.bags`).
         strategy: what of the encoder learns, by name, or by name and options:
             `{name: lora, rank: 16}`; the options are those of the README's table.
+        regularisers: terms beside the task's loss, each by name, or by name and options.
+        bag_transforms: what is done to a bag's tiles in front of the aggregator, in order, each by
+            name, or by name and options.
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else.
@@ -75,7 +85,7 @@ class SlideModule(L.LightningModule):
         precision: of the encoder: fp32, bf16 (autocast), or bf16-true (weights too).
         optimizer: of the encoder: adamw on the weights themselves, or, for bf16-true, where their
             exact values are kept: master, residual or offload (`engine.master_weights`).
-        temperature: of the CLS score's softmax; None is the aggregator's own.
+        temperature: old name of the aggregator's option of that name.
         drop_path: stochastic depth of the encoder while training.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
             that the encoder's is right on average (`engine.sampling`); None is all: exact.
@@ -91,8 +101,10 @@ class SlideModule(L.LightningModule):
         task: dict[str, Any],
         model: str = "demo_vit",
         weights: str | None = None,
-        aggregator: Literal["tapfm", "gated", "tapfm_gated", "hierarchical"] = "tapfm_gated",
-        strategy: StrategyName | dict[str, Any] = "full",
+        aggregator: AggregatorName | Options = "tapfm_gated",
+        strategy: StrategyName | Options = "full",
+        regularisers: list[str | Options] | None = None,
+        bag_transforms: list[str | Options] | None = None,
         tile_px: int = 224,
         mpp: float = 0.5,
         chunk: int = 16,
@@ -107,50 +119,30 @@ class SlideModule(L.LightningModule):
         cosine_every: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
     ):
-        super().__init__()
-        if chunk < 1:
-            raise SettingsError(f"model.chunk must be 1 or more, got {chunk}")
-        if keep_chunks < 0:
-            raise SettingsError(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
-        if backward_tiles is not None and backward_tiles < 1:
-            raise SettingsError(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
-        if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
-            raise SettingsError(
-                f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
-                f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
-            )
-        if (precision == "bf16-true") != (optimizer != "adamw"):
-            raise SettingsError(
-                f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
-                "bfloat16 weights do not move at a fine-tuning learning rate unless their exact "
-                "values are kept: bf16-true takes master, residual or offload, and these take it."
-            )
-        self.automatic_optimization = False  # two optimizers take turns, see training_step
-        if weights not in (None, "hub", "random"):
-            weights = str(Path(weights).resolve())  # to be found again from anywhere
-        model_config = ModelConfig(
-            model, aggregator, tuple(labels), tile_px, mpp, temperature, precision,
-            spell(make_strategy(strategy)), weights, task,
+        refuse(
+            [
+                *check_counts(chunk, keep_chunks, backward_tiles, cosine_every),
+                *check_drop_path(drop_path),
+                *check_precision(precision, optimizer),
+            ],
+            "model",
+        )
+        config = ModelConfig(
+            model, with_temperature(aggregator, temperature), tuple(labels), tile_px, mpp,
+            precision, spell(make_strategy(strategy)), weights, task,
         )  # fmt: skip
-        encoder = backbones.load(
-            model, weights, tile_px=tile_px, recompute=recompute, compiled=compile,
-            drop_path=drop_path,
-        )  # fmt: skip
-        self.slide_model = SlideModel(model_config, encoder)
-        self.strategy = self.slide_model.strategy
-        self.learns = any(p.requires_grad for p in self.slide_model.encoder.parameters())
-        if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
-            name = spell(self.strategy)["name"]
-            raise SettingsError(
-                f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
-                "Leave model.optimizer and bf16-true out."
-            )
+        how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
+        super().__init__(build(config, **how), steps, optimizer)
         self.task = self.slide_model.task
-        self.loss = self.task.loss()
-        self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles)
-        self.steps, self.cosine_every = steps, cosine_every
-        self.recompute, self.optimizer = recompute, optimizer
-        self.slides_seen = 0
+        learner = self.slide_model.aggregator
+        transforms = make_bag_transforms(bag_transforms or [], learner)
+        self.objective = Objective(
+            self.task.loss(), transforms, make_regularisers(regularisers or [], learner)
+        )
+        self.passes = Passes(
+            self.slide_model, chunk, keep_chunks, backward_tiles, skip=len(transforms) > 0
+        )
+        self.cosine_every, self.recompute = cosine_every, recompute
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def training_step(self, bag: Bag, index: int) -> dict[str, Tensor] | None:
@@ -159,58 +151,48 @@ class SlideModule(L.LightningModule):
 
         try:
             with self.meter.phase("encode"):
-                seen = self.passes.encode(bag, adapting=self.adapting)
+                encoded = self.passes.encode(bag, adapting=self.adapting)
         except SkippedBag:
             return None  # nothing has learned from it
 
         with self.meter.phase("aggregate"):
-            logits_K, weights_T = self.slide_model.aggregator(seen.z_TD, seen.score_T, bag.counts)
-            loss = self.loss(logits_K, bag.labels_K.to(self.device))
-            self.manual_backward(loss / self.steps.accumulate)
+            target_Y = bag.labels_K.to(self.device)
+            outcome = self.objective(
+                self.slide_model.aggregator, encoded.tiles, target_Y, self.moment(bag)
+            )
+            self.manual_backward(outcome.loss / self.steps.accumulate)
             head_norm = self.update(head_optimizer)
 
         measured = {}
         with self.meter.phase("adapt"), too_late_to_skip():
             if self.adapting and self.compares:
                 learns = parameters_of(encoder_optimizer)
-                measured["train/sampling_cosine"] = self.passes.compare(seen, learns)
+                measured["train/sampling_cosine"] = self.passes.compare(encoded, learns)
             elif self.adapting:
-                self.passes.adapt(seen)
+                self.passes.adapt(encoded)
             encoder_norm = self.update(encoder_optimizer)
 
         self.slides_seen += 1
+        if self.passes.skip:
+            measured["train/skipped_tiles"] = torch.tensor(float(encoded.skipped))
         return {
-            "train/loss": loss.detach(),
-            "train/effective_tiles": effective_tiles(weights_T.detach()),
+            **outcome.figures,
+            "train/effective_tiles": effective_tiles(outcome.output.weights_T.detach()),
             "train/head_grad_norm": head_norm,
             "train/encoder_grad_norm": encoder_norm,
             **measured,
         }
 
-    def on_train_batch_end(self, outputs, bag: Bag | None, index: int) -> None:
-        """The update that an epoch's last slide completes, where that slide was left out."""
-        if outputs or not self.trainer.is_last_batch:
-            return
-        for optimizer in self.optimizers():
-            if any(p.grad is not None for p in parameters_of(optimizer)):
-                self.update(optimizer)
+    def moment(self, bag: Bag) -> Moment:
+        """Return how far the run is, for schedules and random numbers of the objective."""
+        return Moment(self.slides_seen / self.slides_in_run, self.current_epoch, bag.seed)
 
-    def update(self, optimizer) -> Tensor:
-        """After every `accumulate` slides: clip, step, clear. Returns the gradient's norm."""
-        parameters = parameters_of(optimizer)
-        if self.completes_update:
-            average(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.completes_update:
-            if self.steps.clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.steps.clip, norm)
-            done = (self.slides_seen + 1) / self.slides_in_run
-            for group in optimizer.param_groups:
-                share = (done - group["begins"]) / (1 - group["begins"])
-                group["lr"] = group["peak_lr"] * warmup_cosine(max(share, 0), self.steps.warmup)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return norm
+    @property
+    def columns(self) -> list[str]:
+        """Columns of metrics.csv that a step fills beside those of every run."""
+        own = self.objective.columns(self.slide_model.aggregator)
+        own += ["train/sampling_cosine"] if self.cosine_every else []
+        return own + (["train/skipped_tiles"] if self.passes.skip else [])
 
     @property
     def chunk(self) -> int:
@@ -222,96 +204,38 @@ class SlideModule(L.LightningModule):
         """Whether the slide under way is one of those that `cosine_every` asks for."""
         return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
 
-    @property
-    def encoder_lr(self) -> float:
-        """Peak learning rate of the encoder: the user's, or the strategy's own."""
-        given = self.steps.encoder_lr
-        return self.strategy.lr if given is None else given
-
-    @property
-    def completes_update(self) -> bool:
-        """Whether the slide under way is the last of `accumulate`, or of the epoch."""
-        full = (self.slides_seen + 1) % self.steps.accumulate == 0
-        return full or self.trainer.is_last_batch
-
-    @property
-    def adapting(self) -> bool:
-        """Whether the encoder learns from this slide: not while the head goes first, nor frozen."""
-        return self.learns and self.slides_seen >= self.steps.head_first * self.slides_in_run
-
-    @property
-    def slides_in_run(self) -> int:
-        """Slides in all epochs of this run."""
-        return max(1, self.trainer.num_training_batches * self.trainer.max_epochs)
-
-    def configure_optimizers(self):
-        """The slide model first: `training_step` unpacks them in this order."""
-        head = parameter_groups(
-            self.slide_model.aggregator.named_parameters(),
-            self.steps.head_lr,
-            self.steps.weight_decay,
+    def head_parameters(self) -> list[dict]:
+        """Return the groups of the slide model, and of what regularisers and transforms learn."""
+        return super().head_parameters() + parameter_groups(
+            self.objective.named_parameters(), self.steps.head_lr, self.steps.weight_decay
         )
-        encoder = self.strategy.parameters(
-            self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
-        )
-        if self.slide_model.model_config.precision != "fp32":
-            dither(p for group in encoder for p in group["params"])
-        for group in head + encoder:
-            group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
-        for group in encoder:
-            group["begins"] = self.steps.head_first
-        optimizers = [torch.optim.AdamW(head, fused=True)]
-        if self.optimizer == "adamw":
-            optimizers.append(make_optimizer(self.strategy, encoder))
-        else:
-            optimizers.append(MasterAdamW(encoder, self.optimizer))
-        self.slide_model.round_weights()
-        return optimizers
 
     def on_fit_start(self) -> None:
-        """The meter needs the device, which is known by now.
+        """Find what of the encoder is frozen in front; see `AlternatingModule`.
 
         Raises:
-            SettingsError: the trainer's own mixed precision is on, the run has no number of epochs
-                to lay the rates over, or tiles are to be drawn from an encoder with noise.
-            CompilerError: blocks are to be compiled, and there is no compiler.
+            SettingsError: tiles are to be drawn from an encoder with noise.
         """
-        if self.trainer.precision != "32-true":
-            raise SettingsError(
-                f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
-                "over both passes and the update between them. Leave it out, and set "
-                "model.precision: bf16."
-            )
-        counted = self.trainer.max_steps == -1 or self.trainer.fast_dev_run
-        if (self.trainer.max_epochs or 0) < 1 or not counted:
-            raise SettingsError(
-                "the schedule is over trainer.max_epochs: give it 1 or more (it is "
-                f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "
-                f"{self.trainer.max_steps})"
-            )
+        super().on_fit_start()
         if self.passes.few is not None and self.passes.noisy:
             raise SettingsError(
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
-        if self.slide_model.encoder.compiled:
-            need_compiler(self.device)
-        unwrap(self)
         self.passes.find_frozen_prefix()
-        self.meter = PhaseMeter(self.device)
 
     def validation_step(self, bag: Bag, index: int) -> None:
         """All tiles, the same forward path as training."""
         try:
-            logits_K, _ = self.slide_model(bag.tiles, self.chunk, bag.counts)
+            logits_K = self.slide_model(bag, self.chunk).logits_K
         except SkippedBag:
             return
         labels_K = bag.labels_K.to(self.device)
-        loss = self.loss(logits_K, labels_K)
+        loss = self.objective.task_loss(logits_K, labels_K)
         self.validated.append((labels_K.cpu(), logits_K.cpu(), loss.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Mean loss, and the task's figures: the first is what the best weights are chosen by.
+        """Log the mean loss and the task's figures; by the first the best weights are chosen.
 
         Raises:
             ValidationError: every slide was skipped.
@@ -334,20 +258,34 @@ class SlideModule(L.LightningModule):
                 self.log(f"val/{name}", value, prog_bar=shown, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint) -> None:
-        """What resuming needs beside optimizers and loops; frozen weights are at their source."""
-        checkpoint["slides_seen"], checkpoint["chunk"] = self.slides_seen, self.chunk
-        trained = {f"slide_model.{key}" for key in self.slide_model.trained_state()}
-        trained |= {f"loss.{key}" for key in self.loss.state_dict()}  # what it remembers
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: state[key] for key in state if key in trained}
+        """Keep the chunk that proved to fit, too; see `AlternatingModule`."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["chunk"] = self.chunk
 
     def on_load_checkpoint(self, checkpoint) -> None:
-        """See `on_save_checkpoint`."""
-        self.slides_seen = checkpoint["slides_seen"]
+        """Put back what was kept; of a run of version 0.1 the loss had another name."""
         self.passes.chunk = min(self.chunk, checkpoint["chunk"])
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        checkpoint["state_dict"] = {
+            f"objective.task_{key}" if key.startswith("loss.") else key: value
+            for key, value in checkpoint["state_dict"].items()
+        }
+        super().on_load_checkpoint(checkpoint)
 
 
-def parameters_of(optimizer) -> list[nn.Parameter]:
-    """All that it steps."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def check_counts(
+    chunk: int, keep_chunks: int, backward_tiles: int | None, cosine_every: int | None
+) -> list[str]:
+    """Return what is wrong with a run's numbers, each with its key."""
+    faults = []
+    if chunk < 1:
+        faults.append(f"model.chunk must be 1 or more, got {chunk}")
+    if keep_chunks < 0:
+        faults.append(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
+    if backward_tiles is not None and backward_tiles < 1:
+        faults.append(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
+    if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
+        faults.append(
+            f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
+            f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
+        )
+    return faults

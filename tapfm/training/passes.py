@@ -1,9 +1,9 @@
 """The two passes over a slide as a run makes them, for better and for worse.
 
     passes = Passes(slide_model, chunk=16)
-    seen = passes.encode(bag)             pass 1: seen.z_TD, seen.score_T
+    encoded = passes.encode(bag)          pass 1: encoded.tiles, leaves of a graph
     (the slide model's backward)
-    passes.adapt(seen)                    pass 2: adds to the encoder's .grad
+    passes.adapt(encoded)                 pass 2: adds to the encoder's .grad
 
 `engine.chunked` has the algorithm. This adds what a run meets: blocks in front of the first that
 learns are computed once (`engine.frozen_prefix`); where memory runs out, it goes on with half the
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tapfm.data.bag import Bag
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.frozen_prefix import FrozenPrefix, FrozenPrefixTokens, find_frozen_prefix
-from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, taken
+from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, has_gradient, taken
+from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.slide_model.model import SlideModel
 from tapfm.training.oom_retry import OomRetry
 
@@ -39,12 +40,12 @@ class EncodedTiles:
 
     bag: Bag
     """Its tiles, or their tokens at the first block that learns."""
-    z_TD: Tensor
-    """A leaf, whose gradient pass 2 needs."""
-    score_T: Tensor
-    """A leaf like it."""
+    tiles: TileSet
+    """Features and scores, leaves whose gradients pass 2 needs."""
     kept: list[Encoded]
     """Chunks with their graphs."""
+    skipped: int = 0
+    """Tiles without a gradient, which pass 2 did not encode again."""
 
 
 class Passes:
@@ -55,10 +56,19 @@ class Passes:
         chunk: tiles in memory at once; halved where they do not fit.
         keep: chunks whose graphs are kept from pass 1.
         few: tiles of a slide that pass 2 takes; None is all.
+        skip: whether tiles are looked for that get no gradient at all, and left out of pass 2.
     """
 
-    def __init__(self, model: SlideModel, chunk: int, keep: int = 1, few: int | None = None):
-        self.model, self.chunk, self.keep, self.few = model, chunk, keep, few
+    def __init__(
+        self,
+        model: SlideModel,
+        chunk: int,
+        keep: int = 1,
+        few: int | None = None,
+        skip: bool = False,
+    ):
+        self.model, self.chunk, self.few, self.skip = model, chunk, few, skip
+        self.keep = 0 if skip else keep
         self.boundary: FrozenPrefix | None = None
 
     def find_frozen_prefix(self) -> None:
@@ -75,15 +85,18 @@ class Passes:
         Raises:
             ChunkError: not even one tile fits.
         """
+        if bag.features is not None:
+            return EncodedTiles(bag, self.model.tiles(bag, self.chunk), [])
         if self.boundary and adapting:
             bag = replace(bag, tiles=FrozenPrefixTokens(self.boundary.tokens, bag.tiles, bag.seed))
         while True:
             keep = self.keep if adapting and self.few is None else 0
             try:
                 chunks, device = bag.tiles.split(self.chunk), self.model.device
-                return EncodedTiles(
-                    bag, *encode_bag(self._chunk, chunks, seed=bag.seed, device=device, keep=keep)
+                z_TD, score_T, kept = encode_bag(
+                    self._chunk, chunks, seed=bag.seed, device=device, keep=keep
                 )
+                return EncodedTiles(bag, TileSet.of(bag.places, z_TD, score_T), kept)
             except torch.OutOfMemoryError as fault:
                 if keep <= 1:
                     self._shrink(self.chunk // 2, fault)
@@ -91,28 +104,34 @@ class Passes:
                 print(f"memory ran out with {keep} graphs kept: going on with 1", flush=True)
                 self.keep = 1
 
-    def adapt(self, seen: EncodedTiles) -> None:
-        """Pass 2, of all tiles or of a few that are drawn by their gradients.
+    def adapt(self, encoded: EncodedTiles) -> None:
+        """Pass 2, of all tiles that have a gradient, or of a few that are drawn by it.
 
         Raises:
             ChunkError: not even one tile fits, or halves would not be exact.
         """
-        bag, grad_z_TD, grad_score_T = seen.bag, seen.z_TD.grad, seen.score_T.grad
+        bag, tiles = encoded.bag, encoded.tiles
+        grad_z_TD, grad_score_T, weight_T = tiles.z_TD.grad, tiles.score_T.grad, None
         if self.few is not None:
             weight_T = draw_tiles(grad_z_TD, grad_score_T, self.few, bag.seed)
+        elif self.skip and not self.noisy:
+            weight_T = has_gradient(grad_z_TD, grad_score_T).to(grad_z_TD)
+            encoded.skipped = len(weight_T) - int(weight_T.sum())
+        if weight_T is not None:
             rows = weight_T > 0
             grad_z_TD = (grad_z_TD * weight_T[:, None])[rows]
             if grad_score_T is not None:
                 grad_score_T = (grad_score_T * weight_T)[rows]
             bag = replace(bag, tiles=chosen(bag.tiles.split(self.chunk), weight_T))
-        self._adapt(bag, grad_z_TD, grad_score_T, seen.kept)
+        self._adapt(bag, grad_z_TD, grad_score_T, encoded.kept)
 
-    def compare(self, seen: EncodedTiles, parameters: list[nn.Parameter]) -> Tensor:
+    def compare(self, encoded: EncodedTiles, parameters: list[nn.Parameter]) -> Tensor:
         """Pass 2 as ever; and of all tiles, for the cosine of the two gradients."""
         before = taken(parameters)
-        self.adapt(seen)
+        self.adapt(encoded)
         drawn = taken(parameters)
-        self._adapt(seen.bag, seen.z_TD.grad, seen.score_T.grad, [])
+        grads = encoded.tiles.z_TD.grad, encoded.tiles.score_T.grad
+        self._adapt(encoded.bag, *grads, [])
         near = cosine(drawn, taken(parameters))
         give(parameters, before)
         give(parameters, drawn)

@@ -45,7 +45,7 @@ class WarmStart(Callback):
         probe = solve_head(aggregator, embed(aggregator, train), embedded, task)
         together = judge(aggregator, embedded, task)[-1]
         said = f"a linear probe, {probe.describe()}, validation loss {together:.3f}"
-        if aggregator.gate is not None:
+        if aggregator.learns_weights:
             taught = teach(fresh, train, val, task, data.seed)
             said += f"; attention taught on them, {taught.describe()}"
             if taught.loss < together:

@@ -18,6 +18,7 @@ from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.planning.doctor import cls_row_error
 from tapfm.slide_model.model import ModelConfig, SlideModel, save
+from tests.bags import tile_set
 from tests.tiny import random_tiles, tiny_swin
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted
@@ -189,12 +190,12 @@ def test_a_model_without_cls_learns_through_the_two_passes():
     vit, tiles = encoder.vit, random_tiles(5, side=64)
 
     z_TD, score_T = model.encode(tiles)
-    model.aggregator(z_TD, score_T)[0].sum().backward()
+    model.aggregator(tile_set(z_TD, score_T)).logits_K.sum().backward()
     expected = [p.grad.clone() for p in vit.parameters()]
     model.zero_grad()
     same = {"seed": 0, "device": torch.device("cpu")}
     z_TD, score_T, kept = encode_bag(model.encode, tiles.split(2), keep=1, **same)
-    model.aggregator(z_TD, score_T)[0].sum().backward()
+    model.aggregator(tile_set(z_TD, score_T)).logits_K.sum().backward()
     adapt_bag(model.encode, tiles.split(2), z_TD.grad, score_T.grad, kept=kept, **same)
     for ours, theirs in zip((p.grad for p in vit.parameters()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -14,6 +14,7 @@ from tapfm import cli
 from tapfm.encoders.backbones import Encoder, build, find, load_state
 from tapfm.encoders.heads import AttentionPool, Projection
 from tapfm.slide_model.model import ModelConfig, SlideModel
+from tests.bags import tile_set
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8}
 
@@ -96,7 +97,7 @@ def test_a_head_learns_with_all_the_rest(key):
     row, vit = tiny(key)
     model = SlideModel(ModelConfig(key, "tapfm_gated", ("a",), 32, 0.5), Encoder(vit, row))
     z_CE, score_C = model.encode(tiles())
-    model.aggregator(z_CE, score_C)[0].sum().backward()
+    model.aggregator(tile_set(z_CE, score_C)).logits_K.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in vit.head.parameters())
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tapfm.engine.chunked import adapt_bag, chunk_rng, encode_bag
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
+from tests.bags import tile_set
 from tests.tiny import MAKES, random_tiles, tiny_encoder
 
 TILES, SEED = 23, 5  # 23 is prime: the last chunk is always short
@@ -30,7 +31,7 @@ class Slide:
         self.encode = self.encoder.sized(self.encoder, chunk)
 
     def loss_of(self, z_TD, score_T):
-        return self.loss(self.aggregator(z_TD, score_T)[0], self.labels_K)
+        return self.loss(self.aggregator(tile_set(z_TD, score_T)).logits_K, self.labels_K)
 
     def one_graph(self):
         rows = []

@@ -23,6 +23,7 @@ from tapfm.engine.frozen_prefix import FrozenPrefixTokens, find_frozen_prefix
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks.losses import MaskedBCE
+from tests.bags import tile_set
 from tests.tiny import random_tiles, tiny_encoder
 
 CPU, TILES = torch.device("cpu"), 23
@@ -46,7 +47,7 @@ def loss_of(z_TD, score_T):
     torch.manual_seed(7)
     aggregator = make_aggregator("tapfm_gated", z_TD.shape[1], 3).to(z_TD.dtype)
     labels_K = torch.tensor([1.0, torch.nan, 0.0])
-    return MaskedBCE([1.0, 2.0, 3.0])(aggregator(z_TD, score_T)[0], labels_K)
+    return MaskedBCE([1.0, 2.0, 3.0])(aggregator(tile_set(z_TD, score_T)).logits_K, labels_K)
 
 
 def flat(gradients):

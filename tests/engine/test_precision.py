@@ -10,6 +10,7 @@ from torch import nn
 from tapfm.cli import main
 from tapfm.engine.dither import dither
 from tapfm.slide_model.aggregators import make_aggregator
+from tests.bags import tile_set
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -57,7 +58,8 @@ def test_score_head_and_loss_are_fp32(precision):
             parameter.data = parameter.data.bfloat16()
     z_TD, score_T = encoder.encode(random_tiles(6), precision)
     assert z_TD.dtype == score_T.dtype == torch.float32
-    logits_K, weights_T = make_aggregator("tapfm", encoder.dim, 2, None)(z_TD, score_T)
+    output = make_aggregator("tapfm", encoder.dim, 2)(tile_set(z_TD, score_T))
+    logits_K, weights_T = output.logits_K, output.weights_T
     assert logits_K.dtype == weights_T.dtype == torch.float32
     assert weights_T.sum().item() == pytest.approx(1, abs=1e-6)
 
@@ -65,11 +67,11 @@ def test_score_head_and_loss_are_fp32(precision):
 def test_the_score_keeps_what_tells_tiles_apart():
     """They differ in the third digit of the prefix mass, where 1 - mass in bfloat16 has none."""
     mass_T = torch.linspace(0.0100, 0.0108, 5)
-    score = make_aggregator("tapfm", 4, 1, None)
+    score = make_aggregator("tapfm", 4, 1)
     z_TD = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    _, weights_T = score(z_TD, -mass_T)
+    weights_T = score(tile_set(z_TD, -mass_T)).weights_T
     assert len(weights_T.unique()) == 5
-    _, naive_T = score(z_TD, (1 - mass_T).bfloat16().float())
+    naive_T = score(tile_set(z_TD, (1 - mass_T).bfloat16().float())).weights_T
     assert len(naive_T.unique()) < 5
 
 

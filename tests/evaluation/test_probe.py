@@ -20,6 +20,7 @@ from tapfm.evaluation.probe import (
     training_bags,
 )
 from tapfm.training.fit import read_config
+from tests.bags import tile_set
 from tests.cohorts import write_cohort
 
 SHIPPED = PACKAGED / "demo_vit.safetensors"
@@ -92,7 +93,8 @@ def test_a_blocks_gradient_is_that_of_one_graph(config):
     for bag in training_bags(data, 2):
         model.zero_grad()
         z_TD, score_T = model.encode(bag.tiles)
-        module.loss(model.aggregator(z_TD, score_T)[0], bag.labels_K).backward()
+        logits_K = model.aggregator(tile_set(z_TD, score_T)).logits_K
+        module.objective.task_loss(logits_K, bag.labels_K).backward()
         for name, each in parts.items():
             flat = [torch.cat([t.flatten() for t in ts]) for ts in ([p.grad for p in each], each)]
             relative[name] += (flat[0].norm() / flat[1].norm()).item() / 2

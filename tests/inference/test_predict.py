@@ -20,7 +20,7 @@ from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
-from tapfm.data.bag import Bag
+from tapfm.data.bag import Bag, Places
 from tapfm.encoders import backbones
 from tapfm.inference.predict import new_slide_bag
 from tapfm.inference.prediction import predict_bag
@@ -215,7 +215,7 @@ def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1000.0))
         streamed = new_slide_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS))
         whole = torch.cat(list(streamed.tiles.split(7)))
-    in_memory = Bag("one", "one", whole, len(whole), torch.full((2,), torch.nan), 0)
+    in_memory = Bag("one", "one", whole, Places.unknown(len(whole)), torch.full((2,), torch.nan), 0)
     a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)
     np.testing.assert_allclose(a.probs_K, b.probs_K, rtol=1e-4)
     np.testing.assert_allclose(a.weights_T, b.weights_T, rtol=1e-3, atol=1e-7)
@@ -245,7 +245,7 @@ class CountedTiles:
 @pytest.mark.parametrize("tiles", [21, 210])
 def test_pixels_in_memory_do_not_depend_on_the_slide(saved, tiles):
     model, counted = models.load(saved), CountedTiles(tiles)
-    bag = Bag("long", "long", counted, tiles, torch.full((2,), torch.nan), 0)
+    bag = Bag("long", "long", counted, Places.unknown(tiles), torch.full((2,), torch.nan), 0)
     assert len(predict_bag(model, bag, 7).weights_T) == tiles
     assert counted.most <= 2
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm.slide_model.aggregators import AGGREGATORS, effective_tiles, make_aggregator, minmax
+from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
+from tapfm.slide_model.aggregators.pooling import effective_tiles, minmax
+from tests.bags import tile_set
 
 T, D, K = 13, 7, 3
 
@@ -15,19 +17,24 @@ def bag(seed=0, dtype=torch.float64):
     return z_TD, -torch.rand(T, generator=generator, dtype=dtype) / 1000
 
 
+def weights_of(aggregator, z_TD, score_T):
+    return aggregator.double()(tile_set(z_TD, score_T)).weights_T
+
+
 def test_tapfm_weights_by_hand():
     z_TD, score_T = bag()
     s = score_T.numpy()
     logits = (s - s.min()) / (s.max() - s.min()) / 0.1
     expected = np.exp(logits) / np.exp(logits).sum()
-    weights_T = make_aggregator("tapfm", D, K).double()(z_TD, score_T)[1]
+    weights_T = make_aggregator("tapfm", D, K).double()(tile_set(z_TD, score_T)).weights_T
     np.testing.assert_allclose(weights_T.detach().numpy(), expected, rtol=1e-12)
 
 
 def test_logits_by_hand():
     aggregator = make_aggregator("tapfm", D, K).double()
     z_TD, score_T = bag()
-    logits_K, weights_T = aggregator(z_TD, score_T)
+    output = aggregator(tile_set(z_TD, score_T))
+    logits_K, weights_T = output.logits_K, output.weights_T
     b = (weights_T[:, None] * z_TD).sum(0)
     b = (b - b.mean()) / (b.var(unbiased=False) + 1e-5).sqrt()
     torch.testing.assert_close(logits_K, aggregator.head.weight @ b + aggregator.head.bias)
@@ -36,18 +43,18 @@ def test_logits_by_hand():
 def test_gated_start_is_the_papers():
     z_TD, score_T = bag()
     torch.manual_seed(0)
-    paper = make_aggregator("tapfm", D, K, temperature=0.3).double().weights(z_TD, score_T)
-    ours = make_aggregator("tapfm_gated", D, K, temperature=0.3).double()
-    torch.testing.assert_close(ours.weights(z_TD, score_T), paper, rtol=0, atol=0)
+    paper = weights_of(make_aggregator({"name": "tapfm", "temperature": 0.3}, D, K), z_TD, score_T)
+    ours = make_aggregator({"name": "tapfm_gated", "temperature": 0.3}, D, K)
+    torch.testing.assert_close(weights_of(ours, z_TD, score_T), paper, rtol=0, atol=0)
     torch.nn.init.ones_(ours.gate.last.weight)  # and can leave it
-    assert not torch.allclose(ours.weights(z_TD, score_T), paper)
+    assert not torch.allclose(weights_of(ours, z_TD, score_T), paper)
 
 
 def test_gated_ignores_the_score():
     z_TD, score_T = bag()
-    aggregator = make_aggregator("gated", D, K).double()
-    weights = aggregator.weights(z_TD, score_T)
-    torch.testing.assert_close(aggregator.weights(z_TD, 5 * score_T.flip(0)), weights)
+    aggregator = make_aggregator("gated", D, K)
+    weights = weights_of(aggregator, z_TD, score_T)
+    torch.testing.assert_close(weights_of(aggregator, z_TD, 5 * score_T.flip(0)), weights)
     assert weights.std() > 0
 
 
@@ -58,7 +65,8 @@ def test_equal_scores_weigh_the_same_and_give_finite_gradients(name, dtype):
     z_TD = z_TD[:1].repeat(T, 1).requires_grad_()
     jitter = torch.finfo(dtype).eps * 0.3 * torch.arange(T, dtype=dtype) / T
     score_T = (-0.3 + 0.3 * jitter).requires_grad_()  # a spread below rounding
-    logits_K, weights_T = make_aggregator(name, D, K).to(dtype)(z_TD, score_T)
+    output = make_aggregator(name, D, K).to(dtype)(tile_set(z_TD, score_T))
+    logits_K, weights_T = output.logits_K, output.weights_T
     torch.testing.assert_close(weights_T, torch.full((T,), 1 / T, dtype=dtype))
     logits_K.sum().backward()
     assert z_TD.grad.isfinite().all()
@@ -68,7 +76,8 @@ def test_equal_scores_weigh_the_same_and_give_finite_gradients(name, dtype):
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_one_tile(name):
     z_TD, score_T = bag()
-    assert make_aggregator(name, D, K).double()(z_TD[:1], score_T[:1])[1].item() == 1
+    aggregator = make_aggregator(name, D, K)
+    assert weights_of(aggregator, z_TD[:1], score_T[:1]).item() == 1
 
 
 def test_a_real_spread_is_not_rounded_away():
@@ -85,7 +94,8 @@ def test_order_of_tiles_does_not_matter():
     z_TD, score_T = bag()
     aggregator = make_aggregator("tapfm_gated", D, K).double()
     torch.testing.assert_close(
-        aggregator(z_TD.flip(0), score_T.flip(0))[0], aggregator(z_TD, score_T)[0]
+        aggregator(tile_set(z_TD.flip(0), score_T.flip(0))).logits_K,
+        aggregator(tile_set(z_TD, score_T)).logits_K,
     )
 
 
@@ -98,4 +108,4 @@ def test_unknown_name_and_bad_temperature_are_refused():
     with pytest.raises(ValueError, match="'abmil' is none of tapfm, gated, tapfm_gated"):
         make_aggregator("abmil", D, K)
     with pytest.raises(ValueError, match="above 0, got 0"):
-        make_aggregator("tapfm", D, K, temperature=0)
+        make_aggregator({"name": "tapfm", "temperature": 0.0}, D, K)

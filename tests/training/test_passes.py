@@ -2,7 +2,7 @@
 
 import torch
 
-from tapfm.data.bag import Bag
+from tapfm.data.bag import Bag, Places
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
 from tapfm.training import passes
@@ -22,7 +22,7 @@ def test_graphs_that_are_not_kept_now_are_kept_later(monkeypatch, capsys):
         return real(encode, chunks, **how)
 
     monkeypatch.setattr(passes, "encode_bag", small)
-    bag = Bag("s", "c", random_tiles(7), 7, torch.ones(1), seed=0)
+    bag = Bag("s", "c", random_tiles(7), Places.unknown(7), torch.ones(1), seed=0)
     assert ours.encode(bag, adapting=False).kept == []
     assert (ours.chunk, ours.keep) == (3, 2)
     assert "graphs kept" not in capsys.readouterr().out

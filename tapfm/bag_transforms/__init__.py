@@ -1,0 +1,34 @@
+"""Which tiles, or what of them, the aggregator is given in training: one file a transform.
+
+    contract.py      what a bag transform is given and returns
+    tile_dropout.py  a share of the tiles is left out, and not encoded again
+
+Adding a transform is a file with a module and the frozen dataclass of its options, and its name
+here; `configs/bag_transforms` has a YAML of each. A transform never imports another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tapfm.bag_transforms.contract import BagTransform
+from tapfm.bag_transforms.tile_dropout import TileDropout
+from tapfm.settings import Spec, choose
+from tapfm.slide_model.aggregators.contract import Aggregator
+
+__all__ = ["BAG_TRANSFORMS", "BagTransform", "make_bag_transforms"]
+
+BAG_TRANSFORMS: dict[str, type] = {"tile_dropout": TileDropout}
+
+
+def make_bag_transforms(specs: Sequence[Spec], aggregator: Aggregator) -> nn.ModuleDict:
+    """Return transforms by name, in order, each by name or by name and options.
+
+    Raises:
+        SettingsError: no such transform, an option it does not have, or not with this aggregator.
+    """
+    chosen = [choose(BAG_TRANSFORMS, spec, "model.bag_transforms") for spec in specs]
+    names = {kind: name for name, kind in BAG_TRANSFORMS.items()}
+    return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})

@@ -1,0 +1,34 @@
+"""Terms of the objective beside the task's loss: one file a regulariser, one small contract.
+
+    contract.py  what a regulariser is given and returns
+    aem.py       entropy of the tile weights
+
+Adding a regulariser is a file with a module and the frozen dataclass of its options, and its name
+here; `configs/regularisers` has a YAML of each. A regulariser never imports another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tapfm.regularisers.aem import Aem
+from tapfm.regularisers.contract import Regulariser
+from tapfm.settings import Spec, choose
+from tapfm.slide_model.aggregators.contract import Aggregator
+
+__all__ = ["REGULARISERS", "Regulariser", "make_regularisers"]
+
+REGULARISERS: dict[str, type] = {"aem": Aem}
+
+
+def make_regularisers(specs: Sequence[Spec], aggregator: Aggregator) -> nn.ModuleDict:
+    """Return regularisers by name, each by name or by name and options.
+
+    Raises:
+        SettingsError: no such regulariser, an option it does not have, or not with this aggregator.
+    """
+    chosen = [choose(REGULARISERS, spec, "model.regularisers") for spec in specs]
+    names = {kind: name for name, kind in REGULARISERS.items()}
+    return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})

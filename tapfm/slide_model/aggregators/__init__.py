@@ -1,0 +1,105 @@
+"""From tiles to a slide or a case: one file an aggregator, one small contract.
+
+    contract.py      what an aggregator is given, what it returns, what every one has
+    tapfm.py         w = softmax(minmax(s) / T), T = 0.1: the paper's, how CLS looks
+    gated.py         w = softmax(g(z)): learned attention (ABMIL)
+    tapfm_gated.py   w = softmax(minmax(s) / T + g(z)), T = 1: the default
+    hierarchical.py  the same within each slide of a case, then over its slides
+    pooling.py       what these four share: gate, min-max, weighted mean
+    tile_head.py     class logits of single tiles, for labelled tiles
+
+Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
+here. An aggregator never imports another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tapfm.settings import SettingsError, Spec, choose, spec_of
+from tapfm.slide_model.aggregators.contract import Aggregator, AggregatorOptions
+from tapfm.slide_model.aggregators.gated import Gated
+from tapfm.slide_model.aggregators.hierarchical import Hierarchical
+from tapfm.slide_model.aggregators.tapfm import Tapfm
+from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
+from tapfm.slide_model.aggregators.tile_head import TileHead
+
+__all__ = [
+    "AGGREGATORS",
+    "TILES",
+    "aggregator_options",
+    "as_of_0_1",
+    "make_aggregator",
+    "name_of",
+    "with_temperature",
+]
+
+TILES = "tiles"
+"""Name of `TileHead` in a model's config."""
+AGGREGATORS: dict[str, type] = {
+    "tapfm": Tapfm,
+    "gated": Gated,
+    "tapfm_gated": TapfmGated,
+    "hierarchical": Hierarchical,
+}
+
+
+def aggregator_options(spec: Spec) -> AggregatorOptions:
+    """Return the options of an aggregator by name, or by name and options.
+
+    Raises:
+        SettingsError: no such aggregator, an option it does not have, or one of another type.
+    """
+    return choose(AGGREGATORS, spec, "model.aggregator")
+
+
+def make_aggregator(spec: Spec, dim: int, labels: int) -> Aggregator | TileHead:
+    """Return an aggregator, or the head of `TILES`.
+
+    Args:
+        spec: which, and its options.
+        dim: feature width D.
+        labels: number of logits K.
+
+    Raises:
+        SettingsError: as `aggregator_options`.
+    """
+    if name_of(spec) == TILES:
+        return TileHead(dim, labels)
+    return aggregator_options(spec).build(dim, labels)
+
+
+def with_temperature(spec: Spec, temperature: float | None) -> dict[str, Any]:
+    """Return name and all options of an aggregator; `temperature` is the old key of that option.
+
+    Raises:
+        SettingsError: as `aggregator_options`, or the aggregator has no temperature.
+    """
+    if name_of(spec) == TILES:
+        return {"name": TILES}
+    options = aggregator_options(spec)
+    if temperature is not None:
+        name = name_of(spec)
+        if not hasattr(options, "temperature"):
+            raise SettingsError(
+                f"model.temperature is of the CLS score, and {name} does not look at it. Leave it "
+                "out, or take tapfm_gated."
+            )
+        print(
+            "model.temperature is now an option of the aggregator: "
+            f"model.aggregator: {{name: {name}, temperature: {temperature}}}"
+        )
+        options = replace(options, temperature=temperature)
+    return spec_of(AGGREGATORS, options)
+
+
+def as_of_0_1(name: str, temperature: float | None) -> dict[str, Any]:
+    """Return the spec of an aggregator as version 0.1 saved it; `gated` ignored the number."""
+    known = temperature is not None and name not in (TILES, "gated")
+    return {"name": name, **({"temperature": temperature} if known else {})}
+
+
+def name_of(spec: Spec) -> str:
+    """Return the name in a spec."""
+    return spec if isinstance(spec, str) else spec.get("name", "")

@@ -1,0 +1,131 @@
+"""What an aggregator is given and what it returns; what every aggregator has.
+
+    tiles = TileSet.of(places, z_TD, score_T)      features and scores are leaves of a graph
+    output = aggregator(tiles)                     SlideOutput: logits, weights, embedding
+
+`aggregators/` has one file a method. A method declares what it uses: where the score is not used,
+the encoder gets no gradient through it; where coordinates are, a bag without them is refused.
+
+Shapes: T tiles of a bag, S slides of a case, D features, E width of the embedding, K logits, Y
+numbers of a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tapfm.data.bag import Places
+from tapfm.settings import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSet(Places):
+    """The tiles of one slide, or of all slides of a case, as an aggregator sees them."""
+
+    z_TD: Tensor
+    """Features."""
+    score_T: Tensor
+    """Raw CLS scores."""
+
+    @classmethod
+    def of(cls, places: Places, z_TD: Tensor, score_T: Tensor) -> TileSet:
+        """Return the features and scores of the tiles at these places."""
+        return cls(**vars(places), z_TD=z_TD, score_T=score_T)
+
+
+@dataclass(frozen=True)
+class SlideOutput:
+    """What an aggregator says of a slide or a case."""
+
+    logits_K: Tensor
+    weights_T: Tensor
+    """Tile weights, not negative, summing to 1."""
+    embedding_E: Tensor
+    """The bag's embedding; where `linear_head` holds, logits are `head(embedding_E)`."""
+    log_weights: Tensor | None = None
+    """Logarithm of the weights, (T,) or (K, T), for regularisers of attention; None where the
+    method has no attention that learns."""
+    tile_logits_TK: Tensor | None = None
+    """Logits of each tile, where the slide's are made of them."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method's own `losses` need beside the logits."""
+
+
+class Aggregator(nn.Module):
+    """Base of all aggregators: standardises features, and learns by the task's loss.
+
+    Args:
+        dim: feature width D.
+        labels: number of logits K.
+    """
+
+    uses_score: ClassVar[bool] = False
+    """Whether the output depends on the CLS score."""
+    uses_coords: ClassVar[bool] = False
+    """Whether the output depends on where tiles lie."""
+    has_attention: ClassVar[bool] = False
+    """Whether tile weights learn, and `log_weights` is given."""
+    linear_head: ClassVar[bool] = True
+    """Whether logits are `head(embedding_E)`, so that a linear probe can solve the head."""
+    terms: ClassVar[tuple[str, ...]] = ()
+    """Names of the terms that `losses` returns where there are several: columns of metrics.csv."""
+
+    def __init__(self, dim: int, labels: int):
+        super().__init__()
+        # Features are centred on and divided by these: by nothing, but after a warm start.
+        self.register_buffer("center_D", torch.zeros(dim))
+        self.register_buffer("scale_D", torch.ones(dim))
+        self.labels = labels
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether anything in front of the head learns."""
+        return any(not name.startswith(("norm.", "head.")) for name, _ in self.named_parameters())
+
+    def standardised(self, z_TD: Tensor) -> Tensor:
+        """Return the features, centred and scaled."""
+        return (z_TD - self.center_D) / self.scale_D
+
+    def forward(self, tiles: TileSet) -> SlideOutput:
+        """Return logits, tile weights and embedding of a bag."""
+        raise NotImplementedError
+
+    def losses(self, output: SlideOutput, target_Y: Tensor, loss: nn.Module) -> dict[str, Tensor]:
+        """Return the terms to minimise, by name; one term, the task's loss of the logits.
+
+        Args:
+            output: of `forward`.
+            target_Y: what is known of the bag.
+            loss: the task's.
+        """
+        return {"loss": loss(output.logits_K, target_Y)}
+
+    def loss(self, tiles: TileSet, target_Y: Tensor, loss: nn.Module) -> Tensor:
+        """Return the sum of `losses` of a bag."""
+        return torch.stack([*self.losses(self(tiles), target_Y, loss).values()]).sum()
+
+
+class AggregatorOptions(Protocol):
+    """The frozen dataclass by which a config names an aggregator; its fields are its options."""
+
+    def build(self, dim: int, labels: int) -> Aggregator:
+        """Return the module, for features of width `dim` and so many logits."""
+
+
+def need_coords(tiles: Places, name: str) -> Tensor:
+    """Return the tiles' row and column on the lattice, (T, 2) int64, from 0 in each slide.
+
+    Raises:
+        SettingsError: where they lie is not known.
+    """
+    if tiles.coords0_T2 is None:
+        raise SettingsError(
+            f"model.aggregator {name} looks at where tiles lie, and these features have no "
+            "coordinates. Give features with coordinates, or take tapfm_gated."
+        )
+    return tiles.lattice()

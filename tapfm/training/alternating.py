@@ -1,0 +1,189 @@
+"""Two optimizers that take turns: what training on slides and on labelled tiles share.
+
+The head's optimizer and the encoder's each step after every `steps.accumulate` turns, at rates that
+warm up and fall on a cosine over the run. A resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tapfm.adapt.parameter_groups import parameter_groups
+from tapfm.adapt.strategies import STRATEGIES, make_optimizer, spell
+from tapfm.distributed import average, unwrap
+from tapfm.encoders.compiled import need_compiler
+from tapfm.engine.dither import dither
+from tapfm.engine.master_weights import MasterAdamW
+from tapfm.engine.memory import PhaseMeter
+from tapfm.settings import SettingsError
+from tapfm.slide_model.model import SlideModel
+from tapfm.training.optim import Steps, warmup_cosine
+
+StrategyName = Literal[tuple(STRATEGIES)]
+
+
+class AlternatingModule(L.LightningModule):
+    """A model whose head and encoder are updated in turns.
+
+    Args:
+        slide_model: encoder and what stands on it.
+        steps: learning rates and their kin.
+        optimizer: of the encoder, see `check_precision`.
+    """
+
+    def __init__(self, slide_model: SlideModel, steps: Steps, optimizer: str):
+        super().__init__()
+        self.automatic_optimization = False  # two optimizers take turns
+        self.slide_model, self.steps, self.optimizer = slide_model, steps, optimizer
+        self.strategy = slide_model.strategy
+        self.learns = any(p.requires_grad for p in slide_model.encoder.parameters())
+        if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
+            name = spell(self.strategy)["name"]
+            raise SettingsError(
+                f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
+                "Leave model.optimizer and bf16-true out."
+            )
+        self.slides_seen = 0
+
+    def head_parameters(self) -> list[dict]:
+        """Return the parameter groups of the first optimizer."""
+        named = self.slide_model.aggregator.named_parameters()
+        return parameter_groups(named, self.steps.head_lr, self.steps.weight_decay)
+
+    def update(self, optimizer) -> Tensor:
+        """Clip, step and clear after every `accumulate` turns; return the gradient's norm."""
+        parameters = parameters_of(optimizer)
+        if self.completes_update:
+            average(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.completes_update:
+            if self.steps.clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.steps.clip, norm)
+            done = (self.slides_seen + 1) / self.slides_in_run
+            for group in optimizer.param_groups:
+                share = (done - group["begins"]) / (1 - group["begins"])
+                group["lr"] = group["peak_lr"] * warmup_cosine(max(share, 0), self.steps.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def on_train_batch_end(self, outputs, batch, index: int) -> None:
+        """Make the update that an epoch's last turn completes, where that turn was left out."""
+        if outputs or not self.trainer.is_last_batch:
+            return
+        for optimizer in self.optimizers():
+            if any(p.grad is not None for p in parameters_of(optimizer)):
+                self.update(optimizer)
+
+    @property
+    def encoder_lr(self) -> float:
+        """Peak learning rate of the encoder: the user's, or the strategy's own."""
+        given = self.steps.encoder_lr
+        return self.strategy.lr if given is None else given
+
+    @property
+    def completes_update(self) -> bool:
+        """Whether the turn under way is the last of `accumulate`, or of the epoch."""
+        full = (self.slides_seen + 1) % self.steps.accumulate == 0
+        return full or self.trainer.is_last_batch
+
+    @property
+    def adapting(self) -> bool:
+        """Whether the encoder learns in this turn: not while the head goes first, nor frozen."""
+        return self.learns and self.slides_seen >= self.steps.head_first * self.slides_in_run
+
+    @property
+    def slides_in_run(self) -> int:
+        """Turns in all epochs of this run."""
+        return max(1, self.trainer.num_training_batches * self.trainer.max_epochs)
+
+    def configure_optimizers(self):
+        """Return the head's optimizer and the encoder's, in the order `training_step` expects."""
+        head = self.head_parameters()
+        encoder = self.strategy.parameters(
+            self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
+        )
+        if self.slide_model.model_config.precision != "fp32":
+            dither(p for group in encoder for p in group["params"])
+        for group in head + encoder:
+            group["peak_lr"], group["lr"], group["begins"] = group["lr"], 0.0, 0.0
+        for group in encoder:
+            group["begins"] = self.steps.head_first
+        optimizers = [torch.optim.AdamW(head, fused=True)]
+        if self.optimizer == "adamw":
+            optimizers.append(make_optimizer(self.strategy, encoder))
+        else:
+            optimizers.append(MasterAdamW(encoder, self.optimizer))
+        self.slide_model.round_weights()
+        return optimizers
+
+    def on_fit_start(self) -> None:
+        """Refuse a trainer that cannot serve, and start the meter on the device known by now.
+
+        Raises:
+            SettingsError: the trainer's own mixed precision is on, or the run has no number of
+                epochs to lay the rates over.
+            CompilerError: blocks are to be compiled, and there is no compiler.
+        """
+        if self.trainer.precision != "32-true":
+            raise SettingsError(
+                f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
+                "over both passes and the update between them. Leave it out, and set "
+                "model.precision: bf16."
+            )
+        counted = self.trainer.max_steps == -1 or self.trainer.fast_dev_run
+        if (self.trainer.max_epochs or 0) < 1 or not counted:
+            raise SettingsError(
+                "the schedule is over trainer.max_epochs: give it 1 or more (it is "
+                f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "
+                f"{self.trainer.max_steps})"
+            )
+        if self.slide_model.encoder.compiled:
+            need_compiler(self.device)
+        unwrap(self)
+        self.meter = PhaseMeter(self.device)
+
+    def on_save_checkpoint(self, checkpoint) -> None:
+        """Keep the state of all that a resumed run needs; frozen weights are at their source."""
+        checkpoint["slides_seen"] = self.slides_seen
+        trained = {f"slide_model.{key}" for key in self.slide_model.trained_state()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            key: value
+            for key, value in state.items()
+            if key in trained or not key.startswith("slide_model.")
+        }
+
+    def on_load_checkpoint(self, checkpoint) -> None:
+        """Put back what `on_save_checkpoint` kept."""
+        self.slides_seen = checkpoint["slides_seen"]
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+
+def parameters_of(optimizer) -> list[nn.Parameter]:
+    """Return all parameters that an optimizer steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_drop_path(drop_path: float) -> list[str]:
+    """Return what is wrong with a rate of stochastic depth."""
+    good = 0 <= drop_path < 1
+    return [] if good else [f"model.drop_path must be in [0, 1), got {drop_path}"]
+
+
+def check_precision(precision: str, optimizer: str) -> list[str]:
+    """Return what is wrong with an encoder's precision and optimizer together.
+
+    `bf16-true` weights do not move at a fine-tuning rate, unless their exact values are kept.
+    """
+    if (precision == "bf16-true") == (optimizer != "adamw"):
+        return []
+    return [
+        f"model.optimizer {optimizer} and model.precision {precision} do not go together: "
+        "bfloat16 weights do not move at a fine-tuning learning rate unless their exact "
+        "values are kept: bf16-true takes master, residual or offload, and these take it."
+    ]
