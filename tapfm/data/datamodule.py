@@ -125,13 +125,15 @@ class SlideData(L.LightningDataModule):
                 "Leave one of them out."
             )
         if bags == "case" or pool != "union":
-            group_by_case(self.cohort.rows, self.cohort.labels)  # a case of two minds is refused now
+            group_by_case(self.cohort.rows, self.cohort.labels)  # refuses cases that disagree
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
             if given:
                 refuse_other_stains(self.cohort.rows, option)
-        self.tile_source = TileSource(Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb)
+        self.tile_source = TileSource(
+            Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb
+        )
         self.workers, self.on_error, self.seed = workers, on_error, seed
         if host_gb is not None and host_gb < 0:
             raise SettingsError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
@@ -265,7 +267,9 @@ class SlideData(L.LightningDataModule):
     @property
     def streaming_workers(self) -> int:
         """Processes for a slide that is read by itself as it is used."""
-        return 0 if self.tile_source.cache_dir else self.workers  # it is quicker than one is to start
+        return (
+            0 if self.tile_source.cache_dir else self.workers
+        )  # it is quicker than one is to start
 
     @property
     def place(self) -> tuple[int, int]:
@@ -302,7 +306,7 @@ class SlideData(L.LightningDataModule):
         return Streamed([self.bag(row, prefetcher) for row in rows], prefetcher)
 
     def bag(self, row: SlideRow, prefetcher: Prefetcher | None = None) -> Bag:
-        """One slide or case, all tiles, read when asked for, by this prefetcher or one of its own."""
+        """Return one slide or case with all tiles, read when they are asked for."""
         how = prefetcher or self.streaming_workers, partial(self.skip, row.slide_id)
         parts = [self.tile_source.tiles(slide, *how) for slide in row.slides]
         places = places_of([self.tile_source.index(slide) for slide in row.slides])

@@ -1,4 +1,4 @@
-"""Coordinates travel with the tiles: through drawing, augmentation, cases, and into the aggregator."""
+"""Coordinates travel with the tiles: through drawing, augmentation and cases to the aggregator."""
 
 import numpy as np
 import pytest
@@ -71,4 +71,6 @@ def test_where_tiles_lie_may_be_unknown():
 
 
 def test_it_can_fail():
-    assert places(7).lattice().tolist() != places(7).take(torch.arange(6, -1, -1)).lattice().tolist()
+    assert (
+        places(7).lattice().tolist() != places(7).take(torch.arange(6, -1, -1)).lattice().tolist()
+    )
