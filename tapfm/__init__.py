@@ -28,7 +28,7 @@ and beside them:
     settings.py      settings: what is wrong with them, all at once; things chosen by name
     distributed.py   what several GPUs tell each other
 
-Read `training/module.py` first.
+Read the room `training` first.
 """
 
 __version__ = "0.1.0"

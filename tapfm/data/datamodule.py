@@ -145,17 +145,9 @@ class SlideData(L.LightningDataModule):
     @property
     def source(self) -> Source:
         """What `tapfm index` would be asked to prepare."""
-        tile_source = self.tile_source
-        return Source(
-            self.cohort.rows,
-            tile_source.index_dir,
-            tile_source.cache_dir,
-            self.tiles,
-            self.on_error,
-            self.workers,
-            tile_source.stain,
-            tile_source.cache_gb,
-        )
+        how = self.tile_source
+        where = self.cohort.rows, how.index_dir, how.cache_dir
+        return Source(*where, self.tiles, self.on_error, self.workers, how.stain, how.cache_gb)
 
     @cached_property
     def weighted_task(self) -> Task:
@@ -176,7 +168,7 @@ class SlideData(L.LightningDataModule):
 
     @property
     def task_spec(self) -> dict[str, Any]:
-        """The task as a model_config has it."""
+        """The task as a model's config has it."""
         return task_config(self.task)
 
     def prepare_data(self) -> None:
