@@ -98,7 +98,7 @@ def test_stains_are_normalised_as_in_training(saved, slide, tmp_path):
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1e3))
         normalised = StainedSlide(opened, index, "macenko")
-        bag = new_slide_bag(row_of(slide), SlideTiles.of(normalised, index), len(LABELS))
+        bag = new_slide_bag(row_of(slide), SlideTiles.of(normalised, index), len(LABELS), [index])
         expected = predict_bag(model.eval(), bag, 16).probs_K[0]
     assert probabilities[1] == pytest.approx(expected, abs=2e-6)
     assert probabilities[0] != pytest.approx(expected, abs=1e-5)
@@ -213,7 +213,7 @@ def test_prediction_is_the_validation_path_whatever_the_chunk(saved, slide):
     model = models.load(saved)
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(TILE, 0.5), Tissue(min_area_um2=1000.0))
-        streamed = new_slide_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS))
+        streamed = new_slide_bag(row_of(slide), SlideTiles.of(opened, index), len(LABELS), [index])
         whole = torch.cat(list(streamed.tiles.split(7)))
     in_memory = Bag("one", "one", whole, Places.unknown(len(whole)), torch.full((2,), torch.nan), 0)
     a, b = predict_bag(model, streamed, 3), predict_bag(model, in_memory, 1000)
