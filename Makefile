@@ -72,7 +72,7 @@ test-all: $(READY) ## every test this machine can run
 lint: $(READY) ## what `test` checks of the code's form; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-format: $(READY) ## mend what can be mended
+format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 bench: $(READY) ## rewrite the tables in benchmarks/README.md on this machine
