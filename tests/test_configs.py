@@ -245,6 +245,21 @@ def test_files_that_a_page_names_exist(page):
         assert (ROOT / name).exists(), name
 
 
+GUIDE = re.split(r"^## ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)[1:]
+
+
+@pytest.mark.parametrize("section", GUIDE, ids=lambda section: section.partition("\n")[0])
+def test_a_guide_is_short_and_names_what_its_files_have(section):
+    linked = re.findall(r"\]\(([^)]+)\)", section)
+    texts = "\n".join((ROOT / link).read_text() for link in linked)
+    names = set(re.findall(r"`([A-Za-z_]\w*)(?:\([^`]*\))?`", section))
+    assert names
+    assert not {name for name in names if not re.search(rf"\b{name}\b", texts)}
+    assert {"**File**", "**Row**", "**Rows**"} & set(re.findall(r"\*\*\w+\*\*", section))
+    assert "**Test**" in section
+    assert len(section.strip().splitlines()) <= 16, "a heading, a blank line, and under 15 more"
+
+
 def test_readme_tree_is_the_tree():
     block = re.search(r"```text\nslides/(.*?)```", README, re.S).group(0)
     said = set(re.findall(r"^ *([\w.]+/?)", block, re.M))
