@@ -16,6 +16,7 @@ import yaml
 from slides.errors import SettingsError
 from tapfm import cli, verbs
 from tapfm.config import preamble, read_source
+from tapfm.settings import spec_of
 from tests.conftest import ROOT
 
 CONFIGS = sorted(
@@ -299,6 +300,23 @@ def test_readme_has_a_row_for_every_strategy():
         assert count == f"{UNI[name]:,}"
         assert float(lr) == strategy.lr
         assert (export == "no") == (name in NO_EXPORT)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "tapfm.slide_model.aggregators:AGGREGATORS",
+        "tapfm.regularisers:REGULARISERS",
+        "tapfm.bag_transforms:BAG_TRANSFORMS",
+    ],
+)
+def test_configs_page_has_a_row_for_each_method_with_its_defaults(table):
+    kinds = resolve_name(table)
+    rows = re.findall(r"^\| `(\{name: .*?\})` \|", PAGES["configs"], re.M)
+    specs = {spec["name"]: spec for spec in map(yaml.safe_load, rows) if spec["name"] in kinds}
+    assert specs, "a table of them"
+    for name, spec in specs.items():
+        assert spec == spec_of(kinds, kinds[name]())
 
 
 def test_a_strategy_is_configured_in_yaml_or_by_keys_of_the_command_line(tmp_path, capsys):
