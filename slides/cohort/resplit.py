@@ -9,8 +9,9 @@ stays.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from slides.cohort.splits import (
 )
 from slides.cohort.strata import stratify
 from slides.cohort.table import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
-from slides.cohort.targets import KNOWN, Cells, Columns, make_columns
+from slides.cohort.targets import KNOWN, Cells, Columns, make_columns, named_columns
 from slides.cohort.tcga_names import site_of
 from slides.errors import SplitError, all_faults
 from slides.files import write_text
@@ -52,7 +53,7 @@ def run_split(
     source: Path | None = None,
     fold: int = 0,
     formats: Sequence[str] = ("table",),
-    task: str = "multilabel",
+    task: str | Mapping[str, Any] = "multilabel",
     slides_dir: str | None = None,
 ) -> int:
     """Deal the cases, or read how another did; report the balance; write.
@@ -60,7 +61,8 @@ def run_split(
     Args:
         table: a cohort table; its `split` column, if any, is not looked at.
         out: a .csv or .tsv for one split, else a folder.
-        labels: to stratify over; every label of the table. Of survival: time and event.
+        labels: to stratify over; None is every label of the table. For a task given by name whose
+            options name columns, such as survival: those columns, time and event.
         folds: of a cross-validation.
         repeats: of a Monte-Carlo cross-validation with these fractions.
         fractions: of train, val and test.
@@ -70,8 +72,8 @@ def run_split(
         source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
         fold: see `source`.
         formats: any of table, clam, clam-bool, patho-bench.
-        task: what the labels hold (`slides.cohort.targets`), and so what is stratified over
-            (`slides.cohort.strata`).
+        task: what the labels hold, by name, or by name and options (`slides.cohort.targets`), and
+            so what is stratified over (`slides.cohort.strata`).
         slides_dir: where relative slide paths start, so that they stay as they are; None is the
             table's folder.
 
@@ -80,9 +82,10 @@ def run_split(
     """
     if sum(option is not None for option in (folds, repeats, source)) > 1:
         raise SplitError("give one of --folds, --repeats and --from")
-    if "patho-bench" in formats and task != "multilabel":
+    columns, labels = _columns(task, labels)
+    if "patho-bench" in formats and not columns.binary:
         raise SplitError(f"--format patho-bench takes labels of 0 and 1: leave it out of {task}")
-    records, labels, cases = _read(table, labels, task)
+    records, labels, cases = _read(table, labels, columns)
     case_of = {row["slide_id"]: row["case_id"] for row in records}
     how = seed, preserve_sites
     if source is not None:
@@ -110,12 +113,11 @@ def run_split(
 
 
 def _read(
-    table: Path, labels: Sequence[str] | None, task: str
+    table: Path, labels: Sequence[str] | None, columns: Columns
 ) -> tuple[list[dict], Sequence[str], Cases]:
     """The table's rows as text, its label columns, and its cases."""
     header, lines = read_table(table)
-    columns, asked = _columns(task, labels)
-    labels = columns.choose(asked, [n for n in header if n and n not in REQUIRED + OPTIONAL])
+    labels = columns.choose(labels, [n for n in header if n and n not in REQUIRED + OPTIONAL])
     missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
     faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
     faults += repeated_columns(header)
@@ -138,18 +140,23 @@ def _read(
     ids = [row["case_id"] for row in rows]
     sites = [row.get("site") or site_of(row["case_id"]) for row in rows]
     values_NY = np.array([values.rows[number] for number in records], float)
-    strata = stratify(task, labels, values.classes, ids, values_NY.reshape(len(ids), -1))
+    strata = stratify(columns, labels, values.classes, ids, values_NY.reshape(len(ids), -1))
     values_NL = np.array(list(strata.values()), float).reshape(-1, len(ids)).T
     return rows, labels, gather_cases(ids, sites, list(strata), values_NL)
 
 
-def _columns(task: str, labels: Sequence[str] | None) -> tuple[Columns, Sequence[str] | None]:
-    """What reads the label columns, and those that are asked for."""
-    if task != "survival":
+def _columns(
+    task: str | Mapping[str, Any], labels: Sequence[str] | None
+) -> tuple[Columns, Sequence[str] | None]:
+    """Return what reads the label columns, and the labels that are still to choose from."""
+    wanted = named_columns(task) if isinstance(task, str) else []
+    if not wanted:
         return make_columns(task), labels
-    if labels is None or len(labels) != 2:
-        raise SplitError("--task survival needs its two columns: --labels TIME EVENT")
-    return make_columns({"name": task, "time": labels[0], "event": labels[1]}), None
+    if len(labels or ()) != len(wanted):
+        raise SplitError(
+            f"--task {task} needs its columns: --labels {' '.join(map(str.upper, wanted))}"
+        )
+    return make_columns({"name": task, **dict(zip(wanted, labels, strict=True))}), None
 
 
 def _files(

@@ -1,9 +1,9 @@
-"""What cases are stratified over, for every task: labels of 1, 0 or unknown, made of its columns.
+"""What cases are stratified over: labels of 1, 0 or unknown, made of the columns of a task.
 
-    multilabel    the labels themselves
-    multiclass    a label a class
-    regression    of each target, above the first third of the cases and above the second
-    survival      the event, and a time above the median of the events'
+    labels of 1 and 0   the labels themselves
+    class names         a label a class
+    numbers             of each column, above the first third of the cases and above the second
+    time and event      the event, and a time above the median of the events'
 
 Where a case has slides that say different things, a label is 1 if it is for any of them.
 
@@ -12,26 +12,30 @@ Shapes: N slides, Y numbers of a target, C cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from slides.cohort.targets import Columns
 
 Strata = dict[str, np.ndarray]
 """Label -> (N,) 1.0, 0.0 or nan."""
 
 
 def stratify(
-    task: str,
+    columns: Columns | type[Columns],
     names: Sequence[str],
     classes: Sequence[str],
     case_ids: Sequence[str],
     values_NY: np.ndarray,
 ) -> Strata:
-    """The labels to deal cases by.
+    """Return the labels of 0 and 1 to deal cases by.
 
     Args:
-        task: a key of `slides.cohort.targets.COLUMNS`.
-        names: of its columns.
+        columns: their kind, of `slides.cohort.targets`, which says by what.
+        names: of the columns.
         classes: that a multi-class column counts.
         case_ids: of each slide.
         values_NY: what `slides.cohort.targets` read.
@@ -39,28 +43,32 @@ def stratify(
     _, case_N = np.unique(np.asarray(case_ids), return_inverse=True)
     largest_CY = np.full((case_N.max(initial=-1) + 1, values_NY.shape[1]), np.nan)
     np.fmax.at(largest_CY, case_N, values_NY)
-    return STRATA[task](names, classes, values_NY, largest_CY)
+    return columns.strata(names, classes, values_NY, largest_CY)
 
 
-def _labels(names, classes, values_NY, largest_CY) -> Strata:
+def label_strata(names, classes, values_NY, largest_CY) -> Strata:
+    """Return the labels themselves."""
     return dict(zip(names, values_NY.T, strict=True))
 
 
-def _classes(names, classes, values_NY, largest_CY) -> Strata:
+def class_strata(names, classes, values_NY, largest_CY) -> Strata:
+    """Return a label a class: 1 for its slides, 0 for those of others."""
     number_N = values_NY[:, 0]
     return {
         name: np.where(np.isnan(number_N), np.nan, number_N == k) for k, name in enumerate(classes)
     }
 
 
-def _numbers(names, classes, values_NY, largest_CY) -> Strata:
+def number_strata(names, classes, values_NY, largest_CY) -> Strata:
+    """Return two labels a column: above the first and above the second third of the cases."""
     found: Strata = {}
     for name, y_N, y_C in zip(names, values_NY.T, largest_CY.T, strict=True):
         found |= _above(name, y_N, y_C, 3)
     return found
 
 
-def _times(names, classes, values_NY, largest_CY) -> Strata:
+def time_strata(names, classes, values_NY, largest_CY) -> Strata:
+    """Return the event, and whether the time is above the median of the events' times."""
     seen_C = largest_CY[largest_CY[:, 1] == 1, 0]
     return {names[1]: values_NY[:, 1]} | _above(names[0], values_NY[:, 0], seen_C, 2)
 
@@ -77,11 +85,3 @@ def _above(name: str, y_N: np.ndarray, y_C: np.ndarray, parts: int) -> Strata:
         if len(rising)
     }
     return {said: np.where(np.isnan(y_N), np.nan, y_N > cut) for cut, said in cuts.items()}
-
-
-STRATA: dict[str, Callable[..., Strata]] = {
-    "multilabel": _labels,
-    "multiclass": _classes,
-    "regression": _numbers,
-    "survival": _times,
-}

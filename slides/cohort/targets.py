@@ -1,9 +1,9 @@
-"""What the label columns of a cohort table may hold, by task.
+"""What the label columns of a cohort table may hold, and which task (`COLUMNS`) has which kind.
 
-    multilabel    any number of columns of 1, 0 or unknown; the default
-    multiclass    one column of class names
-    regression    any number of columns of numbers
-    survival      two columns: a time from 0 on, and whether the event was seen (1, 0)
+    Labels    any number of columns of 1, 0 or unknown; the default
+    Classes   one column of class names
+    Numbers   any number of columns of numbers
+    Times     two columns: a time from 0 on, and whether the event was seen (1, 0)
 
 Each kind reads the text of its columns into numbers, nan where unknown, and says what is wrong with
 them: cells that it cannot read, each with its row, and splits in which nothing could be learned or
@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+from slides.cohort.strata import Strata, class_strata, label_strata, number_strata, time_strata
 from slides.errors import CohortError, some, some_rows
 
 UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
@@ -64,6 +65,10 @@ class Columns(Protocol):
 
     apart: ClassVar[bool]
     """Whether a column can be read where another is missing."""
+    binary: ClassVar[bool] = False
+    """Whether every cell is 0, 1 or unknown."""
+    strata: ClassVar[Callable[..., Strata]]
+    """Labels of 0 and 1 by which cases are dealt to splits, one of `slides.cohort.strata`."""
 
     def choose(self, asked: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
         """Names of the columns.
@@ -81,14 +86,14 @@ class Columns(Protocol):
 
 
 @dataclass(frozen=True)
-class EachColumn:
+class EachColumn(Columns):
     """Any number of columns, each a target by itself."""
 
-    cell: Callable[[str], float | None]
+    cell: ClassVar[Callable[[str], float | None]]
     """The number of a text; None where it is none."""
-    unreadable: tuple[str, str, str]
+    unreadable: ClassVar[tuple[str, str, str]]
     """What such cells are; what to do of one; what to do where most are."""
-    lacking: Callable[[str, str, list[float]], list[str]]
+    lacking: ClassVar[Callable[[str, str, list[float]], list[str]]]
     """What is wrong with the values of a column, a split."""
     apart: ClassVar = True
 
@@ -110,36 +115,19 @@ class EachColumn:
         return Values(numbers, faults)
 
 
-def label_columns() -> EachColumn:
-    """Columns of 1, 0 or unknown."""
-    return EachColumn(KNOWN.get, (
-        "neither 0, 1 nor unknown",
-        "write 1, 0, or leave it blank if it is unknown",
-        "name the labels you want; if it is one, write 1, 0 or leave the cell blank",
-    ), _one_class)  # fmt: skip
-
-
-def number_columns() -> EachColumn:
-    """Columns of finite numbers or unknown."""
-    return EachColumn(_finite, (
-        "not numbers",
-        "write a number with a decimal point, or leave it blank if it is unknown",
-        "name the targets you want with data.labels",
-    ), _one_value)  # fmt: skip
-
-
 @dataclass(frozen=True)
-class Classes:
+class Classes(Columns):
     """One column of class names. Their numbers count them in alphabetical order."""
 
     apart: ClassVar = False
+    strata: ClassVar = staticmethod(class_strata)
 
     def choose(self, asked, free):
         """The one asked for, or the only one there is."""
         names = list(free if asked is None else asked)
         if len(names) != 1:
             raise CohortError(
-                f"task multiclass takes one column of class names, not {len(names)} "
+                f"this task takes one column of class names, not {len(names)} "
                 f"({some(names) or 'none'}): name it with data.labels: [COLUMN]"
             )
         return names
@@ -178,19 +166,19 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Times:
+class Times(Columns):
     """A time, and whether the event was seen then (1) or the case was last seen without it (0)."""
 
     time: str
     event: str
     apart: ClassVar = False
+    strata: ClassVar = staticmethod(time_strata)
 
     def choose(self, asked, free):
         """The two columns."""
         if asked is not None:
             raise CohortError(
-                "task survival takes its columns from data.task (time and event): leave "
-                "data.labels out"
+                "this task takes its columns from data.task (time and event): leave data.labels out"
             )
         return (self.time, self.event)
 
@@ -226,34 +214,6 @@ class Times:
                     "than the first of them: nothing can be compared. Move cases between splits"
                 )
         return Values(rows, faults)
-
-
-COLUMNS = {
-    "multilabel": label_columns,
-    "multiclass": Classes,
-    "regression": number_columns,
-    "survival": Times,
-}
-
-
-def make_columns(task: str | Mapping[str, Any]) -> Columns:
-    """Of a task by name, or by name and options; options that are no columns' are not looked at.
-
-    Raises:
-        CohortError: no such task, or survival without its columns.
-    """
-    options = task if isinstance(task, Mapping) else {"name": task}
-    name = options.get("name")
-    if name not in tuple(COLUMNS):
-        raise CohortError(f"data.task {name!r} is none of {', '.join(COLUMNS)}")
-    kind = COLUMNS[name]
-    if kind is not Times:
-        return kind()
-    if not all(isinstance(options.get(key), str) for key in ("time", "event")):
-        raise CohortError(
-            "data.task survival needs its columns: {name: survival, time: COLUMN, event: COLUMN}"
-        )
-    return Times(options["time"], options["event"])
 
 
 def named_as_mean(what: str, names: Collection[str]) -> list[str]:
@@ -321,3 +281,67 @@ def _order(text: str) -> tuple[int, float, str]:
     """Numbers by size, before names by letter."""
     value = _finite(text)
     return (1, 0.0, text) if value is None else (0, value, text)
+
+
+@dataclass(frozen=True)
+class Labels(EachColumn):
+    """Columns of 1, 0 or unknown."""
+
+    cell: ClassVar = staticmethod(KNOWN.get)
+    unreadable: ClassVar = (
+        "neither 0, 1 nor unknown",
+        "write 1, 0, or leave it blank if it is unknown",
+        "name the labels you want; if it is one, write 1, 0 or leave the cell blank",
+    )
+    lacking: ClassVar = staticmethod(_one_class)
+    binary: ClassVar = True
+    strata: ClassVar = staticmethod(label_strata)
+
+
+@dataclass(frozen=True)
+class Numbers(EachColumn):
+    """Columns of finite numbers or unknown."""
+
+    cell: ClassVar = staticmethod(_finite)
+    unreadable: ClassVar = (
+        "not numbers",
+        "write a number with a decimal point, or leave it blank if it is unknown",
+        "name the targets you want with data.labels",
+    )
+    lacking: ClassVar = staticmethod(_one_value)
+    strata: ClassVar = staticmethod(number_strata)
+
+
+COLUMNS: dict[str, type[Columns]] = {
+    "multilabel": Labels,
+    "multiclass": Classes,
+    "regression": Numbers,
+    "survival": Times,
+}
+"""Task -> how its columns are read. Fields of a kind are columns that the task's options name."""
+
+
+def named_columns(task: str) -> list[str]:
+    """Return the options of a task that each name a column: time and event of survival.
+
+    Raises:
+        CohortError: no such task.
+    """
+    if task not in tuple(COLUMNS):
+        raise CohortError(f"data.task {task!r} is none of {', '.join(COLUMNS)}")
+    return [field.name for field in fields(COLUMNS[task])]
+
+
+def make_columns(task: str | Mapping[str, Any]) -> Columns:
+    """Return the reader of a task's columns; options of the task that name none are ignored.
+
+    Raises:
+        CohortError: no such task, or one without its columns.
+    """
+    options = task if isinstance(task, Mapping) else {"name": task}
+    name = options.get("name")
+    wanted = named_columns(name)
+    if not all(isinstance(options.get(key), str) for key in wanted):
+        each = ", ".join(f"{key}: COLUMN" for key in wanted)
+        raise CohortError(f"data.task {name} needs its columns: {{name: {name}, {each}}}")
+    return COLUMNS[name](*(options[key] for key in wanted))

@@ -138,11 +138,9 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
             )
     elif study.folds is not None:
         task = data.get("task") or "multilabel"
-        options = task if isinstance(task, Mapping) else {"name": task}
-        columns = [options[key] for key in ("time", "event") if key in options]
-        run_split(table, out / "folds", columns or data.get("labels"), folds=study.folds,
+        run_split(table, out / "folds", data.get("labels"), folds=study.folds,
                   seed=study.fold_seed, preserve_sites=study.preserve_sites,
-                  task=options.get("name"), slides_dir=data.get("slides_dir"))  # fmt: skip
+                  task=task, slides_dir=data.get("slides_dir"))  # fmt: skip
     write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]

@@ -81,8 +81,7 @@ def split(verb: ArgumentParser) -> Do:
     add("--out", type=Path, required=True, help="a .csv, or a folder for several")
     add("--slides-dir", help="the config's, if it has one: paths then stay as they are")
     add("--labels", nargs="+", help="to stratify over; all; of survival TIME EVENT")
-    add("--task", default="multilabel", help="what they hold (%(default)s)",
-        choices=("multilabel", "multiclass", "regression", "survival"))  # fmt: skip
+    add("--task", default="multilabel", help="what they hold, as data.task (%(default)s)")
     add("--folds", type=int, help="cross-validation")
     add("--repeats", type=int, help="Monte-Carlo cross-validation")
     add("--from", type=Path, dest="source", metavar="FILE",

@@ -97,6 +97,7 @@ def test_a_leak_is_refused(table, tmp_path, capsys):
         (["--format", "clam"], "name a folder"),
         (["--labels", "ALK"], "column 'ALK' is missing"),
         (["--labels", "slide_id"], "column 'slide_id': 37 of 37 rows are "),
+        (["--task", "ranking"], "'ranking' is none of multilabel, multiclass"),
         (["--task", "multiclass"], "takes one column of class names, not 2"),
         (["--task", "survival", "--labels", "EGFR"], "--labels TIME EVENT"),
         (["--task", "regression", "--labels", "case_id"], "37 of 37 rows are not numbers"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slides.cohort.splits import deal, gather_cases
-from slides.cohort.strata import STRATA, stratify
+from slides.cohort.strata import stratify
 from slides.cohort.targets import COLUMNS
 
 NAMES = {"multiclass": ["grade"], "regression": ["TMB", "age"], "survival": ["months", "dead"]}
@@ -57,7 +57,7 @@ def test_folds_of_random_cohorts_are_even(task):
     for seed in range(40):
         values, slides = random_cohort(task, seed)
         ids = [f"c{n}" for n in slides]
-        strata = stratify(task, NAMES[task], CLASSES, ids, values[slides])
+        strata = stratify(COLUMNS[task], NAMES[task], CLASSES, ids, values[slides])
         cases = gather_cases(ids, [""] * len(ids), list(strata), np.stack(list(strata.values()), 1))
         part_of = dict(zip(cases.ids, deal(cases, [0.2] * 5, seed), strict=True))
         assert len(part_of) == len(values), "each case has one part"
@@ -87,7 +87,7 @@ def test_a_plain_shuffle_is_not_that_even(task):
 def test_cuts_are_of_cases_and_a_case_counts_by_its_largest_slide():
     values = np.array([[1.0], [9.0], [2.0], [3.0], [np.nan], [1.0], [1.0], [1.0]])
     ids = ["a", "a", "b", "c", "d", "b", "b", "b"]
-    strata = stratify("regression", ["TMB"], (), ids, values)
+    strata = stratify(COLUMNS["regression"], ["TMB"], (), ids, values)
     cases = gather_cases(ids, [""] * 8, list(strata), np.stack(list(strata.values()), 1))
     assert cases.labels == ("TMB above 1/3", "TMB above 2/3")
     np.testing.assert_array_equal(cases.values_CL, [[1, 1], [0, 0], [1, 0], [np.nan] * 2])
@@ -95,12 +95,13 @@ def test_cuts_are_of_cases_and_a_case_counts_by_its_largest_slide():
 
 def test_times_are_late_by_the_median_of_events_alone():
     values = np.array([[1.0, 1, 7], [3, 1, 8], [5, 1, 9], [50, 0, 10], [np.nan, np.nan, 11]])
-    strata = stratify("survival", ["months", "dead"], (), list("abcde"), values)
+    kind, names = COLUMNS["survival"], ["months", "dead"]
+    strata = stratify(kind, names, (), list("abcde"), values)
     assert list(strata) == ["dead", "months above 1/2"]
     np.testing.assert_array_equal(strata["months above 1/2"], [0, 0, 1, 1, np.nan])
     none = np.array([[1.0, 0, 7], [3, 0, 8]])
-    assert list(stratify("survival", ["months", "dead"], (), list("ab"), none)) == ["dead"]
+    assert list(stratify(kind, names, (), list("ab"), none)) == ["dead"]
 
 
 def test_every_task_has_strata():
-    assert STRATA.keys() == COLUMNS.keys()
+    assert all(callable(kind.strata) for kind in COLUMNS.values())
