@@ -61,8 +61,7 @@ def run_split(
     Args:
         table: a cohort table; its `split` column, if any, is not looked at.
         out: a .csv or .tsv for one split, else a folder.
-        labels: to stratify over; None is every label of the table. For a task given by name whose
-            options name columns, such as survival: those columns, time and event.
+        labels: to stratify over; None is all. For survival by name: columns of time and event.
         folds: of a cross-validation.
         repeats: of a Monte-Carlo cross-validation with these fractions.
         fractions: of train, val and test.

@@ -48,14 +48,12 @@ from tapfm.inference.prediction import (
     write_weights,
 )
 from tapfm.reports.html.page import write_page
-from tapfm.reports.outcome_report import write_outcomes
-from tapfm.reports.report import write_results
+from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
 from tapfm.stats.metrics import auroc
-from tapfm.tasks.multilabel import Multilabel
 from tapfm.training.callbacks import BEST
 from tapfm.training.fit import CONFIG, Cli, read_config
 
@@ -109,10 +107,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
         draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
-    if isinstance(data.task, Multilabel):
-        print(write_results(report, split, data.label_names, rows, skipped, groups=groups))
-    else:
-        print(write_outcomes(report, split, data.task, rows, skipped))
+    print(REPORTS[data.task.report].write(report, split, data.task, rows, skipped, groups))
     if aurocs:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
         print("".join(f"  {name} {value:.3f}\n" for name, value in aurocs.items()))

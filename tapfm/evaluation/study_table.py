@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from slides.files import write_csv
 from tapfm.reports.plain_table import aligned, span
 from tapfm.reports.pooling import Pool, pool
-from tapfm.reports.report import ONE_CLASS
 from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER, ResultRow, read_result_row, row_folder
 from tapfm.reports.runs import read_task
 from tapfm.stats.bootstrap import Interval
@@ -48,7 +47,7 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
     defined = [title for title in frozen if not math.isnan(value[title])]
     best = max(defined, key=value.get) if defined else None
     first = trained[0] if trained else None
-    result |= {"slides": found.slides, "cases": found.cases, "figure": task.selects,
+    result |= {"slides": found.slides, "cases": found.cases, "figure": task.monitor,
                "macro": list(found.averaged), "reference": best, "first": first}  # fmt: skip
     for title in order:
         if title not in found.rows:
@@ -101,7 +100,7 @@ def _text(
     folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, why: list[str]
 ) -> str:
     best, first = result["reference"], result["first"]
-    undefined = ONE_CLASS if task.selects == "auroc" else "undefined"
+    undefined = task.undefined
     head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
             "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
     table = [head]

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tapfm.data.bag import Places
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.aggregators.contract import TileSet
-from tapfm.tasks import Task, watched
+from tapfm.tasks import Task, validation_figures
 
 BATCH = 8  # slides an update: steadier than one, still tens of updates an epoch
 WEIGHT_DECAY = 1e-2
@@ -286,7 +286,7 @@ def validation_score(
 ) -> tuple[float, tuple[float, float]]:
     """The task's figure, and what is maximised: that, then minus the loss."""
     said_NP = task.predict(logits_NK.double()).cpu().numpy()
-    value = watched(task, y_NY.cpu().numpy(), said_NP)[task.selects]
+    value = validation_figures(task, y_NY.cpu().numpy(), said_NP)[task.monitor]
     minus_loss = -float(loss(logits_NK, y_NY))
     finite = minus_loss if math.isfinite(minus_loss) else -math.inf
     return value, (0.0 if math.isnan(value) else value, finite)
@@ -325,7 +325,7 @@ def check_bags(train: Sequence[FeatureBag], val: Sequence[FeatureBag], task: Tas
         if bag.y_K.shape != (task.width,):
             raise BaselineError(
                 f"{bag.slide_id}: {bag.y_K.numel()} labels, but {task.width} are named: "
-                f"{', '.join(task.truth)}"
+                f"{', '.join(task.targets)}"
             )
         if not bag.z_TD.isfinite().all():
             raise BaselineError(

@@ -128,11 +128,11 @@ def fit_linear_probe(
 def _apart(task: Task) -> Iterator[tuple[str, list[int], Tensor]]:
     """Of each thing that is learned alone: name, numbers of its logits, which of the target."""
     place_Y = torch.arange(task.width)
-    if task.truth == task.labels:
+    if task.targets == task.labels:
         for k, name in enumerate(task.labels):
             yield name, [k], place_Y == k
     else:  # classes, or bins of time, that share a target; a slide's number says nothing here
-        yield ", ".join(task.truth), [*range(len(task.labels))], place_Y < len(task.truth)
+        yield ", ".join(task.targets), [*range(len(task.labels))], place_Y < len(task.targets)
 
 
 def _logits(x_NR: Tensor, found_KE: Tensor) -> Tensor:

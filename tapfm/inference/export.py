@@ -176,7 +176,7 @@ def readme(encoder: Encoder, provenance: dict[str, Any], folder: Path) -> str:
     classes = {k: v for k, v in given.items() if not isinstance(v, PLAIN)}
     header = provenance["adapted"]
     stain = (header or {}).get("stain")
-    predicted = make_task(header["task"], header["labels"]).truth if header else ()
+    predicted = make_task(header["task"], header["labels"]).targets if header else ()
     name = f"{row.key}_{provenance['fingerprint'][:8]}" if header else row.key
     file = f"{folder}/model.safetensors"
     named = {"model_name": row.arch, "checkpoint_path": file, **given}

@@ -94,7 +94,7 @@ def predict_slides(
         model_config.tile_px, model_config.mpp, tissue=Tissue(**facts.get("tissue", {}))
     )
     tiles = tiles_as_trained(trained, mpp, masks)
-    width, predictions = model.task.width, []
+    width, names, predictions = model.task.width, model.task.predictions, []
     rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
     with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
@@ -107,19 +107,19 @@ def predict_slides(
                 for slide, part, index in zip(row.slides, parts, indices, strict=True):
                     write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
                     if draw:
-                        draw_slide(out, slide, index, part, _values(model.task.said, part))
+                        draw_slide(out, slide, index, part, _values(names, part))
             except SlideError as fault:
                 tqdm.write(f"tapfm: {fault}", file=sys.stderr)
                 failed[row.slide_id] = str(fault)
                 continue
             predictions.append(whole)
-            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_values(model.task.said, whole)}")
+            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_values(names, whole)}")
     if case and failed:
         print(f"tapfm: {case}: one of its slides failed, so it is not predicted", file=sys.stderr)
         predictions = []
     elif case and pool != "union":
         predictions = pool_cases(predictions, model.task, pool, group_by_case(rows, ()))
-        print(f"{case}: {pool} of {len(rows)} slides; {_values(model.task.said, predictions[0])}")
+        print(f"{case}: {pool} of {len(rows)} slides; {_values(names, predictions[0])}")
     if predictions:
         write_predictions(table, model.task, predictions, file_fingerprint(path))
     return 2 if failed else 0

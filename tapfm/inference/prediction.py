@@ -36,7 +36,7 @@ class Prediction:
     labels_K: np.ndarray
     """0, 1, or nan where unknown; for other tasks the target's numbers."""
     probs_K: np.ndarray
-    """Predicted numbers: one sigmoid a label, or as many as `Task.said` names."""
+    """Predicted numbers: one sigmoid a label, or as many as `Task.predictions` names."""
     weights_T: np.ndarray
     """Tile weights, summing to 1."""
     logits_K: np.ndarray | None = None
@@ -124,7 +124,7 @@ def columns(targets: Sequence[str], predicted: Sequence[str]) -> list[str]:
 
 def header_of(task: Task) -> list[str]:
     """Return the columns of `write_predictions`: `<label>` and `p_<label>` alternate."""
-    return ["slide_id", "case_id", *columns(task.truth, task.said)]
+    return ["slide_id", "case_id", *columns(task.targets, task.predictions)]
 
 
 def write_predictions(
@@ -139,7 +139,7 @@ def write_predictions(
     """
     rows = [
         [each.slide_id, each.case_id]
-        + columns(task.spell(each.labels_K), [f"{value:.7g}" for value in each.probs_K])
+        + columns(task.format_target(each.labels_K), [f"{value:.7g}" for value in each.probs_K])
         for each in predictions
     ]
     if model is None:

@@ -1,9 +1,9 @@
-"""Slides worth looking at: those a model is surest of, rightly and wrongly, by task.
+"""Slides worth looking at: those a model is surest of, rightly and wrongly, by kind of report.
 
-    multilabel    of each label true and false positives and negatives
-    multiclass    of each class, one against the rest: rightly and wrongly said, and missed
-    regression    of each target the nearest of either half, the most too high and too low
-    survival      an event up to the horizon against being seen for longer, at the median risk
+    labels     of each label true and false positives and negatives
+    classes    of each class, one against the rest: rightly and wrongly said, and missed
+    values     of each target the nearest of either half, the most too high and too low
+    times      an event up to the horizon against being seen for longer, at the median risk
 
 Shapes: N slides, L labels, classes or targets.
 """
@@ -17,10 +17,6 @@ import numpy as np
 
 from tapfm.reports.rows import ResultRow
 from tapfm.tasks import Task
-from tapfm.tasks.multiclass import Multiclass
-from tapfm.tasks.multilabel import Multilabel
-from tapfm.tasks.regression import Regression
-from tapfm.tasks.survival import Survival
 
 CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
 POINT = "balanced"  # operating point, of those that were
@@ -72,19 +68,6 @@ class Choice:
         return f"{said:.3f}" if self.what == "probability" else f"{said:.6g}"
 
 
-def choose(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
-    """The slides of a model that are worth looking at.
-
-    Args:
-        task: what was predicted.
-        arm: what the model said.
-        facts: of it, in metrics_<split>.json.
-    """
-    return {
-        Multilabel: _labels, Multiclass: _classes, Regression: _values, Survival: _times
-    }[type(task)](task, arm, facts)  # fmt: skip
-
-
 def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
     """From which probability each label is called, as chosen on validation or else `CALLED`.
 
@@ -97,7 +80,8 @@ def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
     return [CALLED if value is None else value for value in chosen]
 
 
-def _labels(task: Multilabel, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_label(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+    """Return, for each label, its surest true and false positives and negatives."""
     called = dict(zip(task.labels, thresholds(facts, task.labels), strict=True))
     cases = [
         case
@@ -111,7 +95,8 @@ def _labels(task: Multilabel, arm: ResultRow, facts: Mapping) -> Choice:
     return Choice(about, tuple(LABEL), called, cases, task.labels, _one_or_zero(arm.y_NK), arm.p_NK)
 
 
-def _classes(task: Multiclass, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_class(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+    """Return, for each class, the surest slides called so, rightly and wrongly, and missed."""
     said_N, rest = arm.p_NK.argmax(1), task.one_vs_rest(arm.y_NK)
     cases = [
         case
@@ -126,7 +111,8 @@ def _classes(task: Multiclass, arm: ResultRow, facts: Mapping) -> Choice:
     return Choice(about, tuple(CLASS), {}, cases, task.labels, truth_NL, arm.p_NK)
 
 
-def _values(task: Regression, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_value(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+    """Return, for each target, the slides predicted nearest, most too high and most too low."""
     cases = []
     for k, label in enumerate(task.labels):
         y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
@@ -148,7 +134,8 @@ def _values(task: Regression, arm: ResultRow, facts: Mapping) -> Choice:
     return Choice(about, VALUE, {}, cases, task.labels, truth_NL, arm.p_NK, "predicted")
 
 
-def _times(task: Survival, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_time(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+    """Return slides of early and late events with the most extreme risks."""
     time_N, event_N, risk_N = arm.y_NK[:, 0], arm.y_NK[:, 1], arm.p_NK[:, 0]
     early_N = np.where((time_N <= task.horizon) & (event_N == 1), 1.0, np.nan)
     early_N[time_N > task.horizon] = 0

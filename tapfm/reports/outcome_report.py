@@ -51,7 +51,7 @@ def write_outcomes(
     reference = _best_frozen(task, arms, drawn)
     gains = {
         arm.title: {
-            group: percentiles(figures[task.selects] - drawn[reference][group][task.selects])
+            group: percentiles(figures[task.monitor] - drawn[reference][group][task.monitor])
             for group, figures in drawn[arm.title].items()
         }
         for arm in arms
@@ -76,7 +76,7 @@ def write_outcomes(
             arm.title: {
                 "end_to_end": arm.end_to_end,
                 "figures": figures[arm.title],
-                f"{task.selects}_difference": gains.get(arm.title),
+                f"{task.monitor}_difference": gains.get(arm.title),
             }
             for arm in arms
         },
@@ -88,8 +88,7 @@ def write_outcomes(
     write_json(folder / f"metrics_{split}.json", result)
     pictures = []
     if any(arm.metrics_csv for arm in arms):
-        chance = math.nan if task.selects == "r2" else 0.5
-        figure = curves_figure(arms, task.selects, task.title, chance)
+        figure = curves_figure(arms, task.monitor, task.title, task.chance)
         pictures.append(save_figure(figure, folder / "curves.png"))
     write_text(folder / "report.md", results_page(split, table, notes, pictures))
     wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
@@ -99,7 +98,7 @@ def write_outcomes(
 def _best_frozen(task: Task, arms: Sequence[ResultRow], drawn: dict) -> str | None:
     """Title of the row not trained end to end that is best on this split; None without one."""
     value = {
-        arm.title: next(iter(drawn[arm.title].values()))[task.selects][0]
+        arm.title: next(iter(drawn[arm.title].values()))[task.monitor][0]
         for arm in arms
         if not arm.end_to_end
     }
@@ -112,7 +111,7 @@ def _table(task: Task, figures: dict, gains: dict, reference: str | None, draws:
     groups = next(iter(figures.values()))
     names = list(next(iter(groups.values())))
     header = [f"{name.replace('_', ' ')} [95 %]" for name in names]
-    table = [["of", "model", *header, f"{task.selects} minus *"]]
+    table = [["of", "model", *header, f"{task.monitor} minus *"]]
     for group in groups:
         for row, (title, each) in enumerate(figures.items()):
             mark = " *" if title == reference else ""
@@ -130,11 +129,7 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
         f"Intervals: 95 %, from {result['draws']} bootstrap draws of whole cases; of AUROC "
         "symmetric on the logit scale, of others and of differences percentiles."
     ]
-    if horizon := getattr(task, "horizon", None):
-        notes.append(
-            f"auc: of an event up to {task.time} = {horizon:g}, the training split's median, "
-            "against being seen for longer; weighted by the inverse chance of being censored."
-        )
+    notes += task.notes()
     if result["reference"]:
         notes.append(
             f"* {result['reference']}: the best {task.title} on this split of the rows not trained "
@@ -157,11 +152,12 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
 
 
 def _write_said(path: Path, task: Task, arms: Sequence[ResultRow]) -> None:
-    header = [f"{name} ({arm.title})" for arm in arms for name in task.said]
+    header = [f"{name} ({arm.title})" for arm in arms for name in task.predictions]
     rows = [
-        [slide, case, *task.spell(y_Y)] + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]
+        [slide, case, *task.format_target(y_Y)]
+        + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]
         for n, (slide, case, y_Y) in enumerate(
             zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
         )
     ]
-    write_csv(path, ["slide_id", "case_id", *task.truth, *header], rows)
+    write_csv(path, ["slide_id", "case_id", *task.targets, *header], rows)

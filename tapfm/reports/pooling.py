@@ -90,7 +90,7 @@ def pool(
     """Rows from title -> seed -> fold -> what one model said of its test fold.
 
     Args:
-        task: what was predicted, by its figure `selects`.
+        task: what was predicted, by its figure `monitor`.
         runs: a row without a seed that has every fold is left out.
         folds: how many there should be.
         draws: bootstrap draws.
@@ -160,7 +160,7 @@ def _row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) 
         each = drawn["within_folds"]
         each[head] = mean_of([each[group] for group in averaged], draws)
     figures = {
-        kind: {group: interval_of(task.selects, value_B) for group, value_B in each.items()}
+        kind: {group: interval_of(task.monitor, value_B) for group, value_B in each.items()}
         for kind, each in drawn.items()
     }
     by_seed = {s: float(each[head][0]) for s, each in pooled.items()}
@@ -169,7 +169,7 @@ def _row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) 
 
 def _pooled(task: Task, y_NY, p_NP, times_BN) -> dict[str, np.ndarray]:
     measured = task.measure(y_NY, p_NP, times_BN)
-    return {group: figures[task.selects] for group, figures in measured.items()}
+    return {group: figures[task.monitor] for group, figures in measured.items()}
 
 
 def _within_folds(task: Task, y_NY, p_NP, fold_N, times_BN) -> dict[str, np.ndarray]:
@@ -179,7 +179,7 @@ def _within_folds(task: Task, y_NY, p_NP, fold_N, times_BN) -> dict[str, np.ndar
     for fold in np.unique(fold_N):
         own = fold_N == fold
         figures = _pooled(task, y_NY[own], p_NP[own], times_BN[:, own])
-        for group, share_B in task.compared(y_NY[own], times_BN[:, own]).items():
+        for group, share_B in task.fold_weights(y_NY[own], times_BN[:, own]).items():
             above[group] = above.get(group, 0) + np.nan_to_num(figures[group]) * share_B
             below[group] = below.get(group, 0) + share_B
     with np.errstate(invalid="ignore"):

@@ -52,9 +52,7 @@ from tapfm.reports.details import describe, sections
 from tapfm.reports.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.reports.plain_table import FEW_DRAWS, markdown, ruled, span
 from tapfm.reports.rows import ResultRow, aligned_rows
-from tapfm.stats.metrics import MACRO, evaluate, paired_difference
-
-ONE_CLASS = "one class only"
+from tapfm.stats.metrics import MACRO, ONE_CLASS, evaluate, paired_difference
 
 
 def write_results(

@@ -77,14 +77,14 @@ def read_result_row(
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows, header = list(reader), reader.fieldnames or []
-    said = [f"{name}{of}" for name in task.said]
-    if missing := [name for name in ("slide_id", "case_id", *task.truth, *said)
+    said = [f"{name}{of}" for name in task.predictions]
+    if missing := [name for name in ("slide_id", "case_id", *task.targets, *said)
                    if name not in header]:  # fmt: skip
         raise ResultRowError(
             f"{path}: columns are {', '.join(header) or 'missing'}, and {', '.join(missing)} "
             "are needed, too. Is this a run's predictions file?"
         )
-    y_NK = [task.parse([row[name] for name in task.truth]) for row in rows]
+    y_NK = [task.parse([row[name] for name in task.targets]) for row in rows]
     p_NK = [[float(row[name]) for name in said] for row in rows]
     curves = path.parent / "metrics.csv"
     return ResultRow(

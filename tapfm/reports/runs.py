@@ -16,7 +16,6 @@ import yaml
 from tapfm.reports.rows import ResultRow, read_result_row, row_of_run
 from tapfm.stats.metrics import MACRO
 from tapfm.tasks import Task, make_task
-from tapfm.tasks.multilabel import Multilabel
 
 
 class RunsError(ValueError):
@@ -75,7 +74,7 @@ def read_task(metrics: Mapping) -> Task:
     if isinstance(told, Mapping):
         return make_task({k: v for k, v in told.items() if k != "labels"}, told["labels"])
     names = {name: None for arm in metrics["arms"].values() for name in arm.get("figures") or {}}
-    return Multilabel(tuple(name for name in names if name != MACRO))
+    return make_task({"name": "multilabel"}, [name for name in names if name != MACRO])
 
 
 def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[ResultRow]:
@@ -91,7 +90,7 @@ def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> 
         if path.is_file():
             arm = read_result_row(title, path, task, end_to_end=trained, of=f" ({title})")
         else:
-            nothing = np.empty((0, task.width)), np.empty((0, len(task.said)))
+            nothing = np.empty((0, task.width)), np.empty((0, len(task.predictions)))
             arm = ResultRow(title, trained, [], [], *nothing)
         arms.append(replace(arm, metrics_csv=log if log and log.is_file() else None))
     return arms

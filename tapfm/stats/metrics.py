@@ -38,11 +38,12 @@ from tapfm.stats.bootstrap import (
 )
 
 __all__ = [
-    "MACRO", "Interval", "auprc", "auroc", "auroc_draws", "bootstrap_cases", "evaluate",
-    "interval_of", "macro_auroc", "paired_difference", "pairs_draws",
+    "MACRO", "ONE_CLASS", "Interval", "auprc", "auroc", "auroc_draws", "bootstrap_cases",
+    "evaluate", "interval_of", "macro_auroc", "paired_difference", "pairs_draws",
 ]  # fmt: skip
 
 MACRO = "macro"
+ONE_CLASS = "one class only"  # what tables say where an AUROC is undefined
 
 
 def auroc(y_N: np.ndarray, p_N: np.ndarray) -> float:

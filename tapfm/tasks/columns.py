@@ -1,4 +1,4 @@
-"""What two tasks share: every column of the table is a target with a logit and figures of its own.
+"""Base of tasks in which every column of the table is a target with a logit of its own.
 
 Shapes: N slides, K targets, B draws.
 """
@@ -11,36 +11,37 @@ from typing import ClassVar
 import numpy as np
 
 from tapfm.stats.bootstrap import mean_of_defined
+from tapfm.stats.metrics import MACRO
+from tapfm.tasks.contract import Task
 
 
-class ColumnTask:
-    """See `tapfm.tasks.Task`."""
+class ColumnTask(Task):
+    """A task of independent columns: one logit, one prediction, one set of figures each."""
 
-    labels: tuple[str, ...]
     figures: ClassVar[Mapping[str, Callable[..., np.ndarray]]]
-    """By name: of a target, what is said of it, and the draws."""
-    share_of: ClassVar[Callable[..., np.ndarray]]
-    """What the first figure is a share of, of a target and the draws."""
+    """Name -> function of targets (N,), predictions (N,) and draws (B, N), to values (B,)."""
+    weight_in_fold: ClassVar[Callable[..., np.ndarray]]
+    """Function of targets (N,) and draws (B, N) to the weight (B,) of a fold, of one column."""
 
     @property
-    def truth(self):
-        """The columns."""
+    def targets(self):
+        """Return the columns, which are the labels."""
         return self.labels
 
     @property
     def width(self):
-        """A number a column."""
+        """Return the number of columns."""
         return len(self.labels)
 
     def parse(self, texts):
-        """Numbers, nan where blank."""
+        """Return numbers, nan where blank."""
         return [float(text or "nan") for text in texts]
 
-    def measure(self, target_NY, said_NP, times_BN):
-        """Every figure of each column, and their means."""
+    def measure(self, target_NY, predicted_NP, times_BN):
+        """Return every figure of each column, and first their means."""
         each = {
             label: {
-                name: figure(target_NY[:, k], said_NP[:, k], times_BN)
+                name: figure(target_NY[:, k], predicted_NP[:, k], times_BN)
                 for name, figure in self.figures.items()
             }
             for k, label in enumerate(self.labels)
@@ -49,11 +50,11 @@ class ColumnTask:
             name: mean_of_defined([found[name] for found in each.values()], len(times_BN))
             for name in self.figures
         }
-        return {"macro": macro, **each}
+        return {MACRO: macro, **each}
 
-    def compared(self, target_NY, times_BN):
-        """Of each column."""
+    def fold_weights(self, target_NY, times_BN):
+        """Return the weight of a fold for each column."""
         return {
-            label: type(self).share_of(target_NY[:, k], times_BN)
+            label: type(self).weight_in_fold(target_NY[:, k], times_BN)
             for k, label in enumerate(self.labels)
         }

@@ -1,4 +1,4 @@
-"""Any number of labels of 1, 0 or unknown, one sigmoid each. With one label: binary.
+"""Any number of labels of 1, 0 or unknown, one sigmoid each; with one label, binary.
 
 Shapes: N slides, K labels, B draws.
 """
@@ -12,53 +12,55 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from tapfm.stats.metrics import auroc_draws, pairs_draws
+from tapfm.settings import SettingsError
+from tapfm.stats.metrics import ONE_CLASS, auroc_draws, pairs_draws
 from tapfm.tasks.columns import ColumnTask
 from tapfm.tasks.losses import MaskedBCE
 
 
 @dataclass(frozen=True)
 class Multilabel(ColumnTask):
-    """See `tapfm.tasks.Task`."""
+    """Labels of 0 and 1, each by itself."""
 
     labels: tuple[str, ...]
     pos_weight: tuple[float, ...] = ()
-    """Negatives over positives of each label, in the training split."""
+    """Negatives over positives of each label, in the training split; empty is 1 for each."""
 
-    options: ClassVar = ()
-    selects: ClassVar = "auroc"
+    monitor: ClassVar = "auroc"
     title: ClassVar = "macro AUROC"
+    report: ClassVar = "labels"
+    undefined: ClassVar = ONE_CLASS
     figures: ClassVar = {"auroc": auroc_draws}
-    share_of: ClassVar = pairs_draws
+    weight_in_fold: ClassVar = pairs_draws
 
     @classmethod
     def learn(cls, names, classes, target_NY):
-        """See `tapfm.tasks.learn_task`."""
+        """Return the task, with the weights of positives."""
         return cls(names, positive_weights(target_NY, names))
 
     @property
-    def said(self):
-        """A probability a label."""
+    def predictions(self):
+        """Return a name of a probability a label."""
         return tuple(f"p_{label}" for label in self.labels)
 
     def loss(self) -> nn.Module:
-        """Weighted binary cross-entropy."""
+        """Return weighted binary cross-entropy."""
         return MaskedBCE(self.pos_weight or [1.0] * len(self.labels))
 
     def predict(self, logits_NK: Tensor) -> Tensor:
-        """One sigmoid a label."""
+        """Return a probability a label, the sigmoid of its logit."""
         return logits_NK.sigmoid()
 
-    def spell(self, target_Y):
-        """1, 0 or blank."""
+    def format_target(self, target_Y):
+        """Return 1, 0 or blank, a label."""
         return ["" if np.isnan(value) else str(int(value)) for value in target_Y]
 
     def unweighted(self):
-        """Positives count as negatives do."""
+        """Return the task with positives weighted as negatives."""
         return replace(self, pos_weight=())
 
     def strata(self, target_NY):
-        """Positives and negatives of each label; the chance of a label falls with its positives."""
+        """Return positives and negatives of each label; a label of few positives weighs more."""
         return [
             (max((y_N == 1).sum(), 1) ** -0.5, [np.flatnonzero(y_N == side) for side in (1, 0)])
             for y_N in target_NY.T
@@ -66,16 +68,16 @@ class Multilabel(ColumnTask):
 
 
 def positive_weights(target_NK: np.ndarray, labels: Sequence[str]) -> tuple[float, ...]:
-    """Negatives per positive of each label, on known labels.
+    """Return negatives per positive of each label, counted on known labels.
 
     Raises:
-        ValueError: a label has no known positive or no known negative among these slides.
+        SettingsError: a label has no known positive or no known negative among these slides.
     """
     weights = []
     for label, y_N in zip(labels, np.transpose(target_NK), strict=True):
         positives, negatives = int((y_N == 1).sum()), int((y_N == 0).sum())
         if not positives or not negatives:
-            raise ValueError(
+            raise SettingsError(
                 f"{label} has {positives} known positive and {negatives} known negative training "
                 "slides, and its loss cannot be weighted: training needs both. Leave the label "
                 "out, or add slides."

@@ -32,7 +32,7 @@ from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
 from tapfm.slide_model.aggregators import aggregator_options, name_of
-from tapfm.tasks import watched
+from tapfm.tasks import validation_figures
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.training.module import SlideModule
 from tapfm.training.warm_start import WarmStart
@@ -130,13 +130,13 @@ def run_fit(arguments: Sequence[str]) -> int:
         print(
             f"{folder}: {model_config.model}, {what} "
             f"at {module.encoder_lr:g}; aggregator "
-            f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.truth)}; "
+            f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
             f"chunks of {module.chunk} tiles in {model_config.precision}"
         )
     trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
-    best = BestWeights(folder, module.task.selects)
+    best = BestWeights(folder, module.task.monitor)
     trainer.callbacks += [
-        RunLog(folder, list(watched(module.task)), module.columns),
+        RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
         ResumePoint(folder, cli.config.resume_every),
     ]

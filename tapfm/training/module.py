@@ -28,7 +28,7 @@ from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
 from tapfm.slide_model.model import ModelConfig, build
-from tapfm.tasks import watched
+from tapfm.tasks import validation_figures
 from tapfm.training.alternating import (
     AlternatingModule,
     StrategyName,
@@ -251,10 +251,10 @@ class SlideModule(AlternatingModule):
             raise DivergedError("a logit of the val split is not finite")
         said_NP = self.task.predict(logits_NK.double())
         figures = {"loss": float(loss_N.mean())}
-        figures |= watched(self.task, labels_NK.numpy(), said_NP.numpy())
+        figures |= validation_figures(self.task, labels_NK.numpy(), said_NP.numpy())
         for name, value in figures.items():
             if not math.isnan(value):
-                shown = name == self.task.selects
+                shown = name == self.task.monitor
                 self.log(f"val/{name}", value, prog_bar=shown, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint) -> None:

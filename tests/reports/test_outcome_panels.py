@@ -7,7 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import chi2
 
-from tapfm.reports.html.outcome_panels import by_case, confusion, task_curves, time_axis, value_axis
+from tapfm.reports.html.outcome_panels import by_case, confusion, time_axis, value_axis
+from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.rows import ResultRow
 from tapfm.tasks.multiclass import Multiclass
@@ -104,7 +105,7 @@ def test_without_events_there_is_no_test():
 
 
 def test_who_is_still_seen_is_counted():
-    html = "".join(task_curves(TIMES, [survival_arm(), survival_arm(1)]))
+    html = "".join(REPORTS["times"].curves(TIMES, [survival_arm(), survival_arm(1)]))
     assert html.count("<figure") == 2
     one = survival_arm()
     assert f"<td>{int(np.nansum(one.y_NK[:, 1]))}</td>" not in html  # of halves, not of all
@@ -123,7 +124,7 @@ def test_points_are_slides_whose_value_is_known():
     assert points.get_xydata().tolist() == [[1, 1.5], [3, 2], [4, 4]]
     spread = np.var([1, 3, 4]) * 3
     assert points.get_label() == f"R² {1 - 1.25 / spread:.3f}"
-    html = "".join(task_curves(Regression(("v<",), (0.0,), (1.0,)), [one, one]))
+    html = "".join(REPORTS["values"].curves(Regression(("v<",), (0.0,), (1.0,)), [one, one]))
     assert html.count("<figure") == 2
     assert "v&lt;, predicted against true" in html
 
@@ -133,7 +134,7 @@ def test_confusions_and_each_class_against_the_rest():
     one = arm([[0], [0], [1], [1], [1], [NAN]],
               [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [0.6, 0.4], [1, 0]])  # fmt: skip
     assert confusion(task, one) == [[1, 1], [1, 2]]
-    html = "".join(task_curves(task, [one]))
+    html = "".join(REPORTS["classes"].curves(task, [one]))
     assert "<td>1</td><td>2</td><td>67%</td>" in html
     assert html.count("<figure") == 6
     assert "x, 2 of 5 positive" in html

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
-from tapfm.tasks import TaskError, learn_task, make_task, task_config, watched
+from tapfm.tasks import TaskError, learn_task, make_task, task_config, validation_figures
 from tapfm.tasks.multilabel import positive_weights
 
 NAN = math.nan
@@ -69,20 +69,20 @@ def test_widths_agree(name):
     """Logits in, loss and predictions out, for one slide, for several, and where all is unknown."""
     task = every()[name]
     logits = torch.randn(5, len(task.labels), generator=torch.Generator().manual_seed(0))
-    assert task.predict(logits).shape == (5, len(task.said))
+    assert task.predict(logits).shape == (5, len(task.predictions))
     torch.testing.assert_close(task.predict(logits[0]), task.predict(logits)[0])
     unknown = torch.full((task.width,), torch.nan)
     leaf = logits[0].clone().requires_grad_()
     task.loss()(leaf, unknown).backward()
     assert leaf.grad.abs().sum() == 0
-    assert task.spell(unknown.numpy()) == [""] * len(task.truth)
-    assert np.isnan(task.parse([""] * len(task.truth))).all()
+    assert task.format_target(unknown.numpy()) == [""] * len(task.targets)
+    assert np.isnan(task.parse([""] * len(task.targets))).all()
     known = {"multilabel": ["1", "0"], "multiclass": ["b"], "regression": ["1.5", "-2"]}
     texts = known.get(name, ["12.5", "1"])
     assert len(task.parse(texts)) == task.width
-    assert task.spell(np.array(task.parse(texts))) == texts
-    figures = watched(task)
-    assert task.selects in figures
+    assert task.format_target(np.array(task.parse(texts))) == texts
+    figures = validation_figures(task)
+    assert task.monitor in figures
     assert all(math.isnan(value) for value in figures.values())
 
 
@@ -95,20 +95,20 @@ def test_what_is_said():
     risk, first, second = tasks["hazard"].predict(hazards).tolist()
     assert (first, second) == pytest.approx((1 / 2, 1 / 8))
     assert risk == pytest.approx((1 - 1 / 2) + (1 - 1 / 8) + (1 - 1 / 16))
-    assert tasks["multiclass"].spell(np.array([2.0])) == ["c"]
-    assert tasks["hazard"].spell(np.array([12.5, 1.0, 3.0])) == ["12.5", "1"]
+    assert tasks["multiclass"].format_target(np.array([2.0])) == ["c"]
+    assert tasks["hazard"].format_target(np.array([12.5, 1.0, 3.0])) == ["12.5", "1"]
 
 
 def test_perfect_predictions_are_perfect():
     tasks = every()
     y = np.array([[0.0], [1], [2], [1], [NAN]])
     said = np.eye(3)[[0, 1, 2, 1, 0]]
-    assert watched(tasks["multiclass"], y, said) == {
+    assert validation_figures(tasks["multiclass"], y, said) == {
         "auroc": 1, "balanced_accuracy": 1, "accuracy": 1, "auroc_a": 1, "auroc_b": 1, "auroc_c": 1
     }  # fmt: skip
     values = np.array([[1.0, 5], [3, NAN], [8, 9]])
-    assert watched(tasks["regression"], values, np.nan_to_num(values))["r2"] == 1
-    assert watched(tasks["cox"], TIMES, -np.nan_to_num(TIMES[:, :1]))["concordance"] == 1
+    assert validation_figures(tasks["regression"], values, np.nan_to_num(values))["r2"] == 1
+    assert validation_figures(tasks["cox"], TIMES, -np.nan_to_num(TIMES[:, :1]))["concordance"] == 1
 
 
 @pytest.mark.parametrize("name", every())
@@ -119,10 +119,10 @@ def test_what_is_not_finite_has_no_figures(name, strange):
     known = {"multilabel": [[0, 1], [1, 0], [1, 1], [0, 0]], "multiclass": [[0], [1], [2], [0]],
              "regression": [[1, 5], [3, 2], [8, 9], [4, 4]]}  # fmt: skip
     y = np.array(known.get(name, TIMES[:4]), float)
-    said = np.linspace(0.1, 0.9, 4 * len(task.said)).reshape(4, -1)
+    said = np.linspace(0.1, 0.9, 4 * len(task.predictions)).reshape(4, -1)
     said[2, -1] = strange
-    figures = watched(task, y, said)
-    assert figures.keys() == watched(task).keys()
+    figures = validation_figures(task, y, said)
+    assert figures.keys() == validation_figures(task).keys()
     assert all(math.isnan(value) for value in figures.values())
 
 
@@ -155,5 +155,5 @@ def test_a_file_from_before_there_were_tasks_is_multilabel(tmp_path):
     state = load_file(tmp_path / "new.safetensors")
     save_file(state, tmp_path / "old.safetensors", {"tapfm": json.dumps({**old, **header})})
     loaded = models.load(tmp_path / "old.safetensors")
-    assert loaded.task.said == ("p_A", "p_B")
+    assert loaded.task.predictions == ("p_A", "p_B")
     assert loaded.task.predict(torch.zeros(2)).tolist() == [0.5, 0.5]

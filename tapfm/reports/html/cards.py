@@ -15,9 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from tapfm.inference.heatmap import COLOURS
-from tapfm.reports.example_slides import Case, Choice, choose
+from tapfm.reports.example_slides import Case, Choice
 from tapfm.reports.html.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.reports.html.tables import Html, html, table
+from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow
 from tapfm.reports.runs import Run
 from tapfm.tasks import Task
@@ -42,7 +43,7 @@ def case_cards(
         facts: of each arm, in metrics_<split>.json.
     """
     chosen = {
-        run.title: choose(task, arm, facts[arm.title])
+        run.title: REPORTS[task.report].choose(task, arm, facts[arm.title])
         for run in runs
         for arm in arms
         if arm.title == run.title and len(arm.slide_ids)

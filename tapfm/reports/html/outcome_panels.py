@@ -1,9 +1,4 @@
-"""The page's curves of each task: what a reader of its results expects to see.
-
-    multilabel    ROC, precision and recall, calibration of each label (`reports.html.panels`)
-    multiclass    the same of each class against the rest, and confusions
-    regression    predicted against true values
-    survival      Kaplan-Meier's curves of the halves of higher and lower risk, log-rank test
+"""The page's curves by kind of report, as `tapfm.reports.html.task_reports` lists them.
 
 Source: curves and test as scipy has them (`scipy.stats.ecdf`, `logrank`). They take cases to be
     independent, so the slides of a case are one, of their mean risk.
@@ -27,10 +22,6 @@ from tapfm.reports.html.tables import Html, html, table
 from tapfm.reports.rows import ResultRow
 from tapfm.stats.outcomes import r2
 from tapfm.tasks import Task
-from tapfm.tasks.multiclass import Multiclass
-from tapfm.tasks.multilabel import Multilabel
-from tapfm.tasks.regression import Regression
-from tapfm.tasks.survival import Survival
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,15 +30,7 @@ HALVES = ("higher risk", "lower risk")
 WHEN = 4  # times at which it is said who is still seen
 
 
-def task_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
-    """Curves of every row, as parts of the page."""
-    shown = {
-        Multilabel: of_labels, Multiclass: of_classes, Regression: of_values, Survival: of_times
-    }[type(task)]  # fmt: skip
-    yield from shown(task, arms)
-
-
-def of_labels(task: Multilabel, arms: Sequence[ResultRow]) -> Iterator[str]:
+def label_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """ROC, precision and recall, reliability of each label."""
     for kind, panels in label_panels(task.labels, arms).items():
         yield f"<h3>{kind}</h3>{key(arms)}{_side_by_side(panels)}"
@@ -58,12 +41,12 @@ def of_labels(task: Multilabel, arms: Sequence[ResultRow]) -> Iterator[str]:
     )
 
 
-def of_classes(task: Multiclass, arms: Sequence[ResultRow]) -> Iterator[str]:
+def class_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """The same of each class against the rest; then which class was taken for which."""
     each = [np.stack(list(task.one_vs_rest(arm.y_NK).values()), axis=1) for arm in arms]
     rest = [replace(arm, y_NK=y_NK) for arm, y_NK in zip(arms, each, strict=True)]
     yield '<p class="soft">Each class against the rest.</p>'
-    yield from of_labels(Multilabel(task.labels), rest)
+    yield from label_curves(task, rest)
     yield "<h3>Confusions</h3>"
     for arm in arms:
         rows = [
@@ -73,7 +56,7 @@ def of_classes(task: Multiclass, arms: Sequence[ResultRow]) -> Iterator[str]:
         yield table([f"{task.column} is \\ said", *task.labels, "right"], rows, arm.title)
 
 
-def confusion(task: Multiclass, arm: ResultRow) -> list[list[int]]:
+def confusion(task: Task, arm: ResultRow) -> list[list[int]]:
     """Slides by class and by the likeliest class."""
     from sklearn.metrics import confusion_matrix
 
@@ -84,7 +67,7 @@ def confusion(task: Multiclass, arm: ResultRow) -> list[list[int]]:
     return confusion_matrix(y_N, said_N, labels=range(len(task.labels))).tolist()
 
 
-def of_values(task: Regression, arms: Sequence[ResultRow]) -> Iterator[str]:
+def value_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """Predicted against true, a panel a row."""
     for k, label in enumerate(task.labels):
         ends = _ends([arm.y_NK[:, k] for arm in arms] + [arm.p_NK[:, k] for arm in arms])
@@ -113,7 +96,7 @@ def value_axis(axis: Axes, k: int, arm: ResultRow, ends: tuple[float, float]) ->
     axis.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect=1)
 
 
-def of_times(task: Survival, arms: Sequence[ResultRow]) -> Iterator[str]:
+def time_curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     """Kaplan-Meier's curves of two halves, a panel a row, and who is still seen when."""
     panels = [
         panel(partial(time_axis, task=task, arm=arm), f"survival by risk, {arm.title}")
@@ -153,7 +136,7 @@ def halves(arm: ResultRow) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(time_C[each], event_C[each]) for each in (high_C, ~high_C)]
 
 
-def time_axis(axis: Axes, task: Survival, arm: ResultRow) -> None:
+def time_axis(axis: Axes, task: Task, arm: ResultRow) -> None:
     """Share without the event by time; the p-value of their difference."""
     from scipy.stats import CensoredData, ecdf, logrank
 

@@ -24,9 +24,9 @@ from tapfm import __version__
 from tapfm.reports.figures import read_curves
 from tapfm.reports.html.cards import case_cards
 from tapfm.reports.html.label_record import label_record, label_tables, left_out
-from tapfm.reports.html.outcome_panels import task_curves
 from tapfm.reports.html.panels import cost_panels, key, training_panels
 from tapfm.reports.html.tables import further_table, html, pairs, results_table, split_table, table
+from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow
 from tapfm.reports.runs import Run, read_arms, read_metrics, read_runs, read_task
 from tapfm.reports.slide_table import by_split, slide_table
@@ -126,7 +126,7 @@ def curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
     if not arms or not len(arms[0].slide_ids):
         yield _soft("No predictions of the models: no curves.")
         return
-    yield from task_curves(task, arms)
+    yield from REPORTS[task.report].curves(task, arms)
 
 
 def training(arms: Sequence[ResultRow]) -> Iterator[str]:

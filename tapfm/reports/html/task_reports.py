@@ -1,0 +1,63 @@
+"""The one table of how results are shown, by kind of report, which a task names as `Task.report`.
+
+    labels   labels of 0 and 1: ROC, precision and recall, calibration, operating points
+    classes  the same of each class against the rest, and confusions
+    values   predicted against true values
+    times    Kaplan-Meier curves of the halves of higher and lower risk, log-rank test
+
+A kind needs of its task what its functions read: `values` only the labels, `classes` also the
+column and `one_vs_rest`, `times` the column of times and the horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapfm.reports import example_slides
+from tapfm.reports.example_slides import Choice
+from tapfm.reports.html import outcome_panels
+from tapfm.reports.outcome_report import write_outcomes
+from tapfm.reports.report import write_results
+from tapfm.reports.rows import ResultRow
+from tapfm.tasks import Task
+
+Groups = Mapping[str, Mapping[str, str]]
+"""Such as site -> slide_id or case_id -> its site."""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What a kind of report consists of."""
+
+    write: Callable[[Path, str, Task, Sequence[ResultRow], Sequence[tuple[str, str]], Groups], str]
+    """Write a split's files and return its table: folder, split, task, rows, skipped, groups."""
+    curves: Callable[[Task, Sequence[ResultRow]], Iterator[str]]
+    """Return the curves of all rows, as parts of the page."""
+    choose: Callable[[Task, ResultRow, Mapping], Choice]
+    """Return the example slides of a row, given its facts of metrics_<split>.json."""
+
+
+def _write_labels(folder, split, task, rows, skipped, groups) -> str:
+    return write_results(folder, split, task.labels, rows, skipped, groups=groups)
+
+
+def _write_outcomes(folder, split, task, rows, skipped, groups) -> str:
+    return write_outcomes(folder, split, task, rows, skipped)  # without tables by group
+
+
+REPORTS = {
+    "labels": TaskReport(
+        _write_labels, outcome_panels.label_curves, example_slides.choose_by_label
+    ),
+    "classes": TaskReport(
+        _write_outcomes, outcome_panels.class_curves, example_slides.choose_by_class
+    ),
+    "values": TaskReport(
+        _write_outcomes, outcome_panels.value_curves, example_slides.choose_by_value
+    ),
+    "times": TaskReport(
+        _write_outcomes, outcome_panels.time_curves, example_slides.choose_by_time
+    ),
+}  # fmt: skip
