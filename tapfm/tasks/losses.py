@@ -1,7 +1,6 @@
-"""Slide losses. `nan` is an unknown label: masked, never 0.
+"""Losses of a slide, or of a batch of slides. A target of nan is unknown: masked, never 0.
 
-Each takes one slide or a batch of them, and gives 0, still with a graph, where nothing is known.
-The Cox loss is in `tapfm.tasks.cox`.
+Where no target is known, a loss is 0 and still has a graph. Cox's loss is in `tapfm.tasks.cox`.
 
 Shapes: K logits; N slides, in a batch.
 """
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 
 
 class MaskedBCE(nn.Module):
-    """Binary cross-entropy, one sigmoid a label, averaged over the labels that are known.
+    """Binary cross-entropy, one sigmoid a label, averaged over the known labels.
 
     Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184), multi-label loss.
-    Differs: the paper's weights are one cohort's; ours come from the training split given, and
-        unknown labels are masked.
+    Differs: the paper's weights are those of one cohort; these come from the training split given,
+        and unknown labels are masked.
 
     Args:
-        pos_weight: negatives over positives of each label (K values), from the training split.
+        pos_weight: (K,) negatives over positives of each label in the training split.
     """
 
     def __init__(self, pos_weight: Sequence[float]):
@@ -32,11 +31,11 @@ class MaskedBCE(nn.Module):
         self.register_buffer("pos_weight_K", weight_K, persistent=False)
 
     def forward(self, logits_K: Tensor, labels_K: Tensor) -> Tensor:
-        """One number; 0, still with a graph, where every label is unknown.
+        """Return the loss, one number.
 
         Args:
-            logits_K: logits, any float dtype.
-            labels_K: 0, 1 or nan.
+            logits_K: (K,) or (N, K), any float dtype.
+            labels_K: of the same shape; 0, 1 or nan.
         """
         known_K = ~labels_K.isnan()
         each_K = F.binary_cross_entropy_with_logits(
@@ -51,11 +50,11 @@ class MaskedBCE(nn.Module):
 class MaskedCrossEntropy(nn.Module):
     """Cross-entropy of one class among K, averaged over the slides whose class is known.
 
-    Differs: torch's own divides by the weights of the batch, so that with one slide a step a weight
-        would cancel; here a slide of a class of weight 3 counts three times, whatever is beside it.
+    Differs: torch divides by the sum of the batch's weights, which cancels the weight when a step
+        has one slide; here a slide of a class of weight 3 counts three times in any batch.
 
     Args:
-        weight: of each class, from the training split.
+        weight: (K,) weight of each class.
     """
 
     def __init__(self, weight: Sequence[float]):
@@ -63,7 +62,7 @@ class MaskedCrossEntropy(nn.Module):
         self.register_buffer("weight_K", torch.as_tensor(weight), persistent=False)
 
     def forward(self, logits_NK: Tensor, class_N1: Tensor) -> Tensor:
-        """One number.
+        """Return the loss, one number.
 
         Args:
             logits_NK: (K,) or (N, K).
@@ -81,11 +80,11 @@ class MaskedCrossEntropy(nn.Module):
 
 
 class MaskedMSE(nn.Module):
-    """Squared error of standardised targets, averaged over those that are known.
+    """Squared error of standardised targets, averaged over the known targets.
 
     Args:
-        mean: of each target, from the training split.
-        std: of each target, likewise.
+        mean: (K,) mean of each target over the training split.
+        std: (K,) its standard deviation there.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
@@ -94,7 +93,7 @@ class MaskedMSE(nn.Module):
         self.register_buffer("std_K", torch.as_tensor(std), persistent=False)
 
     def forward(self, logits_NK: Tensor, y_NK: Tensor) -> Tensor:
-        """One number.
+        """Return the loss, one number.
 
         Args:
             logits_NK: (K,) or (N, K), in standard deviations from the mean.
@@ -109,15 +108,15 @@ class MaskedMSE(nn.Module):
 class HazardNLL(nn.Module):
     """Negative log-likelihood of discrete-time survival: one hazard a bin of time.
 
-    Of an event in bin k: not in any bin before, then in k. Of a case last seen in bin k: in no bin
-    up to k, that one included, as is usual in this field.
+    An event in bin k survived every bin before k. A case censored in bin k survived every bin up to
+    and including k, as is usual in this field.
 
     Source: Gensheimer and Narasimhan 2019 (nnet-survival, arXiv 1805.00917); Chen et al. 2021
         (Patch-GCN, arXiv 2107.13048) for its use on bags of tiles.
-    Differs: from `logsigmoid`, not from products of clamped probabilities.
+    Differs: computed from `logsigmoid`, not from products of clamped probabilities.
 
     Args:
-        edges: of the bins, K - 1 rising times; bin k begins at edge k - 1, which belongs to it.
+        edges: K - 1 rising times between the bins; an edge belongs to the bin that it begins.
     """
 
     def __init__(self, edges: Sequence[float]):
@@ -126,11 +125,11 @@ class HazardNLL(nn.Module):
         self.register_buffer("edges", edges, persistent=False)
 
     def forward(self, logits_NK: Tensor, y_N3: Tensor) -> Tensor:
-        """One number, averaged over the slides whose time is known.
+        """Return the loss, one number, averaged over the slides whose time is known.
 
         Args:
             logits_NK: (K,) or (N, K), logits of the hazards.
-            y_N3: time, event (1 or 0) and what else there is; nan where unknown.
+            y_N3: time, event (1 or 0) and number of the slide; nan where unknown.
         """
         time_N, event_N = y_N3[..., 0].reshape(-1), y_N3[..., 1].reshape(-1)
         logits_NK = logits_NK.reshape(len(time_N), -1)

@@ -1,5 +1,4 @@
-"""What a task takes from the training split, what it says of logits, and that a model_config keeps
-it."""
+"""Each task by itself: what it takes from the training split, what it predicts from logits."""
 
 import json
 import math
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
-from tapfm.tasks import TaskError, learn_task, make_task, task_config, validation_figures
+from tapfm.tasks import TaskError, learn_task, validation_figures
 from tapfm.tasks.multilabel import positive_weights
 
 NAN = math.nan
@@ -57,35 +56,6 @@ def test_constants_are_those_of_the_known_training_targets():
     assert tasks["hazard"].labels == ("hazard_1", "hazard_2", "hazard_3")
 
 
-@pytest.mark.parametrize("name", every())
-def test_a_recipe_keeps_a_task(name):
-    task = every()[name]
-    again = make_task(json.loads(json.dumps(task_config(task))), list(task.labels))
-    assert again == task
-
-
-@pytest.mark.parametrize("name", every())
-def test_widths_agree(name):
-    """Logits in, loss and predictions out, for one slide, for several, and where all is unknown."""
-    task = every()[name]
-    logits = torch.randn(5, len(task.labels), generator=torch.Generator().manual_seed(0))
-    assert task.predict(logits).shape == (5, len(task.predictions))
-    torch.testing.assert_close(task.predict(logits[0]), task.predict(logits)[0])
-    unknown = torch.full((task.width,), torch.nan)
-    leaf = logits[0].clone().requires_grad_()
-    task.loss()(leaf, unknown).backward()
-    assert leaf.grad.abs().sum() == 0
-    assert task.format_target(unknown.numpy()) == [""] * len(task.targets)
-    assert np.isnan(task.parse([""] * len(task.targets))).all()
-    known = {"multilabel": ["1", "0"], "multiclass": ["b"], "regression": ["1.5", "-2"]}
-    texts = known.get(name, ["12.5", "1"])
-    assert len(task.parse(texts)) == task.width
-    assert task.format_target(np.array(task.parse(texts))) == texts
-    figures = validation_figures(task)
-    assert task.monitor in figures
-    assert all(math.isnan(value) for value in figures.values())
-
-
 def test_what_is_said():
     tasks = every()
     logits = torch.tensor([1.0, -1.0])
@@ -111,21 +81,6 @@ def test_perfect_predictions_are_perfect():
     assert validation_figures(tasks["cox"], TIMES, -np.nan_to_num(TIMES[:, :1]))["concordance"] == 1
 
 
-@pytest.mark.parametrize("name", every())
-@pytest.mark.parametrize("strange", [NAN, math.inf, -math.inf])
-def test_what_is_not_finite_has_no_figures(name, strange):
-    """A nan would be ranked by its place in the table."""
-    task = every()[name]
-    known = {"multilabel": [[0, 1], [1, 0], [1, 1], [0, 0]], "multiclass": [[0], [1], [2], [0]],
-             "regression": [[1, 5], [3, 2], [8, 9], [4, 4]]}  # fmt: skip
-    y = np.array(known.get(name, TIMES[:4]), float)
-    said = np.linspace(0.1, 0.9, 4 * len(task.predictions)).reshape(4, -1)
-    said[2, -1] = strange
-    figures = validation_figures(task, y, said)
-    assert figures.keys() == validation_figures(task).keys()
-    assert all(math.isnan(value) for value in figures.values())
-
-
 @pytest.mark.parametrize(
     ("task", "target", "said"),
     [
@@ -134,6 +89,9 @@ def test_what_is_not_finite_has_no_figures(name, strange):
         ({**SURVIVAL, "bins": 1}, TIMES, "bins must be 2 or more"),
         ({**SURVIVAL, "bins": 4}, TIMES[[0, 0, 0, 0, 2]], "4 events fall into 1 of 4 bins"),
         ({**SURVIVAL, "bins": 9}, TIMES, "7 events fall into 7 of 9 bins"),
+        ({"name": "survival", "bins": 2}, TIMES, "time is missing: add it\n.*event is missing"),
+        ({"name": "rank"}, TIMES, "data.task 'rank' is none of multilabel, multiclass"),
+        ({"name": "survival", "tme": "t"}, TIMES, r"unknown tme; there are .*Did you mean time\?"),
         (SURVIVAL, TIMES[2:3], "no event was seen"),
         ("regression", [[1, 2], [1, 3]], "x does not vary"),
         ("multilabel", [[0, 1], [0, 0]], "x has 0 known positive and 2 known negative"),
