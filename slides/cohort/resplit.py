@@ -71,8 +71,7 @@ def run_split(
         source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
         fold: see `source`.
         formats: any of table, clam, clam-bool, patho-bench.
-        task: what the labels hold, by name, or by name and options (`slides.cohort.targets`), and
-            so what is stratified over (`slides.cohort.strata`).
+        task: what the labels hold: a name, or a name and options (`slides.cohort.targets`).
         slides_dir: where relative slide paths start, so that they stay as they are; None is the
             table's folder.
 
