@@ -1,7 +1,7 @@
 """Finds, builds, loads and calls a foundation model; the models are listed in `encoders.registry`.
 
 Nothing is downloaded unasked: weights come from a local file or folder, from the package (the demo
-encoder), or, with `weights="hub"`, from the publisher. Licence and gate are printed whenever weights
+encoder), or, with `weights="hub"`, from the publisher. Licence and gate are printed when weights
 are loaded (`encoders.checkpoints` reads them), and weights that do not fit exactly are refused.
 
 Shapes: C tiles of a chunk, S pixels a side, D features, N tokens.
