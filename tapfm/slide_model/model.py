@@ -33,6 +33,7 @@ from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
 from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet
 from tapfm.tasks import make_task
+from tapfm.tasks.cox import CoxLoss
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
 
@@ -79,7 +80,7 @@ class SlideModel(nn.Module):
 
     Raises:
         StrategyError: the strategy cannot be used with this encoder.
-        SettingsError: no such precision or aggregator.
+        SettingsError: no such precision or aggregator, or not with this task's loss.
     """
 
     def __init__(self, model_config: ModelConfig, encoder: backbones.Encoder):
@@ -97,6 +98,12 @@ class SlideModel(nn.Module):
         )
         if self.aggregator.uses_score:
             encoder.require_score(f"aggregator {model_config.aggregator['name']}")
+        if isinstance(self.task.loss(), CoxLoss) and self.aggregator.loss_calls > 1:
+            raise SettingsError(
+                f"model.aggregator {model_config.aggregator['name']} with data.task survival, "
+                "loss: cox: Cox's loss remembers one risk of each slide, and this aggregator has "
+                f"{self.aggregator.loss_calls} that learn. Take loss: hazard, or tapfm_gated."
+            )
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,8 @@
     tapfm_gated.py   w = softmax(minmax(s) / T + g(z)), T = 1: the default
     hierarchical.py  the same within each slide of a case, then over its slides
     pooling.py       what these four share: gate, min-max, weighted mean
+    dsmil.py         a critical tile for each label, and all tiles by their likeness to it
+    transmil.py      tiles attend to each other and to their neighbours on the slide
     tile_head.py     class logits of single tiles, for labelled tiles
 
 Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
@@ -19,11 +21,13 @@ from typing import Any
 
 from tapfm.settings import SettingsError, Spec, choose, spec_of
 from tapfm.slide_model.aggregators.contract import Aggregator, AggregatorOptions
+from tapfm.slide_model.aggregators.dsmil import Dsmil
 from tapfm.slide_model.aggregators.gated import Gated
 from tapfm.slide_model.aggregators.hierarchical import Hierarchical
 from tapfm.slide_model.aggregators.tapfm import Tapfm
 from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
 from tapfm.slide_model.aggregators.tile_head import TileHead
+from tapfm.slide_model.aggregators.transmil import TransMil
 
 __all__ = [
     "AGGREGATORS",
@@ -42,6 +46,8 @@ AGGREGATORS: dict[str, type] = {
     "gated": Gated,
     "tapfm_gated": TapfmGated,
     "hierarchical": Hierarchical,
+    "dsmil": Dsmil,
+    "transmil": TransMil,
 }
 
 

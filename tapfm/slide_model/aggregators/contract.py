@@ -44,7 +44,7 @@ class SlideOutput:
 
     logits_K: Tensor
     weights_T: Tensor
-    """Tile weights, not negative, summing to 1."""
+    """Tile weights, not negative, summing to 1; of K rows of attention, their mean."""
     embedding_E: Tensor
     """The bag's embedding; where `linear_head` holds, logits are `head(embedding_E)`."""
     log_weights: Tensor | None = None
@@ -72,6 +72,8 @@ class Aggregator(nn.Module):
     """Whether tile weights learn, and `log_weights` is given."""
     linear_head: ClassVar[bool] = True
     """Whether logits are `head(embedding_E)`, so that a linear probe can solve the head."""
+    loss_calls: ClassVar[int] = 1
+    """How often `losses` calls the task's loss."""
     terms: ClassVar[tuple[str, ...]] = ()
     """Names of the terms that `losses` returns where there are several: columns of metrics.csv."""
 
@@ -123,7 +125,7 @@ def need_coords(tiles: Places, name: str) -> Tensor:
     Raises:
         SettingsError: where they lie is not known.
     """
-    if tiles.coords0_T2 is None:
+    if tiles.coords0_T2 is None or tiles.grid_px0_T is None:
         raise SettingsError(
             f"model.aggregator {name} looks at where tiles lie, and these features have no "
             "coordinates. Give features with coordinates, or take tapfm_gated."
