@@ -1,9 +1,16 @@
-"""Pixels and tables: slides, grids, tissue, cohorts, tiles. Knows nothing of models.
+"""Slides, tables and tiles, without any model; usable on its own.
 
-    errors.py          what can be wrong with a user's slide
-    seeds.py           seeds that are the same in every process
-    grid.py            tile size, mpp, overlap <-> level-0 corners, pure arithmetic
-    files.py           files that are whole or not there; damaged ones
+    wsi/        one open slide: levels, true mpp, a tile at (x0, y0)
+    tiling/     which tiles a slide has, and their index on disk
+    cohort/     the tables: slides, patients, targets, splits, labelled tiles
+    labels/     cohort tables from published mutations and a GDC download
+    streaming/  tiles for training: order, worker processes, prefetch, colour
+    cache/      decoded tiles on disk, within a disk budget
+    demo/       a painted demo cohort
+    errors.py   errors about slides, tables and settings
+    files.py    atomic writing, file fingerprints, damaged files
+    grid.py     tile size, mpp and overlap to level-0 corners
+    seeds.py    seeds that are the same in every process
 
-Usable on its own: no file here imports `tapfm`, and torch stands in those that stream tiles.
+No file here imports `tapfm`; only `streaming` imports torch.
 """

@@ -1,9 +1,13 @@
-"""What can be wrong with a user's slides, their index, their labels or their cohort table.
+"""Errors about a user's slides, indexes, labels and cohort tables.
 
-Every message says which slide or file, what was found, and what to do. Every class takes that one
+Every message says which slide or file, what was found, and what to do. Every class takes only that
 string: PyTorch rebuilds an exception from a worker process as `type(error)(message)`, and a class
-that needs more arguments comes back as a bare RuntimeError that `except SlideError` misses.
+with more arguments would arrive as a RuntimeError that `except SlideError` does not catch.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class SlideError(ValueError):
@@ -11,15 +15,15 @@ class SlideError(ValueError):
 
 
 class NotASlideError(SlideError):
-    """The file is missing, is no slide, or ends before its own table of contents does."""
+    """The file is missing, is not a slide, or is cut short."""
 
 
 class MissingResolutionError(SlideError):
-    """The slide does not say how large its pixels are, or says something absurd."""
+    """The slide gives no pixel size, or an impossible one."""
 
 
 class TooCoarseError(SlideError):
-    """The tiles asked for are finer than the scan."""
+    """The requested tiles are finer than the scan."""
 
 
 class NoTissueError(SlideError):
@@ -27,11 +31,11 @@ class NoTissueError(SlideError):
 
 
 class MaskError(SlideError):
-    """A slide's own mask is missing, cannot be read, or is of another slide."""
+    """A slide's own mask is missing, unreadable, or belongs to another slide."""
 
 
 class CoordinatesError(SlideError):
-    """Tiles that another program chose are missing, damaged, not those asked for, or in the way."""
+    """Another program's tile coordinates are missing, damaged or do not fit the request."""
 
 
 class StainError(SlideError):
@@ -47,7 +51,7 @@ class TileError(SlideError):
 
 
 class IndexSettingsError(SlideError):
-    """An index on disk was made with other settings than those asked for."""
+    """An index on disk was made with settings other than the current ones."""
 
 
 class IndexFileError(SlideError):
@@ -55,44 +59,68 @@ class IndexFileError(SlideError):
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be, or not together: all that is wrong with them."""
+    """One or more settings are invalid, or do not go together."""
 
 
 class TilingError(SettingsError):
-    """Tiles or tissue such as cannot be asked for."""
+    """Tile or tissue settings are invalid."""
 
 
 class CohortError(ValueError):
-    """What is wrong with a cohort table: all its faults, each with its row and remedy."""
+    """A cohort table has faults; the message lists all of them with row and remedy."""
 
 
 class LabelError(ValueError):
-    """A source of labels cannot be used: all that is wrong with it."""
+    """A source of labels cannot be used; the message lists all its faults."""
 
 
 class DownloadError(ValueError):
-    """What is wrong with a manifest, or with the files that it lists."""
+    """A manifest, or a file that it lists, is faulty."""
 
 
 class SplitError(ValueError):
-    """A split cannot be made, or one that was read leaks or does not fit the cohort."""
+    """A split cannot be made, or a split that was read leaks or does not fit the cohort."""
 
 
-LISTED = 8  # rows or values spelled out in one line before "and n more"
+LISTED = 8  # rows or values listed in one line before "and n more"
+ON_ERROR = ("stop", "skip")
 
 
 def some(values: list) -> str:
-    """The first few, and how many more: 2, 3, 5 and 40 more."""
+    """Return the first `LISTED` values as text, and how many more there are: "2, 3 and 40 more"."""
     head = ", ".join(str(value) for value in values[:LISTED])
     return head + (f" and {len(values) - LISTED} more" if len(values) > LISTED else "")
 
 
 def some_rows(numbers: list[int]) -> str:
-    """Rows of a table."""
+    """Return row numbers as text: "row 3" or "rows 3, 5"."""
     return ("row " if len(numbers) == 1 else "rows ") + some(numbers)
 
 
+def refuse(
+    faults: Iterable[str], where: object = "settings", error: type[ValueError] = SettingsError
+) -> None:
+    """Raise one error that lists all faults, if there are any.
+
+    Raises:
+        SettingsError: there is at least one fault; `error` names another class.
+    """
+    faults = list(faults)
+    if faults:
+        raise error(faults[0] if len(faults) == 1 else all_faults(where, faults))
+
+
+def reading_faults(workers: int, on_error: str = "stop") -> list[str]:
+    """Return the faults of the settings that everything that reads slides shares."""
+    faults = []
+    if workers < 0:
+        faults.append(f"data.workers must be at least 0, got {workers}: 0 reads in this process")
+    if on_error not in ON_ERROR:
+        faults.append(f"data.on_error is {on_error!r}: give {' or '.join(ON_ERROR)}")
+    return faults
+
+
 def all_faults(where: object, faults: list[str]) -> str:
-    """The message of an error that lists everything: how many faults, then each on its line."""
+    """Return an error message that lists all faults: their number, then one a line."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return f"{where}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: text, JSON, CSV, bytes; and what a damaged one raises."""
+"""Atomic writing of text, JSON, CSV and bytes; one kind of error for damaged files."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ DAMAGE = (  # what h5py, numpy and json raise, between them, where bytes are los
 
 
 class WriteError(OSError):
-    """A file cannot be written."""
+    """A file cannot be written, or cannot be extended."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`, renamed to it if the block ends well, removed if not.
+    """Yield a temporary path beside `path`; rename it to `path` on success, else remove it.
 
     Raises:
-        WriteError: no right to, no room, or something else of that name.
+        WriteError: no permission, no space, or a folder of that name.
     """
     try:
         with _renaming(path) as partial:
             yield partial
     except OSError as error:
         raise WriteError(
-            f"{path}: cannot be written ({error.strerror or error}). Name another place, or mend "
-            "that, and run the same command again."
+            f"{path}: cannot be written ({error.strerror or error}). Give another path, or fix "
+            "the cause, and run the same command again."
         ) from error
 
 
@@ -55,33 +55,33 @@ def _renaming(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes, name: str) -> None:
-    """All of `data` under `path`, or what was there before and an IndexFileError."""
+    """Write `data` to `path` completely, or keep the old file and raise IndexFileError."""
     try:
         with _renaming(path) as partial, open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # some file systems tell of a full disk only here
+            os.fsync(file.fileno())  # some file systems report a full disk only here
     except OSError as error:
         raise IndexFileError(
             f"{name}: {len(data)} bytes could not be written to {path}: "
-            f"{error.strerror or error}. Nothing half-written was left. Free some space or name "
-            f"another index folder, then run the same command again: what is indexed is kept."
+            f"{error.strerror or error}. Nothing half-written was left. Free some space or give "
+            f"another index folder, then run the same command again: finished indexes are kept."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8; folders are made."""
+    """Write UTF-8 text; missing folders are made."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Dataclasses, such as intervals, as objects, and nan as null."""
+    """Write JSON; dataclasses become objects, and nan becomes null."""
     write_text(path, json.dumps(_plain(value), indent=1) + "\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """A line a row, as many cells as the header has."""
+    """Write a CSV: the header, then one line per row."""
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -89,7 +89,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]
 
 
 def rows_there(path: Path, header: Sequence[str]) -> list[list[str]]:
-    """Rows of a CSV that others are to join; none where there is no such file, or it is empty.
+    """Return the rows of a CSV that will be extended; an empty list if it does not exist.
 
     Raises:
         WriteError: it has other columns, or cannot be read.
@@ -100,32 +100,32 @@ def rows_there(path: Path, header: Sequence[str]) -> list[list[str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a BOM
             first, *rows = [*csv.reader(file)] or [[*header]]
     except (OSError, ValueError, csv.Error) as error:
-        raise WriteError(f"{path}: cannot be read ({error}). Move it elsewhere.") from error
+        raise WriteError(f"{path}: cannot be read ({error}). Move it away.") from error
     if first != [*header]:
         raise WriteError(
-            f"{path}: has the columns {', '.join(first)}, and rows of {', '.join(header)} are to "
-            "join it. Name another place, or move it elsewhere."
+            f"{path}: has the columns {', '.join(first)}, but the new rows have "
+            f"{', '.join(header)}. Give another path, or move the file away."
         )
     return [row for row in rows if row]
 
 
 def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """As `write_csv`; rows that are there stay, but those whose first cell is that of a new one.
+    """Write rows into a CSV, replacing old rows that have the same first cell.
 
     Raises:
         WriteError: the file there has other columns.
     """
     rows = list(rows)
-    named = {row[0] for row in rows}
-    older = [row for row in rows_there(path, header) if row[0] not in named]
+    names = {row[0] for row in rows}
+    older = [row for row in rows_there(path, header) if row[0] not in names]
     write_csv(path, header, older + rows)
 
 
 def file_fingerprint(path: Path) -> str:
-    """By which a file that took another's place is noticed; a copy has the same.
+    """Return a fingerprint that changes when another file takes this one's place.
 
-    Its size, and a hash of its beginning, middle and end: a few milliseconds, not minutes; a file
-    that has not changed since is not read again.
+    It is the file's size and a hash of its beginning, middle and end, so a copy has the same one.
+    It takes milliseconds; an unchanged file is not read again.
     """
     stat = path.stat()
     return _fingerprint(path, stat.st_size, stat.st_mtime_ns)
@@ -143,7 +143,7 @@ def _fingerprint(path: Path, size: int, _changed: int) -> str:
 
 @contextmanager
 def damage_as(fault: Callable[[str], SlideError]) -> Iterator[None]:
-    """Whatever a damaged file makes its reader raise becomes the fault, told what it was."""
+    """Turn any exception that a damaged file causes in its reader into `fault(reason)`."""
     try:
         yield
     except SlideError:

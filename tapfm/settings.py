@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Any
 
-from slides.errors import SettingsError, all_faults
+from slides.errors import SettingsError, refuse
 
 __all__ = ["SettingsError", "choose", "did_you_mean", "refuse", "spec_of"]
 
@@ -25,19 +25,6 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the closest of the known words, or an empty string."""
     near = get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
-
-
-def refuse(faults: Iterable[str], where: str = "settings") -> None:
-    """Raise one error that lists all faults, if there are any.
-
-    Raises:
-        SettingsError: there is at least one.
-    """
-    faults = list(faults)
-    if len(faults) == 1:
-        raise SettingsError(faults[0])
-    if faults:
-        raise SettingsError(all_faults(where, faults))
 
 
 def choose(
@@ -77,8 +64,7 @@ def choose(
             faults.append(f"{where}: {name}: {key} must be {_KINDS[kind]}, got {value!r}")
         else:
             options[key] = kind(value)
-    if faults:
-        raise error(faults[0] if len(faults) == 1 else all_faults(where, faults))
+    refuse(faults, where, error)
     return kinds[name](**options)
 
 

@@ -1,4 +1,4 @@
-"""A tiny cohort of real slide files and its config: the whole job in seconds, for several tests."""
+"""A tiny cohort of real slide files and its config, for tests of whole runs in seconds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SPLITS = ["train"] * 7 + ["val"] * 3 + ["test"] * 4
 
 
 def write_cohort(folder: Path, **changes) -> Path:
-    """Slides, table and config below `folder`; returns the config. `changes` are of `data`."""
+    """Write slides, table and config below `folder`; return the config. `changes` go to `data`."""
     (folder / "slides").mkdir(parents=True)
     lines = ["case_id,slide_id,slide_path,split," + ",".join(LABELS)]
     for number, split in enumerate(SPLITS):
@@ -48,7 +48,7 @@ def write_cohort(folder: Path, **changes) -> Path:
 
 
 def spoil(path):
-    """Half of a slide's bytes are lost where nobody looks: its index still takes it for its own."""
+    """Damage half of a slide's bytes where no check looks: its index still accepts the file."""
     data = bytearray(path.read_bytes())
     data[300 : len(data) // 2] = bytes(len(data) // 2 - 300)
     path.write_bytes(data)
@@ -56,7 +56,7 @@ def spoil(path):
 
 
 def stamp(path):
-    """Let the slide's index take the file for its own, as it is now."""
+    """Make the slide's index accept the file as it is now."""
     for index in path.parent.parent.rglob(f"{path.stem}_patches.h5"):
         with h5py.File(index, "r+") as file:
             file["coords"].attrs["slide_fingerprint"] = file_fingerprint(path)

@@ -1,4 +1,4 @@
-"""A slide without a file: its tiles say where they were read. For tests of what reads tiles."""
+"""A slide without a file, whose tiles encode their position; for tests of what reads tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 5  # prime, so that a tile's side is no other number here
 
 
 def tile_at(x0, y0, size=SIZE):
-    """Pixels that encode the corner, and whose rows differ from their columns."""
+    """Return pixels that encode the corner, and whose rows differ from their columns."""
     row, column = np.mgrid[:size, :size]
     planes = [x0 + 2 * row + 7 * column, y0 + 3 * row + column, x0 // 256 * 16 + y0 // 256 + row]
     return np.stack(planes, axis=-1).astype(np.uint8)
@@ -47,7 +47,7 @@ def make_index(tiles, slide_id="slide.a", columns=7, grid=None):
 
 
 class Source:
-    """Counts its reads over all processes, and fails or dies at a tile when told to."""
+    """A slide that counts its reads over all processes, and fails or dies at a given tile."""
 
     def __init__(self, fail_at=None, error=None, die_at=None):
         self.fail_at, self.die_at = fail_at, die_at
@@ -73,7 +73,7 @@ class Source:
 
 
 def expected_tiles(index, rows=slice(None)):
-    """uint8 (T, 3, S, S), the slow way."""
+    """Return uint8 (T, 3, S, S), read tile by tile."""
     tiles = [tile_at(x0, y0).transpose(2, 0, 1) for x0, y0 in index.coords0[rows].tolist()]
     return np.stack(tiles)
 

@@ -1,4 +1,4 @@
-"""A file is whole or not there."""
+"""A file is complete or does not exist."""
 
 import pytest
 

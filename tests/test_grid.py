@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.errors import CohortError, SlideError, TooCoarseError
+from slides.errors import CohortError, SlideError, TilingError, TooCoarseError
 from slides.grid import Grid
 
 GRIDS = st.builds(
@@ -43,7 +43,7 @@ class TestSize:
         assert Grid(224, 0.5).size0(slide_mpp) == size0
 
     def test_nominal_magnification_would_read_another_square(self):
-        """The partner: 0.2527 and 0.265 are both "40x", where 448 px would be read."""
+        """Partner test: 0.2527 and 0.265 are both "40x", where 448 px would be read."""
         assert Grid().size0(0.2527) != 448
         assert Grid().size0(0.265) != 448
 
@@ -83,7 +83,7 @@ class TestCorners:
         assert [tuple(c) for c in coords0] == reference_corners(width0, height0, size0, step0)
 
     def test_known_slide(self):
-        """By hand: 1000 x 700 px at 0.25; a 224 px tile at 0.5 is 448 px wide there: 2 x 1."""
+        """By hand: a 224 px tile at 0.5 is 448 px on 1000 x 700 px at 0.25: 2 x 1 tiles."""
         np.testing.assert_array_equal(Grid(224, 0.5).coords(1000, 700, 0.25), [[0, 0], [448, 0]])
 
     def test_rows_come_first_to_last_and_x_runs_within_them(self):
@@ -111,7 +111,7 @@ class TestCorners:
 )
 def test_impossible_grids_are_refused_with_the_value(wrong):
     with pytest.raises(
-        ValueError, match=f"{next(iter(wrong))} must be.*got {next(iter(wrong.values()))}"
+        TilingError, match=f"{next(iter(wrong))} must be.*got {next(iter(wrong.values()))}"
     ):
         Grid(**wrong)
 
@@ -130,7 +130,7 @@ def test_tag_is_spelt_as_trident_spells_it(grid, tag):
 
 @pytest.mark.parametrize("error", [*SlideError.__subclasses__(), SlideError, CohortError])
 def test_errors_survive_a_worker_process(error):
-    """PyTorch rebuilds a worker's exception from its message alone."""
+    """PyTorch rebuilds a worker's exception from its message."""
     assert str(error("b.svs: no pixel size")) == "b.svs: no pixel size"
 
 

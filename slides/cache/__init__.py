@@ -1,8 +1,8 @@
-"""Decoded tiles on disk, and their room.
+"""Decoded tiles on disk, within a disk budget.
 
-    tiles.py      decoded tiles in zarr; reads like a slide
-    cohort.py     those of a cohort, within a budget
-    disk_room.py  which are in use, and which go
+    tiles.py      the cache of one slide, a zarr array; reads like an open slide
+    cohort.py     builds the caches of a cohort, within a budget
+    disk_room.py  locks caches in use, removes others to free space
 
-A cached slide reads like an open one.
+Knows open slides and their indexes; does not know training.
 """

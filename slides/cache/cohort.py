@@ -1,7 +1,8 @@
-"""The tile caches of a cohort: made ahead of a run, in several processes, within a budget.
+"""Builds the tile caches of a cohort in several processes, within a disk budget.
 
-Slides are taken in the table's order until the budget is spent; the rest are read from their files.
-What other cohorts left in the folder makes room, the longest unused first, never one in use.
+Slides are cached in the table's order until the budget is spent; the rest are read from their
+files. Other cohorts' caches in the folder are removed for them, least recently used first, but
+never one in use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from slides.cache.disk_room import make_room
 from slides.cache.tiles import build_cache, cache_path
-from slides.errors import IndexFileError, SlideError
+from slides.errors import IndexFileError, SlideError, reading_faults, refuse
 from slides.grid import Grid
 from slides.tiling.index import index_path, read_index
 from slides.tiling.tissue import Tissue
@@ -32,27 +33,25 @@ def cache_cohort(
     progress: bool = True,
     budget: int | None = None,
 ) -> dict[str, str]:
-    """Cache every slide of a cohort that has been indexed; caches that are right are kept.
+    """Cache every indexed slide of a cohort, keeping valid caches.
 
     Args:
         rows: slides: anything with `slide_id`, `path` and `mpp`.
-        index_dir: where their indexes lie.
-        cache_dir: where the caches go.
-        grid: as the slides were indexed.
-        tissue: as the slides were indexed.
+        index_dir: folder of their indexes.
+        cache_dir: folder of the caches.
+        grid: the grid of the indexes.
+        tissue: the tissue settings of the indexes.
         workers: processes; 0 reads in this one.
         on_error: `stop` raises the first slide's fault, `skip` goes on. A cache that cannot be
-            written always stops: the next slide would find the same disk.
-        progress: show a bar.
-        budget: bytes that all caches in `cache_dir` may take; caches of other slides go to make
-            room, and slides of this cohort that do not fit, in its order, are not cached. None is
-            no limit.
+            written always stops, since the disk is the same for all slides.
+        progress: show a progress bar.
+        budget: bytes that all caches in `cache_dir` may take. Other slides' caches are removed to
+            make room; slides of this cohort that do not fit are not cached. None is no limit.
 
     Returns:
-        The slides that failed, each with its reason.
+        The slides that failed, slide_id -> reason.
     """
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
+    refuse(reading_faults(workers, on_error))
     from tqdm import tqdm
 
     jobs = [(row.slide_id, row.path, row.mpp, index_dir, cache_dir, grid, tissue) for row in rows]
@@ -76,16 +75,16 @@ def cache_cohort(
 
 
 def _that_fit(jobs: list[tuple], budget: int) -> list[tuple]:
-    """The first slides of a cohort that fit in the budget; other cohorts' caches make room."""
+    """Return the jobs whose caches fit in the budget, and make room for them."""
     fit, own, wanted = [], [], 0
     for job in jobs:
         slide_id, _, _, index_dir, cache_dir, grid, tissue = job
         try:
             index = read_index(index_path(index_dir, grid, slide_id), grid, tissue)
         except SlideError:
-            fit.append(job)  # it is met, and said, when its turn comes
+            fit.append(job)  # the fault is reported when the slide is cached
             continue
-        size = len(index) * grid.size**2 * 3  # what it takes if nothing can be squeezed
+        size = len(index) * grid.size**2 * 3  # upper limit: without any compression
         if wanted + size <= budget:
             fit.append(job)
             own.append(cache_path(cache_dir, index))
@@ -96,7 +95,7 @@ def _that_fit(jobs: list[tuple], budget: int) -> list[tuple]:
 
 
 def _cache_one(job: tuple) -> tuple[SlideError | None, bool]:
-    """The slide's fault if any, and whether the cache's own disk is to blame."""
+    """Return the slide's fault if any, and whether writing the cache caused it."""
     slide_id, path, mpp, index_dir, cache_dir, grid, tissue = job
     writing = False
     try:

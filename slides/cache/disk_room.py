@@ -1,10 +1,10 @@
-"""Room for the tile cache: whose cache is in use, and which goes when the disk is to be kept free.
+"""Frees disk space for the tile cache without removing caches that are in use.
 
-A slide's cache is a folder. Whoever reads it holds a shared lock on that folder; whoever puts one
-in its place, or removes one, holds the lock on the folder above while it does. Locks belong to open
-files, so the system lets go of them when a process ends in whatever way.
+A slide's cache is a folder. A reader has a shared lock on it; a process that adds or removes a
+cache locks the parent folder exclusively. Locks belong to open files, so the system releases them
+when a process ends in any way.
 
-Price: a system call to hold, and a walk over the cache's files to make room.
+Price: a system call per lock, and a walk over the cache's files to make room.
 Condition: `flock`, so Linux or macOS, and a disk that is not NFS before version 4.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 class CacheLock:
-    """Keeps a slide's cache from being removed until it is closed, and marks it as just used.
+    """A shared lock that keeps a slide's cache from being removed; marks it as just used.
 
     Raises:
         FileNotFoundError: there is no such cache, or no more.
@@ -37,11 +37,11 @@ class CacheLock:
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
-        with contextlib.suppress(OSError):  # a cache that may only be read is never removed
+        with contextlib.suppress(OSError):  # a read-only cache is never removed
             os.utime(path)
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -50,7 +50,7 @@ class CacheLock:
 
 
 def lock_if_possible(path: Path) -> CacheLock | None:
-    """A hold; None on a disk that knows no locks, where nothing is removed either.
+    """Return a lock; None on a disk without locks, where nothing is removed either.
 
     Raises:
         FileNotFoundError: there is no such cache, or no more.
@@ -65,7 +65,7 @@ def lock_if_possible(path: Path) -> CacheLock | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The only one to change which caches a folder has; waits for its turn."""
+    """Wait for the exclusive right to change which caches a folder has."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -75,7 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def put_in_place(made: Path, path: Path) -> None:
-    """Rename a whole cache to its name; one that was there goes."""
+    """Rename a finished cache to its final name, replacing an older one."""
     outdated = scratch(path, ".outdated")
     with locked(path.parent):
         if path.exists():  # a folder that is not empty cannot be replaced
@@ -85,9 +85,9 @@ def put_in_place(made: Path, path: Path) -> None:
 
 
 def make_room(cache_dir: Path, budget: int, keep: Collection[Path] = ()) -> None:
-    """Remove caches other than those to keep until they take at most `budget` bytes.
+    """Remove caches other than `keep` until they take at most `budget` bytes.
 
-    The longest unused goes first. Those in use stay, so they may take more than that in the end.
+    The least recently used goes first. Caches in use stay, so the total may exceed the budget.
     """
     there = set(Path(cache_dir).glob("*/*.zarr")) - set(keep)
     caches = {path: _size_bytes(path) for path in there}
@@ -100,25 +100,25 @@ def make_room(cache_dir: Path, budget: int, keep: Collection[Path] = ()) -> None
 
 
 def scratch(path: Path, what: str = "") -> Path:
-    """A name beside a slide's cache that is this process's own."""
+    """Return a temporary path beside a slide's cache, unique to this process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{what}")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed runs of this machine left half-written: it can be many gigabytes."""
+    """Delete half-written caches of this machine's killed runs: they can be large."""
     mine = f".{path.name}.{socket.gethostname()}-"
     for leftover in path.parent.glob(f"{mine}*"):
         pid = leftover.name.removeprefix(mine).split(".")[0]
         try:
-            os.kill(int(pid), 0)  # sends nothing: asks whether the process lives
+            os.kill(int(pid), 0)  # signal 0 only tests whether the process lives
         except (ProcessLookupError, ValueError):
             shutil.rmtree(leftover, ignore_errors=True)
         except PermissionError:
-            pass  # it lives, and is another user's
+            pass  # it is alive and belongs to another user
 
 
 def _remove(path: Path) -> bool:
-    """Remove a cache that nobody reads; whether it is gone."""
+    """Remove a cache unless it is in use; return whether it is gone."""
     aside = scratch(path, ".outdated")
     try:
         with locked(path.parent):
@@ -132,7 +132,7 @@ def _remove(path: Path) -> bool:
         return False
     except FileNotFoundError:
         return True
-    except OSError:  # not ours to remove
+    except OSError:  # no permission to remove it
         return False
     shutil.rmtree(aside, ignore_errors=True)
     return True

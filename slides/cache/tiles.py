@@ -1,22 +1,20 @@
-"""Decoded tiles on disk, for slides that are read many times: a zarr array a slide.
+"""Decoded tiles on disk, one zarr array per slide, for slides that are read many times.
 
-`build_cache` reads every tile of an index once; `CachedSlide` then gives them back through the same
-`read` as `reader.Slide`, pixel for pixel, so nothing that reads tiles can tell the two apart. It
-pays where decoding is dear: a 40x scan read at 20x costs some 5 ms a tile, the cache 0.2 ms in
-order and 2 ms for a tile here and there.
+`build_cache` reads every tile of an index once; `CachedSlide` then returns them through the same
+`read` as `reader.Slide`, pixel for pixel. It pays off if decoding is slow: a 40x scan read at 20x
+takes about 5 ms a tile, the cache 0.2 ms in order and 2 ms at random.
 
     <dir>/<20x_224px_0px_overlap>/<slide_id>.zarr/     tiles (T, S, S, 3) uint8, crc32 (T,)
 
-A cache is written under another name and renamed when whole, so a run that is killed or a disk that
-is full leaves nothing that could be taken for one; two processes that make the same one do not
-disturb each other. It is bound by a hash to the tiles it was made from: a cache of another index is
-refused, never used. Each tile carries a checksum, since zarr gives black pixels for a file that was
-lost. With a budget, caches of other cohorts go, the longest unused first, and never one in use
-(`slides.cache.disk_room`); slides for which there is no room are read from their files.
+A cache is written under a temporary name and renamed when complete, so a killed run or a full disk
+leaves no partial cache, and two processes may build the same one at once. A hash binds it to its
+tiles: a cache of another index is refused. Each tile has a checksum, since zarr returns black
+pixels for a lost file. With a budget, other cohorts' caches are removed, least recently used first
+and never one in use (`slides.cache.disk_room`); slides that do not fit are read from their files.
 
-Price: 147 kB of disk a 224 px H&E tile (lz4 finds little to squeeze in tissue, and is 4 to 10
-times faster to read than zstd for 8 % more disk), in files of 256 tiles; 39 MB of memory to make
-one, 2.4 MB a slide in use.
+Price: 147 kB of disk a 224 px H&E tile (lz4 compresses tissue little, but is 4 to 10 times faster
+to read than zstd for 8 % more disk), in files of 256 tiles; 39 MB of memory to build one, 2.4 MB
+a slide in use.
 
 Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile.
 """
@@ -37,23 +35,23 @@ from slides.errors import IndexFileError, IndexSettingsError, UnreadableRegionEr
 from slides.grid import Grid
 from slides.tiling.index_file import TileIndex
 
-CHUNK = 16  # tiles packed as one: 2.4 MB, a disk read; reading one of them takes under 1 ms
-SHARD = 256  # tiles a file, so that a cohort is thousands of files and not a million
+CHUNK = 16  # tiles compressed together: 2.4 MB, one disk read of under 1 ms
+SHARD = 256  # tiles per file, so that a cohort is thousands of files and not a million
 VERSION = 2  # of this layout
 
 
 def cache_path(cache_dir: Path, index: TileIndex) -> Path:
-    """Where the cache of an index lies, whether it exists or not."""
+    """Return the path of an index's cache, whether it exists or not."""
     return Path(cache_dir) / index.grid.tag / f"{index.slide_id}.zarr"
 
 
 def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
-    """Read all tiles of the index and keep them; a cache of the same tiles is left as it is.
+    """Read all tiles of the index and write them; keep a cache of the same tiles.
 
     Args:
         slide: anything with `read(x0, y0, grid)`.
         index: the tiles.
-        cache_dir: made if absent. `SHARD` tiles are in memory at a time.
+        cache_dir: created if missing. `SHARD` tiles are in memory at a time.
 
     Raises:
         IndexFileError: the cache cannot be written; nothing is left behind.
@@ -81,18 +79,18 @@ def build_cache(slide, index: TileIndex, cache_dir: Path) -> Path:
 
 
 class CachedSlide:
-    """The tiles of one slide, read from its cache. Pickles; opened at the first `read`."""
+    """The tiles of one slide, read from its cache; opened at the first `read`. Pickles."""
 
     def __init__(self, cache_dir: Path, index: TileIndex):
-        """Check that the cache is there and is of these tiles.
+        """Check that the cache exists and has these tiles.
 
         Args:
-            cache_dir: as given to `build_cache`.
-            index: the tiles that will be asked for.
+            cache_dir: the folder given to `build_cache`.
+            index: the tiles that will be read.
 
         Raises:
             IndexFileError: there is no cache, or it is damaged.
-            IndexSettingsError: it holds other tiles than those of the index, or of another slide.
+            IndexSettingsError: it has other tiles than the index, or another slide's.
         """
         self.path, self.name, self.index = cache_path(cache_dir, index), index.slide_id, index
         self._forget()
@@ -103,10 +101,10 @@ class CachedSlide:
         _check(self.path, index)
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
-        """The tile at (x0, y0), uint8 (S, S, 3); one of those in the index.
+        """Return the tile at (x0, y0), uint8 (S, S, 3); it must be one of the index's.
 
         Raises:
-            IndexSettingsError: the grid or the corner is not of the index.
+            IndexSettingsError: the grid or the corner is not in the index.
             UnreadableRegionError: the cache is damaged here.
         """
         self._open()
@@ -118,16 +116,16 @@ class CachedSlide:
                 "Ask for tiles of the index, or read the slide itself."
             )
         number = row // CHUNK
-        if number != self._chunk_number:  # tiles come in order, so the next is mostly in it too
+        if number != self._chunk_number:  # tiles are read in order: the next is mostly here too
             self._chunk_CSS = self._read_chunk(number)
             self._chunk_number = number
         tile = self._chunk_CSS[row % CHUNK]
         if zlib.crc32(tile) != self._crc32_T[row]:
             raise self._damaged(f"the tile at ({x0}, {y0}) fails its checksum")
-        return tile.copy()  # the caller's to keep; the chunk goes when the next one is read
+        return tile.copy()  # the chunk is dropped when the next one is read
 
     def close(self) -> None:
-        """Let go of memory; the next `read` opens the cache again."""
+        """Release memory and lock; the next `read` opens the cache again."""
         self._forget()
 
     def __enter__(self) -> CachedSlide:
@@ -144,14 +142,14 @@ class CachedSlide:
         self._forget()
 
     def _forget(self) -> None:
-        self._lock = None  # closes itself
+        self._lock = None  # releases itself
         self._tiles = self._crc32_T = self._row_of = None
         self._chunk_number = self._chunk_CSS = None
 
     def _open(self) -> None:
         if self._tiles is not None:
-            return  # also after a fork: zarr keeps no file open, and mends its own thread
-        import zarr  # here: it takes longer to import than the rest of slides together
+            return  # also after a fork: zarr keeps no file open and restarts its thread
+        import zarr  # here: its import takes longer than that of all of `slides`
 
         try:
             self._lock = self._lock or lock_if_possible(self.path)
@@ -171,7 +169,7 @@ class CachedSlide:
     def _damaged(self, what: str) -> UnreadableRegionError:
         return UnreadableRegionError(
             f"{self.name}: the tile cache {self.path} is damaged: {what}. Delete it; it is made "
-            "anew from the slide."
+            "again from the slide."
         )
 
 
@@ -207,11 +205,11 @@ def _write(partial: Path, slide, index: TileIndex) -> None:
 
 
 def _key(index: TileIndex) -> dict:
-    """What a cache must have been made from to be the cache of this index."""
+    """Return the facts about an index that its cache must match."""
     return {
         "version": VERSION,
         "slide_id": index.slide_id,
-        "slide": index.fingerprint,  # another file under the same name
+        "slide": index.fingerprint,  # detects another file under the same name
         "slide_mpp": float(index.slide_mpp),
         "size": index.grid.size,
         "mpp": index.grid.mpp,
@@ -236,11 +234,11 @@ def _check(path: Path, index: TileIndex) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexFileError(
             f"{index.slide_id}: the tile cache {path} is damaged ({error}). Delete it; it is made "
-            "anew from the slide."
+            "again from the slide."
         ) from error
     for name, wanted in _key(index).items():
         if found[name] != wanted:
             raise IndexSettingsError(
                 f"{index.slide_id}: the tile cache {path} was made with {name} = {found[name]}, "
-                f"asked for is {wanted}. Build it again, or ask for what it holds."
+                f"but {wanted} is requested. Build it again, or request what it has."
             )

@@ -1,14 +1,14 @@
 """The tables: slides, patients, targets, splits, labelled tiles; TCGA names.
 
-    table.py           slides, cases, labels, splits; all faults at once
+    table.py           reads the cohort table; lists all its faults at once
     cases.py           a patient's slides as one bag
-    targets.py         what label columns hold: 0 and 1, classes, numbers, times
-    splits.py          cases dealt to train, val and test
+    targets.py         label columns by task: 0 and 1, classes, numbers, times
+    splits.py          splits cases into train, val and test
     split_files.py     CLAM's and Patho-Bench's split files
-    strata.py          what they are stratified over, for every task
-    tcga_names.py      what a barcode says
-    labelled_tiles.py  labelled tiles: a table or folders, parts by case
-    resplit.py         tapfm split: a cohort dealt anew
+    strata.py          labels to stratify over, for every task
+    tcga_names.py      parses TCGA barcodes
+    labelled_tiles.py  labelled tiles from a table or folders, split by case
+    resplit.py         `tapfm split`: splits a cohort table again
 
-Knows tables, and opens no slide but to read its properties.
+Works on tables; reads no pixels but those of labelled tiles.
 """

@@ -3,24 +3,24 @@
     table     path, label, and optionally case_id and split     (.csv, .tsv or .parquet)
     folder    [part/]class/[case/]picture
 
-A part is `train`, `val` or `test`, or what a published set calls its own:
+A part is `train`, `val` or `test`, or a folder name of a published data set:
 
-    trainval, NCT-CRC-HE-100K, NCT-CRC-HE-100K-NONORM     to be dealt to train and val
+    trainval, NCT-CRC-HE-100K, NCT-CRC-HE-100K-NONORM     split into train and val
     CRC-VAL-HE-7K                                         test
 
-So these are read as they ship: NCT-CRC-HE-100K with CRC-VAL-HE-7K; SPIDER as its own
-`convert_to_imagenet.py` leaves it at context size 1 (train and test, a folder a slide below the
-class); OSPatch (trainval and test; its maps, `nuclei` and `non`, are no classes).
+These data sets are read as they are published: NCT-CRC-HE-100K with CRC-VAL-HE-7K; SPIDER as its
+`convert_to_imagenet.py` writes it at context size 1 (train and test, a folder a slide below the
+class); OSPatch (trainval and test; its maps, `nuclei` and `non`, are not classes).
 
-What has no part is dealt one, by case: no case is ever in two parts, and a table or folder where
-one is gets refused. Where nothing says which case a tile is of, each tile counts as its own:
-neighbours may then be in two parts, and intervals are too narrow (`TileSet.cases_known`).
+Tiles without a part are assigned one by case: no case is ever in two parts, and a table or folder
+with such a case is refused. If cases are not known, each tile counts as its own case: neighbours
+may then be in two parts, and intervals are too narrow (`TileSet.cases_known`).
 
 Source: Kather et al. 2018, doi 10.5281/zenodo.1214456, for NCT-CRC: classes as folders, .tif of 224
     px at 0.5 microns per pixel; the published files name no patient. Nechaev et al. 2025 (SPIDER,
     arXiv 2503.02876). Liu et al. 2026 (HiAdapter), readme, for OSPatch.
-Differs: SPIDER's metadata.json and OSPatch's lists of folds are not read: their form is not
-    documented, and the latter deal tiles, not patients.
+Differs: SPIDER's metadata.json and OSPatch's fold lists are not read: their format is not
+    documented, and the latter split tiles, not patients.
 
 Shapes: S side of a tile, N tiles, K classes.
 """
@@ -41,7 +41,7 @@ from PIL import Image
 from slides.cohort.splits import FRACTIONS, Cases, deal
 from slides.cohort.table import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.cohort.targets import named_as_mean
-from slides.errors import CohortError, TileError, all_faults
+from slides.errors import CohortError, SplitError, TileError, all_faults
 from slides.seeds import stable_seed
 
 PARTS = {
@@ -53,52 +53,52 @@ PARTS = {
 }
 NO_CLASSES = {"nuclei", "non", "split"}  # OSPatch's maps and lists
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-MODES = {"RGB", "RGBA", "P", "L"}  # 8 bits; of others the range is not known
+MODES = {"RGB", "RGBA", "P", "L"}  # 8 bits; the range of other modes is not known
 
 
 @dataclass(frozen=True)
 class TileRow:
-    """One tile."""
+    """One labelled tile."""
 
     path: Path
     label: str
     case_id: str
     part: str
-    """train, val or test; before dealing also trainval, or "" for any."""
+    """train, val or test; before splitting also trainval, or "" for any."""
 
 
 @dataclass(frozen=True)
 class TileSet:
-    """All tiles, in the table's order, or that of their names."""
+    """All labelled tiles, in the table's order, or sorted by path."""
 
     rows: tuple[TileRow, ...]
     cases_known: bool
-    """Whether it was said which case each tile is of."""
+    """Whether each tile's case is known."""
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """K names, sorted."""
+        """K class names, sorted."""
         return tuple(sorted({row.label for row in self.rows}))
 
     @cached_property
     def sha256(self) -> str:
-        """Of names, labels, cases and parts; not of the folder they are in, nor of pixels."""
+        """SHA-256 of file names, labels, cases and parts; not of folders or pixels."""
         lines = (f"{r.path.name},{r.label},{r.case_id},{r.part}\n" for r in self.rows)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def files_sha256(self) -> str:
-        """Of the pictures' sizes and times of change, in the table's order: pixels unread."""
+        """SHA-256 of the files' sizes and times of change; pixels are not read."""
         stats = (row.path.stat() for row in self.rows)
         lines = (f"{each.st_size},{each.st_mtime_ns}\n" for each in stats)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def part(self, split: str) -> tuple[TileRow, ...]:
-        """The tiles of train, val or test."""
+        """Return the tiles of train, val or test."""
         return tuple(row for row in self.rows if row.part == split)
 
     def class_weights(self) -> list[float]:
-        """Of each class in the loss: tiles over K times its tiles, in the training part alone."""
+        """Return each class's weight in the loss: tiles / (K * its tiles), over train."""
         counts = Counter(row.label for row in self.part("train"))
         return [counts.total() / (len(self.classes) * counts[name]) for name in self.classes]
 
@@ -109,19 +109,19 @@ def read_labelled_tiles(
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
 ) -> TileSet:
-    """The tiles of a table or folder, each with a part.
+    """Read the tiles of a table or folder, and assign each to a part.
 
     Args:
         source: a table, whose paths are relative to its folder, or a folder.
-        case_pattern: regular expression whose first group, in a picture's file name, is its case;
+        case_pattern: regular expression whose first group in a picture's file name is its case;
             None takes the table's case_id or the folder below the class.
-        fractions: of train, val and test, for what has no part.
-        seed: of the dealing.
+        fractions: shares of train, val and test, for tiles without a part.
+        seed: of the random split.
 
     Raises:
-        CohortError: all that is wrong: missing files and columns, unknown parts, cases in two of
-            them, classes that the training part lacks.
-        SplitError: fractions that are none, or too few cases to deal.
+        CohortError: missing files and columns, unknown parts, cases in two parts, classes that are
+            not in the training part; all faults are listed.
+        SplitError: the fractions are invalid, or there are too few cases.
     """
     if source.is_dir():
         rows = _from_folder(source)
@@ -143,10 +143,10 @@ def read_labelled_tiles(
 
 
 def read_tile(path: Path, side: int) -> np.ndarray:
-    """A tile's pixels, uint8 (3, S, S); one that is k times as large is averaged k by k.
+    """Return a tile's pixels, uint8 (3, S, S); a k times larger one is averaged k by k.
 
     Raises:
-        TileError: it cannot be read, or is of another size.
+        TileError: it cannot be read, or has another size.
     """
     try:
         with Image.open(path) as image:
@@ -158,15 +158,15 @@ def read_tile(path: Path, side: int) -> np.ndarray:
             width, height = image.size
             if width != height or width % side:
                 raise TileError(
-                    f"{path}: {width} x {height} px, but tiles of {side} px were asked for, or of "
-                    f"a whole multiple of it, square. Set data.tile_px, or leave the tile out."
+                    f"{path}: {width} x {height} px, but square tiles of {side} px, or of a whole "
+                    f"multiple of it, were requested. Set data.tile_px, or leave the tile out."
                 )
             image = image.convert("RGB")
             image = image.reduce(width // side) if width > side else image
             return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise TileError(
-            f"{path}: cannot be read as a picture ({error}). Export it anew."
+            f"{path}: cannot be read as a picture ({error}). Export it again."
         ) from error
 
 
@@ -208,7 +208,7 @@ def _from_table(table: Path) -> tuple[list[TileRow], bool]:
         path = table.parent / row.get("path", "")
         label, part = row.get("label", ""), row.get("split", "")
         if not row.get("path") or not path.is_file():
-            faults.append(f"row {number}: {path} is no file: mend its path or leave the row out")
+            faults.append(f"row {number}: {path} is no file: correct path or leave the row out")
         else:
             files[number] = str(path.resolve())
         if label.lower() in UNKNOWN:
@@ -276,7 +276,7 @@ def _class_faults(tiles: TileSet) -> list[str]:
 def _dealt(
     rows: list[TileRow], known: bool, fractions: Sequence[float], seed: int
 ) -> list[TileRow]:
-    """Every row with a part; `val` is dealt from `train` where there is none."""
+    """Return all rows with a part; if there is no `val`, it is split off from `train`."""
     there = {row.part for row in rows}
     pool = "trainval" if "trainval" in there else "train" if "val" not in there else None
     goals = {"": SPLITS, **({pool: SPLITS[:2]} if pool else {})}
@@ -284,14 +284,19 @@ def _dealt(
     for given, splits in goals.items():
         members = [row for row in rows if row.part == given]
         shares = np.array(fractions[: len(splits)], float)
+        if members and (len(shares) < len(splits) or not (shares >= 0).all() or not shares.any()):
+            raise SplitError(
+                f"data.fractions is {list(fractions)}: give three numbers of 0 or more, the shares "
+                "of train, val and test"
+            )
         if members:
             part_of |= _deal(members, known, splits, list(shares / shares.sum()), seed)
     return [replace(row, part=part_of.get(row.case_id, row.part)) for row in rows]
 
 
 def _deal(rows, known: bool, splits, shares: list[float], seed: int) -> dict[str, str]:
-    """Each case's part, stratified by class."""
-    if not known:  # each by itself, so class by class; 100,000 of them at once
+    """Return the part of each case, stratified by class."""
+    if not known:  # each tile is a case, so class by class: quick for 100,000 tiles
         part_of = {}
         for name in sorted({row.label for row in rows}):
             cases = [row.case_id for row in rows if row.label == name]

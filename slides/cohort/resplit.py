@@ -1,9 +1,8 @@
-"""`tapfm split`: a cohort table dealt anew, for cross-validation, repeats, or as others split it.
+"""`tapfm split`: splits a cohort table again, at random or as another tool's files say.
 
-Every column but `split` stays as it is. One split goes to a table, several to a folder: a table
-each (`cohort_0.csv`, for `data.table`) and, if asked, CLAM's and Patho-Bench's files. A path that
-is relative to the table's folder is written relative to the new table's; with `slides_dir` it
-stays.
+Every column but `split` is kept. One split goes to a table, several go to a folder: a table each
+(`cohort_0.csv`, for `data.table`) and, if requested, CLAM's and Patho-Bench's files. Slide paths
+relative to the table's folder become relative to the new table's; with `slides_dir` they stay.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from slides.cohort.strata import stratify
 from slides.cohort.table import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
 from slides.cohort.targets import KNOWN, Cells, Columns, make_columns, named_columns
 from slides.cohort.tcga_names import site_of
-from slides.errors import SplitError, all_faults
+from slides.errors import SplitError, all_faults, refuse
 from slides.files import write_text
 from slides.wsi.reader import slide_stem
 
@@ -56,33 +55,30 @@ def run_split(
     task: str | Mapping[str, Any] = "multilabel",
     slides_dir: str | None = None,
 ) -> int:
-    """Deal the cases, or read how another did; report the balance; write.
+    """Split the cases or read a split, print its balance, and write it; return exit code 0.
 
     Args:
-        table: a cohort table; its `split` column, if any, is not looked at.
+        table: a cohort table; its `split` column, if any, is ignored.
         out: a .csv or .tsv for one split, else a folder.
-        labels: to stratify over; None is all. For survival by name: columns of time and event.
-        folds: of a cross-validation.
-        repeats: of a Monte-Carlo cross-validation with these fractions.
-        fractions: of train, val and test.
-        seed: another seed is another draw.
-        preserve_sites: keep the cases of a site together; a TCGA barcode gives the site where the
-            table does not.
-        source: a CLAM or Patho-Bench file to take the split from; with `fold` of the latter.
-        fold: see `source`.
+        labels: columns to stratify over; None is all. For survival by name: time and event.
+        folds: number of folds of a cross-validation.
+        repeats: number of Monte-Carlo splits with these fractions.
+        fractions: shares of train, val and test.
+        seed: seed of the random split.
+        preserve_sites: keep the cases of a site together; TCGA barcodes name their site.
+        source: a CLAM or Patho-Bench file to read the split from.
+        fold: the fold of a Patho-Bench file.
         formats: any of table, clam, clam-bool, patho-bench.
-        task: what the labels hold: a name, or a name and options (`slides.cohort.targets`).
-        slides_dir: where relative slide paths start, so that they stay as they are; None is the
-            table's folder.
+        task: the type of the labels: a name, or a name and options (`slides.cohort.targets`).
+        slides_dir: folder of relative slide paths, which are then kept; None is the table's.
 
     Raises:
-        SplitError: all that is wrong with the table's cells, or a split that cannot be.
+        SplitError: the table is faulty (all faults are listed), or no such split can be made.
     """
-    if sum(option is not None for option in (folds, repeats, source)) > 1:
-        raise SplitError("give one of --folds, --repeats and --from")
     columns, labels = _columns(task, labels)
-    if "patho-bench" in formats and not columns.binary:
-        raise SplitError(f"--format patho-bench takes labels of 0 and 1: leave it out of {task}")
+    several = folds is not None or (repeats or 1) > 1 or list(formats) != ["table"]
+    binary = "patho-bench" not in formats or columns.binary
+    _check_options(out, [folds, repeats, source], several, "" if binary else task)
     records, labels, cases = _read(table, labels, columns)
     case_of = {row["slide_id"]: row["case_id"] for row in records}
     how = seed, preserve_sites
@@ -95,14 +91,7 @@ def run_split(
         splits = monte_carlo(cases, repeats, fractions, *how)
     else:
         splits = [fixed_split(cases, fractions, *how)]
-    for number, split in enumerate(splits):
-        left = len(cases) - len(split)
-        print(f"split {number}" + f"; {left} cases are in no part and left out" * (left > 0))
-        print(balance(cases, split))
-
-    single = out.suffix in (".csv", ".tsv")
-    if single and (len(splits) > 1 or list(formats) != ["table"]):
-        raise SplitError(f"{out}: several files do not go into one: name a folder")
+    _print_balance(cases, splits)
     base = None if slides_dir else table.parent
     for path, text in _files(table, out, records, labels, case_of, splits, formats, base).items():
         write_text(path, text)
@@ -110,10 +99,28 @@ def run_split(
     return 0
 
 
+def _check_options(out: Path, sources: list, several: bool, not_binary: Any) -> None:
+    faults = []
+    if len([source for source in sources if source is not None]) > 1:
+        faults.append("give one of --folds, --repeats and --from, not several")
+    if not_binary:
+        faults.append(f"--format patho-bench takes labels of 0 and 1: leave it out of {not_binary}")
+    if out.suffix in (".csv", ".tsv") and several:
+        faults.append(f"--out {out} is one file, and several are to be written: give a folder")
+    refuse(faults, "tapfm split", SplitError)
+
+
+def _print_balance(cases: Cases, splits: Sequence[Split]) -> None:
+    for number, split in enumerate(splits):
+        left = len(cases) - len(split)
+        print(f"split {number}" + f"; {left} cases are in no part and left out" * (left > 0))
+        print(balance(cases, split))
+
+
 def _read(
     table: Path, labels: Sequence[str] | None, columns: Columns
 ) -> tuple[list[dict], Sequence[str], Cases]:
-    """The table's rows as text, its label columns, and its cases."""
+    """Return the table's rows as text, its label columns, and its cases."""
     header, lines = read_table(table)
     labels = columns.choose(labels, [n for n in header if n and n not in REQUIRED + OPTIONAL])
     missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
@@ -146,7 +153,7 @@ def _read(
 def _columns(
     task: str | Mapping[str, Any], labels: Sequence[str] | None
 ) -> tuple[Columns, Sequence[str] | None]:
-    """Return what reads the label columns, and the labels that are still to choose from."""
+    """Return the reader of the label columns, and the requested names."""
     wanted = named_columns(task) if isinstance(task, str) else []
     if not wanted:
         return make_columns(task), labels
@@ -160,7 +167,7 @@ def _columns(
 def _files(
     table, out, records, labels, case_of, splits: list[Split], formats, base: Path | None
 ) -> dict[Path, str]:
-    """What to write: path -> text; slide paths that start at `base` are written anew."""
+    """Return what to write, path -> text; slide paths relative to `base` are rewritten."""
     if out.suffix in (".csv", ".tsv"):
         return {out: _table_text(base, out, records, splits[0])}
     files: dict[Path, str] = {}

@@ -1,14 +1,14 @@
-"""Splits as other tools keep them: CLAM's CSVs and Patho-Bench's task folders, read and written.
+"""Split files of other tools, CLAM and Patho-Bench: read and written.
 
     CLAM         splits_0.csv       a column each for train, val, test: ragged lists of slide_id
                  splits_0_bool.csv  a row a slide; True in one of three columns
     Patho-Bench  <task>/k=all.tsv   case_id, slide_id, the label, fold_0, fold_1, ... with the
-                 <task>/config.yaml part's name in each; and what the label's numbers mean
+                 <task>/config.yaml part's name in each; and the meaning of the label's numbers
 
-What is read becomes case -> part. A case in two parts of one split is a leak, and refused; so is a
-slide that the cohort does not have. Slides of the cohort that the file leaves out are left out.
+A split that is read becomes case -> part. A case in two parts of one split (a leak) and slides that
+the cohort does not have are refused. Slides that the file does not name are left out.
 
-Source: CLAM's `create_splits_seq.py` and Patho-Bench's split files, by their form.
+Source: CLAM's `create_splits_seq.py` and the format of Patho-Bench's split files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FALSE = frozenset({"false", "0", "0.0", ""})
 
 
 def clam_text(case_of: Mapping[str, str], split: Split) -> str:
-    """`splits_<k>.csv`: slide_id in the columns train, val, test, blank where one is shorter.
+    """Return `splits_<k>.csv`: slide_ids in the columns train, val, test, padded with blanks.
 
     Args:
         case_of: slide_id -> case_id, in the order to write.
@@ -47,7 +47,7 @@ def clam_text(case_of: Mapping[str, str], split: Split) -> str:
 
 
 def clam_bool_text(case_of: Mapping[str, str], split: Split) -> str:
-    """`splits_<k>_bool.csv`: a row a slide, True in the column of its part."""
+    """Return `splits_<k>_bool.csv`: a row a slide, True in the column of its part."""
     rows = [
         [slide, *(split[case] == part for part in SPLITS)]
         for slide, case in case_of.items()
@@ -62,12 +62,12 @@ def patho_bench_texts(
     label: str,
     values: Mapping[str, int | None],
 ) -> dict[str, str]:
-    """The two files of a task, by name.
+    """Return the two files of a task, name -> text.
 
     Args:
         case_of: slide_id -> case_id.
-        splits: a column fold_<i> each.
-        label: the task's column.
+        splits: one per column fold_<i>.
+        label: the task's label column.
         values: slide_id -> 0, 1 or None (unknown: the slide is left out, as Patho-Bench drops it).
     """
     header = ["case_id", "slide_id", label, *(f"fold_{fold}" for fold in range(len(splits)))]
@@ -84,22 +84,22 @@ def patho_bench_texts(
 
 
 def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
-    """Case -> part, from a CLAM CSV of either form or a Patho-Bench `k=all.tsv`.
+    """Return case -> part from a CLAM CSV of either form or a Patho-Bench `k=all.tsv`.
 
     Args:
-        path: the file; its columns say which it is.
-        case_of: slide name -> case_id of the cohort's slides; a slide may stand under several
-            names (its id, its file's stem).
+        path: the file; its columns show which kind it is.
+        case_of: slide name -> case_id of the cohort's slides; a slide may have several names (its
+            id, its file's stem).
         fold: column fold_<n> of a Patho-Bench file; a CLAM file has one split.
 
     Raises:
-        SplitError: no such file or form, slides that the cohort does not have, a case in two parts.
+        SplitError: no such file or format, unknown slides, or a case in two parts.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SplitError(f"{path}: no readable split ({error}). Give its path.") from error
+        raise SplitError(f"{path}: no readable split ({error}). Correct its path.") from error
     lines = list(csv.reader(io.StringIO(text), delimiter="\t" if "\t" in text else ","))
     header = lines[0] if lines else []
     records = [dict(zip(header, line, strict=False)) for line in lines[1:] if any(line)]
@@ -124,14 +124,14 @@ def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
 
 
 def _clam_parts(header, records, faults) -> Iterable[tuple[str, str, str]]:
-    """(slide, part, row) of a CLAM file; its values say which of the two forms it has."""
+    """Yield (slide, part, row) of a CLAM file; its values show which form it has."""
     values = {row.get(part, "").lower() for row in records for part in SPLITS}
     for number, row in enumerate(records, start=2):
         if values <= TRUE | FALSE:
-            named = [part for part in SPLITS if row.get(part, "").lower() in TRUE]
-            if len(named) > 1:
-                faults.append(f"row {number}: {row[header[0]]} is in {' and '.join(named)}")
-            yield from ((row[header[0]], part, str(number)) for part in named[:1])
+            marked = [part for part in SPLITS if row.get(part, "").lower() in TRUE]
+            if len(marked) > 1:
+                faults.append(f"row {number}: {row[header[0]]} is in {' and '.join(marked)}")
+            yield from ((row[header[0]], part, str(number)) for part in marked[:1])
         else:
             for part in SPLITS:
                 if slide := row.get(part, ""):
@@ -139,20 +139,20 @@ def _clam_parts(header, records, faults) -> Iterable[tuple[str, str, str]]:
 
 
 def _by_case(parts, case_of: Mapping[str, str], faults: list[str]) -> Split:
-    """Slides to cases, with a fault for each that is strange, misplaced or leaks."""
+    """Return case -> part; add a fault for each unknown slide, unknown part or leak."""
     rows = defaultdict(lambda: defaultdict(list))
-    strange = []
+    unknown = []
     for slide, part, number in parts:
         if part not in (*SPLITS, ""):
             faults.append(f"row {number}: {slide} is in {part!r}: write train, val or test")
         elif slide not in case_of:
-            strange.append(slide)
+            unknown.append(slide)
         elif part:
             rows[case_of[slide]][part].append(slide)
-    if strange:
+    if unknown:
         faults.append(
-            f"{len(strange)} slides are not in the cohort: {', '.join(strange[:5])}"
-            f"{' ...' * (len(strange) > 5)}: add them to its table, or take them out here"
+            f"{len(unknown)} slides are not in the cohort: {', '.join(unknown[:5])}"
+            f"{' ...' * (len(unknown) > 5)}: add them to its table, or remove them here"
         )
     for case, where in rows.items():
         if len(where) > 1:
@@ -165,7 +165,7 @@ def _by_case(parts, case_of: Mapping[str, str], faults: list[str]) -> Split:
 
 
 def csv_text(rows: Iterable[Sequence], delimiter: str = ",") -> str:
-    """Rows as a file's text."""
+    """Return rows as CSV text."""
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
     return text.getvalue()

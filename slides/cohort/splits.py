@@ -1,19 +1,18 @@
-"""Cases dealt to parts: no case in two of them, every label as frequent in each as in the whole.
+"""Splits cases into parts: no case in two parts, label frequencies alike in all of them.
 
-The units that are dealt are cases or, to preserve sites, whole sites (a hospital's scanner and
-stain tell its slides apart; a model tested on a hospital it was trained on is flattered). Units go
-one by one, the largest and those with the rarest label first, to the part where they leave the
-least cost
+The units are cases or, to preserve sites, whole sites (a hospital's scanner and stain mark its
+slides, so tests on hospitals of the training set are too optimistic). Units are assigned one by
+one, the largest and those with the rarest label first, to the part with the lowest cost
 
     sum over parts p and keys k of (count_pk - share_p total_k)^2 / total_k
 
-whose keys are the number of cases and, for each label, its positives, its negatives and its
-unknowns; then single units move, or two change places, for as long as that lowers the cost. Any
-number of labels is so stratified at once. Sites are few and of all sizes, so their parts cannot be
-equal: `Balance` says how unequal they are.
+The keys are the number of cases and, for each label, its positives, negatives and unknowns. Then
+single units move, or two are swapped, as long as that lowers the cost. Any number of labels is
+stratified at once. Sites are few and differ in size, so their parts cannot be equal: `Balance`
+reports how unequal they are.
 
-Price: C^2 K operations a round, less where cases are alike: 0.02 s for 500 cases and four labels.
-Source: iterative stratification (Sechidis et al. 2011), whose rarest-first order this keeps.
+Price: C^2 K operations a round, fewer if cases are alike: 0.02 s for 500 cases and four labels.
+Source: iterative stratification (Sechidis et al. 2011), including its rarest-first order.
 Differs: a cost for all keys at once and a local search, in place of one label at a time; unknown
     labels are a key of their own.
 
@@ -34,7 +33,7 @@ from slides.errors import SplitError, all_faults
 from slides.seeds import stable_seed
 
 FRACTIONS = (0.6, 0.2, 0.2)  # of train, val, test
-ROUNDS = 100  # of the local search, which ends by itself long before
+ROUNDS = 100  # limit of the local search, which converges long before
 
 Split = Mapping[str, str]
 """case_id -> train, val or test. A case has one part, so no split of this form leaks."""
@@ -42,11 +41,11 @@ Split = Mapping[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """What is dealt."""
+    """The cases to split. C cases, L labels."""
 
     ids: tuple[str, ...]
     sites: tuple[str, ...]
-    """Of each case; "" where it is not known."""
+    """Site of each case; "" if unknown."""
     labels: tuple[str, ...]
     values_CL: np.ndarray
     """1.0, 0.0 or nan (unknown)."""
@@ -57,16 +56,16 @@ class Cases:
 
 @dataclass(frozen=True)
 class Balance:
-    """How even the parts of a split are."""
+    """How evenly cases and labels are spread over the parts of a split."""
 
     cases: dict[str, int]
     """Cases in each part."""
     positive: dict[str, dict[str, tuple[int, int]]]
-    """Part -> label -> positive and known cases; the whole is part "all"."""
+    """Part -> label -> (positive, known) cases; the part "all" is the whole cohort."""
     worst_points: float
     """Largest distance of a part's prevalence from the whole's, in percentage points."""
     worst: str
-    """Where that is: label and part."""
+    """Label and part with that distance."""
     sites_shared: int
     """Sites with cases in more than one part."""
 
@@ -87,12 +86,12 @@ class Balance:
 def gather_cases(
     case_ids: Sequence[str], sites: Sequence[str], labels: Sequence[str], values: np.ndarray
 ) -> Cases:
-    """Cases of the slides of a table, a row a slide, in order of first appearance.
+    """Return the cases of a table's slides, in order of first appearance.
 
     Args:
-        case_ids: of each slide.
-        sites: of each slide, "" if not known.
-        labels: the names.
+        case_ids: case of each slide.
+        sites: site of each slide, "" if unknown.
+        labels: names of the labels.
         values: (slides, labels), 1.0, 0.0 or nan. A case is 1 if any of its slides is, else 0 if
             any is, else unknown.
 
@@ -103,42 +102,44 @@ def gather_cases(
     for row, case in enumerate(case_ids):
         rows[case].append(row)
     values_CL = np.full((len(rows), len(labels)), np.nan)
-    of_case, faults = [], []
+    site_of_case, faults = [], []
     for place, (case, where) in enumerate(rows.items()):
-        named = sorted({sites[row] for row in where} - {""})
-        if len(named) > 1:
-            faults.append(f"case {case} has slides of sites {', '.join(named)}: name one of them")
-        of_case.append(named[0] if named else "")
+        found = sorted({sites[row] for row in where} - {""})
+        if len(found) > 1:
+            faults.append(f"case {case} has slides of sites {', '.join(found)}: give one of them")
+        site_of_case.append(found[0] if found else "")
         for label in range(len(labels)):
             known = [values[row, label] for row in where if not math.isnan(values[row, label])]
             values_CL[place, label] = max(known, default=math.nan)
     if faults:
         raise SplitError(all_faults("cases", faults))
-    return Cases(tuple(rows), tuple(of_case), tuple(labels), values_CL)
+    return Cases(tuple(rows), tuple(site_of_case), tuple(labels), values_CL)
 
 
 def deal(
     cases: Cases, shares: Sequence[float], seed: int = 0, preserve_sites: bool = False
 ) -> np.ndarray:
-    """The part (0 to P - 1) of every case, (C,).
+    """Return the part (0 to P - 1) of every case, (C,).
 
     Args:
-        cases: what to deal.
-        shares: of each part; they add up to 1.
-        seed: another seed is another draw.
+        cases: the cases to split.
+        shares: share of each part; they add up to 1.
+        seed: seed of the random order.
         preserve_sites: keep all cases of a site in one part.
 
     Raises:
-        SplitError: shares that are none, fewer units than parts, or cases whose site is not known.
+        SplitError: invalid shares, fewer units than parts, or cases without a site.
     """
     if min(shares, default=0) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise SplitError(f"shares {list(shares)}: give numbers above 0 that add up to 1")
-    nowhere = [case for case, site in zip(cases.ids, cases.sites, strict=True) if not site]
-    if preserve_sites and nowhere:
+    if seed < 0:
+        raise SplitError(f"seed is {seed}: give 0 or more")
+    siteless = [case for case, site in zip(cases.ids, cases.sites, strict=True) if not site]
+    if preserve_sites and siteless:
         raise SplitError(
-            f"{len(nowhere)} cases have no site, so their sites cannot be preserved: "
-            f"{', '.join(nowhere[:8])}{' ...' * (len(nowhere) > 8)}. Fill in the column site "
-            "(a TCGA barcode says it by itself)."
+            f"{len(siteless)} cases have no site, so their sites cannot be preserved: "
+            f"{', '.join(siteless[:8])}{' ...' * (len(siteless) > 8)}. Fill in the column site "
+            "(a TCGA barcode already contains it)."
         )
     units = cases.sites if preserve_sites else cases.ids
     names = {name: place for place, name in enumerate(dict.fromkeys(units))}
@@ -161,7 +162,7 @@ def fixed_split(
     seed: int = 0,
     preserve_sites: bool = False,
 ) -> Split:
-    """One split into train, val and test of these fractions."""
+    """Return one split into train, val and test of these fractions."""
     if len(fractions) != 3:
         raise SplitError(f"fractions {list(fractions)}: give three, of train, val and test")
     parts = deal(cases, fractions, seed, preserve_sites)
@@ -175,7 +176,9 @@ def monte_carlo(
     seed: int = 0,
     preserve_sites: bool = False,
 ) -> list[Split]:
-    """Independent splits of these fractions."""
+    """Return `repeats` independent splits of these fractions."""
+    if repeats < 1:
+        raise SplitError(f"{repeats} repeats: give 1 or more")
     return [
         fixed_split(cases, fractions, stable_seed(seed, repeat), preserve_sites)
         for repeat in range(repeats)
@@ -183,10 +186,10 @@ def monte_carlo(
 
 
 def kfold(cases: Cases, folds: int, seed: int = 0, preserve_sites: bool = False) -> list[Split]:
-    """Cross-validation: fold i is tested in split i, the next one validates, the others train.
+    """Return a split for each fold: fold i is test, the next one val, the others train.
 
     Raises:
-        SplitError: fewer than three folds, or what `deal` raises.
+        SplitError: fewer than three folds, or see `deal`.
     """
     if folds < 3:
         raise SplitError(f"{folds} folds: give at least 3, one each to train, validate and test")
@@ -199,7 +202,7 @@ def kfold(cases: Cases, folds: int, seed: int = 0, preserve_sites: bool = False)
 
 
 def balance(cases: Cases, split: Split) -> Balance:
-    """How even a split is; cases that it does not name are left out."""
+    """Return how even a split is; cases outside the split are left out."""
     part_C = np.array([split.get(case, "") for case in cases.ids])
     parts = {"all": part_C != ""} | {p: part_C == p for p in SPLITS if (part_C == p).any()}
     positive = {
@@ -225,26 +228,26 @@ def balance(cases: Cases, split: Split) -> Balance:
 
 
 def _deal_units(counts_UK: np.ndarray, share_P: np.ndarray, seed: int) -> np.ndarray:
-    """The part of each unit, (U,): greedy, then a local search on the same cost."""
+    """Return the part of each unit, (U,): greedy, then a local search on the same cost."""
     rng = np.random.default_rng(seed)
     units, parts = len(counts_UK), len(share_P)
     total_K = counts_UK.sum(0)
     weight_K = 1 / np.maximum(total_K, 1)
     scaled_UK = counts_UK * np.sqrt(weight_K)  # so that the cost is a plain sum of squares
-    over_PK = -share_P[:, None] * total_K * np.sqrt(weight_K)  # counts less what is due
+    over_PK = -share_P[:, None] * total_K * np.sqrt(weight_K)  # counts minus target counts
     rarity_U = np.where(counts_UK > 0, total_K, np.inf).min(1)
     part_U = np.full(units, -1)
     order = np.lexsort((rng.random(units), rarity_U, -counts_UK[:, 0]))
     for left, unit in zip(range(units, 0, -1), order, strict=True):
         rise_P = 2 * over_PK @ scaled_UK[unit] + rng.random(parts) * 1e-9  # equal ones at random
         empty_P = np.bincount(part_U[part_U >= 0], minlength=parts) == 0
-        if left <= empty_P.sum():  # the last ones go where there is none yet
+        if left <= empty_P.sum():  # the last units fill parts that are still empty
             rise_P[~empty_P] = np.inf
         part_U[unit] = rise_P.argmin()
         over_PK[part_U[unit]] += scaled_UK[unit]
     kind_U = np.unique(counts_UK, axis=0, return_inverse=True)[1].ravel()
     for _ in range(ROUNDS):
-        # Units alike and in the same part are interchangeable: one of each is enough to try.
+        # Equal units in the same part are interchangeable: it is enough to try one of them.
         tried = np.unique(part_U * units + kind_U, return_index=True)[1]
         improved = [
             _improve(unit, tried, part_U, over_PK, scaled_UK) for unit in rng.permutation(tried)
@@ -257,11 +260,11 @@ def _deal_units(counts_UK: np.ndarray, share_P: np.ndarray, seed: int) -> np.nda
 def _improve(
     unit: int, others: np.ndarray, part_U: np.ndarray, over_PK: np.ndarray, scaled_UK: np.ndarray
 ) -> bool:
-    """Make the move of one unit, or its exchange with another, that lowers the cost most."""
+    """Make the single move or swap of one unit that lowers the cost most; return if any did."""
     here, own_K = part_U[unit], scaled_UK[unit]
     step_PK = over_PK - over_PK[here]
     move_P = 2 * (step_PK @ own_K + own_K @ own_K)
-    change_OK = own_K - scaled_UK[others]  # what the other's part gains in an exchange
+    change_OK = own_K - scaled_UK[others]  # what the other's part gains in a swap
     swap_O = 2 * ((step_PK[part_U[others]] + change_OK) * change_OK).sum(1)
     alone = np.bincount(part_U, minlength=len(over_PK))[here] == 1
     move_P[here] = np.inf

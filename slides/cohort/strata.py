@@ -1,11 +1,11 @@
-"""What cases are stratified over: labels of 1, 0 or unknown, made of the columns of a task.
+"""The binary labels over which cases are stratified, for every task.
 
     labels of 1 and 0   the labels themselves
     class names         a label a class
-    numbers             of each column, above the first third of the cases and above the second
-    time and event      the event, and a time above the median of the events'
+    numbers             for each column, above the first third of the cases and above the second
+    time and event      the event, and a time above the median time of events
 
-Where a case has slides that say different things, a label is 1 if it is for any of them.
+Labels are 1, 0 or unknown. If slides of a case differ, the case's label is 1 if any slide's is.
 
 Shapes: N slides, Y numbers of a target, C cases.
 """
@@ -31,14 +31,14 @@ def stratify(
     case_ids: Sequence[str],
     values_NY: np.ndarray,
 ) -> Strata:
-    """Return the labels of 0 and 1 to deal cases by.
+    """Return the labels to stratify over.
 
     Args:
-        columns: their kind, of `slides.cohort.targets`, which says by what.
-        names: of the columns.
-        classes: that a multi-class column counts.
-        case_ids: of each slide.
-        values_NY: what `slides.cohort.targets` read.
+        columns: the kind of columns, of `slides.cohort.targets`, which decides the labels.
+        names: names of the label columns.
+        classes: class names of a multi-class column.
+        case_ids: case of each slide.
+        values_NY: the numbers that `slides.cohort.targets` read.
     """
     _, case_N = np.unique(np.asarray(case_ids), return_inverse=True)
     largest_CY = np.full((case_N.max(initial=-1) + 1, values_NY.shape[1]), np.nan)
@@ -74,9 +74,10 @@ def time_strata(names, classes, values_NY, largest_CY) -> Strata:
 
 
 def _above(name: str, y_N: np.ndarray, y_C: np.ndarray, parts: int) -> Strata:
-    """Above each cut of the cases that are known into parts; one label where two cuts are equal.
+    """Return labels "above k/parts": whether a number lies above that quantile of the cases.
 
-    A cut is a case's own value, so that ties fall on one side whatever floats do.
+    There is one label if two cuts are equal. A cut is a case's own value, so that ties fall on one
+    side whatever the rounding.
     """
     rising = np.sort(y_C[~np.isnan(y_C)])
     cuts = {
@@ -84,4 +85,4 @@ def _above(name: str, y_N: np.ndarray, y_C: np.ndarray, parts: int) -> Strata:
         for part in range(1, parts)
         if len(rising)
     }
-    return {said: np.where(np.isnan(y_N), np.nan, y_N > cut) for cut, said in cuts.items()}
+    return {label: np.where(np.isnan(y_N), np.nan, y_N > cut) for cut, label in cuts.items()}

@@ -1,14 +1,13 @@
-"""The cohort table: which slides there are, whose they are, and what is known of them.
+"""The cohort table: slides, their patients, splits and labels.
 
     case_id, slide_id, slide_path, split    required; split is train, val or test
     mpp, stain, site                        optional
     every other column                      a label, unless the labels are named
 
-A label is 1, 0 or unknown, or what else the task takes (`slides.cohort.targets`). A blank cell or
-NA is *unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0. A
-table is read whole and every fault in it is reported in one `CohortError`, each with its row (as a
-spreadsheet numbers them: the header is row 1) and its remedy, so that one round of mending is
-enough.
+A label is 1, 0 or unknown; other tasks have other values (`slides.cohort.targets`). A blank cell or
+NA is *unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0.
+All faults of a table are reported in one `CohortError`, each with its row (as a spreadsheet numbers
+them: the header is row 1) and its remedy, so that one round of corrections is enough.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slides.cohort.targets import UNKNOWN, Cells, make_columns
-from slides.errors import CohortError, all_faults, some_rows
+from slides.errors import CohortError, SettingsError, all_faults, some_rows
 from slides.grid import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
@@ -39,48 +38,47 @@ class SlideRow:
     case_id: str
     """The patient. Cases, not slides, are split and resampled."""
     slide_id: str
-    """Unique, and the stem of every file made for the slide."""
+    """Unique; the stem of every file written for the slide."""
     path: Path
     """The slide's file, absolute."""
     split: str
     """`train`, `val` or `test`."""
     mpp: float | None
-    """Microns per level-0 pixel as the table has it; None leaves it to the slide."""
+    """Microns per level-0 pixel from the table; None takes the slide's own."""
     stain: str
     """Free text, may be empty."""
     site: str
     """Free text, may be empty."""
     labels: tuple[float, ...]
-    """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`; for other tasks their numbers."""
+    """1.0, 0.0 or nan (unknown), in the order of `Cohort.labels`; other tasks: their numbers."""
     parts: tuple[SlideRow, ...] = ()
-    """The slides of a bag that is a case (`slides.cohort.cases`); its `slide_id` is then the
-    case's."""
+    """The slides of a case (`slides.cohort.cases`), whose id is then the `slide_id`."""
 
     @property
     def slides(self) -> tuple[SlideRow, ...]:
-        """The slides whose tiles are the bag's: itself, or its parts."""
+        """The slides whose tiles make up the bag: this one, or its parts."""
         return self.parts or (self,)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """A table that was read and found sound."""
+    """A cohort table without faults."""
 
     labels: tuple[str, ...]
     """Names of the label columns."""
     rows: tuple[SlideRow, ...]
     """The slides, in the table's order."""
     classes: tuple[str, ...] = ()
-    """Names of the classes that a multi-class label counts, in order."""
+    """Class names of a multi-class label, in order of their numbers."""
 
     def split(self, name: str) -> tuple[SlideRow, ...]:
-        """The slides of one split, in the table's order; may be empty."""
+        """Return the slides of one split, in the table's order; may be empty."""
         if name not in SPLITS:
-            raise ValueError(f"split {name!r} is none of {', '.join(SPLITS)}")
+            raise SettingsError(f"split is {name!r}: give one of {', '.join(SPLITS)}")
         return tuple(row for row in self.rows if row.split == name)
 
     def without(self, slide_ids: Collection[str]) -> Cohort:
-        """The cohort less the slides that could not be used."""
+        """Return the cohort without the given slides."""
         absent = sorted(set(slide_ids) - {row.slide_id for row in self.rows})
         if absent:
             raise ValueError(f"not in the cohort, so they cannot be left out: {', '.join(absent)}")
@@ -88,7 +86,7 @@ class Cohort:
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of what is in the table, not of where the slides lie on this disk."""
+        """SHA-256 of the table's contents; the slides' folder does not count."""
         rows = [
             [r.case_id, r.slide_id, r.path.name, r.split, r.mpp, r.stain, r.site]
             + [None if math.isnan(value) else value for value in r.labels]
@@ -106,20 +104,19 @@ def read_cohort(
     both_classes: Collection[str] = SPLITS,
     task: str | Mapping[str, Any] = "multilabel",
 ) -> Cohort:
-    """Read a CSV, TSV or Parquet table and refuse it if anything in it is wrong.
+    """Return the cohort of a CSV, TSV or Parquet table; a faulty table is refused.
 
     Args:
-        table: the file; its suffix says the format (.csv, .tsv, .parquet).
-        labels: the label columns, in this order; None takes every column that is not one of the
-            seven named above.
-        slides_dir: where relative slide paths start; None is the table's own folder.
-        both_classes: splits in which each label must have a known 0 and a known 1 (or what else
-            the task needs), if the split has any slide at all. Give () for a table that is only
-            predicted on.
-        task: what the label columns hold, by name, or by name and options: `slides.cohort.targets`.
+        table: the file, .csv, .tsv or .parquet.
+        labels: the label columns, in this order; None takes every column except `REQUIRED` and
+            `OPTIONAL`.
+        slides_dir: folder that relative slide paths start from; None is the table's folder.
+        both_classes: splits in which each label must have a known 0 and a known 1 (or the values
+            that another task needs), unless the split is empty. Use () for prediction alone.
+        task: type of the label columns, a name or name and options: `slides.cohort.targets`.
 
     Raises:
-        CohortError: all the faults of the table.
+        CohortError: the table is faulty; all faults are listed.
     """
     table = Path(table)
     header, records = read_table(table)
@@ -157,10 +154,10 @@ def read_cohort(
 
 
 def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (row number, cells), all as stripped text; wholly blank rows are left out.
+    """Return header and (row number, cells), as stripped text; blank rows are left out.
 
     Raises:
-        CohortError: the file is missing, of another kind, or has no header.
+        CohortError: the file is missing, of another format, or has no header.
     """
     if not table.is_file():
         raise CohortError(f"{table}: there is no such file. Give the path of the cohort table.")
@@ -179,7 +176,7 @@ def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except UnicodeDecodeError as error:
         raise CohortError(f"{table}: not UTF-8 text ({error}). Save it as UTF-8.") from error
     except (csv.Error, OSError) as error:
-        raise CohortError(f"{table}: cannot be read ({error}). Export it anew.") from error
+        raise CohortError(f"{table}: cannot be read ({error}). Export it again.") from error
     lines = [[cell.strip() for cell in line] for line in lines]
     if not lines or not any(lines[0]):
         raise CohortError(f"{table}: no header. The first row must name {', '.join(REQUIRED)}.")
@@ -223,12 +220,12 @@ def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]
         elif name in REQUIRED + OPTIONAL:
             faults.append(f"label {name!r} is a column with a meaning of its own: rename the label")
     for name in sorted({name for name in labels or () if list(labels).count(name) > 1}):
-        faults.append(f"label {name!r} is asked for twice: name it once")
+        faults.append(f"label {name!r} is named twice: name it once")
     return faults
 
 
 def _row(number, record, base, faults) -> SlideRow:
-    """One row but for its labels; what is wrong with it is added to `faults`."""
+    """Return one row without its labels; add its faults to `faults`."""
     for name in REQUIRED:
         if record.get(name, "-") == "":
             faults.append(f"row {number}: {name} is blank: fill it in, or remove the row")
@@ -246,7 +243,7 @@ def _row(number, record, base, faults) -> SlideRow:
         try:
             path = (base / Path(slide_path).expanduser()).absolute()
             found = path.resolve().exists()
-        except (OSError, RuntimeError):  # too long a name, links in a ring, nobody's home
+        except (OSError, RuntimeError):  # too long a name, circular links, unknown home
             path, found = Path(slide_path), False
         if not found:
             faults.append(
@@ -284,7 +281,7 @@ def _number(text: str) -> float:
 
 
 def repeated_columns(header: Sequence[str]) -> list[str]:
-    """A fault for each name that stands twice."""
+    """Return a fault for each column name that appears more than once."""
     return [
         f"column {name!r} appears {times} times: rename or remove one"
         for name, times in sorted(Counter(header).items())
@@ -293,7 +290,7 @@ def repeated_columns(header: Sequence[str]) -> list[str]:
 
 
 def repeated_values(name: str, values: Mapping[int, str]) -> list[str]:
-    """A fault for each value of column `name` that several rows (number -> value) have."""
+    """Return a fault for each value of column `name` that several rows have."""
     rows = defaultdict(list)
     for number, value in values.items():
         rows[value].append(number)
@@ -305,7 +302,7 @@ def repeated_values(name: str, values: Mapping[int, str]) -> list[str]:
 
 
 def _duplicates(rows: dict[int, SlideRow]) -> list[str]:
-    """One file under two names would leak between splits just as one name twice would."""
+    """Return a fault for each repeated slide_id or file; both would leak between splits."""
     names = {number: row.slide_id for number, row in rows.items()}
     files = {n: str(row.path.resolve()) for n, row in rows.items() if row.path != Path()}
     return repeated_values("slide_id", names) + repeated_values("slide_path", files)

@@ -1,14 +1,13 @@
-"""What the label columns of a cohort table may hold, and which task (`COLUMNS`) has which kind.
+"""The label columns of a cohort table, by task: reads them, and reports their faults.
 
     Labels    any number of columns of 1, 0 or unknown; the default
     Classes   one column of class names
     Numbers   any number of columns of numbers
-    Times     two columns: a time from 0 on, and whether the event was seen (1, 0)
+    Times     two columns: a time of 0 or more, and whether the event was observed (1, 0)
 
-Each kind reads the text of its columns into numbers, nan where unknown, and says what is wrong with
-them: cells that it cannot read, each with its row, and splits in which nothing could be learned or
-measured. Nothing here is computed from the values but the names of the classes: what training
-needs besides comes from the training split, see `tapfm.tasks`.
+Each kind reads the text of its columns into numbers, nan if unknown, and reports faults: unreadable
+cells, each with its row, and splits in which nothing could be learned or measured. Only class names
+are derived from all values; other statistics come from the training split, see `tapfm.tasks`.
 """
 
 from __future__ import annotations
@@ -24,65 +23,65 @@ from slides.errors import CohortError, some, some_rows
 
 UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
 KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-MEAN = "macro"  # of all classes or columns, in every table of figures
-MANY = 8  # cells of a column that are each a fault of their own
+MEAN = "macro"  # name of the mean over classes or columns in every table of figures
+MANY = 8  # unreadable cells of a column that are listed one by one
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The text of the label columns."""
+    """The text of the label columns, by row."""
 
     names: Sequence[str]
-    """Of the columns."""
+    """Names of the columns."""
     texts: Mapping[int, Sequence[str]]
-    """Row number -> a text a column."""
+    """Row number -> one text per column."""
     splits: Mapping[int, str]
     """Row number -> split."""
 
     def known(self, column: int) -> dict[int, str]:
-        """Row number -> text, where it is not unknown."""
+        """Return row number -> text of a column, without unknown cells."""
         each = {number: texts[column] for number, texts in self.texts.items()}
         return {number: text for number, text in each.items() if text.lower() not in UNKNOWN}
 
     def of(self, split: str) -> list[int]:
-        """Rows of a split."""
+        """Return the row numbers of a split."""
         return [number for number, each in self.splits.items() if each == split]
 
 
 @dataclass(frozen=True)
 class Values:
-    """What they say."""
+    """The numbers in the label columns, and the faults found there."""
 
     rows: Mapping[int, tuple[float, ...]]
-    """Row number -> numbers, nan where unknown."""
+    """Row number -> numbers, nan if unknown."""
     faults: list[str]
     classes: tuple[str, ...] = ()
-    """Names of the classes, where the numbers count them."""
+    """Class names, if the numbers are class numbers."""
 
 
 class Columns(Protocol):
-    """What a task asks of the table."""
+    """Interface: how a task chooses and reads its label columns."""
 
     apart: ClassVar[bool]
-    """Whether a column can be read where another is missing."""
+    """Whether a column can be read if another one is missing."""
     binary: ClassVar[bool] = False
     """Whether every cell is 0, 1 or unknown."""
     strata: ClassVar[Callable[..., Strata]]
     """Labels of 0 and 1 by which cases are dealt to splits, one of `slides.cohort.strata`."""
 
-    def choose(self, asked: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
-        """Names of the columns.
+    def choose(self, requested: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
+        """Return the names of the columns.
 
         Args:
-            asked: the labels that the user names; None if they do not.
-            free: columns without a meaning of their own.
+            requested: the labels that the user names; None if none are named.
+            free: the table's columns without another meaning.
 
         Raises:
-            CohortError: these are not columns for the task.
+            CohortError: the columns do not suit the task.
         """
 
     def read(self, cells: Cells, splits: Collection[str]) -> Values:
-        """Numbers and faults; `splits` are those in which values must vary, if they have slides."""
+        """Return numbers and faults; values must vary in each of `splits` that has slides."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,12 @@ class EachColumn(Columns):
     """What is wrong with the values of a column, a split."""
     apart: ClassVar = True
 
-    def choose(self, asked, free):
-        """Those asked for, or all."""
-        return free if asked is None else asked
+    def choose(self, requested, free):
+        """Return the requested columns, or all."""
+        return free if requested is None else requested
 
     def read(self, cells, splits):
-        """See `Columns`."""
+        """Return numbers and faults, see `Columns.read`."""
         numbers, bad = _numbers(cells, self.cell)
         faults = named_as_mean("label", cells.names)
         for name, wrong in bad.items():
@@ -117,14 +116,14 @@ class EachColumn(Columns):
 
 @dataclass(frozen=True)
 class Classes(Columns):
-    """One column of class names. Their numbers count them in alphabetical order."""
+    """One column of class names; their numbers follow alphabetical order."""
 
     apart: ClassVar = False
     strata: ClassVar = staticmethod(class_strata)
 
-    def choose(self, asked, free):
-        """The one asked for, or the only one there is."""
-        names = list(free if asked is None else asked)
+    def choose(self, requested, free):
+        """Return the requested column, or the only one there is."""
+        names = list(free if requested is None else requested)
         if len(names) != 1:
             raise CohortError(
                 f"this task takes one column of class names, not {len(names)} "
@@ -133,7 +132,7 @@ class Classes(Columns):
         return names
 
     def read(self, cells, splits):
-        """See `Columns`."""
+        """Return numbers, faults and class names, see `Columns.read`."""
         known, (name,) = cells.known(0), cells.names
         classes = sorted(set(known.values()), key=_order)
         number = {text: float(place) for place, text in enumerate(classes)}
@@ -144,18 +143,18 @@ class Classes(Columns):
                 f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "
                 "needs two or more"
             )
-        alike = defaultdict(list)
+        spellings = defaultdict(list)
         for text in classes:
-            alike["".join(filter(str.isalnum, text.lower()))].append(repr(text))
+            spellings["".join(filter(str.isalnum, text.lower()))].append(repr(text))
         faults += [
             f"column {name!r}: {' and '.join(texts)} look like one class: spell it one way"
-            for texts in alike.values()
+            for texts in spellings.values()
             if len(texts) > 1
         ]
         for split in splits:
             members = cells.of(split)
-            there = {known[row] for row in members if row in known}
-            lacking = [text for text in classes if text not in there]
+            present = {known[row] for row in members if row in known}
+            lacking = [text for text in classes if text not in present]
             if members and lacking and len(classes) > 1:
                 faults.append(
                     f"column {name!r} in split {split}: no slide of class {some(lacking)}, and "
@@ -167,23 +166,23 @@ class Classes(Columns):
 
 @dataclass(frozen=True)
 class Times(Columns):
-    """A time, and whether the event was seen then (1) or the case was last seen without it (0)."""
+    """Survival: a time, and whether it ended with the event (1) or was censored (0)."""
 
     time: str
     event: str
     apart: ClassVar = False
     strata: ClassVar = staticmethod(time_strata)
 
-    def choose(self, asked, free):
-        """The two columns."""
-        if asked is not None:
+    def choose(self, requested, free):
+        """Return the two columns, time and event."""
+        if requested is not None:
             raise CohortError(
                 "this task takes its columns from data.task (time and event): leave data.labels out"
             )
         return (self.time, self.event)
 
     def read(self, cells, splits):
-        """See `Columns`. The third number is the row's own, by which a bank of risks knows it."""
+        """Return (time, event, row number) and faults; the row number identifies the slide."""
         times, events = {}, {}
         faults = []
         for row, text in cells.known(0).items():
@@ -194,11 +193,11 @@ class Times(Columns):
                     "blank if it is unknown"
                 )
         for row, text in cells.known(1).items():
-            events[row] = KNOWN.get(text.split(":")[0])  # cBioPortal writes 1:DECEASED
+            events[row] = KNOWN.get(text.split(":")[0])  # cBioPortal's form is 1:DECEASED
             if events[row] is None:
                 faults.append(
-                    f"row {row}: {self.event} is {text!r}: write 1 if the event was seen, 0 if the "
-                    "case was last seen without it, or leave it blank if it is unknown"
+                    f"row {row}: {self.event} is {text!r}: write 1 if the event was observed, 0 if "
+                    "the case was censored, or leave it blank if it is unknown"
                 )
         rows = {}
         for row in cells.texts:
@@ -207,22 +206,22 @@ class Times(Columns):
             rows[row] = (*(pair if known else (math.nan, math.nan)), float(row))
         for split in splits if not faults else ():
             members = [rows[row] for row in cells.of(split)]
-            seen = [time for time, event, _ in members if event == 1]
-            if members and not any(time > min(seen) for time, _, _ in members if seen):
+            observed = [time for time, event, _ in members if event == 1]
+            if members and not any(time > min(observed) for time, _, _ in members if observed):
                 faults.append(
-                    f"split {split} has {len(seen)} events and no case that was seen for longer "
+                    f"split {split} has {len(observed)} events and no case followed for longer "
                     "than the first of them: nothing can be compared. Move cases between splits"
                 )
         return Values(rows, faults)
 
 
 def named_as_mean(what: str, names: Collection[str]) -> list[str]:
-    """A fault if one of them would stand where the mean over all of them does."""
+    """Return a fault if a name equals `MEAN`, the mean's name in every table of figures."""
     return [f"{what} {MEAN!r} has the name of the mean over all: rename it"] * (MEAN in names)
 
 
 def _numbers(cells: Cells, read) -> tuple[dict[int, tuple[float, ...]], dict[str, list]]:
-    """Row -> numbers, and column -> the (row, text) that `read` gives None for."""
+    """Return row -> numbers, and column -> the (row, text) that `read` cannot read."""
     rows, bad = {}, defaultdict(list)
     for row, texts in cells.texts.items():
         values = []
@@ -236,7 +235,7 @@ def _numbers(cells: Cells, read) -> tuple[dict[int, tuple[float, ...]], dict[str
 
 
 def _unreadable(name: str, wrong: list, rows: int, what: str, remedy: str, choice: str):
-    """A fault a cell, but one a column where most cells are wrong: it is no label then."""
+    """Return one fault per cell, or one per column if most of its cells are unreadable."""
     if len(wrong) > MANY and 2 * len(wrong) > rows:
         values = list(dict.fromkeys(repr(text) for _, text in wrong))
         return [
@@ -278,7 +277,7 @@ def _finite(text: str) -> float | None:
 
 
 def _order(text: str) -> tuple[int, float, str]:
-    """Numbers by size, before names by letter."""
+    """Return the sort key that puts numbers by size before names by letter."""
     value = _finite(text)
     return (1, 0.0, text) if value is None else (0, value, text)
 
@@ -333,7 +332,7 @@ def named_columns(task: str) -> list[str]:
 
 
 def make_columns(task: str | Mapping[str, Any]) -> Columns:
-    """Return the reader of a task's columns; options of the task that name none are ignored.
+    """Return the reader of a task's columns; options that name no column are ignored.
 
     Raises:
         CohortError: no such task, or one without its columns.

@@ -1,4 +1,4 @@
-"""TCGA names: whose slide or sample it is, what it shows, where it came from.
+"""Parses TCGA names: the case, site, section and sample type of a slide or sample.
 
     TCGA-05-4244-01Z-00-DX1.d4ff32cd-38cf-40ea-8213-45c2b100ac01.svs
     |    |  |    | |    |   `- file UUID, in either case
@@ -9,7 +9,7 @@
     |    `- tissue source site (TSS), the hospital
     `----------- case: the first 12 characters
 
-A CPTAC name (C3L-00001-21) has its case in front and no site. Any other name is its own case.
+A CPTAC name (C3L-00001-21) begins with its case and has no site. Any other name is its own case.
 
 Source: the GDC's barcode pages; all 1,345 TCGA-LUAD file names of the GigaPath table parse.
 """
@@ -30,7 +30,7 @@ TUMOUR = range(1, 10)
 
 @dataclass(frozen=True)
 class SlideName:
-    """What the file name of a TCGA slide says."""
+    """The parts of a TCGA slide's file name."""
 
     slide_id: str
     """The barcode: the name up to the UUID."""
@@ -43,12 +43,12 @@ class SlideName:
 
     @property
     def diagnostic(self) -> bool:
-        """Whether it is an FFPE section of a tumour."""
+        """Whether the slide is an FFPE section of a tumour."""
         return self.section.startswith("DX") and self.sample_type in TUMOUR
 
 
 def parse_slide(name: str) -> SlideName | None:
-    """What a file name says; None where it is no TCGA slide's."""
+    """Return the parts of a slide's file name; None if it is not TCGA's."""
     match = SLIDE.fullmatch(name)
     if not match:
         return None
@@ -58,7 +58,7 @@ def parse_slide(name: str) -> SlideName | None:
 
 
 def case_of(sample: str) -> str:
-    """The case of a barcode of any length, or of a CPTAC sample; else the name itself."""
+    """Return the case of a barcode of any length or of a CPTAC sample; else the name itself."""
     if match := SAMPLE.fullmatch(sample):
         return match["case"]
     match = CPTAC.fullmatch(sample)
@@ -66,12 +66,12 @@ def case_of(sample: str) -> str:
 
 
 def site_of(case_id: str) -> str:
-    """Tissue source site of a TCGA case or barcode; "" for others."""
+    """Return the tissue source site of a TCGA case or barcode; "" for other names."""
     match = SAMPLE.fullmatch(case_id)
     return match["site"] if match else ""
 
 
 def is_tumour(sample: str) -> bool:
-    """Whether a sample is a tumour's, as far as its name tells: only TCGA's names do."""
+    """Return whether a sample is from a tumour; True for names other than TCGA's."""
     match = SAMPLE.fullmatch(sample)
     return not (match and match["type"]) or int(match["type"]) in TUMOUR

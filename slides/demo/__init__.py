@@ -1,8 +1,8 @@
-"""The painted demo cohort.
+"""The demo cohort: synthetic slides, painted from a seed.
 
-    cohort.py          the demo cohort
-    tissue_painter.py  its tissue
-    cell_stamps.py     its cells
+    cohort.py          plans and writes the cohort
+    tissue_painter.py  paints its tissue
+    cell_stamps.py     draws its cells
 
-Real pyramids on disk, read like any other slide.
+The slides are real pyramids on disk, read like any other slide.
 """

@@ -1,10 +1,10 @@
-"""Cells of synthetic tissue as small stamps of haematoxylin and eosin.
+"""Cells of synthetic tissue, drawn as small stamps of haematoxylin and eosin.
 
-A cell is described in microns, drawn once in a small square, turned at random, and laid into the
-planes of a painted specimen (`tissue_painter`) wherever a cell of its kind stands.
+A cell is described in microns, drawn once in a small square, turned at random, and copied into a
+painted specimen (`tissue_painter`) wherever there is a cell of its kind.
 
-Three traits of a tumour cell carry the demo cohort's labels. Each is visible in both states, and
-moves the mean colour of the tumour by less than half of what slides differ by:
+Three traits of tumour cells carry the demo cohort's labels. Both states of each are visible, and
+change the tumour's mean colour by less than half of the difference between slides:
 
     trait      state 1                                 state 0
     nucleolus  pale nucleus, one dark nucleolus        smooth chromatin
@@ -24,17 +24,17 @@ import numpy as np
 from PIL import Image
 
 TRAITS = ("nucleolus", "vacuole", "inclusion")
-PENETRANCE = 0.98  # share of a tumour's cells that show the state of its label; the others flip
+PENETRANCE = 0.98  # share of tumour cells that show their label's state; the others show the other
 NUCLEOLUS_UM, VACUOLE_UM, INCLUSION_UM = 1.35, 2.25, 1.45  # radii
-NUCLEOLUS, INCLUSION = 1.4, 0.9  # haematoxylin added, and share of it taken, in state 1
+NUCLEOLUS, INCLUSION = 1.4, 0.9  # haematoxylin added, and share of it removed, in state 1
 
 Layer = tuple[np.ndarray, np.ndarray]
-"""Cover (n, n, 1) in [0, 1], how far it hides what lies below, and its two stains (n, n, 2)."""
+"""Opacity (n, n, 1) in [0, 1] over the layers below, and its two stains (n, n, 2)."""
 
 
 @dataclass(frozen=True)
 class PaintedCell:
-    """What one cell looks like."""
+    """Appearance of one cell."""
 
     nucleus_um: float
     """Radius."""
@@ -47,7 +47,7 @@ class PaintedCell:
     nucleolus: float = 0.0
     """Haematoxylin of the nucleolus above the rest."""
     inclusion: float = 0.0
-    """Share of its haematoxylin that the inclusion lacks."""
+    """Share of the nucleus's haematoxylin that is missing in the inclusion."""
     cell_um: float = 0.0
     """Radius of the cytoplasm; 0 draws a bare nucleus."""
     cell_h: float = 0.1
@@ -57,24 +57,24 @@ class PaintedCell:
     vacuoles: int = 0
     """Clear holes in the cytoplasm."""
     vacuole_um: float = 2.2
-    """Their radius."""
+    """Radius of the vacuoles."""
 
 
 def fibroblast(rng: np.random.Generator) -> PaintedCell:
-    """Spindle nucleus of the stroma."""
+    """Return a stromal cell with a spindle-shaped nucleus."""
     nucleus_um, nucleus_h = rng.uniform(2.4, 3.3), rng.uniform(0.6, 0.95)
     return PaintedCell(nucleus_um, nucleus_h, elongation=rng.uniform(1.5, 2.8), chromatin=0.1)
 
 
 def lymphocyte(rng: np.random.Generator) -> PaintedCell:
-    """Small, round and dark."""
+    """Return a lymphocyte: small, round and dark."""
     return PaintedCell(
         rng.uniform(2.7, 3.3), rng.uniform(0.95, 1.2), elongation=rng.uniform(1, 1.15)
     )
 
 
 def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> PaintedCell:
-    """Normal epithelium; shares of it have nucleoli or inclusions, as reactive epithelium does."""
+    """Return a normal epithelial cell; shares of them have nucleoli or inclusions."""
     return PaintedCell(
         rng.uniform(3.0, 3.6),
         rng.uniform(0.6, 0.85),
@@ -85,7 +85,7 @@ def gland_cell(rng: np.random.Generator, nucleoli: float, inclusions: float) -> 
 
 
 def foamy_cell(rng: np.random.Generator) -> PaintedCell:
-    """Macrophage with none to three vacuoles."""
+    """Return a macrophage with none to three vacuoles."""
     return PaintedCell(
         rng.uniform(2.5, 3.1),
         rng.uniform(0.6, 0.9),
@@ -101,7 +101,7 @@ def foamy_cell(rng: np.random.Generator) -> PaintedCell:
 def tumour_cell(
     rng: np.random.Generator, traits: tuple[int, ...], size_um: float, dark: float
 ) -> PaintedCell:
-    """A tumour cell of a patient whose nuclei have this radius and this haematoxylin."""
+    """Return a tumour cell of a patient with this nuclear radius and haematoxylin."""
     shown = [state if rng.random() < PENETRANCE else 1 - state for state in traits]
     return PaintedCell(
         size_um * rng.uniform(0.88, 1.12),
@@ -118,7 +118,7 @@ def tumour_cell(
 
 
 def smooth_noise(shape: tuple[int, int], step: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of mean 0 and deviation 1 whose grain is `step` pixels wide, float32."""
+    """Return float32 noise of mean 0 and deviation 1 with a grain of `step` pixels."""
     coarse = [int(np.ceil(n / step)) + 2 for n in shape]
     small = Image.fromarray(rng.standard_normal(coarse).astype(np.float32))
     noise = np.asarray(small.resize(shape[::-1], Image.Resampling.BICUBIC))
@@ -126,18 +126,16 @@ def smooth_noise(shape: tuple[int, int], step: float, rng: np.random.Generator) 
 
 
 def stamp(cell: PaintedCell, mpp: float, rng: np.random.Generator) -> tuple[Layer, Layer]:
-    """One cell, turned at random, in a small square, as two layers.
+    """Return one cell as two layers, turned at random, in a small square.
 
-    The layers are pressed apart, all bodies before all nuclei, so that no cytoplasm hides a
-    neighbour's nucleus.
+    All bodies are drawn before all nuclei, so that no cytoplasm hides a neighbour's nucleus.
 
     Returns:
-        body, nucleus: the nucleus layer also holds the vacuoles. A layer is its cover (n, n, 1)
-        in [0, 1], how far it hides what lies below, and its haematoxylin and eosin (n, n, 2).
+        body, nucleus: two `Layer`s; that of the nucleus also has the vacuoles.
     """
     reach_um = max(cell.cell_um * 1.15, cell.nucleus_um * np.sqrt(cell.elongation) * 1.3) + 1
     n = 2 * int(np.ceil(reach_um / mpp)) + 1
-    soft = max(0.35, 0.6 * mpp)  # edges as wide as the optics leave them
+    soft = max(0.35, 0.6 * mpp)  # width of edges that the optics would leave
     y, x = (np.mgrid[:n, :n] - n // 2) * mpp
     turn = rng.uniform(0, 2 * np.pi)
     u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
@@ -150,10 +148,10 @@ def stamp(cell: PaintedCell, mpp: float, rng: np.random.Generator) -> tuple[Laye
     if cell.inclusion:
         hole = _disc(np.hypot(u + shift + off_u, v + off_v), INCLUSION_UM, soft)
         left = 1 - cell.inclusion * hole
-        h = h * left * (nucleus.sum() / (left * nucleus).sum())  # the rest takes the stain up
+        h = h * left * (nucleus.sum() / (left * nucleus).sum())  # keeps the total stain
     if cell.nucleolus:
         dot = _disc(np.hypot(u + shift - off_u, v - off_v), NUCLEOLUS_UM, soft)
-        taken = (dot * nucleus).sum() / nucleus.sum()  # what the dot adds, the rest gives back
+        taken = (dot * nucleus).sum() / nucleus.sum()  # keeps the total stain
         h = h + cell.nucleolus * (dot - taken)
     e = np.full_like(h, 0.22)
 
@@ -165,10 +163,10 @@ def stamp(cell: PaintedCell, mpp: float, rng: np.random.Generator) -> tuple[Laye
     if cell.vacuoles:
         hole = _vacuoles(cell, u, v, soft, rng) * (1 - nucleus)
         outside = (body * (1 - nucleus)).sum()
-        kept = max(1 - (hole * body).sum() / outside, 0.5)  # the rest takes the stain up
+        kept = max(1 - (hole * body).sum() / outside, 0.5)  # keeps the total stain
         body_e, body_h = body_e / kept, body_h / kept
         cover = np.maximum(nucleus, hole)
-        inside = nucleus / np.maximum(cover, 1e-6)  # a vacuole is a cover without stain
+        inside = nucleus / np.maximum(cover, 1e-6)  # a vacuole covers but has no stain
         h, e = h * inside, e * inside
     return _layer(body, body_h, body_e), _layer(cover, h, e)
 
@@ -179,7 +177,7 @@ def _layer(cover: np.ndarray, h: np.ndarray, e: np.ndarray) -> Layer:
 
 
 def _vacuoles(cell: PaintedCell, u: np.ndarray, v: np.ndarray, soft: float, rng) -> np.ndarray:
-    """Cover of the vacuoles: fanned out on the side of the cell that the nucleus leaves free."""
+    """Return the cover of the vacuoles, spread over the side away from the nucleus."""
     hole = np.zeros_like(u)
     for k in range(cell.vacuoles):
         bend = (k - (cell.vacuoles - 1) / 2) * 1.3 + rng.uniform(-0.3, 0.3)
@@ -196,7 +194,7 @@ def _disc(r_um: np.ndarray, radius_um: float, soft_um: float) -> np.ndarray:
 
 
 def _nucleus_cover(cell: PaintedCell, u, v, soft: float, rng) -> np.ndarray:
-    """Cover of the nucleus: an ellipse with an uneven edge."""
+    """Return the cover of the nucleus: an ellipse with an uneven edge."""
     stretch = np.sqrt(cell.elongation)
     r, angle = np.hypot(u / stretch, v * stretch), np.arctan2(v, u)
     uneven = 1 + 0.04 * np.cos(3 * angle + rng.uniform(0, 6)) + 0.03 * np.cos(5 * angle)

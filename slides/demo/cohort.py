@@ -1,6 +1,6 @@
-"""The demo cohort: real pyramidal slides on disk, painted from a seed, nothing downloaded.
+"""The demo cohort: real pyramidal slides on disk, painted from a seed, without downloads.
 
-    <out>/cohort.csv               the table `cohort.read_cohort` takes
+    <out>/cohort.csv               the table that `cohort.read_cohort` reads
     <out>/slides/<slide_id>.svs    Aperio style: MPP and AppMag in the description
     <out>/slides/<slide_id>.tif    generic pyramid: resolution tags alone
     <out>/truth/<slide_id>.png     0 glass, 1 tissue, 2 tumour, 3 pen; for evaluation only
@@ -8,9 +8,9 @@
 
 About one case in eight has two slides; cases, not slides, are split. Each label is a trait of the
 tumour's cells (`cell_stamps`), the tumour is a minority of the tissue, and sites differ in stain
-and glass. A few labels are withheld (blank in the table, true in the json) and a few slides carry
-pen. `plan_demo` decides all of this as a pure function of the seed; only `write_slide` touches the
-disk. The same seed and library versions give byte-identical files.
+and glass. A few labels are withheld (blank in the table, true in the json) and a few slides have
+pen marks. `plan_demo` decides all of this, as a pure function of the seed; only `write_slide`
+writes files. The same seed and library versions give byte-identical files.
 
 Price: 160 slides in about 2 minutes on two cores, about 200 MB on disk.
 """
@@ -30,11 +30,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from slides.demo.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
+from slides.errors import SettingsError, refuse
 from slides.files import replacing
 
 LABELS = ("EGFR", "KRAS", "STK11")
 PREVALENCE = (0.45, 0.35, 0.17)  # of each label among the cases where it is known
-UNKNOWN_SHARE = 0.06  # of each label's cases, withheld
+UNKNOWN_SHARE = 0.06  # share of each label's cases that are withheld
 SPLITS = {"train": 0.50, "val": 0.15, "test": 0.35}
 SITES = ("ashford", "birchwood", "caldera", "dunmore")
 MPPS = (0.25, 0.2527, 0.5, 0.5021)
@@ -42,7 +43,7 @@ SLIDES_PER_CASE = 1.13
 PEN_SHARE = 0.08
 FEWEST = 12  # slides: with fewer, a split cannot hold both classes of every label
 MIN_SIDE0 = 4096
-TRUTH_UM = 4.0  # side of a truth pixel, about: rounded to a whole number of level-0 pixels
+TRUTH_UM = 4.0  # side of a truth pixel, rounded to a whole number of level-0 pixels
 TILE = 256
 JPEG_QUALITY = 88
 PEN_COLOURS = ((30, 60, 170), (20, 120, 70), (45, 45, 50))
@@ -50,18 +51,18 @@ PEN_COLOURS = ((30, 60, 170), (20, 120, 70), (45, 45, 50))
 
 @dataclass(frozen=True)
 class DemoSlide:
-    """One slide as planned; nothing is painted yet."""
+    """The plan of one slide."""
 
     slide_id: str
-    """Its files' stem."""
+    """Stem of the slide's files."""
     case_id: str
-    """Its patient."""
+    """The patient."""
     split: str
     """One of `SPLITS`."""
     site: str
     """One of `SITES`."""
     labels: tuple[int | None, ...]
-    """What the table says: 0, 1 or None (unknown), in the order of `LABELS`."""
+    """Labels in the table: 0, 1 or None (unknown), in the order of `LABELS`."""
     mpp: float
     """Microns per level-0 pixel."""
     aperio: bool
@@ -69,30 +70,32 @@ class DemoSlide:
     pen: bool
     """Pen marks beside the tissue."""
     specimen: Specimen
-    """What is painted; its traits are the true labels, also of the unknown ones."""
+    """What is painted; its traits are the true labels, including unknown ones."""
 
     @property
     def path(self) -> str:
-        """File below the cohort's folder."""
+        """Path of the file below the cohort's folder."""
         return f"slides/{self.slide_id}.{'svs' if self.aperio else 'tif'}"
 
 
 def write_demo(
     out: Path, seed: int = 0, slides: int = 160, workers: int = 2, progress: bool = True
 ) -> Path:
-    """Writes the cohort and returns the path of its table, which is written last.
+    """Write the demo cohort and return the path of its table, which is written last.
 
     Args:
-        out: folder, made if missing; files of the same names are overwritten.
+        out: folder, created if missing; files of the same names are overwritten.
         seed: another seed is another cohort, with other sites and other patients.
-        slides: how many.
+        slides: number of slides.
         workers: processes; 0 paints in this one.
-        progress: whether to show a bar.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: fewer slides than `FEWEST`.
+        SettingsError: fewer slides than `FEWEST`, or a negative number.
     """
     out = Path(out)
+    if workers < 0:
+        raise SettingsError(f"--workers is {workers}: give 0 (paints in this process) or more")
     plan = plan_demo(seed, slides)
     for folder in ("slides", "truth"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -114,12 +117,16 @@ def write_demo(
 
 
 def plan_demo(seed: int = 0, slides: int = 160) -> tuple[DemoSlide, ...]:
-    """Every slide of a cohort: patients, splits, labels, sites, scanners. Pure, nothing painted."""
+    """Return the plan of every slide: patients, splits, labels, sites, scanners. Pure."""
+    faults = []
     if slides < FEWEST:
-        raise ValueError(
+        faults.append(
             f"a demo cohort needs at least {FEWEST} slides, so that every split has both classes "
-            f"of every label; {slides} were asked for"
+            f"of every label; {slides} were requested"
         )
+    if seed < 0:
+        faults.append(f"--seed is {seed}: give 0 or more")
+    refuse(faults, "demo cohort")
     rng = np.random.default_rng([seed, 7100])
     cases = round(slides / SLIDES_PER_CASE)
     doubled = set(rng.permutation(cases)[: slides - cases].tolist())
@@ -157,7 +164,7 @@ def plan_demo(seed: int = 0, slides: int = 160) -> tuple[DemoSlide, ...]:
 
 
 def write_slide(slide: DemoSlide, out: Path) -> Path:
-    """Paints one slide; writes it, its truth mask and the mask's json. Returns its path."""
+    """Paint a slide; write it, its truth mask and the mask's json; return its path."""
     pixels, truth = paint_slide(slide)
     path = Path(out) / slide.path
     _write_pyramid(path, pixels, slide)
@@ -182,7 +189,7 @@ def write_slide(slide: DemoSlide, out: Path) -> Path:
 
 
 def paint_slide(slide: DemoSlide) -> tuple[np.ndarray, np.ndarray]:
-    """Level 0 of a slide, (h, w, 3) uint8, and its truth, (h, w) uint8: tissue on its glass."""
+    """Return a slide's level 0, (h, w, 3) uint8, and its truth mask, (h, w) uint8."""
     rng = np.random.default_rng([slide.specimen.seed, 7101])
     rgb, classes = paint(slide.specimen, slide.mpp)
     sides0 = [max(MIN_SIDE0, n) + int(rng.integers(1, 600)) for n in classes.shape]
@@ -204,7 +211,7 @@ def paint_slide(slide: DemoSlide) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_cases(cases: int, rng: np.random.Generator) -> dict[str, list[int]]:
-    """Case numbers of each split; every split gets at least three."""
+    """Return the case numbers of each split, at least three in each."""
     order = rng.permutation(cases).tolist()
     val, test = (max(3, round(SPLITS[name] * cases)) for name in ("val", "test"))
     train = cases - val - test
@@ -216,10 +223,10 @@ def _split_cases(cases: int, rng: np.random.Generator) -> dict[str, list[int]]:
 
 
 def _draw_labels(cases: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """True states and whether they are known, (cases, labels) each.
+    """Return true labels and whether they are known, (cases, labels) each.
 
-    Among the known, the positives are the prevalence rounded up, never all and never none: a small
-    split keeps both classes of every label.
+    Among the known, the number of positives is the prevalence rounded up, never all and never none:
+    a small split keeps both classes of every label.
     """
     true = np.zeros((cases, len(LABELS)), int)
     known = np.ones((cases, len(LABELS)), bool)
@@ -247,7 +254,7 @@ def _exhaust(done: Iterable, total: int, progress: bool) -> None:
 
 
 def _mark(pixels: np.ndarray, truth: np.ndarray, mpp: float, rng: np.random.Generator) -> None:
-    """A pen stroke that bends round part of the tissue, drawn on the cover glass: in place."""
+    """Draw a pen stroke that bends round part of the tissue, in place."""
     rows, columns = np.nonzero(truth[::16, ::16])
     centre = np.array([columns.mean(), rows.mean()]) * 16
     reach = np.array([np.ptp(columns), np.ptp(rows)]) * 8 + 30 / mpp
@@ -255,7 +262,7 @@ def _mark(pixels: np.ndarray, truth: np.ndarray, mpp: float, rng: np.random.Gene
     angle = start + np.linspace(0, sweep, 24)
     bend = 1 + 0.05 * np.sin(3 * angle + rng.uniform(0, 6))
     line = centre + reach * (np.stack([np.cos(angle), np.sin(angle)], 1) * bend[:, None])
-    step = 4  # the stroke is soft: a quarter of the resolution will do
+    step = 4  # the stroke is soft: a quarter of the resolution is enough
     size = (-(-truth.shape[1] // step), -(-truth.shape[0] // step))
     stroke = Image.new("L", size)
     points = [tuple(p) for p in (line / step).tolist()]
@@ -276,7 +283,7 @@ def _mark(pixels: np.ndarray, truth: np.ndarray, mpp: float, rng: np.random.Gene
 
 
 def _write_pyramid(path: Path, pixels: np.ndarray, slide: DemoSlide) -> None:
-    """Tiled JPEG levels: 1, 4, 16 as Aperio scanners write them, or 1, 2, 4, 8."""
+    """Write tiled JPEG levels: 1, 4, 16 as Aperio scanners do, or 1, 2, 4, 8."""
     levels = [Image.fromarray(pixels)]
     for _ in range(2 if slide.aperio else 3):
         levels.append(levels[-1].reduce(4 if slide.aperio else 2))
@@ -300,7 +307,7 @@ def _write_pyramid(path: Path, pixels: np.ndarray, slide: DemoSlide) -> None:
             tiff.write(
                 np.asarray(level),
                 tile=(TILE, TILE),
-                photometric="rgb",  # what is given; tifffile stores YCbCr
+                photometric="rgb",  # the input's; tifffile stores YCbCr
                 compression="jpeg",
                 compressionargs={"level": JPEG_QUALITY},
                 metadata=None,

@@ -1,18 +1,18 @@
-"""Paints synthetic H&E tissue: a specimen (a few numbers and a seed) becomes pixels and truth.
+"""Paints synthetic H&E tissue: a specimen (numbers and a seed) becomes pixels and truth.
 
-A specimen is described in microns and painted natively at whatever resolution is asked for. Two
-planes hold the amounts of haematoxylin and eosin; compartments (stroma, glands, lymphoid, foamy,
-tumour) are thresholded smooth noise; cells are stamps (`cell_stamps`) pressed into the planes; and
-Beer-Lambert with the site's stain vectors turns amounts into colour. Only the tissue window is
-painted, never the glass around it.
+A specimen is described in microns and painted at any requested resolution. Two planes have the
+amounts of haematoxylin and eosin; compartments (stroma, glands, lymphoid, foamy, tumour) are
+thresholded smooth noise; cells are stamps (`cell_stamps`) drawn into the planes; and Beer-Lambert's
+law with the site's stain vectors turns amounts into colour. Only the window with the tissue is
+painted, not the glass around it.
 
-The tumour's cells carry the three traits of `cell_stamps`. Normal tissue holds look-alikes of all
-three, in amounts that vary from specimen to specimen and say nothing: glands with nucleoli or
-inclusions, foamy macrophages.
+The tumour's cells show the three traits of `cell_stamps`. Normal tissue has look-alikes of all
+three, in amounts that do not depend on the labels: glands with nucleoli or inclusions, foamy
+macrophages.
 
 Price: about 0.25 s for a 0.42 mm2 specimen at 0.5 microns per pixel, 1 s at 0.25 (one core).
 
-Shapes: h, w rows and columns of the window at the mpp asked for; `_um` microns.
+Shapes: h, w rows and columns of the window at the requested mpp; `_um` microns.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from slides.demo import cell_stamps as cells
 
 GLASS, TISSUE, TUMOUR, PEN = 0, 1, 2, 3
 MARGIN_UM = 24.0  # glass kept around the tissue inside its window
-FIELD_UM = 2.0  # compartments are drawn at this step: finer than a cell, coarse enough to be cheap
+FIELD_UM = 2.0  # step of the compartment map: finer than a cell, coarse enough to be fast
 MAX_AMOUNT = 2.2  # of either stain; nothing painted exceeds it
-VARIANTS = 40  # different stamps of a cell kind in one specimen
+VARIANTS = 40  # different stamps of each kind of cell in one specimen
 
 # Compartments of the field map. Tumour is a compartment like any other to the painter.
 _GLASS, _STROMA, _TUMOUR, _LYMPHOID, _GLAND, _LUMEN, _FOAMY = range(7)
 COMPARTMENTS = ("glass", "stroma", "tumour", "lymphoid", "gland", "lumen", "foamy")
-# Haematoxylin and eosin of each compartment's ground, before texture.
+# Haematoxylin and eosin of each compartment before texture.
 _GROUND = np.array(
     [
         [0.00, 0.00],
@@ -53,12 +53,12 @@ _EOSIN = np.array([0.092, 0.954, 0.283])
 
 @dataclass(frozen=True)
 class Stain:
-    """How one laboratory and scanner colour what they see."""
+    """Colours of one laboratory and scanner."""
 
     haematoxylin: tuple[float, float, float]
     """Optical density per unit of haematoxylin in red, green, blue."""
     eosin: tuple[float, float, float]
-    """Likewise for eosin."""
+    """The same for eosin."""
     glass: tuple[int, int, int]
     """Colour of empty glass."""
 
@@ -68,7 +68,7 @@ class Specimen:
     """One piece of tissue; the same numbers give the same pixels."""
 
     seed: int
-    """Everything not named below is drawn from it."""
+    """Everything that is not set below is drawn from it."""
     stain: Stain
     """Colours of the site."""
     traits: tuple[int, int, int]
@@ -82,7 +82,7 @@ class Specimen:
 
 
 def site_stain(seed: int, site: int) -> Stain:
-    """Stain of a site: a seed has its own laboratories, each with its hue, strength and glass."""
+    """Return the stain of a site; each seed has its own laboratories."""
     rng = np.random.default_rng([seed, site, 7001])
     strength_h, strength_e = rng.uniform(1.35, 1.95), rng.uniform(0.85, 1.35)
     haematoxylin = _HAEMATOXYLIN * rng.uniform(0.86, 1.14, 3) * strength_h
@@ -92,7 +92,7 @@ def site_stain(seed: int, site: int) -> Stain:
 
 
 def paint(specimen: Specimen, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and truth of a specimen.
+    """Return pixels and truth of a specimen.
 
     Returns:
         rgb: (h, w, 3) uint8 at `mpp`.
@@ -109,7 +109,7 @@ def paint(specimen: Specimen, mpp: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compartments(specimen: Specimen) -> np.ndarray:
-    """What is where, (h, w) uint8 at `FIELD_UM`, numbers of `COMPARTMENTS`; `paint` paints this."""
+    """Return the compartment map that `paint` uses, (h, w) uint8 at `FIELD_UM`."""
     return _compartments(specimen, np.random.default_rng([specimen.seed, 7002]))
 
 
@@ -117,7 +117,7 @@ def compartments(specimen: Specimen) -> np.ndarray:
 
 
 def _compartments(specimen: Specimen, rng: np.random.Generator) -> np.ndarray:
-    """Map of compartments, (h, w) uint8 at `FIELD_UM`."""
+    """Return the map of compartments, (h, w) uint8 at `FIELD_UM`."""
     area_um2 = specimen.tissue_mm2 * 1e6
     window_um2 = area_um2 * 1.7
     h_um = np.sqrt(window_um2 / specimen.aspect)
@@ -141,7 +141,7 @@ def _compartments(specimen: Specimen, rng: np.random.Generator) -> np.ndarray:
 
 
 def _largest(height: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
-    """Mask of the `count` largest values of `height` inside `where`."""
+    """Return a mask of the `count` largest values of `height` inside `where`."""
     values = height[where]
     count = min(count, len(values) - 1)
     if count <= 0:
@@ -150,7 +150,7 @@ def _largest(height: np.ndarray, count: int, where: np.ndarray) -> np.ndarray:
 
 
 def _seed_tumour(field: np.ndarray, specimen: Specimen, rng: np.random.Generator) -> None:
-    """One to three compact nests, well inside the tissue, with uneven edges."""
+    """Add one to three compact tumour nests with uneven edges, well inside the tissue."""
     tissue = field != _GLASS
     count = int(specimen.tumour_fraction * tissue.sum())
     depth = ndimage.distance_transform_edt(tissue) * FIELD_UM
@@ -165,7 +165,7 @@ def _seed_tumour(field: np.ndarray, specimen: Specimen, rng: np.random.Generator
 
 
 def _add_glands(field: np.ndarray, rng: np.random.Generator) -> None:
-    """Rings of epithelium round a lumen, in whatever stroma is left."""
+    """Add rings of epithelium round a lumen in the remaining stroma."""
     candidates = np.argwhere(field == _STROMA)
     wanted = int(rng.uniform(0.1, 0.9) * len(candidates) * FIELD_UM**2 / 9000)
     for cy, cx in candidates[rng.integers(0, len(candidates), wanted)]:
@@ -174,7 +174,7 @@ def _add_glands(field: np.ndarray, rng: np.random.Generator) -> None:
         x0, x1 = int(max(cx - radius * 1.3, 0)), int(cx + radius * 1.3) + 1
         patch = field[y0:y1, x0:x1]
         if (patch != _STROMA).any():
-            continue  # glands keep apart from one another and from everything else
+            continue  # glands touch neither one another nor anything else
         dy, dx = np.mgrid[y0 - cy : y0 - cy + patch.shape[0], x0 - cx : x0 - cx + patch.shape[1]]
         angle, wobble = np.arctan2(dy, dx), rng.uniform(-0.15, 0.15, 2)
         r = np.hypot(dy, dx) / (1 + wobble[0] * np.cos(2 * angle) + wobble[1] * np.sin(3 * angle))
@@ -187,7 +187,7 @@ def _enlarge_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _ground(field, shape, mpp: float, rng: np.random.Generator) -> np.ndarray:
-    """Amounts (h, w, 2) of haematoxylin and eosin before any cell is drawn."""
+    """Return amounts (h, w, 2) of haematoxylin and eosin before cells are drawn."""
     small = field.shape
     flow = cells.smooth_noise(small, 90 / FIELD_UM, rng) * 40
     y, x = np.mgrid[: small[0], : small[1]].astype(np.float32) * FIELD_UM
@@ -208,8 +208,8 @@ def _ground(field, shape, mpp: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _scatter_cells(amounts, field, specimen: Specimen, mpp: float, rng) -> None:
-    """Draws every cell of the specimen into `amounts`, compartment by compartment."""
-    look = rng.uniform  # how this patient's cells look, apart from the labels
+    """Draw every cell of the specimen into `amounts`, compartment by compartment."""
+    look = rng.uniform  # appearance of this patient's cells, independent of the labels
     size, dark = look(4.3, 5.2), look(0.72, 0.95)
     nucleoli, inclusions = look(0.0, 0.6), look(0.0, 0.4)
     kinds = {
@@ -229,7 +229,7 @@ def _scatter_cells(amounts, field, specimen: Specimen, mpp: float, rng) -> None:
 
 
 def _positions(field, code: int, spacing_um: float, rng) -> np.ndarray:
-    """Centres (n, 2) as y, x in microns: a jittered hexagonal lattice inside one compartment."""
+    """Return centres (n, 2) as y, x in microns: a jittered hexagonal lattice."""
     h_um, w_um = (n * FIELD_UM for n in field.shape)
     rows, columns = np.arange(0, h_um, spacing_um * 0.866), np.arange(0, w_um, spacing_um)
     y, x = np.meshgrid(rows, columns, indexing="ij")
@@ -243,7 +243,7 @@ def _positions(field, code: int, spacing_um: float, rng) -> np.ndarray:
 
 
 def _press(amounts: np.ndarray, layer: cells.Layer, y: float, x: float) -> None:
-    """Lays a layer over `amounts` with its centre at pixel (y, x), cut at the border."""
+    """Draw a layer over `amounts` with its centre at pixel (y, x), cropped at the border."""
     cover, inks = layer
     half = cover.shape[0] // 2
     top, left = round(y) - half, round(x) - half
@@ -261,7 +261,7 @@ def _press(amounts: np.ndarray, layer: cells.Layer, y: float, x: float) -> None:
 
 
 def _develop(amounts, stain: Stain, mpp: float, rng) -> np.ndarray:
-    """Beer-Lambert: light through the amounts of stain, then the scan's focus, as uint8 RGB."""
+    """Return uint8 RGB by Beer-Lambert's law and the scan's focus, from amounts of stain."""
     grain = rng.standard_normal((257, 263)).astype(np.float32) * 0.03
     times = [-(-a // b) for a, b in zip(amounts.shape[:2], grain.shape, strict=True)]
     amounts *= 1 + np.tile(grain, times)[: amounts.shape[0], : amounts.shape[1], None]

@@ -1,12 +1,12 @@
-"""`tapfm labels`: a table of labels, or a whole cohort table, from what is published.
+"""`tapfm labels`: makes a table of labels, or a cohort table, from published data.
 
     mutations (slides/labels/mutations.py) --> labels of cases
     manifest + folder (slides/labels/manifest.py) --> whole diagnostic slides
     both + a split (slides/cohort/splits.py) --> case_id, slide_id, slide_path, split, site, labels
 
-Everything that is wrong with the mutations, the manifest and the files is reported at once. A case
-that was not profiled stays in the table with blank labels, is counted and named. Beside the table,
-`<table>.labels.json` says which sources (sha256), rules and assumptions made it; neither has a date
+All faults of the mutations, the manifest and the files are reported at once. A case that was not
+profiled stays in the table with blank labels, is counted and named. Beside the table,
+`<table>.labels.json` records the sources (sha256), rules and assumptions; neither file has a date
 in it, so the same input gives the same bytes.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,32 +26,32 @@ from slides.cohort.splits import FRACTIONS, balance, fixed_split, gather_cases
 from slides.errors import DownloadError, LabelError
 from slides.files import write_json, write_text
 from slides.labels.manifest import check_files, pick_diagnostic, read_manifest
-from slides.labels.mutations import Calls, disagreements, read_calls
+from slides.labels.mutations import Calls, Disagreement, disagreements, read_calls
 
 NAMED = 12  # cases spelled out in one line
 
 
 @dataclass(frozen=True)
 class Downloads:
-    """A GDC download and how its slides become a cohort."""
+    """A GDC download, and how its slides become a cohort."""
 
     manifest: Path
     folder: Path
     base: Path
-    """What `slide_path` is relative to."""
+    """The folder that `slide_path` is relative to."""
     on_error: str = "stop"
     """`skip` leaves missing and damaged slides out of the table."""
     fractions: Sequence[float] = FRACTIONS
-    """Of the cases, in train, val and test."""
+    """Shares of the cases in train, val and test."""
     preserve_sites: bool = False
     seed: int = 0
 
 
 def parse_genes(genes: Sequence[str], rule: str) -> dict[str, str]:
-    """["EGFR", "STK11:truncating"] -> gene: rule; `rule` where none is given.
+    """Return gene -> rule from ["EGFR", "STK11:truncating"]; `rule` where none is given.
 
     Raises:
-        LabelError: none, or one of them twice.
+        LabelError: there is no gene, or one is named twice.
     """
     pairs = [gene.partition(":")[::2] for gene in genes]
     rules = {gene: own or rule for gene, own in pairs}
@@ -68,18 +68,18 @@ def run_labels(
     out: Path | None = None,
     writer: str = "tapfm",
 ) -> int:
-    """Read, report, and write the table.
+    """Read the sources, print a report, and write the table; return exit code 0.
 
     Args:
-        sources: the first makes the labels; a second is compared with it.
+        sources: the first gives the labels; a second is compared with it.
         rules: gene -> rule, in the order of the table's columns.
-        profiled: as in `slides.labels.mutations.read_calls`.
+        profiled: see `slides.labels.mutations.read_calls`.
         downloads: makes a cohort table, a row a slide; None a label table, a row a case.
         out: the table; None only reports.
         writer: program and version, for the record beside the table.
 
     Raises:
-        LabelError: all that is wrong with sources and downloads.
+        LabelError: sources or downloads are faulty; all faults are listed.
     """
     faults: list[str] = []
     calls = _all_calls(sources, rules, profiled, faults)
@@ -88,12 +88,7 @@ def run_labels(
         raise LabelError("\n".join(dict.fromkeys(faults)))
     first = calls[0]
     cases = dict.fromkeys(name.case_id for _, name, _ in picked) if downloads else first.cases
-    for each in calls:
-        print(f"{each.path}: {each.kind}; profiled: {each.profiled}")
-        print(f"  {'gene':10}{'rule':15}{'positive':>9}{'negative':>9}{'unknown':>9}")
-        for gene, rule in each.rules.items():
-            counts = "".join(f"{n:9}" for n in each.count(gene, cases))
-            print(f"  {gene:10}{rule:15}{counts}")
+    _print_counts(calls, cases)
     unknown = [case for case in cases if all(math.isnan(first.value(case, g)) for g in rules)]
     if len(unknown) == len(cases):
         raise LabelError(f"{first.path}: it knows none of the {len(cases)} cases. Do the two belong"
@@ -101,12 +96,7 @@ def run_labels(
     if unknown:
         print(f"{len(unknown)} cases not profiled, labels blank: {_some(unknown)}")
     differ = [] if len(calls) < 2 else disagreements(*calls, cases)
-    if differ:
-        print(f"where the two disagree, of {len(cases)} cases:")
-        print(f"  {'gene':10}{'both know':>10}{'differ':>8}{'1st only':>10}{'2nd only':>10}")
-        for d in differ:
-            total = d.only_first + d.only_second
-            print(f"  {d.gene:10}{d.shared:10}{total:8}{d.only_first:10}{d.only_second:10}")
+    _print_disagreements(differ, len(cases))
     text, how = _cohort(first, picked, left, downloads) if downloads else (_labels(first), {})
     if out is None:
         print("nothing written: give --out")
@@ -125,6 +115,24 @@ def run_labels(
     return 0
 
 
+def _print_counts(calls: Sequence[Calls], cases: Iterable[str]) -> None:
+    for each in calls:
+        print(f"{each.path}: {each.kind}; profiled: {each.profiled}")
+        print(f"  {'gene':10}{'rule':15}{'positive':>9}{'negative':>9}{'unknown':>9}")
+        for gene, rule in each.rules.items():
+            counts = "".join(f"{n:9}" for n in each.count(gene, cases))
+            print(f"  {gene:10}{rule:15}{counts}")
+
+
+def _print_disagreements(differ: Sequence[Disagreement], cases: int) -> None:
+    if differ:
+        print(f"where the two disagree, of {cases} cases:")
+        print(f"  {'gene':10}{'both know':>10}{'differ':>8}{'1st only':>10}{'2nd only':>10}")
+    for d in differ:
+        total = d.only_first + d.only_second
+        print(f"  {d.gene:10}{d.shared:10}{total:8}{d.only_first:10}{d.only_second:10}")
+
+
 def _all_calls(sources, rules, profiled, faults) -> list[Calls]:
     calls = []
     for path in sources:
@@ -134,13 +142,13 @@ def _all_calls(sources, rules, profiled, faults) -> list[Calls]:
             faults.append(str(error))
     if profiled and calls and all(each.kind == "cBioPortal matrix" for each in calls):
         faults.append(
-            f"--profiled {profiled}: a matrix says itself who was sequenced: leave it out"
+            f"--profiled {profiled}: a matrix already states who was sequenced: leave it out"
         )
     return calls
 
 
 def _all_slides(downloads: Downloads, faults: list[str]) -> tuple[list[tuple], list[dict]]:
-    """(manifest row, name, path) of every whole diagnostic slide; the others, where they may be."""
+    """Return (manifest row, name, path) of each intact diagnostic slide, and those left out."""
     try:
         listed = read_manifest(downloads.manifest)
         picked, left = pick_diagnostic(listed)
@@ -166,7 +174,7 @@ def _all_slides(downloads: Downloads, faults: list[str]) -> tuple[list[tuple], l
 
 
 def _labels(calls: Calls) -> str:
-    """The label table: a row a case."""
+    """Return the label table as text, a row a case."""
     rows = [[case, *_cells(calls, case)] for case in calls.cases]
     return csv_text([["case_id", *calls.rules], *rows])
 
@@ -174,7 +182,7 @@ def _labels(calls: Calls) -> str:
 def _cohort(
     calls: Calls, picked: list[tuple], left: list[dict], downloads: Downloads
 ) -> tuple[str, dict]:
-    """The cohort table, a row a slide, and how it was made."""
+    """Return the cohort table as text, a row a slide, and a record of how it was made."""
     names = [name for _, name, _ in picked]
     ids = [name.case_id for name in names]
     values = [[calls.value(case, gene) for gene in calls.rules] for case in ids]

@@ -1,14 +1,14 @@
-"""A GDC download: the manifest, the files that came of it, and which of them are diagnostic slides.
+"""Checks a GDC download against its manifest, and picks the diagnostic slides.
 
     id  filename  md5  size  state        the manifest, tab-separated; a row a file
     <folder>/<id>/<filename>              where gdc-client puts them; anywhere below will do
     <folder>/verified.tsv                 md5 of every file that was hashed, with its size and time
 
 Each file's size is compared first, then its md5. A line is added to `verified.tsv` as soon as a
-file is hashed, so a check that was stopped goes on where it stood, and a file is hashed again only
-if its size or its time of change is another.
+file is hashed, so an interrupted check continues where it stopped, and a file is hashed again only
+if its size or its time of change differs.
 
-Price: one pass over the bytes, as fast as the disk gives them (an md5 alone does about 600 MB/s).
+Price: one pass over the bytes, at the disk's speed (md5 alone reaches about 600 MB/s).
 Source: the GDC's manifest format.
 """
 
@@ -45,10 +45,10 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of a manifest."""
+    """Result of checking a download against its manifest."""
 
     found: dict[str, Path]
-    """id -> the file, whole as the manifest says."""
+    """id -> the file, intact as the manifest says."""
     faults: list[str]
     """A line for each file that is missing or damaged, with what to do."""
     hashed: int
@@ -56,10 +56,10 @@ class Checked:
 
 
 def read_manifest(path: Path) -> list[ManifestFile]:
-    """The files of a manifest, in its order.
+    """Return the files that a manifest lists, in its order.
 
     Raises:
-        DownloadError: all that is wrong with it.
+        DownloadError: it is faulty; all faults are listed.
     """
     path = Path(path)
     try:
@@ -87,7 +87,7 @@ def read_manifest(path: Path) -> list[ManifestFile]:
                 "not 32 hexadecimal digits and a number of bytes"
             )
         elif Path(row["filename"]).name != row["filename"] or Path(row["id"]).name != row["id"]:
-            faults.append(f"row {number}: {row['id']!r}, {row['filename']!r}: no plain names")
+            faults.append(f"row {number}: {row['id']!r}, {row['filename']!r}: not plain names")
         else:
             size = int(row["size"])
             listed.append(ManifestFile(row["id"], row["filename"], row["md5"].lower(), size))
@@ -105,13 +105,15 @@ def read_manifest(path: Path) -> list[ManifestFile]:
 def pick_diagnostic(
     files: Sequence[ManifestFile],
 ) -> tuple[list[tuple[ManifestFile, SlideName]], dict[str, int]]:
-    """The diagnostic (DX) tumour slides of TCGA, and all slides of CPTAC, which does not tell.
+    """Return the diagnostic (DX) tumour slides of TCGA, and all slides of CPTAC.
+
+    CPTAC's names do not tell which slides are diagnostic.
 
     Returns:
-        Each with what its name says; and how many files of each other kind were left out.
+        Each slide with its parsed name, and the number of files left out, by kind.
 
     Raises:
-        DownloadError: slides whose names say no case, two slides of one barcode, or none to pick.
+        DownloadError: names without a case, two slides of one barcode, or no diagnostic slide.
     """
     picked, left, odd = [], Counter(), []
     for file in files:
@@ -141,7 +143,7 @@ def pick_diagnostic(
 
 
 def check_files(files: Sequence[ManifestFile], folder: Path, progress: bool = True) -> Checked:
-    """Find every file and compare size and md5.
+    """Find every file of a manifest and compare its size and md5.
 
     Args:
         files: rows of the manifest.
@@ -170,7 +172,7 @@ def check_files(files: Sequence[ManifestFile], folder: Path, progress: bool = Tr
 
 
 def _fault(file: ManifestFile, path: Path, partial: Path | None, verified, advance) -> str:
-    """What is wrong with a file, up to the remedy; "" if it is as the manifest says."""
+    """Return what is wrong with a file, up to the remedy; "" if it matches the manifest."""
     if not path.is_file():
         some = f"; {partial.name} has {partial.stat().st_size} of its bytes" if partial else ""
         return f"{file.name}: missing, not at {path}{some}: "
@@ -180,14 +182,14 @@ def _fault(file: ManifestFile, path: Path, partial: Path | None, verified, advan
             return f"{path}: {size} bytes, the manifest says {file.size}: delete it and "
         md5 = verified.md5(path, advance)
     except OSError as error:
-        return f"{path}: cannot be checked ({error}): mend that, or delete it and "
+        return f"{path}: cannot be checked ({error}): fix that, or delete it and "
     if md5 != file.md5:
         return f"{path}: damaged: md5 {md5}, the manifest says {file.md5}: delete it and "
     return ""
 
 
 class _Verified:
-    """The record of hashed files: path, size, time of change (ns), md5; later lines count."""
+    """A record of hashed files: path, size, mtime (ns), md5; later lines override."""
 
     def __init__(self, path: Path):
         self.path, self.hashed = path, 0
@@ -200,7 +202,7 @@ class _Verified:
             self.known[tuple(key)] = md5
 
     def md5(self, path: Path, advance: Callable[[int], object]) -> str:
-        """Of a file: as recorded, or hashed now and recorded. `advance` is told of its bytes."""
+        """Return a file's md5, as recorded or hashed now; report its bytes to `advance`."""
         stat = path.stat()
         name = path.relative_to(self.path.parent).as_posix()
         key = name, str(stat.st_size), str(stat.st_mtime_ns)
@@ -214,7 +216,7 @@ class _Verified:
                 advance(len(block))
         line = self.start + "\t".join((*key, digest.hexdigest())) + "\n"
         with suppress(OSError), self.path.open("a", encoding="utf-8") as record:
-            record.write(line)  # where the folder can be read only, files are hashed every time
+            record.write(line)  # in a read-only folder, files are hashed every time
         self.start, self.hashed = "", self.hashed + 1
         return digest.hexdigest()
 

@@ -1,19 +1,19 @@
-"""Which case has which gene mutated, from what is published; and where two sources disagree.
+"""Labels from published mutations: which case has which gene mutated.
 
-    MAF                data_mutations.txt, a GDC MAF; plain or .gz; a row a mutation. The GDC has a
-                       file a case now: `cat` them, headers and all, into one
+    MAF                data_mutations.txt, a GDC MAF; plain or .gz; a row a mutation. For the GDC's
+                       one file per case: `cat` them into one, headers included
     cBioPortal matrix  a row a sample, a column a gene; WT, NS (not sequenced) or protein changes,
-                       MUTATED where it has no name
+                       MUTATED if it has no name
     GigaPath table     a row a slide, a True or False for each gene
 
 A case is 1 if any of its tumour samples has a mutation that the gene's rule (variants.py) counts,
-0 if it was *profiled* and none has one, and unknown otherwise, never 0. A matrix says who was
-profiled. The others do not: without a list of profiled samples a case counts as profiled only where
-the file proves it, by a mutation of any gene (a False of GigaPath's may mean "not in the MAF").
+0 if it was *profiled* and none has one, and unknown otherwise, never 0. A matrix states who was
+profiled. The others do not: without a list of profiled samples a case counts as profiled only if
+the file proves it by a mutation of any gene (False in GigaPath's table may mean "not in the MAF").
 
-Price: the unpacked text in memory and one pass over it; 0.2 s for the 2 MB of a matrix.
+Price: the unpacked text in memory and one pass over it; 0.2 s for a matrix of 2 MB.
 Condition: every gene was sequenced in every profiled sample (exomes; not a mix of gene panels).
-Fusions are in none of these files.
+None of these files has fusions.
 
 Source: the GDC's MAF format, cBioPortal's file formats.
 """
@@ -37,47 +37,47 @@ from slides.cohort.tcga_names import case_of, is_tumour
 from slides.errors import LISTED, LabelError, all_faults, some
 from slides.labels.variants import HOTSPOTS, NONSYNONYMOUS, RULES, SILENT, change_counts, row_counts
 
-# GigaPath's gene columns, of which LKB1 never matched: it is an alias of STK11
+# GigaPath's gene columns; LKB1 never matches, since it is an alias of STK11
 GIGAPATH_GENES = (
     "PTEN", "EGFR", "KRAS", "TP53", "ALK", "ROS1", "BRAF", "MET", "PIK3CA", "LKB1", "STK11", "RET",
     "FAT1", "LRP1B",
 )  # fmt: skip
 NOT_SOMATIC = frozenset({"germline", "wildtype", "loh"})
-NOT_SEQUENCED = UNKNOWN | {"ns", "np"}  # a matrix's cells, in small letters
-NAMELESS = frozenset({"mutated", "promoter"})  # its changes that have no position
-TABLE = {"True": True, "False": False}  # GigaPath's cells
-CELL = 1 << 24  # characters of a cell: a long deletion's allele has more than csv's own limit
+NOT_SEQUENCED = UNKNOWN | {"ns", "np"}  # cells of a matrix, in lower case
+NAMELESS = frozenset({"mutated", "promoter"})  # changes in a matrix without a position
+TABLE = {"True": True, "False": False}  # cells of GigaPath's table
+CELL = 1 << 24  # characters of a cell: the allele of a long deletion exceeds csv's default limit
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What one source says of each case."""
+    """The mutation calls of one source, by case."""
 
     path: Path
     kind: str
     """`MAF`, `cBioPortal matrix` or `GigaPath table`."""
     sha256: str
-    """Of the file as it lies there."""
+    """SHA-256 of the file, packed or not."""
     rules: Mapping[str, str]
-    """Gene -> what counts; "as published" where the source decided."""
+    """Gene -> rule; "as published" if the source decided."""
     profiled: str
-    """In words: who counts as profiled."""
+    """Which cases count as profiled, in words."""
     cases: Mapping[str, Mapping[str, bool]]
-    """Case -> gene -> mutated; a gene that is not there is unknown."""
+    """Case -> gene -> mutated; an absent gene is unknown."""
 
     def value(self, case: str, gene: str) -> float:
-        """1.0, 0.0 or nan (unknown); a case the source never heard of is unknown."""
+        """Return 1.0, 0.0 or nan (unknown); nan for a case that the source does not know."""
         return float(self.cases.get(case, {}).get(gene, math.nan))
 
     def count(self, gene: str, cases: Iterable[str] | None = None) -> tuple[int, int, int]:
-        """Positive, negative and unknown, of these cases or of all in the source."""
+        """Return the number of positive, negative and unknown cases."""
         values = [self.value(case, gene) for case in (self.cases if cases is None else cases)]
         return values.count(1.0), values.count(0.0), sum(map(math.isnan, values))
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two sources on one gene, of the cases that both know."""
+    """Differences of two sources on one gene, over the cases that both know."""
 
     gene: str
     shared: int
@@ -87,7 +87,7 @@ class Disagreement:
 
 
 def disagreements(first: Calls, second: Calls, cases: Iterable[str]) -> list[Disagreement]:
-    """Where they differ, a row a gene, among the given cases."""
+    """Return where two sources differ among the given cases, a row a gene."""
     cases, rows = list(cases), []
     for gene in first.rules:
         pairs = Counter((first.value(case, gene), second.value(case, gene)) for case in cases)
@@ -98,30 +98,19 @@ def disagreements(first: Calls, second: Calls, cases: Iterable[str]) -> list[Dis
 
 
 def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None = None) -> Calls:
-    """Read a source of any of the three kinds; its header says which it is.
+    """Read a source of any of the three kinds; its header shows which it is.
 
     Args:
         path: the file, plain or gzip.
         rules: gene -> one of `RULES`.
-        profiled: a list of samples (`read_profiled`); "all" takes everyone in the file as
-            profiled; None only those of whom the file proves it. A matrix knows, and ignores it.
+        profiled: path of a list of samples (`read_profiled`); "all" counts all cases of the file as
+            profiled, None only those for whom the file proves it. Ignored for a matrix.
 
     Raises:
-        LabelError: all that is wrong with the file for these genes.
+        LabelError: the file is faulty for these genes; all faults are listed.
     """
     path = Path(path)
-    faults = [
-        f"gene {gene}: rule {rule!r} is none of {', '.join(RULES)}"
-        for gene, rule in rules.items()
-        if rule not in RULES
-    ] + [
-        f"gene {gene}: there is no hotspot list for it (there is for {', '.join(HOTSPOTS)}): take "
-        "nonsynonymous or truncating, or add its row to HOTSPOTS"
-        for gene, rule in rules.items()
-        if rule == "hotspot" and gene not in HOTSPOTS
-    ]
-    if faults:
-        raise LabelError(all_faults(path, faults))
+    _check_rules(path, rules)
     data = _read_bytes(path)
     header, rows = _table(path, data)
     kinds = (
@@ -136,49 +125,73 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
             "Variant_Classification, Tumor_Sample_Barcode), a cBioPortal matrix (SAMPLE_ID and a "
             "column a gene) or GigaPath's table (case_submitter_id, file_name and a column a gene)."
         )
-    seen, said, faults = read(header, rows, rules)
+    cases, who, faults = read(header, rows, rules)
     faults += [
         f"gene {gene}: the file lists no mutation of it in any sample: write the symbol that the "
         "file uses (STK11, not LKB1), or leave the gene out"
         for gene in rules
-        if not faults and not any(gene in genes.mutated for genes in seen.values())
+        if not faults and not any(gene in case.mutated for case in cases.values())
     ]
     if faults:
         raise LabelError(all_faults(path, faults))
+    who = _mark_profiled(path, kind, cases, rules, profiled) or who
     if kind == "GigaPath table":
         rules = dict.fromkeys(rules, "as published")
+    return Calls(path, kind, hashlib.sha256(data).hexdigest(), dict(rules), who,
+                 {case: found.calls(rules) for case, found in sorted(cases.items())})  # fmt: skip
+
+
+def _check_rules(path: Path, rules: Mapping[str, str]) -> None:
+    """Raise LabelError if a rule does not exist, or has no hotspots for its gene."""
+    faults = [
+        f"gene {gene}: rule {rule!r} is none of {', '.join(RULES)}"
+        for gene, rule in rules.items()
+        if rule not in RULES
+    ] + [
+        f"gene {gene}: there is no hotspot list for it (there is for {', '.join(HOTSPOTS)}): take "
+        "nonsynonymous or truncating, or add its row to HOTSPOTS"
+        for gene, rule in rules.items()
+        if rule == "hotspot" and gene not in HOTSPOTS
+    ]
+    if faults:
+        raise LabelError(all_faults(path, faults))
+
+
+def _mark_profiled(path: Path, kind: str, cases: dict, rules, profiled) -> str:
+    """Mark the cases that count as profiled, and return who does; "" if the file decides."""
     if kind == "cBioPortal matrix":
-        said = "as the file says: NS is not sequenced"
-    elif profiled == "all":
-        said = "everyone in the file, as asked"
-        for case in seen.values():
+        return "as the file says: NS is not sequenced"
+    if profiled == "all":
+        for case in cases.values():
             case.profiled |= set(rules)
-    elif profiled is not None:
-        named = read_profiled(profiled)
-        if not named & seen.keys():
-            raise LabelError(
-                f"{profiled}: none of its {len(named)} cases is in {path} (it has "
-                f"{some(sorted(named))}; there, {some(sorted(seen))}). Give the list of the same "
-                "study, or leave it out."
-            )
-        said = f"{len(named)} cases of {Path(profiled).name}, and whoever has a mutation"
-        # Who was sequenced and has no row in a MAF has no mutation; the table has a row for all.
-        for case in named if kind == "MAF" else named & seen.keys():
-            seen[case].profiled |= set(rules)
-    return Calls(path, kind, hashlib.sha256(data).hexdigest(), dict(rules), said,
-                 {case: found.calls(rules) for case, found in sorted(seen.items())})  # fmt: skip
+        return "everyone in the file, as asked"
+    if profiled is None:
+        return ""
+    names = read_profiled(profiled)
+    if not names & cases.keys():
+        raise LabelError(
+            f"{profiled}: none of its {len(names)} cases is in {path} (it has "
+            f"{some(sorted(names))}; there, {some(sorted(cases))}). Give the list of the same "
+            "study, or leave it out."
+        )
+    # A sequenced case without a row in a MAF has no mutation; GigaPath's table has a row for all.
+    for case in names if kind == "MAF" else names & cases.keys():
+        cases[case].profiled |= set(rules)
+    return f"{len(names)} cases of {Path(profiled).name}, and whoever has a mutation"
 
 
 def read_profiled(path: Path) -> set[str]:
-    """Cases of a cBioPortal `case_lists/cases_sequenced.txt`, or of a text with a sample a line.
+    """Return the cases in a list of profiled samples.
+
+    It is cBioPortal's `case_lists/cases_sequenced.txt`, or a text with a sample a line.
 
     Raises:
-        LabelError: missing, or no list.
+        LabelError: the file is missing, or not such a list.
     """
     lines = _text(Path(path), _read_bytes(Path(path))).splitlines()
-    named = [line.partition(":")[2].split() for line in lines if line.startswith("case_list_ids:")]
-    if named:
-        samples = named[0]
+    ids = [line.partition(":")[2].split() for line in lines if line.startswith("case_list_ids:")]
+    if ids:
+        samples = ids[0]
     else:
         samples = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     odd = [sample for sample in samples if re.search(r"[\s,;:]", sample)]
@@ -191,7 +204,7 @@ def read_profiled(path: Path) -> set[str]:
 
 
 class _Case:
-    """What the rows of one case add up to."""
+    """Genes seen in the rows of one case."""
 
     def __init__(self):
         self.mutated: set[str] = set()  # genes with any listed change
@@ -204,8 +217,8 @@ class _Case:
 
 
 def _maf(header, rows, rules):
-    """Cases of a MAF; who has a row of any gene was profiled."""
-    seen, odd, faults = defaultdict(_Case), Counter(), []
+    """Return the cases of a MAF, a note on who counts as profiled, and faults."""
+    cases, odd, faults = defaultdict(_Case), Counter(), []
     at = {name: place for place, name in enumerate(header)}
     if "hotspot" in rules.values() and "HGVSp_Short" not in at:
         faults.append("column HGVSp_Short is missing, and the rule hotspot needs protein changes")
@@ -216,7 +229,7 @@ def _maf(header, rows, rules):
         sample, gene = cells[at["Tumor_Sample_Barcode"]], cells[at["Hugo_Symbol"]]
         if not is_tumour(sample):
             continue
-        case = seen[case_of(sample)]
+        case = cases[case_of(sample)]
         case.profiled |= rules.keys()
         status = cells[at["Mutation_Status"]].lower() if "Mutation_Status" in at else ""
         if gene not in rules or status in NOT_SOMATIC:
@@ -233,13 +246,13 @@ def _maf(header, rows, rules):
         f"{', '.join(sorted(NONSYNONYMOUS | SILENT))}, or remove the rows"
         for kind, n in odd.items()
     ]
-    said = "only cases with a row in the file; a case without one is unknown, sequenced or not"
-    return seen, said, _first(faults)
+    who = "only cases with a row in the file; a case without one is unknown, sequenced or not"
+    return cases, who, _first(faults)
 
 
 def _matrix(header, rows, rules):
-    """Cases of a cBioPortal matrix; NS, NA and blank are not sequenced."""
-    seen, faults = defaultdict(_Case), _missing_genes(header, rules)
+    """Return the cases of a cBioPortal matrix, an empty note, and faults."""
+    cases, faults = defaultdict(_Case), _missing_genes(header, rules)
     for number, cells in rows:
         if len(cells) != len(header):
             faults.append(f"row {number}: {len(cells)} cells of {len(header)}: the file is cut")
@@ -247,7 +260,7 @@ def _matrix(header, rows, rules):
         record = dict(zip(header, cells, strict=True))
         if not is_tumour(record["SAMPLE_ID"]):
             continue
-        case = seen[case_of(record["SAMPLE_ID"])]
+        case = cases[case_of(record["SAMPLE_ID"])]
         for gene in rules.keys() & record.keys():
             cell = record[gene]
             if cell.lower() in NOT_SEQUENCED:
@@ -264,14 +277,14 @@ def _matrix(header, rows, rules):
             case.mutated.add(gene)
             if any(change_counts(gene, rules[gene], change) for change in changes):
                 case.counted.add(gene)
-            elif "mutated" not in cell.lower():  # which may be one that the rule counts
+            elif "mutated" not in cell.lower():  # a nameless change may be one that counts
                 case.profiled.add(gene)
-    return seen, "", _first(faults)
+    return cases, "", _first(faults)
 
 
 def _gigapath(header, rows, rules):
-    """Cases of GigaPath's table; who has any mutation was profiled."""
-    seen, faults = defaultdict(_Case), _missing_genes(header, rules)
+    """Return the cases of GigaPath's table, a note on who counts as profiled, and faults."""
+    cases, faults = defaultdict(_Case), _missing_genes(header, rules)
     finer = [gene for gene, rule in rules.items() if rule in ("truncating", "hotspot")]
     if finer:
         faults.append(f"the table has no protein changes, so no rule for {', '.join(finer)}")
@@ -281,7 +294,7 @@ def _gigapath(header, rows, rules):
             faults.append(f"row {number}: {len(cells)} cells of {len(header)}: the file is cut")
             continue
         record = dict(zip(header, cells, strict=True))
-        case = seen[cells[place]]
+        case = cases[cells[place]]
         for gene in rules.keys() & record.keys():
             if record[gene] not in TABLE:
                 faults.append(f"row {number}: {gene} is {record[gene]!r}, not True or False")
@@ -290,8 +303,8 @@ def _gigapath(header, rows, rules):
                 case.counted.add(gene)
         if any(record.get(gene) == "True" for gene in GIGAPATH_GENES):
             case.profiled |= rules.keys()
-    said = "only cases with a mutation of any of its genes; False may mean not sequenced"
-    return seen, said, _first(faults)
+    who = "only cases with a mutation of any of its genes; False may mean not sequenced"
+    return cases, who, _first(faults)
 
 
 def _first(faults: list[str]) -> list[str]:
@@ -324,7 +337,7 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _table(path: Path, data: bytes) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Header and numbered rows, below any # lines; tabs if the header has one, else commas."""
+    """Return header and numbered rows below any # lines; tab-separated if the header has a tab."""
     csv.field_size_limit(CELL)
     lines = io.StringIO(_text(path, data), newline="")
     number, first = 1, lines.readline()
@@ -332,7 +345,7 @@ def _table(path: Path, data: bytes) -> tuple[list[str], Iterator[tuple[int, list
         number, first = number + 1, lines.readline()
     if not first.strip():
         raise LabelError(f"{path}: it is empty. Download it again.")
-    # A MAF's quotes are characters like any other; a CSV's hold commas.
+    # In a MAF quotes are plain characters; in a CSV they enclose commas.
     style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in first else {}
     header = [name.strip() for name in next(csv.reader([first], **style))]
     rows = (

@@ -1,12 +1,12 @@
-"""Which mutations make a gene count as mutated: the rules of a label.
+"""Rules that decide which mutations make a gene count as mutated.
 
     nonsynonymous   the protein changes; TERT's promoter counts; synonymous changes do not
     truncating      nonsense, frame shift, splice site, nonstop: for tumour suppressors
     hotspot         the changes of `HOTSPOTS`
     listed          whatever the source lists, silent changes too
 
-A MAF gives the variant's class, a cBioPortal matrix only the protein change. The two agree, but for
-a change that spares the protein (`T125=`, splice region), which a matrix lists among its mutations.
+A MAF gives the variant's class, a cBioPortal matrix only the protein change. The two agree except
+for changes that spare the protein (`T125=`, splice region), which a matrix lists as mutations.
 
 Source: the variant set of maftools and vcf2maf.
 """
@@ -39,7 +39,7 @@ HOTSPOTS = {  # protein changes, without the p.
 
 
 def row_counts(gene: str, rule: str, kind: str, change: str) -> bool:
-    """Whether a rule counts a row of a MAF."""
+    """Return whether a rule counts a row of a MAF."""
     if rule == "listed":
         return True
     if gene == "TERT" and kind == "5'Flank":
@@ -51,7 +51,7 @@ def row_counts(gene: str, rule: str, kind: str, change: str) -> bool:
 
 
 def change_counts(gene: str, rule: str, change: str) -> bool:
-    """The same for a protein change alone. `T125=` lists a change that spares the protein."""
+    """Return whether a rule counts a protein change; `T125=` spares the protein."""
     if rule == "listed":
         return True
     if rule == "truncating":

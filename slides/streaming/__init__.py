@@ -1,16 +1,16 @@
-"""Tiles to whoever trains: order, worker processes, prefetch, colour.
+"""Tiles for training and inference: order, worker processes, prefetch, colour.
 
-    stream.py         the tiles of many slides, read ahead by worker processes
-    workers.py        processes that fill slots of shared memory with them
-    prefetch.py       slide after slide, the next one read ahead
-    chunks.py         pixels of tiles, and what may go wrong on the way
-    bounded_tiles.py  those tiles as often as asked, held as far as memory goes
-    order.py          which slide and which tiles come when: pure functions of (seed, epoch)
-    balance.py        an order in which what is rare is trained as often
-    augment.py        flips, rotations, slide-shared colour
-    stain.py          stain normalisation, one operator a slide
-    tile_source.py    a row to its pixels and tiles, slide after slide
-    settings.py       which slides and which tiles
+    stream.py         bags of tiles for training, read ahead by a DataLoader
+    workers.py        processes that read chunks of tiles into shared memory
+    prefetch.py       reads slide after slide ahead of the training loop
+    chunks.py         reads tiles one by one, and names the slide in errors
+    bounded_tiles.py  a slide's tiles in chunks, with a bounded number in memory
+    order.py          order of slides and choice of tiles: pure functions of (seed, epoch)
+    balance.py        an order in which rare labels come as often as common ones
+    augment.py        flips, rotations, colour shared by a slide
+    stain.py          stain normalisation, one colour transform a slide
+    tile_source.py    opens a cohort row's pixels and tiles
+    settings.py       settings of slides and tiles
 
-The only room of `slides` where torch stands.
+The only room of `slides` that imports torch.
 """

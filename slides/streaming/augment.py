@@ -1,14 +1,14 @@
-"""Training augmentation of one slide's tiles: orientation per tile, colour per slide.
+"""Augments one slide's training tiles: orientation per tile, colour per slide.
 
-Tissue has no up or down, so each tile takes one of the eight orientations of a square. A slide is
-stained and scanned once, so its colour is changed once: the same draw for all its tiles, and the
-differences between tiles, which the model is to learn from, stay. Colour works on optical density,
-along haematoxylin, eosin and a third direction orthogonal to both, which leaves white glass white;
-contrast and brightness, the scanner's part, act on the light and move glass too.
+Tissue has no up or down, so each tile gets one of the eight orientations of a square. A slide is
+stained and scanned once, so all its tiles get the same change of colour, and differences between
+tiles, which the model learns from, stay. Colour changes optical density along haematoxylin, eosin
+and a third, orthogonal direction, which leaves white glass white; contrast and brightness, the
+scanner's part, act on the light and change glass too.
 
-All of a slide's numbers are drawn at once, from a generator alone; then each tile is changed by
-itself, where it is read (`AugmentedSlide`). So it comes out the same whether it is kept in memory
-or read again for the second pass, in whatever company and by whatever process.
+All random numbers of a slide are drawn at once from one generator; then each tile is changed where
+it is read (`AugmentedSlide`). So a tile is the same whether it is kept in memory or read again for
+the second pass, with whatever other tiles and by whatever process.
 
 Price: orientation 0.15 ms, colour 2 ms a 224 px tile on one core.
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slides.errors import refuse
 from slides.streaming.chunks import close
 
 if TYPE_CHECKING:
@@ -41,21 +42,21 @@ DRAWS = 5  # colour numbers: three stains, contrast, brightness
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of each tile of a slide in one epoch."""
+    """The random augmentation of a slide's tiles in one epoch."""
 
     turns_T: Tensor
     """Quarter turns."""
     mirror_T: Tensor
-    """Whether mirrored first."""
+    """Whether the tile is mirrored first."""
     amount_5: Tensor | None
-    """See `recolour_`; None leaves colours alone."""
+    """See `recolour_`; None keeps colours."""
 
     def __call__(self, tiles_TCSS: Tensor, rows: slice = slice(None)) -> Tensor:
-        """New tiles of the same shape and type.
+        """Return augmented tiles of the same shape and type.
 
         Args:
-            tiles_TCSS: uint8 (T, 3, S, S), those of `rows`; left untouched.
-            rows: which of the slide's tiles they are.
+            tiles_TCSS: uint8 (T, 3, S, S), the tiles of `rows`; not changed.
+            rows: the rows of these tiles among the slide's.
         """
         if tiles_TCSS.dtype != torch.uint8 or tiles_TCSS.ndim != 4 or tiles_TCSS.shape[1] != 3:
             raise ValueError(
@@ -72,19 +73,19 @@ class Change:
 
 
 class AugmentedSlide:
-    """A slide's tiles, changed; reads as the slide does. Pickles.
+    """A slide whose tiles are augmented as they are read. Pickles.
 
     Args:
-        source: the slide, or what reads like one.
-        coords0: (T, 2), the corners of the tiles that `change` was drawn for.
-        change: theirs, in that order.
+        source: the slide, or anything that reads like one.
+        coords0: (T, 2), corners of the tiles that `change` was drawn for.
+        change: their augmentation, in that order.
     """
 
     def __init__(self, source, coords0: np.ndarray, change: Change):
         self.source, self.coords0, self.change, self._row_of = source, coords0, change, None
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
-        """The tile at (x0, y0), one of `coords0`, uint8 (S, S, 3)."""
+        """Return the augmented tile at (x0, y0), one of `coords0`, uint8 (S, S, 3)."""
         if self._row_of is None:
             corners = map(tuple, self.coords0.tolist())
             self._row_of = {corner: row for row, corner in enumerate(corners)}
@@ -109,22 +110,19 @@ def draw_change(
     colour: float = 0.0,
     stain: float = 0.0,
 ) -> Change:
-    """Random numbers for so many tiles of a slide.
+    """Return the random augmentation of a slide's tiles.
 
-    Every number is drawn whether it is used or not, so turning one kind off leaves the others as
-    they were.
+    Every number is drawn whether used or not, so switching one kind off does not change the others.
 
     Args:
-        tiles: how many.
-        generator: a CPU generator; its state decides everything.
+        tiles: number of tiles.
+        generator: a CPU generator, the only source of randomness.
         flips: mirror half of the tiles.
         rotations: turn by a multiple of 90 degrees.
         colour: 0 is off; 0.1 scales the stains, contrast and brightness by up to a tenth.
         stain: 0 is off; 0.1 scales haematoxylin and eosin, each by up to a tenth, and no more.
     """
-    for name, strength in (("colour", colour), ("stain", stain)):
-        if not 0 <= strength < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {strength}")
+    refuse(strength_faults(colour, stain), "data")
     draw_5 = torch.rand(DRAWS, generator=generator, dtype=torch.float64) * 2 - 1
     turns_T = torch.randint(0, 4, (tiles,), generator=generator)
     mirror_T = torch.randint(0, 2, (tiles,), generator=generator).bool()
@@ -136,8 +134,17 @@ def draw_change(
     return Change(turns_T * rotations, mirror_T & flips, amount_5)
 
 
+def strength_faults(colour: float, stain: float) -> list[str]:
+    """Return a fault for each strength of augmentation outside [0, 1)."""
+    return [
+        f"{key} must be in [0, 1), got {strength}: 0 is off, 0.1 is up to a tenth"
+        for key, strength in (("data.colour", colour), ("data.stain_jitter", stain))
+        if not 0 <= strength < 1
+    ]
+
+
 def orient(tiles_TCSS: Tensor, turns_T: Tensor, mirror_T: Tensor) -> Tensor:
-    """Each tile mirrored left to right where `mirror_T`, then turned `turns_T` times by 90 degrees.
+    """Return tiles mirrored left to right by `mirror_T`, then turned `turns_T` times by 90 degrees.
 
     Turning is counter-clockwise, as `torch.rot90`. The result is a contiguous copy.
     """
@@ -155,8 +162,8 @@ def recolour_(tiles_TCSS: Tensor, amount_5: Tensor) -> None:
 
     Args:
         tiles_TCSS: uint8 (T, 3, S, S).
-        amount_5: relative change of haematoxylin, eosin and the rest, then of contrast (about
-            middle grey) and of brightness (a factor on light); zeros change nothing.
+        amount_5: relative change of haematoxylin, eosin and the third direction, of contrast
+            (about middle grey) and of brightness (a factor on light); zeros change nothing.
     """
     stains_33 = torch.tensor(HAEMATOXYLIN_EOSIN, dtype=torch.float64)
     stains_33 = torch.cat([stains_33, torch.linalg.cross(*stains_33)[None]])
@@ -165,9 +172,9 @@ def recolour_(tiles_TCSS: Tensor, amount_5: Tensor) -> None:
     mix_33 = (torch.linalg.inv(stains_33) @ scale_33 @ stains_33).T.float()  # acts on RGB columns
     contrast, brightness = (1 + amount_5[3:].to(torch.float64)).tolist()
 
-    # Optical density of each byte. Byte 0 is taken as a half: its density would be infinite.
+    # Optical density of each byte. Byte 0 counts as 0.5, since its density would be infinite.
     density_256 = -(torch.arange(256.0).clamp_min(0.5) / 255).log()
-    for tiles in tiles_TCSS.split(1):  # views: writing to them is in place; one bounds the floats
+    for tiles in tiles_TCSS.split(1):  # views, so in place; one tile at a time bounds the floats
         density_CP = density_256[tiles.transpose(0, 1).reshape(3, -1).int()]
         light_CP = (mix_33 @ density_CP).neg_().exp_().mul_(255 * brightness)
         light_CP.sub_(127.5).mul_(contrast).add_(127.5).round_().clamp_(0, 255)

@@ -1,20 +1,19 @@
-"""An order in which what is rare is trained as often as what is not.
+"""A training order in which rare labels, sites and cases come as often as common ones.
 
-Each place of an epoch is drawn down a tree, every branch with the same chance:
+Each place of an epoch is drawn from a tree, level by level, all branches with equal chances:
 
-    family    a label, say; its chance is given (a rarer label's is larger)
+    family    for example a label; its chance is given (larger for a rarer label)
     group     its positives or its negatives; the classes of a label; ...
     site, case, slide
 
-so a hospital that sent many patients, or a patient with many slides, does not outvote the others,
-and neither does the common class. Draws are independent: an epoch has as many places as there are
-slides, but some slides have several and some none. A slide drawn again in an epoch shows other
-tiles, since its turn says so (`Turn.visit`).
+So hospitals with many patients, patients with many slides and common classes do not dominate. Draws
+are independent: an epoch has as many places as slides, but some slides come several times and some
+never. A slide that comes again in an epoch shows other tiles (`Turn.visit`).
 
-The order depends on (seed, epoch) and what is drawn from, and nothing else, like `order`'s.
+The order depends only on seed, epoch and the tree, like that of `order`.
 
 Source: Pedersen et al. 2022 (H2G-Net, Front Med 9:971873), hierarchical sampling.
-Differs: slides are drawn, not tiles, which are drawn within a slide as always; sites are a level.
+Differs: slides are drawn, and then tiles within a slide as usual; sites are a level.
 """
 
 from __future__ import annotations
@@ -26,25 +25,26 @@ from functools import partial
 import numpy as np
 
 from slides.cohort.table import SlideRow
+from slides.errors import SettingsError
 from slides.seeds import stable_seed
 
 Family = tuple[float, Sequence[Sequence[int]]]
-"""Weight of its chance, and its groups: numbers of slides."""
+"""Relative chance of the family, and its groups of slide numbers."""
 LEVELS = 5
 
 
 def balanced_order(
     rows: Sequence[SlideRow], families: Sequence[Family], seed: int
 ) -> Callable[[int], np.ndarray]:
-    """The order of each epoch: as many numbers of slides as there are slides.
+    """Return a function from an epoch to its order: as many slide numbers as slides.
 
     Args:
         rows: the slides; their sites and cases are levels of the tree.
-        families: what comes before them; a slide in no group is never drawn.
-        seed: of the draws.
+        families: the levels above sites; a slide in no group is never drawn.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: there is nothing to draw from.
+        SettingsError: no slide has a known label.
     """
     trees = [
         (weight, [_tree(rows, group) for group in groups if len(group)])
@@ -52,14 +52,17 @@ def balanced_order(
     ]
     trees = [(weight, groups) for weight, groups in trees if groups and weight > 0]
     if not trees:
-        raise ValueError("no slide has a known label: there is nothing to draw from")
+        raise SettingsError(
+            "data.sampler is balanced, but no slide has a known label: label some, or set "
+            "data.sampler: shuffled"
+        )
     total = sum(weight for weight, _ in trees)
     ends = np.cumsum([weight / total for weight, _ in trees])
     return partial(_draw, trees, ends, len(rows), int(seed))
 
 
 def _tree(rows: Sequence[SlideRow], group: Sequence[int]) -> list[list[list[int]]]:
-    """Sites, their cases, their slides, in order of first appearance."""
+    """Return a group's slide numbers as sites of cases of slides, in order of first appearance."""
     sites: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number in group:
         sites[rows[number].site][rows[number].case_id].append(int(number))

@@ -1,14 +1,14 @@
-"""The tiles of a slide, in chunks, as often as asked: the first of them held, the rest read.
+"""The tiles of a slide in chunks, repeatable, with a bounded number kept in memory.
 
-Training goes over a slide twice and must see the same pixels. A slide that fits is in host memory;
-one that does not is held as far as the budget goes and read again beyond, which costs time and
-never memory. Tiles are a function of their place alone (`slides.streaming.augment`), so what is
-held, in what chunks and by how many processes changes no byte.
+Training reads a slide twice and must see the same pixels. The first tiles of a slide are kept in
+host memory, as many as the budget allows; the rest is read again, which costs time but no memory.
+A tile depends only on its position (`slides.streaming.augment`), so the number in memory, the chunk
+size and the number of processes change no byte.
 
-Price: `host_budget` for all slides that are held or read ahead, shared out by `tiles_to_hold`; and
-the slots of `slides.streaming.prefetch`.
+Price: `host_budget` for all slides in memory or read ahead, divided by `tiles_to_hold`; and the
+slots of `slides.streaming.prefetch`.
 
-Shapes: C tiles of a chunk, H tiles held, S side of a tile.
+Shapes: C tiles of a chunk, H tiles in memory, S side of a tile.
 """
 
 from __future__ import annotations
@@ -30,25 +30,23 @@ from slides.streaming.workers import StreamedSlide
 if TYPE_CHECKING:
     from slides.tiling.index import TileIndex
 
-SHARE = 0.5  # of the machine's memory: the rest is the model's, the optimizer's, the page cache's
-LIMITS = (  # of a container, by version of cgroup
+SHARE = 0.5  # of the machine's memory: the rest is for model, optimizer and page cache
+LIMITS = (  # files with a container's memory limit, by cgroup version
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
 
 
 class SlideTiles:
-    """All tiles of a slide; `split` gives them in index order, the same every time. Pickles.
+    """All tiles of a slide; `split` gives the same chunks in index order each time. Pickles.
 
-    Not a dataclass: Lightning takes those in a batch apart.
+    Not a dataclass: Lightning would rebuild it field by field.
 
     Args:
-        slide: gives pixels and tiles when it is read.
-        prefetcher: who reads them; where it has further slides, those of the next `SlideTiles` that
-        are
-            made of it are read ahead (`slides.streaming.prefetch`).
-        in_memory: uint8 (H, 3, S, S), the first tiles, as the slide's pixels would give them.
-        on_fault: told of a slide's fault; where it returns, the fault goes on its way.
+        slide: opens the slide when it is read.
+        prefetcher: reads the slide, and ahead of it the next slides that were added to it.
+        in_memory: uint8 (H, 3, S, S), the first tiles, equal to what reading would give.
+        on_fault: called with a slide's fault before it is raised; may raise something else.
     """
 
     def __init__(
@@ -63,11 +61,11 @@ class SlideTiles:
 
     @classmethod
     def of(cls, source: SlideSource, index: TileIndex, workers: int = 0, **more) -> SlideTiles:
-        """Those of a slide whose pixels and tiles are at hand, with a prefetcher of its own."""
+        """Return the tiles of an open slide, read by a prefetcher of their own."""
         return cls(StreamedSlide.at_hand(source, index), Prefetcher(workers), **more)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles; the last may be short.
+        """Yield chunks of `size` tiles; the last may be short.
 
         Raises:
             SlideError: a tile cannot be read, unless `on_fault` raises something else.
@@ -79,14 +77,14 @@ class SlideTiles:
                     yield self.in_memory[start : start + size]
                 for _, tiles_CSS in rest:
                     yield tiles_CSS
-                    del tiles_CSS  # the caller may be done with it
+                    del tiles_CSS  # frees it before the next chunk is read
         except SlideError as fault:
             if self.on_fault:
                 self.on_fault(fault)
             raise
 
     def pin_memory(self) -> SlideTiles:
-        """What is held, page-locked."""
+        """Pin the tiles in memory, and return self."""
         self.in_memory = None if self.in_memory is None else self.in_memory.pin_memory()
         return self
 
@@ -99,21 +97,21 @@ class JoinedTiles:
 
     @property
     def count(self) -> int:
-        """How many they are."""
+        """Number of tiles."""
         return sum(len(part) if isinstance(part, Tensor) else part.count for part in self.parts)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """Chunks of `size` tiles; the last of each slide may be short. See `SlideTiles`."""
+        """Yield chunks of `size` tiles; the last of each slide may be short."""
         for part in self.parts:
             yield from part.split(size)
 
     def pin_memory(self) -> JoinedTiles:
-        """What is held, page-locked."""
+        """Return the same tiles with those in memory pinned."""
         return JoinedTiles([part.pin_memory() for part in self.parts])
 
 
 def joined(parts: Sequence[Tensor | SlideTiles]) -> Tensor | SlideTiles | JoinedTiles:
-    """The tiles of several slides as those of one; in one piece where all of them are held."""
+    """Return the tiles of several slides as one object; a tensor if all are tensors."""
     if len(parts) == 1:
         return parts[0]
     if all(isinstance(part, Tensor) for part in parts):
@@ -122,19 +120,19 @@ def joined(parts: Sequence[Tensor | SlideTiles]) -> Tensor | SlideTiles | Joined
 
 
 def tiles_to_hold(budget: int, size: int, slides: int) -> int:
-    """How many tiles of each slide `budget` bytes hold, with so many slides in memory at a time."""
+    """Return how many tiles of each slide fit in `budget` bytes, for so many slides."""
     return budget // (slides * 3 * size**2)
 
 
 def host_budget(gigabytes: float | None = None) -> int:
-    """Bytes for tiles in host memory: so many GB, or a half of what this process may have."""
+    """Return bytes of host memory for tiles: `gigabytes`, or half of this process's memory."""
     return int(SHARE * machine_memory() if gigabytes is None else gigabytes * 1e9)
 
 
 def machine_memory() -> int:
-    """Bytes of memory, of the machine or of the container, whichever has less."""
+    """Return the bytes of memory of the machine or the container, the smaller one."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             found.append(int(Path(path).read_text()))
     return min(found)

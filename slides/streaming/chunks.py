@@ -1,4 +1,4 @@
-"""Pixels of tiles, read one after the other: `read_tiles`; and what may go wrong on the way.
+"""Reads tiles one after the other, and names the slide in every error on the way.
 
 Shapes: T tiles of a slide, S side of a tile.
 """
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class SlideSource(Protocol):
-    """An open slide, or anything that gives tiles like one: `reader.Slide`, `cache.CachedSlide`."""
+    """An open slide, or anything that gives tiles like one: `reader.Slide`, `CachedSlide`."""
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
-        """The tile whose corner is at (x0, y0) in level-0 pixels, uint8 (S, S, 3)."""
+        """Return the tile whose corner is at (x0, y0) in level-0 pixels, uint8 (S, S, 3)."""
 
 
 def close(source: SlideSource) -> None:
-    """Let the pixels go, if they are of a kind that can be let go."""
+    """Close the source if it has a `close`."""
     if end := getattr(source, "close", None):
         end()
 
 
 class WorkerDiedError(RuntimeError):
-    """A reading process ended without a word."""
+    """A reading process was killed or crashed."""
 
     @classmethod
     def of(cls, slide_ids: Sequence[str], how: str) -> WorkerDiedError:
-        """The error for a worker that was lost while these slides were being read."""
+        """Return the error for a worker that died while reading these slides."""
         return cls(
             f"{', '.join(slide_ids)}: a process that was reading died ({how}). Most often memory "
             "or /dev/shm ran out: use fewer workers or a smaller chunk or tile budget. If it is "
@@ -46,7 +46,7 @@ class WorkerDiedError(RuntimeError):
 
 
 def named_fault(error: Exception, slide_id: str) -> Exception:
-    """The same fault with the slide's name: a `SlideError` if slide or disk is at fault."""
+    """Return the same error with the slide's name; a `SlideError` for slide or disk faults."""
     if isinstance(error, SlideError):
         return error if slide_id in str(error) else type(error)(f"{slide_id}: {error}")
     if isinstance(error, OSError):
@@ -63,9 +63,9 @@ def read_tiles(
     rows: np.ndarray | slice | None = None,
     shared: bool = False,
 ) -> Tensor:
-    """The tiles of an index, or those of its rows, as contiguous uint8 (T, 3, S, S).
+    """Return the tiles of an index, or of some of its rows, as uint8 (T, 3, S, S).
 
-    `shared` puts them into memory that another process can be handed without a copy.
+    `shared` uses shared memory, which other processes can receive without a copy.
     """
     coords0 = index.coords0 if rows is None else index.coords0[rows]
     shape = (len(coords0), 3, index.grid.size, index.grid.size)
@@ -77,13 +77,13 @@ def read_tiles(
 
 
 def read_into(tiles_TCSS: np.ndarray, source, index: TileIndex, coords0: np.ndarray) -> None:
-    """The tiles at these corners, into memory that is there: uint8 (T, 3, S, S)."""
+    """Read the tiles at these corners into the given uint8 (T, 3, S, S)."""
     size = index.grid.size
     for tile_CSS, (x0, y0) in zip(tiles_TCSS, coords0.tolist(), strict=True):
         tile = source.read(x0, y0, index.grid)
         if tile.shape != (size, size, 3) or tile.dtype != np.uint8:  # assigning would broadcast
             raise UnreadableRegionError(
                 f"{index.slide_id}: the tile at ({x0}, {y0}) came as {tile.dtype} {tile.shape} "
-                f"where uint8 {(size, size, 3)} was asked for. Check the reader of this format."
+                f"where uint8 {(size, size, 3)} was expected. Check the reader of this format."
             )
         tile_CSS[:] = tile.transpose(2, 0, 1)

@@ -1,12 +1,11 @@
-"""In which order slides are trained, and which tiles of each: pure functions of a seed.
+"""The order of slides and the choice of their tiles: pure functions of a seed.
 
-Order and choice of tiles depend on (seed, epoch, slide) and nothing else: no state to save but a
-place in the epoch, no dependence on the number of workers. Numbers come from the raw bits of a
-PCG64 that is seeded with a hash, because numpy promises those bits from version to version, and
-does not promise `permutation`.
+Order and choice of tiles depend only on (seed, epoch, slide): the only state to save is the place
+in the epoch, and the number of workers does not matter. Numbers are the raw bits of a PCG64 that is
+seeded with a hash, because numpy keeps those bits from version to version, unlike `permutation`.
 
-Worker processes read ahead, so only the training loop knows how many slides were trained: it says
-so with `SlideSampler.trained`, and resuming starts there.
+Worker processes read ahead, so only the training loop knows how many slides were trained: it calls
+`SlideSampler.trained`, and resuming starts there.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slides.errors import SettingsError, refuse
 from slides.seeds import stable_seed
 
 SAMPLINGS = ("uniform", "spatial")  # `sample_tiles`, `spread_tiles`
 
 
 class Turn(NamedTuple):
-    """One slide's turn in training."""
+    """One slide's place in the training order."""
 
     epoch: int
     position: int
@@ -32,18 +32,18 @@ class Turn(NamedTuple):
     slide: int
     """Number of the slide in the cohort's split."""
     visit: int = 0
-    """How often this epoch's order had the slide before: other tiles are drawn each time."""
+    """How often the slide came before in this epoch: each time other tiles are drawn."""
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n slides in one epoch: a permutation of 0 to n - 1."""
+    """Return the order of n slides in one epoch: a permutation of 0 to n - 1."""
     return _shuffled(n, stable_seed("order", int(seed), int(epoch)))
 
 
 def sample_tiles(
     n_tiles: int, budget: int | None, seed: int, epoch: int, slide_id: str
 ) -> np.ndarray:
-    """Which of a slide's tiles an epoch uses: drawn without replacement, in rising order.
+    """Return which of a slide's tiles an epoch uses: random, sorted, without replacement.
 
     A larger budget takes the same tiles and more. None, or a budget of at least `n_tiles`, takes
     all of them.
@@ -57,11 +57,11 @@ def sample_tiles(
 def spread_tiles(
     cells_T2: np.ndarray, budget: int | None, seed: int, epoch: int, slide_id: str
 ) -> np.ndarray:
-    """As `sample_tiles`, but spread over the slide: no part of it is missed by chance.
+    """Return which tiles an epoch uses, like `sample_tiles` but spread over the slide.
 
-    Each tile is as likely as any other; two neighbours seldom come together. Tiles are ordered by
-    quadrants within quadrants, the four of each in an order of their own, and every so many-th is
-    taken from a random start. A larger budget takes others. `cells_T2` are integers, column and row
+    All tiles are equally likely; neighbours seldom come together, and no part is missed by chance.
+    Tiles are sorted by nested quadrants, the four of each in random order, and taken at equal steps
+    from a random start. A larger budget takes other tiles. `cells_T2` are integers, column and row
     of each tile on a lattice.
 
     Source: Stevens & Olsen 2004, "Spatially balanced sampling of natural resources", section 3.
@@ -77,25 +77,24 @@ def spread_tiles(
         quadrants, of_T = np.unique(address_T, return_inverse=True)
         place_Q4 = random(4 * len(quadrants)).reshape(-1, 4).argsort(1).argsort(1)
         address_T = 4 * address_T + place_Q4[of_T, column_T + 2 * row_T]
-    order_T = np.lexsort([random(tiles), address_T])  # tiles of one cell: by lot
+    order_T = np.lexsort([random(tiles), address_T])  # tiles of one cell in random order
     start = int(random()) % tiles
     return np.sort(order_T[(start + tiles * np.arange(budget)) // budget])
 
 
 class SlideSampler:
-    """The turns of an epoch from `start` on; its length is always that of the full epoch.
+    """Yields the turns of an epoch from `start` on; its length is that of the full epoch.
 
-    Several processes share an epoch: each takes every `world`-th turn from its `rank` on. Where
-    that does not come out even, the first slides of the order have a second turn, so that all
-    processes take as many.
+    Several processes share an epoch: each takes every `world`-th turn, starting at its `rank`. If
+    the number is not even, the first slides of the order get a second turn, so that all processes
+    have equally many.
 
-    The place in training is (`epoch`, `start`). Iterating does not move it, since workers run
-    ahead; `trained` does. It is also what a checkpoint holds.
+    The place in training is (`epoch`, `start`), which is also saved in checkpoints. Iterating does
+    not change it, since workers run ahead; `trained` does.
 
-    With Lightning: call `sampler.trained(bag.turn)` at the end of `training_step` (the hook
-    `on_train_batch_end` of a module comes after that of the checkpoint callback), and hand
-    `state_dict` and `load_state_dict` through from the LightningDataModule. Lightning calls
-    `set_epoch` itself.
+    With Lightning: call `sampler.trained(bag.turn)` at the end of `training_step` (a module's hook
+    `on_train_batch_end` runs after the checkpoint callback's), and call `state_dict` and
+    `load_state_dict` from those of the LightningDataModule. Lightning calls `set_epoch` itself.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class SlideSampler:
         world: int = 1,
         order: Callable[[int], np.ndarray] | None = None,
     ):
-        """`order` gives the n slides of an epoch, a pure function; None is `epoch_order`."""
+        """Store the settings; `order` is a pure function of the epoch, None is `epoch_order`."""
         self.n, self.seed, self.rank, self.world = n, seed, rank, world
         self.order = order or partial(epoch_order, n, seed)
         self.epoch, self.start = 0, 0
@@ -116,7 +115,7 @@ class SlideSampler:
 
     @property
     def turns(self) -> int:
-        """Of all processes, in an epoch."""
+        """Number of turns of all processes in an epoch."""
         return len(self) * self.world
 
     def __iter__(self) -> Iterator[Turn]:
@@ -130,22 +129,22 @@ class SlideSampler:
             yield Turn(epoch, position, int(order[place]), visits[place])
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; the epoch that is under way already is left where it is."""
+        """Go to the start of an epoch; do nothing if it has begun already."""
         if epoch != self.epoch:
             self.seek(epoch, 0)
 
     def seek(self, epoch: int, start: int) -> None:
-        """Go to a place in training. The end of an epoch is the start of the next."""
+        """Go to a place in training; an epoch's end is the start of the next."""
         if not 0 <= start <= self.turns or start % self.world or epoch < 0:
             raise ValueError(f"no place ({epoch}, {start}) in epochs of {self.turns} turns")
         self.epoch, self.start = (epoch + 1, 0) if start == self.turns else (epoch, start)
 
     def trained(self, turn: Turn) -> None:
-        """This turn has been trained (or skipped), in every process: resuming begins after it."""
+        """Record that this turn is done in every process: resuming begins after it."""
         self.seek(turn.epoch, (turn.position // self.world + 1) * self.world)
 
     def state_dict(self) -> dict[str, int]:
-        """Plain integers, safe to load without executing code."""
+        """Return the place in training as integers, safe to load."""
         place = {"epoch": self.epoch, "start": self.start}
         return {**place, "seed": self.seed, "slides": self.n, "processes": self.world}
 
@@ -153,21 +152,27 @@ class SlideSampler:
         """Return to the place that was saved.
 
         Raises:
-            ValueError: the order of the slides would not be the one the checkpoint was in.
+            SettingsError: slides, seed or processes differ, and with them the order.
         """
         for key, mine in (("slides", self.n), ("seed", self.seed), ("processes", self.world)):
             if state[key] != mine:
-                raise ValueError(
-                    f"the checkpoint was training with {key} = {state[key]}, this run has {mine}: "
+                raise SettingsError(
+                    f"the checkpoint was trained with {key} = {state[key]}, this run has {mine}: "
                     "the slides would come in another order. Resume with the same cohort, seed and "
-                    "devices, or start anew from its weights."
+                    "devices, or start a new run from its weights."
                 )
         self.seek(state["epoch"], state["start"])
 
 
+def budget_faults(budget: int | None) -> list[str]:
+    """Return the fault of a tile budget below 1, if it is."""
+    if budget is None or budget >= 1:
+        return []
+    return [f"data.tiles_per_slide must be at least 1, got {budget}: null takes all tiles"]
+
+
 def _takes_all(tiles: int, budget: int | None) -> bool:
-    if budget is not None and budget < 1:
-        raise ValueError(f"a slide's tile budget must be at least 1, or None for all; got {budget}")
+    refuse(budget_faults(budget))
     return budget is None or budget >= tiles
 
 

@@ -1,13 +1,12 @@
-"""The tiles of slide after slide, read by processes ahead of whoever takes them.
+"""Worker processes that read tiles of slide after slide, ahead of the training loop.
 
-A `Prefetcher` is told of slides, in the order in which they will be wanted, and gives the chunks of
-any of them. Its processes (`slides.streaming.workers`) begin at the first chunk that is asked for.
-Inside `with prefetcher` they live on from slide to slide, and the first chunks of the next slides
-are read while the last of this one are used; outside of it they end with the slide. What is taken
-in another order (a slide a second time, or not to its end) is right all the same: what was read in
-vain is let go.
+Slides are added to a `Prefetcher` in the order in which they will be read; it gives the chunks of
+any of them. Its processes (`slides.streaming.workers`) start at the first request. Inside
+`with prefetcher` they live from slide to slide, and the next slides' first chunks are read while
+this slide's last are used; otherwise they end with the slide. Slides may also be read in another
+order, twice or not to the end: chunks that were read in vain are dropped.
 
-Price: workers * prefetch chunks of shared memory, whatever the slides.
+Price: workers * prefetch chunks of shared memory for any number of slides.
 
 Shapes: T tiles of a slide, C tiles of a chunk, S side of a tile.
 """
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from slides.errors import SettingsError, reading_faults, refuse
 from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
 from slides.streaming.workers import StreamedSlide, Workers
 
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 
 class Prefetcher:
-    """Reads the slides it was told of, chunk by chunk. Pickles, without its processes.
+    """Reads the slides added to it, chunk by chunk, in worker processes. Pickles.
 
     Args:
-        workers: reading processes; 0 reads in this one, when a chunk is asked for.
-        prefetch: chunks each worker may be ahead.
+        workers: reading processes; 0 reads in this one, at each request.
+        prefetch: chunks that each worker may read ahead.
     """
 
     def __init__(self, workers: int = 0, prefetch: int = 2):
-        for name, value, least in (("workers", workers, 0), ("prefetch", prefetch, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        faults = reading_faults(workers)
+        if prefetch < 1:
+            faults.append(f"prefetch must be at least 1 chunk, got {prefetch}")
+        refuse(faults)
         self.workers, self.prefetch = workers, prefetch
         self.slides: list[StreamedSlide] = []
         self._kept, self._live = False, None
@@ -54,33 +55,33 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """End the processes; whoever asks for a chunk starts new ones."""
+        """End the processes; the next request for a chunk starts new ones."""
         live, self._live = self._live, None
         if live:
             live.end()
 
     def add(self, slide: StreamedSlide) -> int:
-        """Tell of one more slide; its number. For before the first chunk is asked for."""
-        self.close()  # they would not know of it
+        """Add a slide and return its number; call it before the first chunk is requested."""
+        self.close()  # running processes do not know the new slide
         self.slides.append(slide)
         return len(self.slides) - 1
 
     def chunks(self, number: int, size: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """The tiles of a slide in index order: (number of the first, uint8 (C, 3, S, S)).
+        """Yield the tiles of a slide in index order: (first tile, uint8 (C, 3, S, S)).
 
-        Reading ahead begins now. A chunk handed out is the caller's to keep.
+        Reading ahead starts at once. The caller may keep the chunks.
 
         Args:
-            number: the slide's.
+            number: the slide's number.
             size: tiles of a chunk; the last may be short.
-            first: the tile to begin with.
+            first: the first tile to read.
 
         Raises:
             SlideError: a tile cannot be read; names the slide.
             WorkerDiedError: a worker was killed; names the slide.
         """
         if size < 1:
-            raise ValueError(f"chunk must be at least 1, got {size}")
+            raise SettingsError(f"model.chunk must be at least 1 tile, got {size}")
         slide = self.slides[number]
         starts = range(first, slide.count, size)
         if not (self.workers and starts) or (not self._kept and len(starts) == 1):
@@ -92,7 +93,7 @@ class Prefetcher:
     def _chunks(self, number: int, starts: range) -> Iterator[tuple[int, Tensor]]:
         try:
             self._seek(number, starts[0], starts.step)
-            yield 0, self._live.slots_NC[:0]  # for `chunks`: reading ahead has begun
+            yield 0, self._live.slots_NC[:0]  # tells `chunks` that reading ahead has begun
             for start in starts:
                 self._seek(number, start, starts.step)
                 yield start, self._take()
@@ -108,7 +109,7 @@ class Prefetcher:
             raise
 
     def _seek(self, number: int, start: int, size: int) -> None:
-        """See that the next chunk to be taken is this one."""
+        """Make sure that the next chunk to come is this one."""
         if self._live and self._live.size != size:
             self.close()
         if self._live is None:
@@ -131,7 +132,7 @@ class Prefetcher:
         return live
 
     def _plan(self, number: int, start: int, size: int) -> Iterator[tuple[int, int]]:
-        """The chunks from here on, as (slide, first tile): of all slides while they are kept."""
+        """Yield (slide, first tile) of the chunks from here on, of all slides if kept alive."""
         for each in range(number, len(self.slides) if self._kept else number + 1):
             yield from ((each, at) for at in range(start, self.slides[each].count, size))
             start = 0
@@ -156,6 +157,6 @@ def _chunks_here(slide: StreamedSlide, starts: range) -> Iterator[tuple[int, Ten
             except Exception as error:
                 raise named_fault(error, slide.slide_id) from error
             yield start, tiles_CSS
-            del tiles_CSS  # the caller may be done with it: do not hold it while reading the next
+            del tiles_CSS  # frees it before the next chunk is read
     finally:
         close(source)

@@ -1,4 +1,4 @@
-"""Which slides and which tiles: what indexing, caching and streaming are asked for."""
+"""Settings of slides and tiles that indexing, caching and streaming share."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slides.cohort.table import SlideRow
-from slides.errors import SettingsError
+from slides.errors import reading_faults, refuse
 from slides.grid import Grid
+from slides.streaming.stain import METHODS
 from slides.tiling.tissue import Tissue
 
 
 @dataclass(frozen=True)
 class TileSettings:
-    """Which tiles."""
+    """Size, resolution and tissue settings of the tiles."""
 
     tile_px: int = 224
     """Side of a tile, in tile pixels."""
@@ -23,17 +24,17 @@ class TileSettings:
     overlap: int = 0
     """Pixels shared by neighbours."""
     tissue: Tissue = field(default_factory=Tissue)
-    """What counts as tissue."""
+    """The tissue settings."""
 
     @property
     def grid(self) -> Grid:
-        """The lattice of these tiles."""
+        """The grid of these tiles."""
         return Grid(self.tile_px, self.mpp, self.overlap)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The part of `data` that indexing needs."""
+    """A cohort's slides, and the settings to index, cache and read them."""
 
     rows: Sequence[SlideRow]
     index_dir: Path
@@ -42,27 +43,31 @@ class Source:
     on_error: str
     workers: int
     stain: str | None = None
-    """How stains are normalised where tiles are read; indexing does not look at it."""
+    """Stain normalisation when tiles are read (`slides.streaming.stain`); None is off."""
     cache_gb: float | None = None
-    """What all caches in `cache_dir` may take; None is no limit."""
+    """Disk budget of all caches in `cache_dir`; None is no limit."""
 
     def __post_init__(self):
+        faults = reading_faults(self.workers, self.on_error)
+        if self.stain not in (None, *METHODS):
+            faults.append(f"data.stain is {self.stain!r}: give {' or '.join(METHODS)}, or null")
         if self.cache_gb is not None and (self.cache_dir is None or self.cache_gb <= 0):
-            raise SettingsError(
+            faults.append(
                 f"data.cache_gb is {self.cache_gb:g} and data.cache_dir {self.cache_dir}: a limit "
-                "is more than 0 and goes with a folder. Give both, or neither."
+                "must be above 0 and needs a folder. Give both, or neither."
             )
+        refuse(faults, "data")
 
 
 def index_and_cache(source: Source, pictures: Path | None = None) -> tuple[int, dict[str, str]]:
-    """Index every slide, and decode its tiles into the cache if there is to be one.
+    """Index every slide, and fill the tile cache if there is one.
 
     Args:
-        source: slides and tiles.
+        source: the slides and their settings.
         pictures: folder for a picture of each slide's stages; None draws none.
 
     Returns:
-        The number of tiles, and the slides left out, each with its reason.
+        The number of tiles, and the slides left out, slide_id -> reason.
 
     Raises:
         SlideError: with `on_error: stop`, the first slide's fault.

@@ -1,24 +1,24 @@
-"""Stain normalisation: one change of colour for all tiles of a slide. Pure functions on arrays.
+"""Stain normalisation: one colour transform for all tiles of a slide.
 
-    Macenko     in optical density, a slide's two stain directions and their strength become
+    Macenko     maps a slide's two stain directions and their strengths, in optical density, to
                 those of a reference: one 3 x 3 matrix
-    Reinhard    in the opponent space l alpha beta, the mean and deviation of its tissue become
+    Reinhard    maps mean and deviation of its tissue, in the opponent space l alpha beta, to
                 those of a reference: an affine map
 
 It is estimated once a slide, from the stained pixels of `TILES` of its tiles, evenly spread. The
-estimate is a function of the slide and its index alone, and `StainedSlide` applies it wherever
-tiles are read: training, validation, prediction and features see the same pixels.
+estimate depends only on the slide and its index, and `StainedSlide` applies it wherever tiles are
+read: training, validation, prediction and features see the same pixels.
 
-Most foundation models were trained on slides as they are: off by default.
+Off by default, since most foundation models were trained without it.
 
 Price: `TILES` more tiles a slide each time it is opened (0.1 to 0.4 s), and about 1 ms a 224 px
 tile on one core.
-Condition: haematoxylin and eosin. Glass keeps its white under Macenko, and may be tinted by
-Reinhard, which moves every colour.
+Condition: haematoxylin and eosin. Macenko keeps glass white; Reinhard changes every colour and may
+tint glass.
 Source: Macenko et al. 2009, "A method for normalizing histology slides for quantitative analysis";
 Reinhard et al. 2001, "Color transfer between images". The reference of Macenko is the usual one.
-Differs: fitted to the slide, not to each tile; a fit that fails is a SlideError, not the identity;
-a pixel counts as stained by the mean of its channels, or eosin, which lets red through, is missed.
+Differs: fitted to the slide, not to each tile; a failed fit is a SlideError, not the identity; a
+pixel counts as stained by the mean of its channels, so that eosin, which passes red, is included.
 
 Shapes: P pixels, T tiles, S side of a tile.
 """
@@ -35,12 +35,12 @@ from slides.errors import CohortError, StainError
 from slides.grid import Grid
 
 METHODS = ("macenko", "reinhard")
-TILES = 32  # of a slide, for its estimate: 1.6 M pixels of 224 px tiles
-LIGHT = 240.0  # of glass, as the reference below assumes
-STAINED = 0.15  # optical density that a stained pixel has, mean of its channels
-FEWEST = 1000  # stained pixels without which an estimate says nothing
+TILES = 32  # tiles of a slide for its estimate: 1.6 M pixels of 224 px tiles
+LIGHT = 240.0  # brightness of glass that the reference below assumes
+STAINED = 0.15  # least optical density of a stained pixel, mean of its channels
+FEWEST = 1000  # stained pixels needed for an estimate
 EXTREME = 1.0  # percent of the directions that are left out at either end
-STRONG = 99.0  # percentile of a stain's amount that is taken for its strength
+STRONG = 99.0  # percentile of a stain's amount that defines its strength
 H_AND_E = frozenset({"he", "hande", "haematoxylinandeosin", "hematoxylinandeosin",
                      "haematoxylineosin", "hematoxylineosin"})  # fmt: skip
 
@@ -49,9 +49,9 @@ REFERENCE_STAINS = np.array([[0.5626, 0.2159], [0.7201, 0.8012], [0.4062, 0.5581
 REFERENCE_STRENGTH = np.array([1.9705, 1.0308])
 
 LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
-"""Light of red, green, blue to that of the eye's cones."""
+"""From red, green, blue light to that of the eye's cones."""
 OPPONENT = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
-"""Their logarithms to lightness, yellow-blue and red-green."""
+"""From the cones' logarithms to lightness, yellow-blue and red-green."""
 REFERENCE_MOMENTS = np.array([[8.7014, -0.1283, 0.0242], [0.3919, 0.0700, 0.0088]])
 """Mean and deviation, by this module: means of the three H&E slides of the Pathology Atlas (Serdar
 Balci, doi 10.5281/zenodo.6382734) that the tests read."""
@@ -59,17 +59,17 @@ Balci, doi 10.5281/zenodo.6382734) that the tests read."""
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A change of colour: `space`^-1 exp(`matrix` log(`space` rgb) + `shift`), on each pixel."""
+    """A colour transform on each pixel: `space`^-1 exp(`matrix` log(`space` rgb) + `shift`)."""
 
     space: np.ndarray
-    """(3, 3): from RGB to the light that the logarithm is taken of."""
+    """(3, 3): from RGB to the light whose logarithm is taken."""
     matrix: np.ndarray
     """(3, 3)."""
     shift: np.ndarray
     """(3,)."""
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
-        """Pixels (..., 3): uint8 comes back rounded as uint8, floats in [0, 255] as float32."""
+        """Return pixels (..., 3) transformed: uint8 stays uint8, floats become float32."""
         exact = self.space, np.linalg.inv(self.space), self.matrix, self.shift
         space, back, matrix, shift = (each.astype(np.float32) for each in exact)
         light_P3 = np.maximum(rgb.reshape(-1, 3).astype(np.float32), 1) @ space.T
@@ -79,14 +79,14 @@ class Operator:
 
 
 def macenko(rgb: np.ndarray, name: str = "slide") -> Operator:
-    """The operator that takes these pixels' stains to the reference's.
+    """Return the transform that maps these pixels' stains to the reference's.
 
     Args:
-        rgb: (P, 3) uint8, pixels of one slide, glass among them or not.
-        name: the slide's, for the error.
+        rgb: (P, 3) uint8, pixels of one slide, with or without glass.
+        name: the slide's name, for the error.
 
     Raises:
-        StainError: too few are stained, or they are of one colour.
+        StainError: too few pixels are stained, or all have one colour.
     """
     stains_32, strength_2 = macenko_stains(rgb, name)
     scale_22 = np.diag(REFERENCE_STRENGTH / strength_2)
@@ -97,10 +97,10 @@ def macenko(rgb: np.ndarray, name: str = "slide") -> Operator:
 
 
 def macenko_stains(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np.ndarray]:
-    """A slide's stain directions (3, 2), haematoxylin first, and their strengths (2,).
+    """Return stain directions (3, 2), haematoxylin first, and strengths (2,).
 
     Raises:
-        StainError: as `macenko`.
+        StainError: see `macenko`.
     """
     density_P3 = _stained_density(rgb, name)
     _, vectors = np.linalg.eigh(np.cov(density_P3.T))
@@ -113,15 +113,15 @@ def macenko_stains(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np
         stains_32 = stains_32[:, ::-1]
     if np.linalg.cond(stains_32) > 1e3:
         raise StainError(
-            f"{name}: its stained pixels are all of one colour, and two stains cannot be told "
-            f"apart. Leave stain normalisation off, use reinhard, or leave this slide out."
+            f"{name}: its stained pixels are all of one colour, and two stains cannot be "
+            f"separated. Leave stain normalisation off, use reinhard, or leave this slide out."
         )
     amounts_2P = np.linalg.pinv(stains_32) @ density_P3.T
     return stains_32, np.percentile(amounts_2P, STRONG, axis=1)
 
 
 def reinhard_moments(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, (3,) each, of the stained pixels in l alpha beta.
+    """Return mean and deviation, (3,) each, of the stained pixels in l alpha beta.
 
     Raises:
         StainError: too few pixels are stained.
@@ -133,10 +133,10 @@ def reinhard_moments(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, 
 
 
 def reinhard(rgb: np.ndarray, name: str = "slide") -> Operator:
-    """The operator that takes these pixels' moments to the reference's; arguments as `macenko`.
+    """Return the transform that maps these pixels' moments to the reference's.
 
     Raises:
-        StainError: too few are stained, or they are of one colour.
+        StainError: too few pixels are stained, or all have one colour.
     """
     mean_3, deviation_3 = reinhard_moments(rgb, name)
     if deviation_3.min() < 1e-4:
@@ -152,11 +152,11 @@ def reinhard(rgb: np.ndarray, name: str = "slide") -> Operator:
 
 
 class StainedSlide:
-    """A slide's tiles, normalised; reads as the slide does. Pickles.
+    """A slide whose tiles are stain-normalised as they are read. Pickles.
 
     Args:
         source: the slide, or its cache.
-        index: its tiles, of which some are read now.
+        index: its tiles; `TILES` of them are read now.
         method: one of `METHODS`.
 
     Raises:
@@ -173,7 +173,7 @@ class StainedSlide:
         self.operator = {"macenko": macenko, "reinhard": reinhard}[method](pixels, index.slide_id)
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
-        """The tile at (x0, y0), uint8 (S, S, 3), in the reference's colours."""
+        """Return the normalised tile at (x0, y0), uint8 (S, S, 3)."""
         return self.operator(self.source.read(x0, y0, grid))
 
     def close(self) -> None:
@@ -188,17 +188,17 @@ class StainedSlide:
 
 
 def refuse_other_stains(rows: Iterable, option: str) -> None:
-    """See that the table calls no slide anything but H&E; a blank says nothing against it.
+    """Check that the table calls no slide anything but H&E; a blank passes.
 
     Raises:
-        CohortError: the slides that are something else, and what they are.
+        CohortError: some slides have another stain; the message lists them.
     """
     others = [f"{row.slide_id} ({row.stain})" for row in rows if not _may_be_h_and_e(row.stain)]
     if others:
         raise CohortError(
-            f"{option} is for haematoxylin and eosin, and the table's stain column says otherwise "
-            f"of {len(others)} slides: {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}. "
-            f"Leave it off, or leave those slides out."
+            f"{option} is for haematoxylin and eosin, but the table gives another stain for "
+            f"{len(others)} slides: {', '.join(others[:8])}{' ...' if len(others) > 8 else ''}. "
+            f"Switch it off, or leave those slides out."
         )
 
 
@@ -207,7 +207,7 @@ def _may_be_h_and_e(stain: str) -> bool:
 
 
 def _stained_density(rgb: np.ndarray, name: str) -> np.ndarray:
-    """Optical density of the pixels that are stained, (P, 3) float64.
+    """Return the optical density of the stained pixels, (P, 3) float64.
 
     Raises:
         StainError: there are fewer than `FEWEST`.

@@ -1,13 +1,13 @@
 """Slides for training: bags of tiles, read ahead by worker processes.
 
-Training takes one slide a step. `SlideSampler` (in order.py) says which slide comes next,
-`BagDataset` reads and augments its tiles, `SlideLoader` does so ahead of time. Augmenting is a
-function of (seed, epoch, slide), as order and choice of tiles are, so the number of workers and a
-restart change nothing. A slide too large to be held whole is read again beyond what is held
-(`SlideTiles`, held.py). All of it can be imported from here.
+Training uses one slide a step. `SlideSampler` (order.py) decides which slide comes next,
+`BagDataset` reads and augments its tiles, `SlideLoader` does so ahead of time. Augmentation, order
+and choice of tiles depend only on (seed, epoch, slide), so the number of workers and a restart
+change nothing. Of a slide too large for memory the first tiles are kept and the rest is read again
+(`SlideTiles`, bounded_tiles.py). All of these can be imported from here.
 
-Price: at most workers * prefetch + 1 bags in memory, decoded straight into shared memory; `hold`
-bounds each.
+Price: at most workers * prefetch + 1 bags in memory, decoded into shared memory; `hold` bounds
+each.
 
 Shapes: T tiles of a slide, S side of a tile, K labels.
 """
@@ -25,15 +25,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from slides.cohort.table import SlideRow
-from slides.errors import NoTissueError, SlideError
+from slides.errors import NoTissueError, SlideError, reading_faults, refuse
 from slides.seeds import stable_seed
-from slides.streaming.augment import AugmentedSlide, draw_change
+from slides.streaming.augment import AugmentedSlide, draw_change, strength_faults
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles, joined
 from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
 from slides.streaming.order import (
     SAMPLINGS,
     SlideSampler,
     Turn,
+    budget_faults,
     epoch_order,
     sample_tiles,
     spread_tiles,
@@ -65,12 +66,12 @@ __all__ = [
 
 @dataclass  # not frozen: Lightning's precision plugins rebuild a batch field by field
 class TileBag:
-    """The tiles of one slide as training, validation and the baselines see them."""
+    """The tiles of one slide or case, as the data loader gives them."""
 
     slide_id: str
     case_id: str
     tiles: Tensor | SlideTiles | JoinedTiles
-    """uint8 (T, 3, S, S), augmented if the dataset augments; all kinds `split` into chunks."""
+    """uint8 (T, 3, S, S), augmented if the dataset augments; each type has `split(size)`."""
     coords0: np.ndarray
     """int64 (T, 2), level-0 corners of these tiles, each in its own slide."""
     labels: Tensor
@@ -81,37 +82,37 @@ class TileBag:
     steps0: tuple[int, ...] = ()
     """Level-0 pixels from a tile of each slide's lattice to the next."""
 
-    def on_fault(self, told: Callable[[SlideError], None]) -> None:
-        """Who is told of a fault in tiles that are read as they are asked for: `SlideTiles`."""
+    def on_fault(self, handler: Callable[[SlideError], None]) -> None:
+        """Set the handler of faults in tiles that are read later (`SlideTiles`)."""
         for part in self.tiles.parts if isinstance(self.tiles, JoinedTiles) else [self.tiles]:
             if isinstance(part, SlideTiles):
-                part.on_fault = told
+                part.on_fault = handler
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TileBag:
-        """Only the labels move: tiles go to the device chunk by chunk, never the whole slide."""
+        """Move the labels only: tiles go to the device chunk by chunk, never the whole slide."""
         return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TileBag:
-        """Page-locked tiles, so that their copies to a GPU can overlap with work."""
+        """Return the bag with page-locked tiles, so that copies to a GPU overlap work."""
         return replace(self, tiles=self.tiles.pin_memory())
 
 
 @dataclass
 class Skipped:
-    """A slide that could not be read and was left out because `on_error` is skip."""
+    """A slide that could not be read, left out because `on_error` is skip."""
 
     slide_id: str
     reason: str
     turn: Turn
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Skipped:
-        """Nothing to move."""
+        """Return self; there is nothing to move."""
         return self
 
 
 @dataclass(frozen=True)
 class Augment:
-    """How training tiles are changed; see `slides.streaming.augment`."""
+    """Settings of training augmentation, see `slides.streaming.augment`."""
 
     flips: bool = True
     """Mirror half of the tiles."""
@@ -122,9 +123,12 @@ class Augment:
     stain: float = 0.0
     """Slide-shared change of haematoxylin and eosin alone; 0.1 is up to a tenth of each."""
 
+    def __post_init__(self):
+        refuse(strength_faults(self.colour, self.stain), "data")
+
 
 class BagDataset(Dataset):
-    """Maps a turn to the slide's `TileBag`. A plain number i is the i-th slide, in epoch 0.
+    """Maps a turn to the slide's `TileBag`; a plain number i is slide i in epoch 0.
 
     Training gives a budget and an `Augment`; validation and test give neither, and so get all
     tiles, in index order, as they are on the slide.
@@ -142,27 +146,26 @@ class BagDataset(Dataset):
         hold: int | None = None,
         workers: int = 0,
     ):
-        """Nothing is opened yet.
+        """Store the settings; no slide is opened yet.
 
         Args:
             rows: the slides of a split.
-            open_slide: gives a slide's pixels and tiles; called in the worker, each turn anew, and
-                what it gives is closed after use if it has a `close`. Must pickle for `spawn`.
-            budget: tiles per slide and epoch, drawn anew each epoch; None is all.
-            seed: of the tiles drawn and of augmentation.
+            open_slide: returns a slide's pixels and index; called in the worker at each turn. The
+                pixels are closed after use if they have a `close`. Must pickle for `spawn`.
+            budget: tiles per slide and epoch, drawn again each epoch; None is all.
+            seed: seed of the choice of tiles and of augmentation.
             augment: None leaves tiles as they are.
-            on_error: `stop` raises a slide's fault, `skip` gives a `Skipped` in its place. Only
-                faults of slides can be skipped; a fault of the program always stops.
+            on_error: `stop` raises a slide's fault, `skip` returns a `Skipped` instead. Faults of
+                the program itself always stop.
             sampling: how tiles are drawn, one of `order.SAMPLINGS`.
-            hold: tiles of a slide that are held in memory, the rest is read as it is asked for;
-                None holds all.
-            workers: processes for that rest.
+            hold: tiles of a slide to keep in memory, the rest is read when requested; None keeps
+                all.
+            workers: processes that read the rest.
         """
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
+        faults = reading_faults(workers, on_error) + budget_faults(budget)
         if sampling not in SAMPLINGS:
-            raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-        sample_tiles(1, budget, seed, 0, "")  # a bad budget is refused now, not in a worker
+            faults.append(f"data.sampling is {sampling!r}: give {' or '.join(SAMPLINGS)}")
+        refuse(faults, "data")  # now, not in a worker
         self.rows, self.open_slide = tuple(rows), open_slide
         self.budget, self.seed, self.augment, self.on_error = budget, seed, augment, on_error
         self.sampling, self.hold, self.workers = sampling, hold, workers
@@ -185,7 +188,7 @@ class BagDataset(Dataset):
             raise fault from error
 
     def _read(self, row: SlideRow, turn: Turn) -> TileBag:
-        """The bag of a slide, or of a case: its slides one after the other."""
+        """Return the bag of a slide, or of a case: its slides one after the other."""
         parts = []
         for slide in row.slides:
             try:
@@ -200,12 +203,12 @@ class BagDataset(Dataset):
         )
 
     def _tiles(self, row: SlideRow, turn: Turn) -> tuple[Tensor | SlideTiles, np.ndarray, int]:
-        """Return the tiles of a slide that an epoch takes, their corners, the lattice's step."""
+        """Return the tiles of a slide that an epoch uses, their corners, the lattice's step."""
         source, index = self.open_slide(row)
         try:
             if not len(index.coords0):
                 raise NoTissueError(
-                    f"{row.slide_id}: its index has no tile. Loosen the tissue thresholds and "
+                    f"{row.slide_id}: its index has no tile. Lower the tissue thresholds and "
                     "index it again, or leave it out."
                 )
             drawn_as = f"{row.slide_id}#{turn.visit}" if turn.visit else row.slide_id
@@ -230,7 +233,7 @@ class BagDataset(Dataset):
 
 
 class _FaultsAsItems(Dataset):
-    """A slide's fault travels as an item: raised in a worker it would come back as a traceback."""
+    """Wraps a dataset so that a slide's fault is returned as an item, not raised."""
 
     def __init__(self, bags: BagDataset):
         self.bags, self.rows = bags, bags.rows
@@ -246,10 +249,10 @@ class _FaultsAsItems(Dataset):
 
 
 class SlideLoader(DataLoader):
-    """A DataLoader of bags: no batch dimension, own random numbers, faults that can be read.
+    """A DataLoader of bags: no batch dimension, own random numbers, readable errors.
 
-    It counts as resumable for Lightning (`state_dict`), and starts its workers at the first bag
-    asked for, not at `iter`: Lightning calls `iter` before it says which epoch it is.
+    Lightning can resume it (`state_dict`). Its workers start at the first bag, not at `iter`:
+    Lightning calls `iter` before it sets the epoch.
     """
 
     def __init__(
@@ -260,13 +263,13 @@ class SlideLoader(DataLoader):
         prefetch: int = 2,
         **kwargs,
     ):
-        """Take `dataset` in the sampler's order, or slide by slide.
+        """Load `dataset` in the sampler's order, or in the table's.
 
         Args:
             dataset: the bags.
             sampler: None for validation, test and the baselines: all slides, in the table's order.
             workers: reading processes; 0 reads in this one.
-            prefetch: bags each worker reads ahead.
+            prefetch: bags that each worker reads ahead.
             kwargs: further arguments of `DataLoader`.
         """
         super().__init__(
@@ -275,8 +278,8 @@ class SlideLoader(DataLoader):
             sampler=sampler,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            # DataLoader draws a number at each iter: not from the generator that training uses,
-            # or a resumed run would see other random numbers than an unbroken one.
+            # DataLoader draws a number at each iter. Its own generator keeps that from changing
+            # training's random numbers, which a resumed run must repeat.
             generator=torch.Generator(),
             **kwargs,
         )
@@ -284,17 +287,17 @@ class SlideLoader(DataLoader):
     def __iter__(self) -> Iterator[TileBag | Skipped]:
         bags = None
         try:
-            turns = list(self.sampler)  # as the iterator below will take them
+            turns = list(self.sampler)  # the same as in the iterator below
             for number in range(len(turns)):
                 bags = super().__iter__() if bags is None else bags
                 bag = self._next(bags, turns[number:])
                 if isinstance(bag, SlideError):
                     raise bag
                 yield bag
-                del bag  # the caller may be done with it: do not hold it while awaiting the next
+                del bag  # frees it while the next one is awaited
         finally:
-            # Left to the garbage collector, an iterator that is held by a traceback loses its
-            # queues before it can tell the workers to stop, and waits 5 s for each of them.
+            # Left to the garbage collector, an iterator in a traceback loses its queues before it
+            # can tell the workers to stop, and waits 5 s for each of them.
             if self.num_workers and bags is not None and not self.persistent_workers:
                 bags._shutdown_workers()
 
@@ -309,16 +312,16 @@ class SlideLoader(DataLoader):
             raise WorkerDiedError.of([row.slide_id for row in rows], str(error)) from error
 
     def state_dict(self) -> dict[str, int]:
-        """The sampler's."""
+        """Return the sampler's state."""
         return self.sampler.state_dict() if isinstance(self.sampler, SlideSampler) else {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The sampler's."""
+        """Load the sampler's state."""
         if isinstance(self.sampler, SlideSampler) and state:
             self.sampler.load_state_dict(state)
 
 
 def slide_generator(seed: int, epoch: int, slide_id: str) -> torch.Generator:
-    """The random numbers that augment one slide in one epoch."""
+    """Return the random generator that augments one slide in one epoch."""
     generator = torch.Generator()
     return generator.manual_seed(stable_seed("augment", int(seed), int(epoch), slide_id) % 2**63)

@@ -1,10 +1,9 @@
-"""A row of the cohort to its pixels and tiles: from slide, index, and cache where there is one.
+"""Opens a cohort row's pixels and tiles, from slide, index and cache.
 
     for row, tiles in TileSource.of(source).streamed(rows, workers):
         for tiles_CSS in tiles.split(chunk): ...
 
-One prefetcher of processes (`slides.streaming.prefetch`) reads slide after slide, ahead of whoever
-takes the tiles.
+One prefetcher (`slides.streaming.prefetch`) reads slide after slide, ahead of the loop.
 """
 
 from __future__ import annotations
@@ -34,25 +33,25 @@ from slides.wsi.reader import Slide
 
 @dataclass(frozen=True)
 class TileSource:
-    """A row of the cohort to an open slide and its tiles; picklable, for worker processes."""
+    """Opens the slide of a cohort row and its index. Picklable, for worker processes."""
 
     index_dir: Path
     cache_dir: Path | None
     grid: Grid
     tissue: Tissue
     stain: str | None = None
-    """How stains are normalised, see `slides.streaming.stain`; None leaves them."""
+    """Stain normalisation, see `slides.streaming.stain`; None is off."""
     cache_gb: float | None = None
-    """With a limit, slides without a cache are read from their files."""
+    """Disk budget of the cache; with one, slides without a cache are read from their files."""
 
     @classmethod
     def of(cls, source: Source) -> TileSource:
-        """What opens the slides of a config."""
+        """Return the tile source with the settings of `source`."""
         grid, tissue = source.tiles.grid, source.tiles.tissue
         return cls(source.index_dir, source.cache_dir, grid, tissue, source.stain, source.cache_gb)
 
     def index(self, row: SlideRow) -> TileIndex:
-        """The slide's tiles, from the index on disk.
+        """Return the slide's index from disk.
 
         Raises:
             SlideError: there is none, or it was made with other settings.
@@ -61,19 +60,19 @@ class TileSource:
         index = read_index(path, self.grid, self.tissue)
         if why := outdated(index, Path(row.path), row.mpp):
             raise IndexSettingsError(
-                f"{row.slide_id}: {path} is not its index any more: {why}, and no new one could "
-                "be made. The ledger beside it says why; mend that, and run `tapfm index`."
+                f"{row.slide_id}: its index {path} is outdated: {why}, and no new one could be "
+                "made. The ledger beside it has the reason; fix that, and run `tapfm index`."
             )
         return index
 
     def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
-        """Pixels, from the cache where there is one, normalised if asked for, and tiles."""
+        """Return the open pixels (cached, stain-normalised if set) and the index."""
         index = self.index(row)
-        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened when it is read
+        source = Slide(row.path, mpp=row.mpp, name=row.slide_id)  # opened at its first read
         if self.cache_dir is not None:
             try:
                 source = CachedSlide(self.cache_dir, index)
-            except (IndexFileError, IndexSettingsError):  # none, or an old one and no room
+            except (IndexFileError, IndexSettingsError):  # no cache, or an outdated one
                 if self.cache_gb is None:
                     raise
         if self.stain is None:
@@ -90,9 +89,9 @@ class TileSource:
         workers: int | Prefetcher = 0,
         on_fault: Callable[[SlideError], None] | None = None,
     ) -> SlideTiles:
-        """All tiles of a slide, read chunk by chunk each time they are asked for.
+        """Return all tiles of a slide, read chunk by chunk each time they are requested.
 
-        `workers` may be the prefetcher of several slides, see `SlideTiles`.
+        `workers` may be a prefetcher shared by several slides, see `SlideTiles`.
         """
         prefetcher = workers if isinstance(workers, Prefetcher) else Prefetcher(workers)
         return SlideTiles(
@@ -102,10 +101,10 @@ class TileSource:
     def streamed(
         self, rows: Sequence[SlideRow], workers: int
     ) -> Iterator[tuple[SlideRow, SlideTiles | JoinedTiles]]:
-        """Each slide or case with its tiles; while they are used, the next one's are read ahead.
+        """Yield each slide or case with its tiles, reading the next one ahead.
 
         Raises:
-            SlideError: a slide has no index; reading the tiles raises what `SlideTiles` does.
+            SlideError: a slide has no index, or its tiles cannot be read.
         """
         prefetcher = Prefetcher(workers)
         every = [
@@ -118,12 +117,12 @@ class TileSource:
 def tiles_as_trained(
     trained: TileSettings, mpp: float | None = None, masks: str | None = None
 ) -> TileSettings:
-    """Which tiles a model is to see of slides of no cohort; says so where they are others.
+    """Return tile settings for new slides, and print how they differ from training.
 
     Args:
-        trained: those of its training.
-        mpp: microns per tile pixel, where it is not to be the model's own.
-        masks: folder of masks to take for the tissue; those of the training cohort are not.
+        trained: the settings of the model's training.
+        mpp: microns per tile pixel, if not the model's own.
+        masks: folder of masks of the new slides; the training cohort's are not used.
     """
     if mpp is not None and mpp != trained.mpp:
         print(f"tiles at {mpp:g} microns per pixel; the model was trained at {trained.mpp:g}")
@@ -135,16 +134,17 @@ def tiles_as_trained(
 def new_slides(
     rows: Sequence[SlideRow], tiles: TileSettings, workers: int, stain: str | None = None
 ) -> Iterator[tuple[TileSource, list[SlideRow], dict[str, str]]]:
-    """Slides of no cohort, indexed for as long as this lasts.
+    """Index slides outside any cohort in a temporary folder.
 
     Args:
         rows: the slides.
-        tiles: which of their tiles.
+        tiles: the tile settings.
         workers: processes that index.
-        stain: how stains are normalised.
+        stain: the stain normalisation.
 
     Yields:
-        What opens them; those that can be read; and the faults of the others, which are printed.
+        Their tile source, the slides that can be read, and the faults of the others, which are
+        printed.
     """
     with TemporaryDirectory() as index_dir:
         source = Source(rows, Path(index_dir), None, tiles, "skip", workers, stain)

@@ -1,11 +1,11 @@
-"""Processes that fill slots of shared memory with the chunks they are asked for, in order.
+"""Worker processes that read requested chunks into shared memory, in order.
 
-Chunk n is read by worker n % workers into slot n % slots, so chunks come in order, and nothing is
-pickled but three numbers a chunk. The processes are our own and not a DataLoader's, because a
-DataLoader tells of a killed worker by a signal that lands anywhere in the caller's code.
+Worker n % workers reads chunk n into slot n % slots, so chunks come in order, and only three
+numbers per chunk are pickled. A DataLoader is not used, because it reports a killed worker by a
+signal that interrupts the caller's code anywhere.
 
-Price: the slots, made once and used over and over, and the chunk that is handed out, a copy; each
-worker opens each slide.
+Price: the slots, allocated once and reused, and a copy of each chunk that is taken; each worker
+opens each slide.
 
 Shapes: N slots, T tiles of a slide, C tiles of a chunk, S side of a tile.
 """
@@ -38,10 +38,10 @@ ORPHAN_CHECK_S = 5.0  # how often an idle worker looks whether its parent still 
 
 @dataclass(frozen=True)
 class StreamedSlide:
-    """A slide that a prefetcher was told of. All slides of a prefetcher are cut by one grid."""
+    """A slide that a prefetcher reads. All slides of a prefetcher share one grid."""
 
     open_slide: Callable[[], tuple[SlideSource, TileIndex]]
-    """Gives pixels and tiles; called by whoever reads, and the pixels are closed after it."""
+    """Returns pixels and index; called in the process that reads, which closes the pixels."""
     slide_id: str
     count: int
     """T, the number of tiles."""
@@ -52,22 +52,22 @@ class StreamedSlide:
     def of(
         cls, open_slide: Callable[[], tuple[SlideSource, TileIndex]], index: TileIndex
     ) -> StreamedSlide:
-        """A slide whose tiles are known already."""
+        """Return a slide whose index is known."""
         return cls(open_slide, index.slide_id, len(index.coords0), index.grid.size)
 
     @classmethod
     def at_hand(cls, source: SlideSource, index: TileIndex) -> StreamedSlide:
-        """A slide whose pixels are, too."""
+        """Return a slide that is open and whose index is known."""
         return cls.of(partial(_both, source, index), index)
 
 
 class Workers:
-    """Running processes, their slots, and what they were asked for and has not been taken."""
+    """Running processes, their slots of shared memory, and the requests not yet taken."""
 
     def __init__(self, slides: Sequence[StreamedSlide], size: int, workers: int, slots: int):
         self.slides, self.size, self.number = slides, size, 0
         self.plan: Iterator[tuple[int, int]] = iter(())
-        self.asked: deque[tuple[int, int, int]] = deque()  # chunk's number, slide, first tile
+        self.requests: deque[tuple[int, int, int]] = deque()  # chunk's number, slide, first tile
         shape = slots, size, 3, slides[0].size, slides[0].size
         self.slots_NC = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self.processes = []
@@ -78,14 +78,14 @@ class Workers:
                 arguments = (theirs, self.slots_NC, slides, os.getpid())
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
-                theirs.close()  # the worker has its own
+                theirs.close()  # the worker has its own copy
                 self.processes.append((process, ours))
         except BaseException:
             self.end()
             raise
 
     def end(self) -> None:
-        """Kill them and let all go."""
+        """Kill the processes and close their pipes."""
         for process, _ in self.processes:
             process.kill()  # it writes nothing that could be left half-written
         for process, ours in self.processes:
@@ -94,37 +94,37 @@ class Workers:
             ours.close()
 
     def comes_to(self, slide: int, start: int) -> bool:
-        """Whether that chunk is the next to be taken."""
-        return bool(self.asked) and self.asked[0][1:] == (slide, start)
+        """Return whether that chunk is the next one to be taken."""
+        return bool(self.requests) and self.requests[0][1:] == (slide, start)
 
     def turn_to(self, plan: Iterator[tuple[int, int]]) -> None:
-        """Let go of what was asked for, and ask for this instead."""
-        while self.asked:
-            with contextlib.suppress(SlideError):  # of a slide that was left
-                self._await(*self.asked.popleft()[:2])
+        """Drop all requests, and request the chunks of this plan instead."""
+        while self.requests:
+            with contextlib.suppress(SlideError):  # a fault of a slide that is not read any more
+                self._await(*self.requests.popleft()[:2])
         self.plan = plan
         for _ in range(len(self.slots_NC)):
             self._ask()
 
     def take(self) -> Tensor:
-        """The next chunk; its slot is free again."""
-        number, slide, _ = self.asked.popleft()
+        """Return the next chunk, and free its slot."""
+        number, slide, _ = self.requests.popleft()
         length = self._await(number, slide)
         tiles_CSS = self.slots_NC[number % len(self.slots_NC), :length].clone()
         self._ask()
         return tiles_CSS
 
     def _ask(self) -> None:
-        if (wanted := next(self.plan, None)) is None:
+        if (request := next(self.plan, None)) is None:
             return
         with contextlib.suppress(OSError):  # a dead worker is reported when its chunk is awaited
             slot = self.number % len(self.slots_NC)
-            self.processes[self.number % len(self.processes)][1].send((slot, *wanted))
-        self.asked.append((self.number, *wanted))
+            self.processes[self.number % len(self.processes)][1].send((slot, *request))
+        self.requests.append((self.number, *request))
         self.number += 1
 
     def _await(self, number: int, slide: int) -> int:
-        """How many tiles the chunk has, once it is in its slot."""
+        """Wait until a chunk is in its slot, and return its number of tiles."""
         process, ours = self.processes[number % len(self.processes)]
         wait([ours, process.sentinel])
         try:
@@ -144,9 +144,9 @@ class Workers:
 def _work(
     theirs: Connection, slots_NC: Tensor, slides: Sequence[StreamedSlide], parent: int
 ) -> None:
-    """A worker's life: read the chunk asked for into its slot, say how long it is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)  # each worker is one of several
+    """Run a worker: read each requested chunk into its slot, and reply with its length."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    torch.set_num_threads(1)  # several workers share the cores
     slots_NCSS, chunk = slots_NC.numpy(), slots_NC.shape[1]
     opened, source, index = None, None, None
     while os.getppid() == parent:  # a parent killed outright cannot end its workers
@@ -165,7 +165,7 @@ def _work(
                 theirs.send(len(coords0))
             except Exception as error:
                 fault = named_fault(error, slides[number].slide_id)
-                if not isinstance(fault, SlideError):  # a bug: its place in the code matters
+                if not isinstance(fault, SlideError):  # a bug: keep its traceback
                     fault = RuntimeError(f"{fault}\n{traceback.format_exc()}")
                 theirs.send(fault)
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -1,14 +1,14 @@
 """Which tiles a slide has: tissue, pen, blur, grid, the index on disk, other tools' coordinates.
 
-    tissue.py         thumbnail -> tissue and pen, pure array functions
+    tissue.py         tissue and pen masks of a thumbnail, pure array functions
     focus.py          how blurred a tile is
-    masks.py          your own outlines: GeoJSON or a mask image
-    choose.py         from an open slide to its tiles, stage by stage
-    index.py          the chosen tiles of a cohort, and its ledger
-    index_file.py     their h5, which TRIDENT reads
+    masks.py          the user's own outlines: GeoJSON or a mask image
+    choose.py         chooses a slide's tiles in stages
+    index.py          indexes a cohort and writes its ledger
+    index_file.py     the h5 of a slide's tiles, readable by TRIDENT
     other_tools.py    tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose
-    job_folders.py    where other programs keep coordinates
-    stage_picture.py  those stages as a picture
+    job_folders.py    finds other programs' coordinate files
+    stage_picture.py  a picture of the stages
 
-Knows open slides and nothing of cohort tables or training.
+Works on open slides; does not know cohort tables or training.
 """

@@ -1,7 +1,7 @@
-"""From an open slide to its tiles, stage by stage: thumbnail, tissue, pen, blur, choice.
+"""Chooses the tiles of an open slide in stages: thumbnail, tissue, pen, blur, choice.
 
-`choose_tiles` keeps every stage, for `slides.tiling.stage_picture` to draw; `index_slide` keeps the
-tiles.
+`choose_tiles` returns every stage, which `slides.tiling.stage_picture` draws; `index_slide` returns
+the index alone.
 
 Price: about 0.5 s for a slide of 11,000 x 11,000 px, nearly all of it thumbnail and mask; with
 `tissue.max_blur` 0.5 to 1.5 ms more for each tile of tissue of a 20x scan.
@@ -24,13 +24,13 @@ from slides.tiling.tissue import Tissue, tile_fraction, tissue_and_pen, why_empt
 from slides.wsi.reader import Slide
 from slides.wsi.tiff_tags import missing_tiles
 
-LOST_FRACTION = 0.02  # of a missing tile that is tissue: the mask is smooth and strays a little
-MASK_PIXELS_PER_TILE = 8  # across: with fewer, a tile's tissue fraction is a guess
+LOST_FRACTION = 0.02  # tissue share of a missing tile; not 0, since the mask's edge is smoothed
+MASK_PIXELS_PER_TILE = 8  # along a side: with fewer, the tissue fraction is too coarse
 
 
 @dataclass(frozen=True, eq=False)
 class TileChoice:
-    """What was seen of a slide on the way to its tiles. N tiles of its whole lattice."""
+    """All stages of choosing a slide's tiles. N tiles of its whole lattice."""
 
     thumbnail: np.ndarray
     """(h, w, 3) uint8."""
@@ -39,7 +39,7 @@ class TileChoice:
     mask: np.ndarray
     """(h, w) bool: tissue."""
     pen: np.ndarray
-    """(h, w) bool: marker strokes and their halo; none where they are not looked for."""
+    """(h, w) bool: marker strokes and their halo; all False if `tissue.pen` is off."""
     coords0: np.ndarray
     """(N, 2) int64: x0, y0."""
     size0: int
@@ -52,11 +52,11 @@ class TileChoice:
     chosen: np.ndarray
     """(N,) bool."""
     lost: np.ndarray
-    """(N,) bool: tissue whose pixels the file does not have, and which is not chosen for that."""
+    """(N,) bool: tiles of tissue left out because the file lacks their pixels."""
 
 
 def choose_tiles(slide: Slide, grid: Grid, tissue: Tissue) -> TileChoice:
-    """Look at a slide and choose its tiles, perhaps none.
+    """Return all stages of choosing a slide's tiles; the choice may be empty.
 
     Raises:
         SlideError: the slide, or a mask of its own, cannot be used.
@@ -91,13 +91,13 @@ def choose_tiles(slide: Slide, grid: Grid, tissue: Tissue) -> TileChoice:
 def without_pixels(
     slide: Slide, mask: np.ndarray, downsample: float, coords0: np.ndarray, size0: int, level: int
 ) -> np.ndarray:
-    """Tiles of which the file has lost a part: (N,) bool.
+    """Return which tiles lie where the file has lost pixels, (N,) bool.
 
-    A TIFF may list tiles without bytes; OpenSlide gives them transparent, and here that is white.
-    In formats that leave out what was not scanned (MIRAX, Philips and others) it should be. An
-    Aperio scanner writes all it scans: what is missing is lost, and at coarser levels OpenSlide
-    does not show it either. In a generic TIFF it may be glass that was left out: it is lost where
-    the thumbnail, from a coarser level, shows tissue.
+    A TIFF may list tiles without bytes; OpenSlide returns them transparent, and the reader makes
+    them white. That is right in formats that omit unscanned areas (MIRAX, Philips and others). An
+    Aperio scanner writes everything: a missing tile is lost, also at coarser levels. In a generic
+    TIFF a missing tile may be glass: it counts as lost if the thumbnail, from a coarser level,
+    shows tissue there.
     """
     lost = np.zeros(len(coords0), bool)
     levels = {"aperio": range(level + 1), "generic-tiff": [level]}.get(slide.vendor, ())
@@ -114,7 +114,7 @@ def without_pixels(
 
 
 def _touch(marked: np.ndarray, sides0: np.ndarray, coords0: np.ndarray, size0: int) -> np.ndarray:
-    """Whether each tile overlaps a marked cell; (rows, columns) of cells `sides0` wide and high."""
+    """Return which tiles overlap a marked cell, (N,) bool; cells are `sides0` wide and high."""
     above = np.pad(marked.astype(np.int64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     most = np.array(marked.shape[::-1])
     left, top = np.minimum(coords0 // sides0, most).astype(int).T
@@ -123,19 +123,17 @@ def _touch(marked: np.ndarray, sides0: np.ndarray, coords0: np.ndarray, size0: i
 
 
 def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
-    """Choose the tiles of a slide that hold tissue.
+    """Return the index of a slide: its tiles that hold tissue.
 
     Raises:
         NoTissueError: none does; the message names the threshold that failed.
-        SlideError: what `slides.wsi.reader`, `slides.grid` and `slides.tiling.masks` raise for a
-        slide they
-            cannot use.
+        SlideError: the slide or its mask cannot be used.
     """
     return to_index(choose_tiles(slide, grid, tissue), slide, grid, tissue)
 
 
 def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
-    """The chosen tiles, the one with most tissue read to see that the slide's pixels are there.
+    """Return the index of the chosen tiles, after reading the one with most tissue as a check.
 
     Raises:
         NoTissueError: none is chosen.
@@ -145,7 +143,7 @@ def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> Ti
     if not chosen.any():
         raise NoTissueError(f"{slide.name}: {_why_none(choice, slide, grid, tissue)}")
     fullest = np.where(chosen, choice.tissue_fraction, -1).argmax()
-    slide.read(*choice.coords0[fullest].tolist(), grid)  # a thumbnail can outlive level 0
+    slide.read(*choice.coords0[fullest].tolist(), grid)  # level 0 may be damaged, thumbnail intact
     mask_mpp = choice.downsample * slide.mpp
     return TileIndex(
         slide_id=slide.name,
@@ -168,7 +166,7 @@ def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> Ti
 
 
 def _why_none(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> str:
-    """What left no tile, and the way out."""
+    """Return why no tile was chosen, and a remedy."""
     size0, fraction = choice.size0, choice.tissue_fraction
     if not len(choice.coords0):
         return (

@@ -1,13 +1,12 @@
-"""Choose the tiles of slides, and keep them on disk.
+"""Chooses the tiles of a cohort's slides and keeps them on disk.
 
     <index_dir>/20x_224px_0px_overlap/patches/<slide_id>_patches.h5     the tiles (index_file.py)
-    <index_dir>/20x_224px_0px_overlap/ledger.csv                        what became of every slide
+    <index_dir>/20x_224px_0px_overlap/ledger.csv                        the result of every slide
 
-A tile is chosen when enough of it is tissue, or when another program chose it (`Tissue.coords`).
-Before a slide counts as indexed its file has been found whole and its best tile has been read, so
-what is broken shows here and not hours into a run. A second run keeps the indexes that are still
-right, rebuilds those made with other settings, from another file or at another resolution, and says
-so in the ledger.
+A tile is chosen if enough of it is tissue, or if another program chose it (`Tissue.coords`).
+A slide counts as indexed once its file is found complete and its best tile has been read, so
+damage shows here and not hours into a run. A second run keeps valid indexes and rebuilds those made
+with other settings, from another file or at another resolution; the ledger says which.
 """
 
 from __future__ import annotations
@@ -21,7 +20,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError, SlideError
+from slides.errors import (
+    CoordinatesError,
+    IndexFileError,
+    IndexSettingsError,
+    SlideError,
+    reading_faults,
+    refuse,
+)
 from slides.files import file_fingerprint, write_whole
 from slides.grid import Grid
 from slides.tiling.choose import choose_tiles, index_slide, to_index
@@ -42,7 +48,7 @@ LEDGER = (
 
 @dataclass
 class _Outcome:
-    """A row of the ledger, and the error behind it."""
+    """One row of the ledger, and the error behind it if any."""
 
     row: dict
     error: SlideError | None
@@ -61,33 +67,30 @@ def index_cohort(
     """Index every slide of a cohort, keeping the indexes that are already right.
 
     Args:
-        rows: Slides: anything with `slide_id`, `path` and `mpp` (None where the file knows).
-        index_dir: Where indexes lie; see `index_path`.
-        grid: The tiles.
-        tissue: What counts as tissue.
+        rows: Slides: anything with `slide_id`, `path` and `mpp` (None takes the file's).
+        index_dir: Folder of the indexes; see `index_path`.
+        grid: The tile grid.
+        tissue: The tissue settings.
         workers: Processes; 0 indexes in this one.
-        on_error: "stop" raises the first slide's fault, "skip" enters it in the ledger and goes on.
-            A disk that cannot be written to always stops.
-        progress: Show a bar.
-        pictures: Folder for `<slide_id>.png`, the stages of every slide that is not there yet or
-            is indexed anew; None draws nothing.
+        on_error: "stop" raises the first slide's fault, "skip" records it in the ledger and goes
+            on. A disk that cannot be written to always stops.
+        progress: Show a progress bar.
+        pictures: Folder for `<slide_id>.png`, the stages of each slide without a picture or with a
+            new index; None draws nothing.
 
     Returns:
         The ledger, a dict a slide in the order given; `status` is indexed, kept, rebuilt or failed.
 
     Raises:
-        CoordinatesError: with "stop", all the slides whose coordinates are not there.
-        SlideError: with "stop", the first fault met; the ledger is written all the same.
+        CoordinatesError: with "stop", some slides have no coordinates; all are listed.
+        SlideError: with "stop", the first slide's fault; the ledger is still written.
     """
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f'on_error must be "stop" or "skip", got {on_error!r}')
-    from tqdm import tqdm
-
+    refuse(reading_faults(workers, on_error))
     rows = list(rows)
     ids = [row.slide_id for row in rows]
     if twice := sorted(name for name, times in Counter(ids).items() if times > 1):
         raise SlideError(
-            f"{', '.join(twice)}: given more than once, and would overwrite each other's index. "
+            f"{', '.join(twice)}: listed more than once, so one index would overwrite the other. "
             f"Give every slide its own slide_id."
         )
     jobs = [
@@ -96,24 +99,14 @@ def index_cohort(
     ]
     if tissue.coords is not None and pictures:
         raise CoordinatesError(
-            "pictures show how tissue was found; with tissue.coords it is not. Leave one out."
+            "pictures show how tissue was found, and tissue.coords skips that. Leave one out."
         )
     if tissue.coords is not None and on_error == "stop":
-        find_all(tissue.coords, ids)  # all that are missing, before hours of work
+        find_all(tissue.coords, ids)  # reports all missing ones before hours of work
     done: dict[str, dict] = {}
-    tiles = 0
     ledger = Path(index_dir) / grid.tag / "ledger.csv"
     try:
-        with tqdm(total=len(jobs), desc="index", unit="slide", disable=not progress) as bar:
-            for outcome in _outcomes(jobs, workers):
-                done[outcome.row["slide_id"]] = outcome.row
-                tiles += outcome.row["tiles"]
-                bar.set_postfix(tiles=tiles, refresh=False)
-                bar.update()
-                if outcome.error and (
-                    on_error == "stop" or isinstance(outcome.error, IndexFileError)
-                ):
-                    raise outcome.error
+        _index_all(jobs, workers, on_error, progress, done)
     except SlideError:
         _write_ledger_if_possible(ledger, done)
         raise
@@ -122,8 +115,23 @@ def index_cohort(
     return listed
 
 
+def _index_all(jobs: list, workers: int, on_error: str, progress: bool, done: dict) -> None:
+    """Index each slide and add its row of the ledger to `done`; raise a fault that stops."""
+    from tqdm import tqdm
+
+    tiles = 0
+    with tqdm(total=len(jobs), desc="index", unit="slide", disable=not progress) as bar:
+        for outcome in _outcomes(jobs, workers):
+            done[outcome.row["slide_id"]] = outcome.row
+            tiles += outcome.row["tiles"]
+            bar.set_postfix(tiles=tiles, refresh=False)
+            bar.update()
+            if outcome.error and (on_error == "stop" or isinstance(outcome.error, IndexFileError)):
+                raise outcome.error
+
+
 def _outcomes(jobs: Sequence[tuple], workers: int) -> Iterable[_Outcome]:
-    """Outcomes as they come; no further job is begun once the caller stops taking them."""
+    """Yield outcomes as they finish; start no further job once the caller stops iterating."""
     if workers == 0:
         yield from map(_index_one, jobs)
         return
@@ -141,7 +149,7 @@ def _outcomes(jobs: Sequence[tuple], workers: int) -> Iterable[_Outcome]:
         lost = [name for future, name in futures.items() if not future.done() or future.exception()]
         raise SlideError(
             f"{', '.join(lost[: workers + 1])}: a process died while indexing one of these slides, "
-            f"perhaps for want of memory. Use fewer workers, or workers=0 to see which it is."
+            f"perhaps out of memory. Use fewer workers, or workers: 0 to find out which it is."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -195,12 +203,12 @@ def _index_one(job: tuple) -> _Outcome:
 
 
 def _taken(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
-    """The tiles that another program chose; its file is never written over."""
+    """Return the tiles that another program chose; never overwrite its file."""
     path = find_coordinates(folder, slide.name)
     if path.resolve() == out.resolve():
         raise CoordinatesError(
-            f"{slide.name}: its index would take the place of its coordinates, {path}. Name "
-            f"another folder for the index."
+            f"{slide.name}: its index would overwrite its coordinates, {path}. Give another folder "
+            f"for the index."
         )
     return index_from_coordinates(path, slide, grid)
 
@@ -208,7 +216,7 @@ def _taken(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
 def _reusable(
     out: Path, slide_path: Path, mpp: float | None, grid: Grid, tissue: Tissue
 ) -> tuple[TileIndex | None, str]:
-    """The index on disk if it is still right; else why it must be rebuilt ("" if there is none)."""
+    """Return the index on disk if it is still valid, else why it must be rebuilt."""
     if not out.exists():
         return None, ""
     try:
@@ -223,26 +231,26 @@ def _reusable(
 
 
 def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
-    """Why an index is not that of a slide as it is now, or "".
+    """Return why an index does not fit the slide as it is now, or "" if it does.
 
     Args:
-        index: as it was read.
-        slide_path: the slide; one that is gone, and lives on in the cache, is not looked at.
-        mpp: of the cohort's table, or None.
+        index: the index as read from disk.
+        slide_path: the slide; a missing file is not compared, its tiles may be cached.
+        mpp: microns per pixel in the cohort's table, or None.
     """
     had = f"it was made with {index.slide_mpp:g}"
     if mpp is not None and (index.mpp_source != "table" or index.slide_mpp != mpp):
         return f"the table now gives mpp {mpp:g}, {had}"
     if mpp is None and index.mpp_source == "table":
         return f"the table no longer gives an mpp, {had}"
-    with contextlib.suppress(OSError):  # what cannot be read now says so when its tiles are
+    with contextlib.suppress(OSError):  # an unreadable file is reported when its tiles are read
         if slide_path.is_file() and file_fingerprint(slide_path) != index.fingerprint:
             return "the slide's file has changed"
     return ""
 
 
 def _write_ledger(path: Path, rows: list[dict]) -> None:
-    """The ledger as CSV; rows of slides that this run did not touch stay."""
+    """Write the ledger as CSV; rows of slides outside this run stay."""
     named = {row["slide_id"] for row in rows}
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -257,6 +265,6 @@ def _write_ledger(path: Path, rows: list[dict]) -> None:
 
 
 def _write_ledger_if_possible(path: Path, done: dict[str, dict]) -> None:
-    """Keep what is known while another error is on its way up, which must not be hidden."""
+    """Write the ledger while another error is raised, which must not be hidden."""
     with contextlib.suppress(IndexFileError):
         _write_ledger(path, list(done.values()))

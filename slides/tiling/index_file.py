@@ -1,11 +1,11 @@
-"""The file of a slide's tiles: one h5 a slide, readable by TRIDENT, never half-written.
+"""The index file of a slide: one h5, readable by TRIDENT, written atomically.
 
 It has TRIDENT's dataset `coords` and attributes, plus the true resolution, each tile's tissue
 fraction and the hash of all settings. A file made with other settings is refused, never silently
-reused. Its magnifications are 10 / mpp, not nominal, so that TRIDENT reads the pixels we read.
+reused. Its magnifications are 10 / mpp, not nominal, so that TRIDENT reads the same pixels.
 
 The bytes are made in memory, written under a temporary name, synced and renamed: a full disk or a
-kill leaves the old file or none. A checksum over the tiles finds what storage did later.
+kill leaves the old file or none. A checksum over the tiles detects later damage.
 
 Source: TRIDENT 0.3 for the names of folders, datasets and attributes.
 Differs: tiles are sized by microns per pixel (443 level-0 px at 0.2527, where it reads 448).
@@ -58,13 +58,13 @@ class TileIndex:
     """Tissue on the whole slide, in square millimetres."""
     mask_sha256: str
     fingerprint: str
-    """Of the slide's file, by which a replaced slide is noticed (`slides.files`)."""
+    """Fingerprint of the slide's file, which detects a replaced slide (`slides.files`)."""
     pen_fraction: np.ndarray | None = None
-    """(T,) float32: the share of each tile under marker strokes; None where nobody looked."""
+    """(T,) float32: the share of each tile under marker strokes; None if not measured."""
     blur: np.ndarray | None = None
     """(T,) float32, see `slides.tiling.focus`; nan or None where it was not measured."""
     origin: str = ""
-    """Another program that chose the tiles, and its file; empty where we did."""
+    """The other program that chose the tiles, and its file; "" if this one did."""
 
     def __len__(self) -> int:
         return len(self.coords0)
@@ -75,18 +75,18 @@ class TileIndex:
         return max(1, round(self.size0 * (self.grid.size - self.grid.overlap) / self.grid.size))
 
     def part(self, rows: slice | np.ndarray) -> TileIndex:
-        """Some of the tiles, in the order given."""
+        """Return the index of some of the tiles, in the order of `rows`."""
         each = {"coords0": self.coords0, "tissue_fraction": self.tissue_fraction, **_figures(self)}
         return replace(self, **{name: values[rows] for name, values in each.items()})
 
 
 def index_path(index_dir: str | Path, grid: Grid, slide_id: str) -> Path:
-    """Where a slide's index lies, as TRIDENT would put it."""
+    """Return the path of a slide's index, in TRIDENT's folder layout."""
     return Path(index_dir) / grid.tag / "patches" / f"{slide_id}_patches.h5"
 
 
 def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
-    """Write an index; either the whole file is there afterwards, or what was there before.
+    """Write an index completely, or keep the old file.
 
     Raises:
         IndexFileError: it cannot be written: full disk, no permission.
@@ -108,12 +108,12 @@ def write_index(path: str | Path, index: TileIndex, tissue: Tissue) -> None:
 
 
 def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
-    """What `coords` says of itself, wherever it stands: TRIDENT's attributes, then ours.
+    """Return the attributes of the dataset `coords`: TRIDENT's, then ours.
 
     Args:
         index: the tiles.
-        tissue: what they were chosen by.
-        folder: that of all files of these tiles, `20x_224px_0px_overlap`.
+        tissue: the settings that chose them.
+        folder: the index's folder, `20x_224px_0px_overlap`.
     """
     grid, settings = index.grid, _settings(index.grid, tissue, index.slide_id)
     return {
@@ -153,8 +153,8 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     Raises:
         IndexFileError: there is none, or the file is damaged.
         IndexSettingsError: it was made with other settings; the message lists which.
-        MaskError, CoordinatesError: the tissue is to come from masks, or the tiles from another
-            program's coordinates, and this slide's are not there.
+        MaskError, CoordinatesError: this slide's mask or coordinates, named in `tissue`, are
+            missing.
         CoordinatesError: another program wrote it.
     """
     import h5py
@@ -174,7 +174,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             coords0 = file["coords"][:].astype(np.int64)
             fraction = file["tissue_fraction"][:]
             figures = {name: file[name][:] for name in FIGURES if name in file}
-        if tissue.coords is not None:  # theirs: of nearly the size asked for, kept as it is
+        if tissue.coords is not None:  # another program's grid may differ slightly: keep it
             theirs = Grid(*(attrs[key].item() for key in ("patch_size", "target_mpp", "overlap")))
             if other := grid.other_tiles(theirs):
                 raise IndexSettingsError(_other_settings(path, attrs, other))
@@ -205,9 +205,9 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
 
 
 def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:
-    """All that decides which tiles are chosen, as canonical JSON; what is off is left out.
+    """Return all settings that decide which tiles are chosen, as canonical JSON.
 
-    Of a mask or of coordinates their contents count, not where they lie.
+    Masks and coordinates enter by their contents, not by their path.
     """
     if tissue.coords is not None:
         sha256 = coordinates_sha256(find_coordinates(tissue.coords, slide_id))
@@ -241,7 +241,7 @@ def _other_settings(path: Path, attrs: dict, which: str) -> str:
 
 
 def _flat(settings: dict) -> dict:
-    """{"grid": {"mpp": 0.5}} -> {"grid.mpp": 0.5}, the keys a user sets."""
+    """Return nested settings with dotted keys: {"grid": {"mpp": 0.5}} becomes {"grid.mpp": 0.5}."""
     flat = {}
     for key, value in settings.items():
         inner = value if isinstance(value, dict) else {"": value}
@@ -250,7 +250,7 @@ def _flat(settings: dict) -> dict:
 
 
 def _magnification0(grid: Grid, size0: int) -> float:
-    """Level-0 magnification from which TRIDENT's `patch_size * level0 // target` gives size0."""
+    """Return the level-0 magnification from which TRIDENT's formula gives `size0`."""
     magnification0 = grid.magnification * size0 / grid.size
     while grid.size * magnification0 // grid.magnification < size0:  # rounding down by one ulp
         magnification0 = math.nextafter(magnification0, math.inf)
@@ -262,7 +262,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _figures(index: TileIndex) -> dict[str, np.ndarray]:
-    """Those of `FIGURES` that were taken."""
+    """Return the measurements of each tile that this index has."""
     figures = {name: getattr(index, name) for name in FIGURES}
     return {name: values for name, values in figures.items() if values is not None}
 

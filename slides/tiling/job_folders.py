@@ -1,8 +1,8 @@
-"""Where TRIDENT, CLAM, AtlasPatch and hs2p keep a slide's coordinates, and their fingerprint.
+"""Finds a slide's coordinate file of TRIDENT, CLAM, AtlasPatch or hs2p, and hashes it.
 
     path = find_coordinates("trident_job/20x_256px_0px_overlap", "TCGA-05-4244-01Z-00-DX1.d4ff")
 
-What is in the file is read by `slides.tiling.other_tools`.
+`slides.tiling.other_tools` reads the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FOLDERS = ("", "patches", "tiles", "*/patches")
 
 
 def find_coordinates(folder: str | Path, slide_id: str) -> Path:
-    """The coordinate file of a slide in a job directory, or in one of its folders.
+    """Return the path of a slide's coordinate file in a job folder.
 
     Raises:
-        CoordinatesError: there is none, or there are several (tiles of several sizes): all named.
+        CoordinatesError: there is none, or there are several, which the message lists.
     """
     folder = Path(folder)
     folders = [
@@ -39,19 +39,19 @@ def find_coordinates(folder: str | Path, slide_id: str) -> Path:
         raise CoordinatesError(
             f"{slide_id}: no coordinates in {folder}. Looked for "
             f"{', '.join(name.format(slide_id) for name in NAMES)} there and in "
-            f"{', '.join(where for where in FOLDERS if where)}. Name the folder of the job."
+            f"{', '.join(where for where in FOLDERS if where)}. Give the folder of the job."
         )
     raise CoordinatesError(
         f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
-        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Name one of the folders."
+        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Give one of the folders."
     )
 
 
 def find_all(folder: str | Path, slide_ids: Iterable[str]) -> None:
-    """See that each slide has its coordinates.
+    """Check that each slide has its coordinates.
 
     Raises:
-        CoordinatesError: some have none, or several: all of them, each with its reason.
+        CoordinatesError: some have none, or several; all are listed with their reasons.
     """
     faults = []
     for slide_id in slide_ids:
@@ -64,13 +64,13 @@ def find_all(folder: str | Path, slide_ids: Iterable[str]) -> None:
 
 
 def hs2p_parts(path: Path) -> tuple[Path, Path]:
-    """A slide's two files, whichever is named: its tiles, where it has any, and their facts."""
+    """Return the paths of a slide's two hs2p files: its tiles (may be absent) and their facts."""
     stem = path.name.removesuffix(".npz").removesuffix(".meta.json")
     return path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.meta.json")
 
 
 def coordinates_sha256(path: Path) -> str:
-    """Fingerprint of a coordinate file, or of both where it is in two parts."""
+    """Return the SHA-256 of a coordinate file; of both files for hs2p."""
     parts = [path]
     if path.suffix != ".h5":
         tiles, facts = hs2p_parts(path)

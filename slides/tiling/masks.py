@@ -1,13 +1,12 @@
-"""Tissue that somebody else outlined: GeoJSON or a mask image, taken as it is.
+"""Tissue masks that the user drew: GeoJSON outlines or a mask image.
 
     <folder>/<slide_id>.geojson    QuPath's export, TRIDENT's contours_geojson, or any GeoJSON
-    <folder>/<slide_id>.png        any size, stretched over the slide; what is not zero is tissue
+    <folder>/<slide_id>.png        any size, stretched over the slide; non-zero pixels are tissue
 
-Every polygon in a GeoJSON is tissue, holes are not; points and lines mean nothing here.
-Coordinates are level-0 pixels. QuPath counts them from the corner of the scanned part, which in
-some formats (MIRAX) is not the slide's: what it wrote is known by its `objectType` and shifted
-back. Outlines that leave the slide, or a picture of other proportions, are of another slide and
-refused.
+Every polygon in a GeoJSON is tissue, holes are not; points and lines are ignored. Coordinates are
+level-0 pixels. QuPath counts from the corner of the scanned part, which in some formats (MIRAX) is
+not the slide's corner: QuPath objects are recognised by `objectType` and shifted back. Outlines
+that leave the slide, and pictures of other proportions, belong to another slide and are refused.
 
 A pixel of the mask is tissue where its centre is inside, by the even-odd rule in each polygon.
 
@@ -28,12 +27,12 @@ import numpy as np
 from slides.errors import MaskError
 
 KINDS = (".geojson", ".png")
-OUTSIDE = 0.01  # of the slide's longer side: outlines drawn by hand run a little over its edge
-PROPORTIONS = 0.02  # by which a picture's may differ from the slide's, besides a pixel of rounding
+OUTSIDE = 0.01  # of the slide's longer side: hand-drawn outlines may run over its edge
+PROPORTIONS = 0.02  # allowed difference from the slide's, besides one pixel of rounding
 
 
 def mask_path(folder: str | Path, slide_id: str) -> Path:
-    """The slide's mask in a folder.
+    """Return the path of the slide's mask in a folder.
 
     Raises:
         MaskError: there is none, or there are two.
@@ -51,16 +50,16 @@ def mask_path(folder: str | Path, slide_id: str) -> Path:
 
 
 def mask_sha256(folder: str | Path, slide_id: str) -> str:
-    """Fingerprint of the slide's mask, which is part of what its tiles were chosen by.
+    """Return the SHA-256 of the slide's mask, which is part of the index's settings.
 
     Raises:
-        MaskError: as `mask_path`, or the file cannot be read.
+        MaskError: there is not exactly one mask, or it cannot be read.
     """
     return hashlib.sha256(_read_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
 
 
 def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> np.ndarray:
-    """A slide's mask, as (h, w) bool in the frame of its thumbnail.
+    """Return a slide's mask on its thumbnail's pixels, (h, w) bool.
 
     Args:
         path: the GeoJSON or the picture.
@@ -69,7 +68,7 @@ def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> n
         downsample: level-0 pixels per thumbnail pixel.
 
     Raises:
-        MaskError: it cannot be read, is of another slide, or has no tissue in it.
+        MaskError: it cannot be read, belongs to another slide, or has no tissue.
     """
     size0 = slide.width0, slide.height0
     if path.suffix == ".geojson":
@@ -92,15 +91,15 @@ def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> n
 def geojson_polygons(
     path: Path, name: str, origin0: tuple[int, int] = (0, 0)
 ) -> Iterator[list[np.ndarray]]:
-    """Each polygon's rings, the outer one first, as (N, 2) float64 level-0 x and y.
+    """Yield each polygon as rings, the outer one first, (N, 2) float64 level-0 x, y.
 
     Args:
         path: a Feature, a FeatureCollection, a list of features or a bare geometry.
-        name: the slide's, for errors.
-        origin0: where QuPath counts from on this slide, level-0 pixels.
+        name: the slide's name, for errors.
+        origin0: QuPath's origin on this slide, in level-0 pixels.
 
     Raises:
-        MaskError: not such a file, or without a polygon.
+        MaskError: it is not GeoJSON, or has no polygon.
     """
     none, text = True, _read_bytes(path, name)
     try:
@@ -111,7 +110,7 @@ def geojson_polygons(
                 yield [_ring(ring) + shift for ring in rings]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise MaskError(
-            f"{name}: {path} is no GeoJSON that can be read: {type(error).__name__}: {error}. "
+            f"{name}: {path} cannot be read as GeoJSON: {type(error).__name__}: {error}. "
             f"Export it again (QuPath: File, Export objects as GeoJSON)."
         ) from error
     if none:
@@ -122,7 +121,7 @@ def geojson_polygons(
 
 
 def _features(found) -> Iterator[dict]:
-    """The features of a parsed file, whatever they are wrapped in."""
+    """Yield the features of a parsed GeoJSON file."""
     if isinstance(found, list):
         for each in found:
             yield from _features(each)
@@ -133,7 +132,7 @@ def _features(found) -> Iterator[dict]:
 
 
 def _polygons(geometry: dict | None) -> Iterator[list]:
-    """Rings of each polygon of a geometry; none for points, lines and features without any."""
+    """Yield the rings of each polygon of a geometry; nothing for points, lines and None."""
     if geometry is None:
         return
     kind = geometry["type"]
@@ -149,7 +148,7 @@ def _polygons(geometry: dict | None) -> Iterator[list]:
 
 
 def _is_qupath(feature: dict) -> bool:
-    """Current versions name an object's type, older ones (0.2) its class in place of an id."""
+    """Return whether QuPath wrote the feature: by `objectType`, or by its id (version 0.2)."""
     properties = feature.get("properties") or {}
     return "objectType" in properties or str(feature.get("id", "")).startswith("Path")
 
@@ -205,12 +204,12 @@ def _fill(mask: np.ndarray, rings: list[np.ndarray]) -> None:
 def _picture(
     path: Path, name: str, size0: tuple[int, int], shape: tuple[int, int], downsample: float
 ) -> np.ndarray:
-    """A mask image in the thumbnail's frame: each pixel takes the one under its centre."""
+    """Return a mask image on the thumbnail's pixels; each takes the pixel under its centre."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            values = np.asarray(image)  # a palette's numbers, not its colours
+            values = np.asarray(image)  # of a palette image: its indices, not its colours
             see_through = image.mode in ("LA", "RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MaskError(

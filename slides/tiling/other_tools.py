@@ -1,11 +1,11 @@
-"""Tiles that another program chose: TRIDENT, CLAM, AtlasPatch and hs2p, as they lie on disk.
+"""Reads tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose, from their files.
 
     index = read_coordinates(find_coordinates(folder, slide.name), slide)
 
-The result streams like an index of our own (`prefetcher.stream_chunks`), with their tiles, in their
-order, so row n is row n of the features they made. Their tiles keep their size in level-0 pixels,
-whatever magnification they call it; the resolution is what that size really is on this slide. What
-the slide cannot give in just that size, or a file of another slide, is refused.
+The result is used like an index of our own. Tiles keep their order, so row n is row n of that
+program's features, and their size in level-0 pixels, whatever its nominal magnification; the
+resolution follows from that size on this slide. Tiles that cannot be read in exactly that size, and
+files of another slide, are refused.
 
     TRIDENT      h5, `coords` (T, 2) with its attributes on the dataset
     CLAM         the same, with `patch_level`; size in pixels of that level
@@ -13,8 +13,7 @@ the slide cannot give in just that size, or a file of another slide, is refused.
     hs2p         <id>.coordinates.meta.json and, where there are tiles, .coordinates.npz (x, y,
                  tissue_fractions)
 
-Source: the files those programs write (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p 6.1); no code of
-theirs.
+Source: files that these programs wrote (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p 6.1).
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ from slides.wsi.reader import Slide
 
 @dataclass(frozen=True)
 class _Found:
-    """What a file says. T tiles."""
+    """Contents of a coordinate file. T tiles."""
 
     writer: str
     coords0: np.ndarray
     size: int
-    """Side of a tile as a model sees it."""
+    """Side of a tile in tile pixels."""
     size0: int
     overlap: int
     slide_size0: tuple[int, int] | None
-    """Width and height of the slide it was made for, where it says."""
+    """Width and height of the slide it was made for; None if not stated."""
     fraction: np.ndarray | None = None
 
 
 def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
-    """The tiles in a coordinate file of another program, for this slide.
+    """Return the index of the tiles in another program's coordinate file.
 
-    Tissue fractions are 1 where the program keeps none. `mask_sha256` is of the file itself.
+    Tissue fractions are 1 if the program stores none. `mask_sha256` is the hash of the file.
 
     Raises:
-        CoordinatesError: the file is missing, damaged, of no kind that is known or of another
-            slide, or its tiles cannot be read in their size.
+        CoordinatesError: the file is missing, damaged, of an unknown kind or of another slide, or
+            its tiles cannot be read in their size.
         TooCoarseError: its tiles are finer than the scan.
     """
     path = Path(path)
@@ -86,10 +85,10 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
 
 
 def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> TileIndex:
-    """The tiles in a coordinate file, if they are such as were asked for and can be read.
+    """Return the index of the tiles in a coordinate file if they fit the request.
 
     Raises:
-        CoordinatesError: as `read_coordinates`; or they are of another size or resolution.
+        CoordinatesError: see `read_coordinates`; or the tiles have another size or resolution.
         NoTissueError: there are none.
         SlideError: the slide cannot be read.
     """
@@ -98,12 +97,12 @@ def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> TileIn
     if other := grid.other_tiles(index.grid):
         raise CoordinatesError(
             f"{slide.name}: its tiles are {index.size0} level-0 pixels made into "
-            f"{index.grid.size}, at the scan's {slide.mpp:g} microns per pixel: {other}. Ask for "
-            f"what they are, or index the slide without these coordinates. ({index.origin})"
+            f"{index.grid.size}, at the scan's {slide.mpp:g} microns per pixel: {other}. Set "
+            f"data.tiles to match them, or index without these coordinates. ({index.origin})"
         )
     if not len(index):
         raise NoTissueError(f"{slide.name}: no tile in {path}. Choose tiles, or leave it out.")
-    slide.read(*index.coords0[len(index) // 2].tolist(), index.grid)  # its pixels are there
+    slide.read(*index.coords0[len(index) // 2].tolist(), index.grid)  # check that pixels are there
     return index
 
 
@@ -120,7 +119,7 @@ def _h5(path: Path, slide: Slide) -> _Found:
 
 
 def _trident(attrs: dict, coords0: np.ndarray, writer: str) -> _Found:
-    """TRIDENT's attributes, which AtlasPatch shares: some versions write floats for integers."""
+    """Return the contents of a TRIDENT or AtlasPatch file; some versions write floats for ints."""
     size = int(attrs["patch_size"])
     size0 = attrs.get("patch_size_level0")
     if size0 is None:
@@ -133,7 +132,7 @@ def _trident(attrs: dict, coords0: np.ndarray, writer: str) -> _Found:
 
 
 def _clam(attrs: dict, coords0: np.ndarray, slide: Slide) -> _Found:
-    """`patch_size` is in pixels of `patch_level`; the downsample is of x and y."""
+    """Return the contents of a CLAM file; its `patch_size` is in pixels of `patch_level`."""
     size, level = int(attrs["patch_size"]), int(attrs["patch_level"])
     stated = attrs.get("downsample")
     scale = np.mean(stated) if stated is not None else slide.level_downsamples[level]
@@ -146,10 +145,10 @@ def _clam(attrs: dict, coords0: np.ndarray, slide: Slide) -> _Found:
 
 
 def _hs2p(path: Path) -> _Found:
-    """Whatever it reads, within its tolerance of the level or not, it makes what was asked for."""
+    """Return the contents of hs2p's files; its tiles always have the requested size."""
     tiles, facts = hs2p_parts(path)
-    said = json.loads(facts.read_text())
-    tiling, slide_size0 = said["tiling"], said["slide"]["dimensions"]
+    stated = json.loads(facts.read_text())
+    tiling, slide_size0 = stated["tiling"], stated["slide"]["dimensions"]
     coords0, fraction = np.empty((0, 2), np.int64), None
     if tiling["n_tiles"]:
         with np.load(tiles, allow_pickle=False) as arrays:
@@ -165,12 +164,12 @@ def _hs2p(path: Path) -> _Found:
 def _damaged(name: str, path: Path, why: str) -> str:
     return (
         f"{name}: {path} is damaged, or no coordinate file of TRIDENT, CLAM, AtlasPatch or hs2p: "
-        f"{why}. Make it again, or use `tapfm index`."
+        f"{why}. Create it again, or use `tapfm index`."
     )
 
 
 def _grid(found: _Found, slide: Slide, path: Path) -> Grid:
-    """The grid on which the reader gives just these tiles."""
+    """Return the grid on which our reader gives exactly these tiles."""
     if found.size < 1 or found.size0 < 1:
         raise CoordinatesError(f"{slide.name}: {path} has tiles of {found.size0} pixels.")
     mpp = found.size0 * slide.mpp / found.size

@@ -1,7 +1,7 @@
-"""What indexing saw of a slide, as one picture: thumbnail, tissue, pen, blur, chosen tiles.
+"""Draws the stages of indexing a slide: thumbnail, tissue, pen, blur, chosen tiles.
 
-For looking through a cohort in a folder of pictures: a threshold that is wrong for a slide shows at
-a glance. Slides that gave no tile have a picture too.
+A folder of these pictures shows at a glance on which slides a threshold is wrong. Slides without
+any tile have a picture too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from slides.tiling.choose import TileChoice
 from slides.wsi.reader import Slide
 
 PANEL = 4.6  # inches, the longer side of a slide
-TISSUE, PEN, TILE = "#00a36c", "#e6007e", "#0057d9"  # told apart by lightness too
-FADED = 0.55  # of the way to white, where tiles' colours lie on the slide
+TISSUE, PEN, TILE = "#00a36c", "#e6007e", "#0057d9"  # differ in lightness too
+FADED = 0.55  # share of white mixed into the slide below the tiles' colours
 
 
 def draw_stages(choice: TileChoice, slide: Slide, path: Path) -> None:
-    """Write the picture; `path` is whole or as it was.
+    """Write the picture of all stages to `path`, atomically.
 
     Raises:
         IndexFileError: it cannot be written.
@@ -54,7 +54,7 @@ def draw_stages(choice: TileChoice, slide: Slide, path: Path) -> None:
         figure.colorbar(drawn, ax=blurred[0], fraction=0.05, pad=0.02)
     _show(tiles, choice.thumbnail, f"{choice.chosen.sum()} tiles of {len(choice.chosen)}")
     _squares(tiles, choice, choice.chosen).set(facecolor="none", edgecolor=TILE, linewidth=0.7)
-    figure.suptitle(slide.name, fontsize=10, parse_math=False)  # a $ is the name's own
+    figure.suptitle(slide.name, fontsize=10, parse_math=False)  # a $ in the name stays a $
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(path, buffer.getvalue(), slide.name)
@@ -66,7 +66,7 @@ def _show(axis, picture: np.ndarray, title: str) -> None:
 
 
 def _overlay(mask: np.ndarray, colour: str) -> np.ndarray:
-    """The mask as a veil, (h, w, 4)."""
+    """Return the mask as a transparent colour layer, (h, w, 4)."""
     from matplotlib.colors import to_rgba
 
     return np.where(mask[..., None], to_rgba(colour, 0.25), 0.0)
@@ -80,7 +80,7 @@ def _outline(axis, mask: np.ndarray, colour: str) -> None:
 
 
 def _squares(axis, choice: TileChoice, which: np.ndarray):
-    """Tiles on the thumbnail, as one collection."""
+    """Draw tiles on the thumbnail as one collection, and return it."""
     from matplotlib.collections import PolyCollection
 
     side = choice.size0 / choice.downsample

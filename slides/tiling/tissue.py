@@ -1,15 +1,14 @@
-"""Which pixels of a thumbnail are tissue. Pure functions on arrays: no file is opened here.
+"""Finds tissue on a thumbnail. Pure functions on arrays: no file is opened here.
 
 Stains absorb some colours more than others; glass, dust, shadows and borders absorb all alike. So
 the signal is the *spread* of optical density over the three channels, against the slide's own
 white, plus half its mean: the first finds eosin, haematoxylin and DAB brown, the second the nearly
-grey stroma of a weak IHC counterstain. A piece that has no colour anywhere is no tissue, however
-dark.
+grey stroma of a weak IHC counterstain. A piece without any colour is not tissue, however dark.
 
-Otsu's threshold, with hysteresis: half of it will do beside tissue that is above it. It is clamped
-to the range in which it can be right: on a slide that is all tissue, or all glass, Otsu would split
-what is one thing. Then pen strokes out, gaps as wide as a fat cell closed, small holes filled,
-specks dropped.
+The threshold is Otsu's with hysteresis: half of it is enough next to tissue above it. It is clamped
+to a plausible range, since on a slide that is all tissue or all glass Otsu would split one class in
+two. Then pen strokes are removed, gaps as wide as a fat cell closed, small holes filled and specks
+dropped.
 
 `scipy.ndimage` is imported where it is used: it takes 0.3 s, and the command line reads `Tissue`
 for its help.
@@ -25,45 +24,45 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from slides.errors import CoordinatesError, TilingError
+from slides.errors import CoordinatesError, TilingError, refuse
 
 WHITE_RANGE = (200.0, 255.0)  # a background darker than this is not glass
 SIGNAL_RANGE = (0.035, 0.08)  # glass and JPEG noise stay below the first, faint eosin above it
 COLOUR = 0.008  # mean spread of a piece: grey borders and shadows have under 0.004, faint IHC 0.017
-SIGNAL_CAP = 0.4  # before Otsu: otherwise a patch of black-brown DAB drags the threshold up
-BLACK = 55  # a pixel this dark in all channels, and grey, is a border or a marker, not stain
+SIGNAL_CAP = 0.4  # before Otsu: otherwise a patch of black-brown DAB raises the threshold
+BLACK = 55  # grey pixels darker than this in all channels are border or marker, not stain
 SMOOTH_UM = 8.0  # standard deviation: nuclei and JPEG grain are smaller, glands larger
-WEAK = 0.5  # of the threshold: enough for a pixel joined to tissue that is above it
+WEAK = 0.5  # of the threshold: enough for a pixel connected to tissue above the threshold
 STRONG_SHARE = 0.05  # of a piece's pixels above the threshold: less is smear or out-of-focus dust
 CLOSE_UM = 32.0  # half a fat cell, so fat between its membranes counts as tissue
 HOLE_UM2 = 25_000.0  # two tiles: lumens and small tears belong to the tissue around them
 PEN_HALO_UM = 48.0  # the pale rim of a stroke
 PEN_UM2 = 30_000.0  # a marker's tip is 0.3 mm or wider: smaller red spots are blood
-PEN_IS_STAIN = 0.95  # of all that is stained: then it is the stain itself, say a trichrome
+PEN_IS_STAIN = 0.95  # of the stained area: more is the stain itself, for example a trichrome
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """What counts as tissue, and how much of it a tile needs."""
+    """Settings of the tissue search, and how much tissue a tile needs."""
 
     mpp: float = 8.0
-    """Microns per pixel of the thumbnail on which tissue is sought (finer for small tiles)."""
+    """Microns per pixel of the thumbnail that is searched for tissue (finer for small tiles)."""
     min_fraction: float = 0.25
     """Share of a tile's area that must be tissue."""
     min_area_um2: float = 10_000.0
     """Pieces smaller than this are dust; the default is nearly one 224 px tile at 0.5 mpp."""
     pen: bool = True
-    """Take marker strokes out. Switch it off for stains that are green or pure blue."""
+    """Remove marker strokes. Switch it off for stains that are green or pure blue."""
     max_blur: float | None = None
-    """Leave out tiles more blurred than this, 0 to 1 (`slides.tiling.focus`). 1 measures and leaves
-    none out; None does not measure, since that reads every tile of tissue."""
+    """Leave out tiles more blurred than this, 0 to 1 (`slides.tiling.focus`). 1 only measures;
+    None does not measure, since measuring reads every tile of tissue."""
     masks: str | None = None
-    """Folder of masks to take instead of finding tissue (`slides.tiling.masks`):
-    `<slide_id>.geojson` or `.png`. Neither `pen` nor `min_area_um2` takes anything out of them."""
+    """Folder of masks to use instead of finding tissue (`slides.tiling.masks`):
+    `<slide_id>.geojson` or `.png`. `pen` and `min_area_um2` do not apply to them."""
 
     coords: str | None = None
     """Folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose (`slides.tiling.other_tools`),
-    to take as they are. Nothing else of these settings goes with it."""
+    used as they are. It excludes all other settings of this class."""
 
     def __post_init__(self):
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
@@ -74,23 +73,28 @@ class Tissue:
                 f"{', '.join('tissue.' + name for name in given)} would do nothing. Leave "
                 f"{'it' if len(given) == 1 else 'them'} out, or coords."
             )
-        if not 0.25 <= self.mpp <= 100:
-            raise TilingError(f"tissue mpp must be in [0.25, 100], got {self.mpp:g}")
-        if not 0 <= self.min_fraction <= 1:
-            raise TilingError(f"min_fraction must be in [0, 1], got {self.min_fraction:g}")
-        if self.min_area_um2 < 0:
-            raise TilingError(f"min_area_um2 must not be negative, got {self.min_area_um2:g}")
-        if self.max_blur is not None and not 0 < self.max_blur <= 1:
-            raise TilingError(f"max_blur must be in (0, 1] or None, got {self.max_blur:g}")
+        max_blur = 1 if self.max_blur is None else self.max_blur
+        checks = (
+            ("mpp", 0.25 <= self.mpp <= 100, "in [0.25, 100]; 8 is the default"),
+            ("min_fraction", 0 <= self.min_fraction <= 1, "in [0, 1], a share of the tile"),
+            ("min_area_um2", self.min_area_um2 >= 0, "0 or more square microns"),
+            ("max_blur", 0 < max_blur <= 1, "in (0, 1], or null to measure nothing"),
+        )
+        faults = [
+            f"tissue.{key} must be {allowed}, got {getattr(self, key):g}"
+            for key, fine, allowed in checks
+            if not fine
+        ]
+        refuse(faults, "data.tiles.tissue", TilingError)
 
 
 def tissue_mask(rgb: np.ndarray, tissue: Tissue, mpp: float | None = None) -> np.ndarray:
-    """Tissue of a thumbnail, (h, w, 3) uint8 -> (h, w) bool.
+    """Return the tissue mask of a thumbnail, (h, w) bool.
 
     Args:
-        rgb: The thumbnail.
+        rgb: The thumbnail, (h, w, 3) uint8.
         tissue: The settings.
-        mpp: What the thumbnail really has, where that is not `tissue.mpp`.
+        mpp: Microns per pixel of the thumbnail; None is `tissue.mpp`.
     """
     return tissue_and_pen(rgb, tissue, mpp)[0]
 
@@ -98,23 +102,23 @@ def tissue_mask(rgb: np.ndarray, tissue: Tissue, mpp: float | None = None) -> np
 def tissue_and_pen(
     rgb: np.ndarray, tissue: Tissue, mpp: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `tissue_mask`, and beside it the strokes and halo that were taken out, (h, w) bool."""
+    """Return the tissue mask and the removed pen strokes with their halo, (h, w) bool each."""
     mpp = mpp or tissue.mpp
     mask = stained(rgb, mpp)
     pen = _pen_to_remove(rgb, mask, mpp) if tissue.pen else np.zeros_like(mask)
-    if pen.any():  # a broad stroke has drawn the threshold up
+    if pen.any():  # a broad stroke raised the threshold: find it again without the stroke
         mask = stained(rgb, mpp, pen)
     return _tidy(mask & ~pen, mpp, tissue.min_area_um2), pen
 
 
 def stained(rgb: np.ndarray, mpp: float, pen: np.ndarray | None = None) -> np.ndarray:
-    """Pixels that absorb, in pieces that have colour. (h, w, 3) uint8 -> (h, w) bool.
+    """Return which pixels are stained: absorbing, in pieces that have colour. (h, w) bool.
 
-    What is under `pen`, (h, w) bool, is not looked at.
+    Pixels under `pen`, (h, w) bool, are ignored.
     """
     from scipy import ndimage
 
-    sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # a slide of a few microns: not into one
+    sigma = min(SMOOTH_UM / mpp, min(rgb.shape[:2]) / 16)  # not wider than a tiny slide
     smooth = _planes(rgb)
     ndimage.gaussian_filter(smooth, (sigma, sigma, 0), truncate=3, output=smooth)
     density = optical_density(smooth)
@@ -134,13 +138,13 @@ def stained(rgb: np.ndarray, mpp: float, pen: np.ndarray | None = None) -> np.nd
 
 
 def optical_density(rgb: np.ndarray) -> np.ndarray:
-    """(h, w, 3) -> (h, w, 3) float32, against the image's own white and never negative."""
+    """Return optical density, (h, w, 3) float32, against the image's own white, min 0."""
     rgb = rgb.astype(np.float32, copy=False)
     return np.maximum(np.log10(_white(rgb)) - np.log10(np.maximum(rgb, 1)), 0)
 
 
 def threshold(signal: np.ndarray) -> float:
-    """Otsu's threshold of the capped signal, clamped to `SIGNAL_RANGE`."""
+    """Return Otsu's threshold of the capped signal, clamped to `SIGNAL_RANGE`."""
     counts, edges = np.histogram(signal, bins=256, range=(0, SIGNAL_CAP))
     counts[-1] += (signal > SIGNAL_CAP).sum()
     centres = (edges[1:] + edges[:-1]) / 2
@@ -154,20 +158,20 @@ def threshold(signal: np.ndarray) -> float:
 
 
 def pen_mask(rgb: np.ndarray) -> np.ndarray:
-    """Marker strokes, (h, w, 3) uint8 -> (h, w) bool: green, blue, red and black ink.
+    """Return which pixels are green, blue, red or black marker ink, (h, w) bool.
 
-    By optical density alone, in which ink and stain differ in *which* channel they leave through:
-    green ink passes green, blue ink passes blue and stops nearly all red, red ink passes red and
-    stops green and blue alike. Blood comes close to red ink, so red is the strictest.
+    Ink differs from stain in the ratios of optical density: green ink passes green, blue ink passes
+    blue and stops nearly all red, red ink passes red and stops green and blue alike. Blood is close
+    to red ink, so the rule for red is the strictest.
     """
     return _inks(rgb)[0]
 
 
 def _inks(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ink beyond doubt, and what may be ink over dense tissue, whose stain adds to it: (h, w) bool.
+    """Return certain ink, and possible ink over dense tissue, (h, w) bool each.
 
-    On real slides next to nothing of the tissue is of the second kind, so it is ink where it is
-    joined to the first.
+    On real slides hardly any tissue looks like the second, so where it touches certain ink it is
+    ink.
     """
     from scipy import ndimage
 
@@ -187,11 +191,11 @@ def _inks(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def tile_fraction(
     mask: np.ndarray, coords0: np.ndarray, size0: int, downsample: float
 ) -> np.ndarray:
-    """Share of each tile that is tissue, (T, 2) corners -> (T,) float64 in [0, 1].
+    """Return the share of each tile that is tissue, (T,) float64 in [0, 1].
 
-    Exact area: a mask pixel cut by a tile's edge counts by the part inside. Mask pixel (i, j)
-    covers [j, j + 1) x [i, i + 1) times `downsample` in level-0 pixels; outside the mask there is
-    no tissue.
+    The area is exact: a mask pixel cut by a tile's edge counts by its part inside. Mask pixel
+    (i, j) covers [j, j + 1) x [i, i + 1) times `downsample` in level-0 pixels; outside the mask
+    there is no tissue.
     """
     integral = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
     integral[1:, 1:] = mask.cumsum(0, dtype=np.int64).cumsum(1)
@@ -199,7 +203,7 @@ def tile_fraction(
     high = low + size0 / downsample
 
     def up_to(x, y):
-        """Area of tissue above and left of a point, linear between the integral's nodes."""
+        """Return the tissue area above and left of a point, linear between the integral's nodes."""
         x, y = np.clip(x, 0, mask.shape[1]), np.clip(y, 0, mask.shape[0])
         j = np.minimum(x.astype(np.int64), mask.shape[1] - 1)
         i = np.minimum(y.astype(np.int64), mask.shape[0] - 1)
@@ -214,7 +218,7 @@ def tile_fraction(
 
 
 def why_empty(rgb: np.ndarray, tissue: Tissue, mpp: float) -> str:
-    """Which threshold left no tissue, for the error message of an empty mask."""
+    """Return which threshold left no tissue, for an error message."""
     coloured = stained(rgb, mpp)
     if not coloured.any():
         return f"no pixel is stained (optical density below {SIGNAL_RANGE[0]:g}, or grey)"
@@ -231,10 +235,10 @@ def why_empty(rgb: np.ndarray, tissue: Tissue, mpp: float) -> str:
 
 
 def _white(rgb: np.ndarray) -> np.ndarray:
-    """The glass: median colour of the brightest twentieth, (3,), within `WHITE_RANGE`.
+    """Return the colour of the glass, (3,): the median of the brightest twentieth, clamped.
 
-    Glass may be yellowish, never green-poor: on a slide without glass the brightest twentieth is
-    pale tissue, and taking its pink for white would make all such tissue vanish.
+    Glass may be yellowish but never lacks green: on a slide without glass the brightest twentieth
+    is pale tissue, and using its pink as white would lose all such tissue.
     """
     sample = rgb.reshape(-1, 3)[:: max(1, rgb.shape[0] * rgb.shape[1] // 200_000)]
     light, _ = _extremes(sample)
@@ -244,7 +248,7 @@ def _white(rgb: np.ndarray) -> np.ndarray:
 
 
 def _pen_to_remove(rgb: np.ndarray, mask: np.ndarray, mpp: float) -> np.ndarray:
-    """Strokes and their halo; nothing where nearly all that is stained looks like ink."""
+    """Return pen strokes with their halo; nothing if nearly all stain looks like ink."""
     ink, over_tissue = _inks(rgb)
     strokes, _ = _areas(ink | over_tissue)
     certain = np.bincount(strokes.ravel(), weights=ink.ravel())  # pixels of each
@@ -261,28 +265,28 @@ def _black(rgb: np.ndarray) -> np.ndarray:
 
 
 def _planes(rgb: np.ndarray) -> np.ndarray:
-    """A float32 copy, channel after channel in memory: all that follows is twice as quick."""
+    """Return a float32 copy, stored channel by channel: later steps are twice as fast."""
     planes = np.moveaxis(rgb, -1, 0).astype(np.float32, order="C")
     return np.moveaxis(planes, 0, -1)
 
 
 def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and greatest of the three channels; numpy takes six times as long."""
+    """Return minimum and maximum of the three channels, six times faster than numpy's."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     low, high = (each(each(red, green), blue) for each in (np.minimum, np.maximum))
     return low, high
 
 
 def _tidy(mask: np.ndarray, mpp: float, min_area_um2: float) -> np.ndarray:
-    """Close gaps, fill small holes, drop specks. Dust goes first, so it is not joined to tissue."""
+    """Close gaps, fill small holes, drop specks; dust first, so that it is not joined to tissue."""
     mask = _drop_small(mask, min_area_um2 / 4 / mpp**2)
     radius = CLOSE_UM / mpp
-    pad = 1 + round(radius)  # tissue at the border must not shrink when the closing erodes
+    pad = 1 + round(radius)  # so that closing does not erode tissue at the border
     grown = _grow(np.pad(mask, pad, mode="edge"), radius)
     mask = ~_grow(~grown, radius)[pad:-pad, pad:-pad]
     holes, areas = _areas(~mask)
     fill = areas < HOLE_UM2 / mpp**2
-    for side in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):  # open to the outside: no hole
+    for side in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):  # touches the border: no hole
         fill[side] = False
     mask = mask | fill[holes]
     return _drop_small(mask, min_area_um2 / mpp**2)
@@ -296,7 +300,7 @@ def _drop_small(mask: np.ndarray, min_pixels: float) -> np.ndarray:
 
 
 def _areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces numbered from 1 and their areas in pixels; entry 0 of the areas is no piece."""
+    """Return pieces numbered from 1, and their areas in pixels; area 0 is 0."""
     from scipy import ndimage
 
     pieces, count = ndimage.label(mask)
@@ -306,7 +310,7 @@ def _areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _grow(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Dilate by a disk, in time that does not depend on its radius."""
+    """Return the mask dilated by a disk, in time that does not depend on its radius."""
     from scipy import ndimage
 
     if not mask.any():

@@ -1,12 +1,12 @@
-"""One open slide: levels, true mpp, a tile at (x0, y0); why a file will not open.
+"""One open slide: its levels, true mpp, tiles at (x0, y0), and why a file cannot be opened.
 
     reader.py       one open slide: a tile at (x0, y0), thumbnails
-    levels.py       its levels as pixels, whoever decodes them
-    resolution.py   microns per pixel: who says so, and whether to believe it
+    levels.py       pixels of its levels, by OpenSlide or decoded directly
+    resolution.py   microns per pixel, from the table or the file's properties
     jpeg_tiles.py   JPEG tiles decoded without OpenSlide, to the same bits
-    plain_image.py  a plain PNG, JPEG or TIFF as a slide of one level
+    plain_image.py  a plain PNG, JPEG or TIFF as a slide with one level
     tiff_tags.py    the directories of a TIFF
-    diagnose.py     why a file was refused, or that it was cut short
+    diagnose.py     why a file was refused, or that it is cut short
 
-Knows no cohort and no tile index: a path in, pixels out.
+Takes a path and gives pixels; does not know cohorts or tile indexes.
 """

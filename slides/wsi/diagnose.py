@@ -1,9 +1,8 @@
-"""What is wrong with a file that OpenSlide refuses or that breaks off. Reads tags, never pixels.
+"""Explains why OpenSlide refuses a file. Reads TIFF tags, never pixels.
 
-OpenSlide says "Unsupported or missing image file" of a lost file, an unknown codec and a download
-that stopped half-way; and it opens a pyramid whose last levels are missing.
-The way out differs, so the file's own table of contents is walked: how far it should reach, whether
-it is tiled.
+OpenSlide reports a lost file, an unknown codec and an incomplete download with the same words, and
+it opens a pyramid whose last levels are missing. The remedies differ, so the TIFF's directories are
+read: how long the file should be, and whether it is tiled.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from slides.wsi.tiff_tags import directories
 
 WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 322, 323, 324
-MAX_TILE_PIXELS = 1 << 27  # half a gigabyte; real tiles have a thousandth of it
+MAX_TILE_PIXELS = 1 << 27  # half a gigabyte, a thousand times a real tile
 OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # of strips, of tiles
 
 
 @dataclass
 class TiffContents:
-    """What the table of contents of a TIFF promises."""
+    """Facts about a TIFF from its directories."""
 
     reach: int
-    """The byte behind the last thing it names; beyond the file's end if the file breaks off."""
+    """End of the last byte range that it names; beyond the file's end if the file is cut short."""
     tiled: bool
     """Whether its first picture is stored in tiles, which OpenSlide needs."""
     compression: int
-    """Of its first picture, as TIFF numbers them."""
+    """Compression of its first picture, TIFF's number."""
 
 
 def tiff_contents(path: str | Path) -> TiffContents | None:
-    """Walk a TIFF's directories; None where the file is no TIFF."""
+    """Return the facts in a TIFF's directories, or None if the file is not a TIFF."""
     contents = None
     for tags, reach in directories(path):
         if contents is None:
@@ -52,10 +51,10 @@ def tiff_contents(path: str | Path) -> TiffContents | None:
 
 
 def impossible(path: Path) -> str | None:
-    """The sentence about a TIFF whose tiles cannot be as it says; None where they can.
+    """Return a sentence about a TIFF whose tile tables are impossible, or None.
 
-    OpenSlide takes the memory for a tile as soon as it is read, and ends the process if there is
-    not enough; and it looks for hours among tiles that were never listed.
+    OpenSlide allocates a tile's memory from its stated size and kills the process if there is not
+    enough; and it searches for hours if tiles are not listed.
     """
     if not path.is_file():
         return None
@@ -74,20 +73,20 @@ def impossible(path: Path) -> str | None:
                 fault = f"{needed} tiles and lists {len(tags[TILE_OFFSETS])}"
         if fault:
             return (
-                f"{path} is damaged: its table of contents speaks of {fault}. Copy it again from "
+                f"{path} is damaged: its table of contents names {fault}. Copy it again from "
                 f"its source, or leave this slide out."
             )
     return None
 
 
 def why_refused(name: str, path: Path, error: Exception) -> str:
-    """What a file is that OpenSlide will not open, and the way out."""
+    """Return the error message for a file that OpenSlide cannot open, with a remedy."""
     ways = "or leave this slide out"
     again = "Copy it again from its source"
     if not path.exists():
-        return f"{name}: there is no file {path}. Mend slide_path, {ways}."
+        return f"{name}: there is no file {path}. Correct slide_path, {ways}."
     if path.is_dir():
-        return f"{name}: {path} is a folder. Name the slide's file inside it, {ways}."
+        return f"{name}: {path} is a folder. Give the slide's file inside it, {ways}."
     with open(path, "rb") as file:
         head = file.read(16)
     size, contents = path.stat().st_size, tiff_contents(path)
@@ -108,7 +107,7 @@ def why_refused(name: str, path: Path, error: Exception) -> str:
 
 
 def truncated(path: Path, reach: int, size: int) -> str:
-    """The sentence about a TIFF that ends too early."""
+    """Return a sentence about a TIFF that ends too early."""
     return (
         f"{path} is truncated: its table of contents reaches to byte {reach}, the file ends at "
         f"{size}."

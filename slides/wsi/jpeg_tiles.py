@@ -1,17 +1,17 @@
-"""A tiled JPEG TIFF's own tiles, decoded without OpenSlide: the same pixels, several times faster.
+"""Decodes the JPEG tiles of a TIFF without OpenSlide: the same pixels, several times faster.
 
-OpenSlide spends most of its time compositing tiles with cairo, not decoding them. Where a level is
-a plain grid of JPEG tiles and the region asked for lies on its pixels, the tiles' bytes are read,
-each decoded by libjpeg-turbo and cut to fit. That is the same arithmetic in the same library, so it
-is the same picture to the bit; `tests/wsi/test_jpeg_tiles.py` holds it to that, and the first
-region of every level is read both ways before any is believed (`reader.Slide`).
+OpenSlide spends most of its time compositing tiles with cairo, not decoding them. If a level is
+a plain grid of JPEG tiles and the requested region lies on its pixels, the tiles' bytes are read,
+decoded by libjpeg-turbo and cropped. This is the same arithmetic in the same library, so the
+pixels are identical; `tests/wsi/test_jpeg_tiles.py` checks it, and the first region of every level
+is read both ways before direct decoding is used (`levels.Levels`).
 
-Everything else is left to OpenSlide: other formats and codecs silently, as `Direct.why_not` says;
-what is odd in a JPEG TIFF (tiles missing, strange colour) with one warning. A tile that does not
-decode cleanly is OpenSlide's to judge: nothing here invents pixels.
+OpenSlide reads everything else: other formats and codecs silently (`Direct.why_not` has the
+reason), unusual JPEG TIFFs (missing tiles, strange colour) with one warning. A tile that does not
+decode cleanly is read by OpenSlide: nothing here invents pixels.
 
 Price: 0.15 to 0.3 ms a tile of 256 px, and `CACHE_BYTES` of memory a process. A tile that was used
-whole is not kept, since a lattice asks for no pixel twice.
+whole is not cached, since a lattice reads no pixel twice.
 
 Source: TIFF 6.0 and its technical note 2 (JPEG tables); ITU T.81, annex B (markers).
 """
@@ -29,20 +29,20 @@ import numpy as np
 
 from slides.wsi.tiff_tags import JPEG_TABLES, directories
 
-CACHE_BYTES = 64 << 20  # decoded tiles of all slides of this process: a row of a large slide
-VENDORS = ("aperio", "generic-tiff")  # the others lay tiles over each other or leave some out
-JPEG, RGB, YCBCR = 7, 2, 6  # as TIFF numbers them
+CACHE_BYTES = 64 << 20  # for all slides of this process: holds one row of tiles of a large slide
+VENDORS = ("aperio", "generic-tiff")  # other formats overlap tiles or leave some out
+JPEG, RGB, YCBCR = 7, 2, 6  # TIFF's numbers
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266
 SAMPLES, PLANAR, TILE_WIDTH, TILE_HEIGHT, OFFSETS, COUNTS = 277, 284, 322, 323, 324, 325
-MAX_SIDE = 4096  # of a tile: larger ones are no tiles
+MAX_SIDE = 4096  # pixels: no real tile is larger
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # then 0 for RGB, 1 for YCbCr
 SOI, SOS, DQT, DHT = 0xD8, 0xDA, 0xDB, 0xC4
-COLOUR_MARKERS = (0xE0, 0xEE)  # JFIF and Adobe: OpenSlide believes the TIFF instead
+COLOUR_MARKERS = (0xE0, 0xEE)  # JFIF and Adobe: OpenSlide trusts the TIFF's tags instead
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 class NotDirectError(Exception):
-    """Not a level, or not a tile, to decode here; says why."""
+    """A level or tile cannot be decoded here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Level:
     offsets: np.ndarray
     counts: np.ndarray
     head: bytes
-    """What every tile's stream begins with here: SOI, its colour space, the TIFF's tables."""
+    """Start of every tile's JPEG stream: SOI, colour space, the TIFF's tables."""
 
     @property
     def columns(self) -> int:
-        """Tiles in a row."""
+        """Number of tiles in a row."""
         return -(-self.width // self.tile_width)
 
 
 class Direct:
-    """The levels of one file that can be decoded directly. Open in one process; thread-safe.
+    """Direct JPEG decoding for the levels of one file. Use in one process; thread-safe.
 
     Args:
         path: The file.
@@ -74,8 +74,8 @@ class Direct:
 
     Attributes:
         levels: A `Level`, or None where OpenSlide reads.
-        why_not: For each level without one, the reason.
-        odd: Whether one of the reasons is a fault worth a warning.
+        why_not: For each level that OpenSlide reads, the reason.
+        odd: Whether one of the reasons deserves a warning.
     """
 
     def __init__(self, path: Path, vendor: str, level_sizes: tuple[tuple[int, int], ...]):
@@ -96,7 +96,7 @@ class Direct:
             try:
                 if len(same) != 1:
                     raise NotDirectError(reason or f"{len(same)} directories are of its size")
-                if holes:  # OpenSlide leaves them out of an Aperio slide's coarser levels as well
+                if holes:  # OpenSlide then omits these tiles from coarser Aperio levels too
                     raise NotDirectError("tiles are missing from a finer level")
                 holes = _missing(same[0]) > 0
                 self.levels[number] = _level(same[0])
@@ -107,7 +107,7 @@ class Direct:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def close(self) -> None:
-        """Let the file and its decoded tiles go."""
+        """Close the file and drop its decoded tiles."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -118,12 +118,12 @@ class Direct:
         self.levels[level], self.why_not[level], self.odd = None, why, True
 
     def pixels(self, level: int, x_r: int, y_r: int, width: int, height: int) -> np.ndarray:
-        """A region of a level, (height, width, 3) uint8, white outside.
+        """Return a region of a level, (height, width, 3) uint8, white outside the level.
 
         `x_r`, `y_r` are pixels of the level.
 
         Raises:
-            NotDirectError: ask OpenSlide.
+            NotDirectError: OpenSlide has to read this region.
         """
         grid = self.levels[level]
         if grid is None:
@@ -162,7 +162,7 @@ class Direct:
         return tile
 
     def _decode(self, grid: Level, number: int) -> np.ndarray:
-        """One tile, (tile_height, tile_width, 3) uint8."""
+        """Return one decoded tile, (tile_height, tile_width, 3) uint8."""
         import simplejpeg
 
         count = int(grid.counts[number])
@@ -182,7 +182,7 @@ class Direct:
 
 
 class _Cache:
-    """Decoded tiles, the longest unused given up first. One a process."""
+    """Decoded tiles of this process; the least recently used ones are dropped first."""
 
     def __init__(self):
         self.clear()
@@ -213,7 +213,7 @@ class _Cache:
 
 
 _cache, _serial = _Cache(), itertools.count()
-if hasattr(os, "register_at_fork"):  # another thread may hold the lock while the process forks
+if hasattr(os, "register_at_fork"):  # another thread may own the lock while the process forks
     os.register_at_fork(after_in_child=_cache.clear)
 
 
@@ -222,15 +222,15 @@ def _one(tags: dict[int, np.ndarray], tag: int, default: int = 0) -> int:
 
 
 def _missing(tags: dict[int, np.ndarray]) -> int:
-    """How many tiles a directory has no bytes for."""
+    """Return how many tiles of a directory have no bytes."""
     return max(int((tags.get(tag, np.empty(0)) == 0).sum()) for tag in (OFFSETS, COUNTS))
 
 
 def _level(tags: dict[int, np.ndarray]) -> Level:
-    """The grid a directory describes.
+    """Return the tile grid that a TIFF directory describes.
 
     Raises:
-        NotDirectError: it is not of the plain kind.
+        NotDirectError: it is not a plain grid of 8-bit RGB JPEG tiles.
     """
     photometric = _one(tags, PHOTOMETRIC, -1)
     wanted = {
@@ -250,7 +250,7 @@ def _level(tags: dict[int, np.ndarray]) -> Level:
     offsets, counts = tags.get(OFFSETS, np.empty(0)), tags.get(COUNTS, np.empty(0))
     tiles = -(-sizes[0] // sizes[2]) * -(-sizes[1] // sizes[3])
     if not len(offsets) == len(counts) == tiles:
-        raise NotDirectError(f"{tiles} tiles make it up, {len(offsets)} are listed")
+        raise NotDirectError(f"it needs {tiles} tiles, {len(offsets)} are listed")
     if missing := _missing(tags):
         raise NotDirectError(f"{missing} of its {tiles} tiles are missing")
     tables = _tables(tags[JPEG_TABLES].tobytes()) if JPEG_TABLES in tags else b""
@@ -259,7 +259,7 @@ def _level(tags: dict[int, np.ndarray]) -> Level:
 
 
 def _tables(data: bytes) -> bytes:
-    """The segments of a tables-only stream; only tables may be in it."""
+    """Return the segments of a tables-only JPEG stream."""
     kept, at = [], 2
     while data[at : at + 2] != b"\xff\xd9":
         marker, end = _segment(data, at)
@@ -271,10 +271,10 @@ def _tables(data: bytes) -> bytes:
 
 
 def _stream(head: bytes, data: bytes, width: int, height: int) -> bytes:
-    """A tile's own stream with the TIFF's tables and colour space in it.
+    """Return a tile's JPEG stream with the TIFF's tables and colour space inserted.
 
     Raises:
-        NotDirectError: it is not the start of a JPEG of three components and this size.
+        NotDirectError: it is not a JPEG of three components and this size.
     """
     if data[:2] != b"\xff\xd8":
         raise NotDirectError("a tile is no JPEG")
@@ -294,7 +294,7 @@ def _stream(head: bytes, data: bytes, width: int, height: int) -> bytes:
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int]:
-    """A marker, and where its segment ends."""
+    """Return the JPEG marker at `at` and the position where its segment ends."""
     if data[at : at + 1] != b"\xff" or len(data) < at + 4:
         raise NotDirectError("its JPEG headers are damaged")
     length = int.from_bytes(data[at + 2 : at + 4])

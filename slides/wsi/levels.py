@@ -1,14 +1,13 @@
-"""The levels of a slide's file as pixels, whoever decodes them.
+"""The pixels of a slide's levels, decoded by OpenSlide or directly.
 
-The handle is opened on first use in each process and never travels: OpenSlide objects can neither
-be pickled nor safely used after a fork, so `Levels` carries its path and what it has learnt.
+The file is opened on first use in each process: OpenSlide handles can neither be pickled nor
+safely used after a fork, so `Levels` carries only its path and the facts it has read.
 
-OpenSlide is the reference. Where it can be shown to give the same pixels, `slides.wsi.jpeg_tiles`
-decodes the file's JPEG tiles itself; `direct=False` never does. Transparent pixels and those
-outside are white.
+OpenSlide is the reference. `slides.wsi.jpeg_tiles` decodes JPEG tiles directly where its pixels are
+checked to be the same; `direct=False` switches it off. Transparent and outside pixels are white.
 
 Condition: OpenSlide places reads by whole level-0 pixels, so at a level whose downsample is not a
-whole number its pixels come interpolated, shifted by up to half a level-0 pixel.
+whole number its pixels are interpolated, shifted by up to half a level-0 pixel.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ from slides.wsi.diagnose import impossible, tiff_contents, why_refused
 from slides.wsi.jpeg_tiles import Direct, NotDirectError
 from slides.wsi.plain_image import PlainImage, is_plain
 
-CACHE_BYTES = 64 << 20  # all handles of a process together; by default each would hold 32 MiB
-CHECKED = 512  # pixels across, of the first region of each level that is read both ways
-_inherited = []  # handles that came through a fork: closing them here could stop the parent's
+CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
+CHECKED = 512  # pixels: side of the first region of each level, which is read both ways
+_inherited = []  # handles from before a fork: closing them here could stop the parent's
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a slide says of itself, kept so that a copy in another process need not reopen it."""
+    """Sizes, levels and properties of a slide; kept so that other processes need not reopen it."""
 
     width0: int
     height0: int
     level_sizes: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     bounds0: tuple[int, int, int, int]
-    """x0, y0, width, height of the scanned part; the whole slide where the scanner names none."""
+    """x0, y0, width, height of the scanned part; the whole slide if the file names none."""
     vendor: str
     properties: dict[str, str]
 
 
 class Levels:
-    """A file opened lazily; safe to pickle and to use after a fork.
+    """A slide file that is opened on first use; can be pickled and used after a fork.
 
     Args:
         path: The slide's file, or a plain picture of tissue (`slides.wsi.plain_image`).
@@ -69,7 +68,7 @@ class Levels:
         return self.__dict__ | {"_handle": None, "_pid": None, "_direct": None, "_proven": set()}
 
     def close(self) -> None:
-        """Let the file go; the next read opens it again."""
+        """Close the file; the next read opens it again."""
         if self._handle is not None and self._pid == os.getpid():
             self._handle.close()
         elif self._handle is not None:
@@ -81,7 +80,7 @@ class Levels:
 
     @property
     def facts(self) -> Facts:
-        """Sizes, levels and properties.
+        """Sizes, levels and properties of the slide.
 
         Raises:
             NotASlideError: OpenSlide refuses the file.
@@ -92,24 +91,24 @@ class Levels:
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        """Who decodes each level: "direct", or "OpenSlide" and why."""
+        """Decoder of each level: "direct", or "OpenSlide: " and the reason."""
         why = self._directly().why_not if self._want_direct else {}
         return tuple(
-            f"OpenSlide: {why.get(level, 'asked for')}" if level in why or not self._want_direct
+            f"OpenSlide: {why.get(level, 'requested')}" if level in why or not self._want_direct
             else "direct"
             for level in range(len(self.facts.level_downsamples))
         )  # fmt: skip
 
     def pixels(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
-        """A region of a level, (height_r, width_r, 3) uint8 RGB, by whoever may decode it.
+        """Return a region of a level, (height_r, width_r, 3) uint8 RGB.
 
         Raises:
-            UnreadableRegionError: nobody can.
+            UnreadableRegionError: it cannot be decoded.
         """
         if not self._want_direct:
             return self._reference(x0, y0, level, width_r, height_r)
         direct, fault, ds = self._directly(), "", self.facts.level_downsamples[level]
-        x_r, y_r = x0 / ds, y0 / ds  # between pixels OpenSlide interpolates: only it can
+        x_r, y_r = x0 / ds, y0 / ds  # between pixels OpenSlide interpolates; we do not
         if direct.levels[level] is None or not (x_r.is_integer() and y_r.is_integer()):
             return self._reference(x0, y0, level, width_r, height_r)
         try:
@@ -126,7 +125,7 @@ class Levels:
                 direct.drop(level, fault)
         if fault:
             rgb = self._reference(x0, y0, level, width_r, height_r)
-            self._say_slow(fault)  # only now: where OpenSlide fails too, its error says more
+            self._say_slow(fault)  # only now: if OpenSlide fails too, its error says more
         return rgb
 
     def _open(self) -> openslide.OpenSlide:
@@ -146,7 +145,7 @@ class Levels:
         return self._handle
 
     def _is_plain(self) -> bool:
-        """A picture that only lacks OpenSlide's tiles: whole, and no slide that was damaged."""
+        """Return whether the file is an undamaged plain picture that OpenSlide cannot open."""
         if not self.path.is_file():
             return False
         contents = tiff_contents(self.path)
@@ -162,7 +161,7 @@ class Levels:
         return self._direct
 
     def _say_slow(self, why: str) -> None:
-        """Once a slide, in each process."""
+        """Warn once per slide and process that OpenSlide reads it, which is slower."""
         if not self._said_slow:
             self._said_slow = True
             warnings.warn(
@@ -171,11 +170,11 @@ class Levels:
             )
 
     def _reference(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
-        """What OpenSlide reads, over white."""
+        """Return the region as OpenSlide reads it, blended over white."""
         try:
             rgba = np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
         except openslide.OpenSlideError as error:
-            self.close()  # OpenSlide answers nothing more on a handle that failed once
+            self.close()  # OpenSlide refuses every read on a handle that failed once
             raise UnreadableRegionError(
                 f"{self.name}: {width_r} x {height_r} pixels of level {level} at level-0 "
                 f"({x0}, {y0}) cannot be decoded: {error}. The file is damaged or truncated: copy "
@@ -205,7 +204,7 @@ def _facts(handle: openslide.OpenSlide) -> Facts:
 
 
 def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
-    """All that can be read: a damaged name is listed, and then not found under itself."""
+    """Return all readable properties; a damaged key is skipped."""
     found = {}
     for key in handle.properties:
         with contextlib.suppress(KeyError):
@@ -215,5 +214,5 @@ def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
 
 @cache
 def _process_cache(pid: int) -> openslide.OpenSlideCache:
-    """One tile cache for all handles of this process; a forked child gets its own."""
+    """Return this process's OpenSlide tile cache; a forked child gets its own."""
     return openslide.OpenSlideCache(CACHE_BYTES)

@@ -1,10 +1,10 @@
-"""A plain picture as a slide: PNG, JPEG, or a TIFF that is not tiled. One level, kept in memory.
+"""A plain picture (PNG, JPEG, untiled TIFF) as a slide with one level, held in memory.
 
-It has no resolution of its own (what such files say is a printer's), so the table must give mpp.
-`PlainImage` answers as far as `reader.Slide` asks an OpenSlide handle.
+Such files state only a printer's resolution, so the cohort table must give mpp. `PlainImage` has
+the part of an OpenSlide handle's interface that `levels.Levels` uses.
 
-Price: the whole picture decoded at the first read, 3 bytes a pixel in each process that reads it;
-more than `MAX_PIXELS` is refused, because a pyramid is the right file for it.
+Price: the whole picture is decoded at the first read, 3 bytes a pixel in each process that reads
+it; more than `MAX_PIXELS` is refused, because such a picture should be a pyramid.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # 8 bits or fewer: others would ha
 
 
 class PlainImage:
-    """One picture, opened by its header; decoded when first read.
+    """A plain picture with OpenSlide's interface; decoded at the first read.
 
     Raises:
-        NotASlideError: too large, more than 8 bits a channel, or CMYK; names the way out.
+        NotASlideError: too large, more than 8 bits a channel, or CMYK; the message has a remedy.
     """
 
     def __init__(self, path: Path, name: str):
@@ -52,7 +52,7 @@ class PlainImage:
         self.properties = {"openslide.vendor": VENDOR}
 
     def read_region(self, corner0: tuple[int, int], level: int, size: tuple[int, int]):
-        """As OpenSlide's: (height, width, 4) uint8, transparent outside the picture."""
+        """Return (height, width, 4) uint8 like OpenSlide; transparent outside."""
         if self._pixels is None:
             self._pixels = self._decode()
         (x0, y0), (width, height) = corner0, size
@@ -69,7 +69,7 @@ class PlainImage:
         return out
 
     def close(self) -> None:
-        """Let the pixels go."""
+        """Drop the decoded pixels."""
         self._pixels = None
 
     def _open(self) -> Image.Image:
@@ -84,15 +84,15 @@ class PlainImage:
             ) from error
 
     def _decode(self) -> np.ndarray:
-        """(height, width, 3 or 4) uint8.
+        """Return the whole picture, (height, width, 3 or 4) uint8.
 
         Raises:
-            openslide.OpenSlideError: as OpenSlide does, for the reader to name the place.
+            openslide.OpenSlideError: it is damaged; `levels.Levels` adds the slide's name.
         """
         try:
             with self._open() as image:
                 if image.format == "JPEG" and image.mode == "RGB":
-                    import simplejpeg  # strict: Pillow fills what is damaged with grey
+                    import simplejpeg  # strict: Pillow fills damaged parts with grey
 
                     return simplejpeg.decode_jpeg(self.path.read_bytes())
                 return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
@@ -101,6 +101,6 @@ class PlainImage:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether the file begins as a PNG or a JPEG does; TIFFs are told by `slides.wsi.diagnose`."""
+    """Return whether the file begins like a PNG or a JPEG."""
     with open(path, "rb") as file:
         return file.read(4)[:3] in (b"\x89PN", b"\xff\xd8\xff")

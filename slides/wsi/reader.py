@@ -1,9 +1,8 @@
 """One open slide: its true resolution, a tile at (x0, y0), a thumbnail.
 
 A tile is read from the coarsest level that is not coarser than the tile, by the level's *float*
-downsample (levels of odd slides say 3.9997 or 4.0056, both mean 4), then reduced with an
-anti-aliasing filter. Nothing is ever enlarged. Where a level's pixels come from is
-`slides.wsi.levels`' matter.
+downsample (some slides state 3.9997 or 4.0056 for 4), then reduced with an anti-aliasing filter.
+Nothing is ever enlarged. `slides.wsi.levels` decodes the pixels.
 
 Price: 0.2 to 0.8 ms for a 224 px tile read unscaled, 2 to 3 ms from 443 px (one core, JPEG tiles);
 three times that through OpenSlide.
@@ -25,7 +24,7 @@ from slides.wsi.levels import Facts, Levels
 from slides.wsi.resolution import find_mpp
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
-BLOCK = 2048  # side of the pieces in which a thumbnail is read, so memory does not follow the slide
+BLOCK = 2048  # side of the pieces in which a thumbnail is read: bounds memory for any slide
 TIFF_VENDORS = {"aperio", "generic-tiff", "leica", "philips", "trestle", "ventana"}
 
 
@@ -36,8 +35,8 @@ class Slide:
 
     Args:
         path: The slide's file.
-        mpp: Microns per level-0 pixel from the user's table; beats what the file says.
-        name: What to call it in errors; the file's name without its extension otherwise.
+        mpp: Microns per level-0 pixel from the user's table; overrides the file's value.
+        name: Name in error messages; by default the file's name without its extension.
         direct: Decode JPEG tiles without OpenSlide where the pixels are proven the same.
     """
 
@@ -64,12 +63,12 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Let the file go; the next read opens it again."""
+        """Close the file; the next read opens it again."""
         self.levels.close()
 
     @property
     def facts(self) -> Facts:
-        """Sizes, levels and properties.
+        """Sizes, levels and properties of the slide.
 
         Raises:
             NotASlideError: OpenSlide refuses the file.
@@ -93,7 +92,7 @@ class Slide:
 
     @property
     def bounds0(self) -> tuple[int, int, int, int]:
-        """x0, y0, width, height of the scanned part, which is where QuPath puts its origin."""
+        """x0, y0, width, height of the scanned part, where QuPath has its origin."""
         return self.facts.bounds0
 
     @property
@@ -103,7 +102,7 @@ class Slide:
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        """Who decodes each level: "direct", or "OpenSlide" and why."""
+        """Decoder of each level: "direct", or "OpenSlide: " and the reason."""
         return self.levels.decoders
 
     @property
@@ -111,7 +110,7 @@ class Slide:
         """Microns per level-0 pixel, mean of both axes.
 
         Raises:
-            MissingResolutionError: neither the table nor the file gives a believable value.
+            MissingResolutionError: neither the table nor the file gives a plausible value.
         """
         return (self.mpp_x + self.mpp_y) / 2
 
@@ -127,11 +126,11 @@ class Slide:
 
     @property
     def mpp_source(self) -> str:
-        """Where the resolution came from: `table`, a property's name, `objective power`."""
+        """Source of the resolution: `table`, a property's name or `objective power`."""
         return self._resolution()[2]
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
-        """The tile at (x0, y0): (size, size, 3) uint8 RGB at the grid's resolution.
+        """Return the tile at (x0, y0) at the grid's resolution, (size, size, 3) uint8 RGB.
 
         Raises:
             TooCoarseError: the tile is finer than the scan.
@@ -140,9 +139,9 @@ class Slide:
         return self.region(x0, y0, grid.size0(self.mpp, self.name), grid.size)
 
     def region(self, x0: int, y0: int, size0: int, size: int) -> np.ndarray:
-        """The square of `size0` level-0 pixels at (x0, y0), as (size, size, 3) uint8 RGB."""
+        """Return the square of `size0` level-0 pixels at (x0, y0), (size, size, 3) uint8 RGB."""
         if size > size0:
-            raise ValueError(f"{self.name}: {size} px asked of {size0}: tiles are never enlarged")
+            raise ValueError(f"{self.name}: {size} px from {size0}: tiles are never enlarged")
         level = self.level_for(size0, size)
         ds = self.level_downsamples[level]
         if abs(ds * size / size0 - 1) <= LEVEL_TOLERANCE:  # the level is the tile: no resampling
@@ -157,15 +156,15 @@ class Slide:
         return np.asarray(wide.resize((size, size), Image.Resampling.HAMMING, box=box))
 
     def level_for(self, size0: int, size: int) -> int:
-        """The coarsest level that is not coarser than `size0 / size`, within `LEVEL_TOLERANCE`."""
+        """Return the coarsest level that is still as fine as `size0 / size`."""
         limit = size0 / size * (1 + LEVEL_TOLERANCE)
         return max(n for n, ds in enumerate(self.level_downsamples) if n == 0 or ds <= limit)
 
     def thumbnail(self, mpp: float = 8.0, max_side: int | None = None) -> tuple[np.ndarray, float]:
-        """The whole slide, small: (h, w, 3) uint8 and its exact downsample from level 0.
+        """Return the whole slide, small: (h, w, 3) uint8, and its downsample from level 0.
 
-        The downsample is a whole number of some level's pixels, the nearest to `mpp`; with
-        `max_side` the least that keeps both sides within it (and no resolution is needed).
+        The downsample is a whole multiple of a level's own: the nearest to `mpp`, or with
+        `max_side` the smallest that keeps both sides within it (the slide then needs no mpp).
         Pixel (i, j) covers [j, j + 1) x [i, i + 1) times the downsample.
         """
         if max_side is None:
@@ -190,9 +189,9 @@ class Slide:
         return out, ds * factor
 
     def check_complete(self) -> None:
-        """See that a TIFF-based file is as long as its own table of tiles says.
+        """Check that a TIFF file is as long as its tile tables say.
 
-        A copy that broke off can open and give its thumbnail, and fail hours into a run.
+        An incomplete copy can open and give a thumbnail, and then fail hours into a run.
 
         Raises:
             NotASlideError: it is shorter.
@@ -213,6 +212,6 @@ class Slide:
 
 
 def slide_stem(path: str | Path) -> str:
-    """File name without its extension: `.ome.tif` is one; inner dots (TCGA barcodes) stay."""
+    """Return the file name without its extension; inner dots (TCGA barcodes) stay."""
     name = Path(path).name
     return re.sub(r"(?i)(\.ome)(?=\.tiff?$)", "", name).rsplit(".", 1)[0] if "." in name else name

@@ -1,9 +1,9 @@
-"""How large a slide's pixels are, in microns, and who says so. A pure function of its properties.
+"""The size of a slide's pixels in microns, found in its properties. A pure function.
 
 Order of trust: the user's table, `openslide.mpp-x`, vendor keys, the TIFF resolution, and last
 10 / objective power, with a warning, because "20x" is 0.44 on one scanner and 0.55 on another.
-A value that no microscope makes counts as missing and is named: 352.8 is a 72 dpi default. Pixels
-that are not square are refused.
+An impossible value counts as missing and is named: 352.8 is a 72 dpi default. Pixels that are not
+square are refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ OME_UNITS = {"um": 1.0, "µm": 1.0, "\u03bcm": 1.0, "micron": 1.0, "nm": 1e-3, "
 def find_mpp(
     properties: Mapping[str, str], name: str, table_mpp: float | None = None
 ) -> tuple[float, float, str]:
-    """Microns per level-0 pixel along x and y, and where they were found.
-
-    Order: the table, `openslide.mpp-x`, vendor keys, TIFF resolution, 10 / objective power with a
-    warning. A value outside 0.05 to 20 counts as missing: 352.8 is a 72 dpi default.
+    """Return microns per level-0 pixel along x and y, and the source they were found in.
 
     Raises:
-        MissingResolutionError: none is there, or only unbelievable ones, which it names; or pixels
-            are longer than broad.
+        MissingResolutionError: there is no value within `MPP_RANGE`, or the pixels are not square.
     """
     found = [("table", table_mpp, table_mpp)] if table_mpp is not None else _stated(properties)
     absurd = []
@@ -53,7 +49,7 @@ def find_mpp(
             stacklevel=2,
         )
         return 10 / power, 10 / power, "objective power"
-    listed = f" What it has is not believable: {', '.join(absurd)}." if absurd else ""
+    listed = f" These values are impossible: {', '.join(absurd)}." if absurd else ""
     raise MissingResolutionError(
         f"{name}: no pixel size between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g} microns per pixel "
         f"was found.{listed} Give it in the cohort table's mpp column (0.25 for most 40x scans, "
@@ -62,7 +58,7 @@ def find_mpp(
 
 
 def _stated(properties: Mapping[str, str]) -> list[tuple[str, float, float]]:
-    """Every resolution the file states, in order of trust: source, x, y in microns per pixel."""
+    """Return each resolution that the file states, in order of trust: (source, x, y)."""
     get = properties.get
     layer = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
     pairs = [

@@ -1,7 +1,7 @@
-"""The directories of a TIFF: their tags as numbers, never their pixels.
+"""Reads the directories of a TIFF: their tags as numbers, never their pixels.
 
-A sound slide of 100,000 tiles costs a few milliseconds; a damaged one ends the walk and never hangs
-it. Only integers are read, and the JPEG tables: where tiles lie and how they are packed.
+Only integers and the JPEG tables are read: where tiles lie and how they are compressed. An intact
+slide of 100,000 tiles takes a few milliseconds; a damaged file ends the reading and never hangs it.
 
 Source: TIFF 6.0, section 2; BigTIFF as libtiff documents it.
 """
@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 
 MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
-INTEGERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # kinds of number, and their form
-BYTES = {1: 1, 2: 1, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 17: 8}  # of other kinds
+INTEGERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # TIFF type: numpy type
+BYTES = {1: 1, 2: 1, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 17: 8}  # other types
 JPEG_TABLES, SUB_IFDS = 347, 330
 SIZE, TILE_SIZE, TILE_TABLES = (256, 257), (322, 323), (324, 325)  # the last: offsets, counts
 MAX_DIRECTORIES = 4096  # a damaged chain can run in a circle
 
 
 def directories(path: str | Path) -> Iterator[tuple[dict[int, np.ndarray], int]]:
-    """Each directory's tags, and the byte behind the last thing it names; nothing if no TIFF.
+    """Yield each directory's tags and the end of the last byte range that it names.
 
-    A directory that lies outside the file has no tags, and its reach is beyond the end.
+    Nothing is yielded if the file is not a TIFF. A directory outside the file has no tags, and its
+    end is beyond the file's.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
@@ -47,11 +48,11 @@ def directories(path: str | Path) -> Iterator[tuple[dict[int, np.ndarray], int]]
 
 
 def missing_tiles(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Tiles that are listed without bytes, in the directory of this width and height.
+    """Return which tiles are listed without bytes in the directory of the given size.
 
     Returns:
-        (rows, columns) bool, and a tile's width and height; nothing missing where there is no such
-        directory, or several.
+        (rows, columns) bool, and a tile's width and height; nothing is missing if no directory, or
+        more than one, has this size.
     """
     same = [
         tags
@@ -74,7 +75,7 @@ def missing_tiles(path: str | Path, size: tuple[int, int]) -> tuple[np.ndarray, 
 def _directory(
     file, offset: int, order: str, big: bool, size: int
 ) -> tuple[dict[int, np.ndarray], int, int]:
-    """One directory's integer tags, the offset of the next one, and how far it reaches."""
+    """Return one directory's integer tags, the next directory's offset, and its reach."""
     count_bytes, entry_bytes, inline = (8, 20, 8) if big else (2, 12, 4)
     word = "Q" if big else "I"
     file.seek(min(offset, size))

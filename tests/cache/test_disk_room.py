@@ -1,4 +1,4 @@
-"""The cache keeps to its budget, keeps what is read, and survives a kill at any moment.
+"""The cache stays within its budget, keeps caches in use, and survives a kill at any moment.
 
 Writers are real processes, and are killed for real, at moments spread over their work.
 """
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 
 def built(folder, *names, tiles=TILES):
-    """Caches of slides, used in this order; their indexes and paths."""
+    """Return the indexes and paths of caches, used in this order."""
     indexes = [make_index(tiles, slide_id=name) for name in names]
     for age, index in enumerate(indexes):
         path = build_cache(Source(), index, folder)
@@ -108,7 +108,7 @@ def _read_and_wait(folder, index, pipe):
 
 
 class SlowSource(Source):
-    """So that a kill has a moment to fall into."""
+    """A slide that reads slowly, so that a kill can hit it."""
 
     def read(self, x0, y0, grid):
         time.sleep(0.0002)
@@ -121,7 +121,7 @@ class TestProcesses:
         monkeypatch.setattr(cache, "SHARD", 2 * cache.CHUNK)
 
     def test_a_writer_killed_at_any_moment_leaves_all_or_nothing(self, tmp_path):
-        """Also while it takes the place of an outdated cache."""
+        """This includes the replacement of an outdated cache."""
         old, new = make_index(TILES), replace(make_index(TILES), fingerprint="1009:second")
         whole = left = 0
         for turn in range(24):
@@ -165,7 +165,7 @@ class TestProcesses:
             make_room(tmp_path, 0)
 
     def test_writing_and_removing_at_once(self, tmp_path):
-        """A reader has right pixels or no cache, whatever others do to it."""
+        """A reader gets correct pixels or no cache, whatever other processes do."""
         index, stop = make_index(TILES), FORK.Event()
         others = [
             FORK.Process(target=_again, args=(stop, build_cache, Source(), index, tmp_path)),
@@ -197,7 +197,7 @@ def _again(stop, do, *arguments):
 
 
 class TestCohort:
-    """Within a budget the first slides are cached and the rest read: the same pixels."""
+    """Within a budget the first slides are cached and the others read: with the same pixels."""
 
     @pytest.fixture
     def cohort(self, small_slide, tmp_path):

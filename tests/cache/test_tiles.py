@@ -1,7 +1,7 @@
-"""A cached slide gives the slide's own tiles, or says why it cannot.
+"""A cached slide gives exactly the slide's tiles, or an error that says why it cannot.
 
-The cache is work skipped, never another answer: not of other tiles, not of another slide, not of a
-run that was killed half-way, not after a file of it was lost.
+The cache only saves work. It never returns other tiles or another slide's, not after a run that was
+killed half-way and not after one of its files was lost.
 """
 
 import os
@@ -32,7 +32,7 @@ SHARD = 2 * CHUNK
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Two chunks a file, so that a few tiles make two files."""
+    """Put two chunks in a file, so that a few tiles make two files."""
     monkeypatch.setattr(cache, "SHARD", SHARD)
 
 
@@ -137,13 +137,13 @@ def test_no_cache_is_an_error_that_says_so(tmp_path):
 
 
 class TestCohort:
-    """Real files, read by the real reader: what comes back is what it reads."""
+    """Real files: the cache gives what the real reader reads."""
 
     GRID, TISSUE = Grid(61, 0.5), Tissue(min_fraction=0.1)
 
     @pytest.fixture
     def rows(self, tmp_path):
-        """Three slides of noise that looks like tissue; their index."""
+        """Return three slides of noise that looks like tissue, and their index."""
         tifffile = pytest.importorskip("tifffile")
         rows = []
         for number in range(3):
@@ -194,7 +194,7 @@ class TestDamage:
         return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix == "")
 
     def test_a_lost_file_is_no_black_tile(self, built):
-        """zarr gives its fill value for a chunk that is not there, without a word."""
+        """zarr silently gives its fill value for a missing chunk."""
         files = self.files(built)
         assert len(files) == 2
         files[1].unlink()
@@ -278,7 +278,7 @@ class TestWriting:
         ]
 
     def test_memory_is_one_shard(self, tmp_path, monkeypatch):
-        """Counts tiles read and not yet written, at each write of the slide's array."""
+        """Counts tiles that are read but not yet written, at each write of the slide's array."""
         import zarr
 
         source, ahead = Source(), []

@@ -1,6 +1,6 @@
-"""A case is the tiles of all its slides in one bag, exactly, in training and after it.
+"""The bag of a case has the tiles of all its slides, in training and prediction.
 
-Where slides are weighed as a whole (`hierarchical`), the reference is the two levels written out.
+For two-level weights (`hierarchical`), the reference writes out both levels.
 """
 
 import h5py
@@ -51,7 +51,7 @@ def test_slides_that_contradict_each_other_are_named():
 
 
 def test_numbers_of_rows_are_no_labels():
-    """What survival adds behind its columns differs from slide to slide."""
+    """Survival adds a number that differs from slide to slide."""
     (case,) = group_by_case(
         [row("a", "c1", 5.0, 1.0, 2.0), row("b", "c1", 5.0, 1.0, 3.0)], ["t", "e"]
     )
@@ -60,7 +60,7 @@ def test_numbers_of_rows_are_no_labels():
 
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory):
-    """The tiny cohort with every second case given the next slide of its split; its config."""
+    """Return the config of a tiny cohort in which every second case has two slides."""
     folder = tmp_path_factory.mktemp("cases")
     config = write_cohort(folder, bags="case", labels=["KRAS"])
     table = pd.read_csv(folder / "cohort.csv")
@@ -68,9 +68,9 @@ def paired(tmp_path_factory):
         table.loc[other, "case_id"] = table.loc[one, "case_id"]
         table.loc[[one, other], "KRAS"] = table.loc[one, "KRAS"]
     table.to_csv(folder / "cohort.csv", index=False)
-    said = yaml.safe_load(config.read_text())
-    said["model"] |= {"strategy": "norm_only", "drop_path": 0.0}
-    config.write_text(yaml.safe_dump(said))
+    settings = yaml.safe_load(config.read_text())
+    settings["model"] |= {"strategy": "norm_only", "drop_path": 0.0}
+    config.write_text(yaml.safe_dump(settings))
     return config
 
 
@@ -82,7 +82,7 @@ def data(paired):
 
 
 def test_a_bag_is_its_slides_one_after_the_other(data):
-    """The same tiles as each slide's own bag, drawn and augmented the same way."""
+    """Its tiles are those of the slides' own bags, drawn and augmented alike."""
     case = data.rows("train")[0]
     assert [part.slide_id for part in case.slides] == ["s0", "s1"]
     how = {"budget": 7, "seed": 5, "augment": Augment(colour=0.1)}
@@ -104,7 +104,7 @@ def test_streamed_it_is_the_same_tiles_whatever_the_chunks(data):
 
 
 def two_levels(aggregator, z_TD, score_T, counts):
-    """Logits and weights, slide by slide: its embedding, then its share of the case."""
+    """Return logits and weights: an embedding per slide, then each slide's share of the case."""
     embeddings, within = [], []
     for z, s in zip(z_TD.split(counts), score_T.split(counts), strict=True):
         w = torch.softmax((s - s.min()) / (s.max() - s.min()) + aggregator.gate(z), 0)
@@ -117,7 +117,7 @@ def two_levels(aggregator, z_TD, score_T, counts):
 
 
 def spread(aggregator):
-    """Gates that have learned something."""
+    """Return gates with trained-looking weights."""
     torch.manual_seed(0)
     for gate in (aggregator.gate, aggregator.slide_gate):
         if gate is not None:
@@ -178,7 +178,7 @@ def test_two_passes_over_a_case_are_the_gradient_of_one_graph(data, name):
 
 
 def predicted(config, run, case=None, slides=("s10.tif", "s11.svs")):
-    """What `tapfm predict` says of two slides, and the folder."""
+    """Return what `tapfm predict` writes for two slides, and the folder."""
     out = run / "predicted"
     table = out / "predictions.csv"
     table.unlink(missing_ok=True)  # or its rows would stay
@@ -276,7 +276,7 @@ def test_bags_of_cases_have_nothing_left_to_pool_and_slides_nothing_to_weigh(pai
 
 
 def test_slides_are_trained_and_cases_tested(paired):
-    """Each row of the table is the mean of the logits of its slides."""
+    """Each row of the table is the mean of its slides' logits."""
     runs = paired.parent / "pooled"
     how = ["--run_dir", str(runs), "--data.bags", "slide", "--data.pool", "mean"]
     fit = ["fit", "--config", str(paired), "--trainer.max_epochs", "1", "--name", "slides"]

@@ -1,4 +1,4 @@
-"""Labelled tiles: a table or folder is read as it stands, and no case is in two parts."""
+"""Tables and folders of labelled tiles are read as published, with no case in two parts."""
 
 import shutil
 
@@ -60,11 +60,11 @@ class TestTable:
         path.write_text(path.read_text() + "gone.png,x,c6,train\n")
         with pytest.raises(CohortError) as caught:
             read_labelled_tiles(path)
-        said = str(caught.value)
-        assert "5 faults" in said
+        message = str(caught.value)
+        assert "5 faults" in message
         for part in ("row 6: label is ''", "row 7: split is 'training'", "row 8: case_id is blank",
                      "row 10: ", "gone.png is no file", "rows 2, 9: picture "):  # fmt: skip
-            assert part in said
+            assert part in message
 
     def test_a_case_in_two_parts_is_refused(self, tmp_path):
         rows = [*SOUND, "e.png,x,c3,train", "f.png,x,c3,test"]
@@ -86,7 +86,7 @@ class TestTable:
 
 class TestFolders:
     def test_parts_classes_and_cases(self, tmp_path):
-        """As SPIDER's own script leaves it, with its slides below the classes."""
+        """The folders are those of SPIDER's script, with slides below the classes."""
         touch(tmp_path, "train/Fat/s1/0.png", "train/Fat/s2/0.png", "train/Mucus/s3/0.png",
               "train/Mucus/s4/0.png", "test/Fat/s5/0.png", "test/Mucus/s5/1.png",
               "train/Fat/readme.txt")  # fmt: skip
@@ -179,7 +179,7 @@ class TestReading:
 
     def test_faults_name_the_file(self, tmp_path):
         picture(tmp_path / "a.png", side=12)
-        with pytest.raises(TileError, match=r"a.png: 12 x 12 px, but tiles of 8 px"):
+        with pytest.raises(TileError, match=r"a.png: 12 x 12 px, but square tiles of 8 px"):
             read_tile(tmp_path / "a.png", 8)
         (tmp_path / "b.png").write_bytes(b"no picture")
         with pytest.raises(TileError, match=r"b.png: cannot be read"):

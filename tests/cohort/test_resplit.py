@@ -1,4 +1,4 @@
-"""`tapfm split`: only the column `split` changes, and what others split is taken as it is."""
+"""`tapfm split` changes only the column `split`, and keeps other tools' splits exactly."""
 
 import csv
 
@@ -10,7 +10,7 @@ from tapfm import cli
 
 @pytest.fixture
 def table(tmp_path):
-    """30 cases, 37 slides; labels, blanks and a column nobody knows."""
+    """Write 30 cases with 37 slides, labels, blanks and an unknown column; return the path."""
     folder = tmp_path / "cohort"
     folder.mkdir()
     lines = ["case_id,slide_id,slide_path,split,EGFR,KRAS"]
@@ -84,8 +84,8 @@ def test_a_leak_is_refused(table, tmp_path, capsys):
     given = tmp_path / "splits_0.csv"
     given.write_text(",train,val,test\n0,s0,s1,s30\n")
     assert split(table, tmp_path / "b.csv", "--from", str(given)) == 2
-    said = capsys.readouterr().err
-    assert "case TCGA-10-0000 is in train (s0) and test (s30)" in said
+    output = capsys.readouterr().err
+    assert "case TCGA-10-0000 is in train (s0) and test (s30)" in output
     assert not (tmp_path / "b.csv").exists()
 
 
@@ -93,8 +93,8 @@ def test_a_leak_is_refused(table, tmp_path, capsys):
     ("options", "message"),
     [
         (["--folds", "3", "--repeats", "2"], "give one of --folds, --repeats and --from"),
-        (["--folds", "3"], "name a folder"),
-        (["--format", "clam"], "name a folder"),
+        (["--folds", "3"], "give a folder"),
+        (["--format", "clam"], "give a folder"),
         (["--labels", "ALK"], "column 'ALK' is missing"),
         (["--labels", "slide_id"], "column 'slide_id': 37 of 37 rows are "),
         (["--task", "ranking"], "'ranking' is none of multilabel, multiclass"),
@@ -117,27 +117,27 @@ def test_paths_below_a_folder_of_slides_stay_as_they_are(table, tmp_path):
 
 
 def test_a_name_that_stands_twice_is_refused(table, tmp_path, capsys):
-    """Two rows of one slide could go to two parts, and of two columns only one would be kept."""
+    """Rows of one slide could go to two parts, and one of two columns would be lost."""
     lines = table.read_text().splitlines()
     lines[0] = lines[0].replace("KRAS", "EGFR")
     lines.append(lines[1].replace("TCGA-10-0000", "TCGA-11-0099"))
     table.write_text("\n".join(lines) + "\n")
     assert split(table, tmp_path / "b.csv") == 2
-    said = capsys.readouterr().err
-    assert "column 'EGFR' appears 2 times" in said
-    assert "rows 2, 39: slide_id s0 appears 2 times" in said
+    output = capsys.readouterr().err
+    assert "column 'EGFR' appears 2 times" in output
+    assert "rows 2, 39: slide_id s0 appears 2 times" in output
     assert not (tmp_path / "b.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("task", "labels", "said"),
+    ("task", "labels", "output"),
     [
         ("multiclass", ["subtype"], ["LUAD", "LUSC"]),
         ("regression", ["TMB"], ["TMB above 1/3", "TMB above 2/3"]),
         ("survival", ["months", "status"], ["status", "months above 1/2"]),
     ],
 )
-def test_classes_values_and_times_are_dealt_evenly(table, tmp_path, capsys, task, labels, said):
+def test_classes_values_and_times_are_dealt_evenly(table, tmp_path, capsys, task, labels, output):
     lines = table.read_text().splitlines()
     cells = [lines[0] + ",subtype,TMB,months,status"]
     for number, line in enumerate(lines[1:]):
@@ -150,7 +150,7 @@ def test_classes_values_and_times_are_dealt_evenly(table, tmp_path, capsys, task
     options = ["--folds", "5", "--task", task, "--labels", *labels]
     assert split(table, out, *options) == 0
     header = capsys.readouterr().out.splitlines()[1]
-    assert header.split("cases", 1)[1].split() == " ".join(said).split()
+    assert header.split("cases", 1)[1].split() == " ".join(output).split()
     tested = []
     for fold in range(5):
         there = rows(out / f"cohort_{fold}.csv")

@@ -1,5 +1,4 @@
-"""`slides.cohort.split_files`: CLAM's and Patho-Bench's files read and written, and leaks
-refused."""
+"""CLAM's and Patho-Bench's split files are read and written, and leaks refused."""
 
 import io
 
@@ -25,7 +24,7 @@ def write(tmp_path):
 
 
 def test_clam_reads_what_is_written():
-    """As CLAM does: pandas, dtype str, blanks dropped, a first column that is an index."""
+    """Reads like CLAM: pandas, dtype str, blanks dropped, first column as index."""
     frame = pd.read_csv(io.StringIO(clam_text(CASE_OF, SPLIT)), dtype=str, index_col=0)
     assert list(frame.columns) == ["train", "val", "test"]
     assert {part: frame[part].dropna().tolist() for part in frame} == {

@@ -1,8 +1,8 @@
-"""`slides.cohort.splits`: no case in two parts, labels as frequent in each part as in the whole.
+"""No case is in two parts, and labels are as frequent in each part as in the cohort.
 
-"Where the counts allow" is exact here: of the n cases of a part whose label is known, the number of
-positives may miss its due by one case. So a part's prevalence is within 3 points of the whole's, or
-within 1 / n if that is more (n below 34). It holds for every label at once.
+Of the n cases of a part whose label is known, the number of positives may differ from its target by
+one case. So a part's prevalence is within 3 points of the whole's, or within 1 / n if that is more
+(n below 34). It holds for every label at once.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ COHORTS = 200
 
 
 def random_cohort(seed):
-    """40 to 400 cases of 1 to 4 slides, 1 to 5 correlated labels, 0 to 20 % unknown, many sites."""
+    """Return 40 to 400 cases of 1 to 4 slides, 1 to 5 labels, 0 to 20 % unknown, many sites."""
     rng = np.random.default_rng(seed)
     count, labels = int(rng.integers(40, 401)), int(rng.integers(1, 6))
     risk = rng.random((count, 1)) + rng.random((count, labels))
@@ -50,7 +50,7 @@ def test_random_cohorts_are_stratified_over_all_labels(tenth):
 
 
 def test_a_plain_shuffle_is_not_that_even():
-    """So the test above can fail."""
+    """Shows that the test above can fail."""
     away = []
     for seed in range(20):
         cases = random_cohort(seed)
@@ -68,16 +68,16 @@ def test_sites_are_preserved_and_the_imbalance_is_said(seed):
     homes = {}
     for case, site in zip(cases.ids, cases.sites, strict=True):
         assert homes.setdefault(site, split[case]) == split[case]
-    said = balance(cases, split)
-    assert said.sites_shared == 0
+    even = balance(cases, split)
+    assert even.sites_shared == 0
     assert balance(cases, fixed_split(cases, seed=seed)).sites_shared > 0
     away = [
         100 * abs(np.nanmean(v[[split[c] == part for c in cases.ids]]) - np.nanmean(v))
         for v in cases.values_CL.T
         for part in SPLITS
     ]
-    assert said.worst_points == pytest.approx(np.nanmax(away))
-    assert f"at worst {said.worst_points:.1f} points from the whole ({said.worst})" in str(said)
+    assert even.worst_points == pytest.approx(np.nanmax(away))
+    assert f"at worst {even.worst_points:.1f} points from the whole ({even.worst})" in str(even)
 
 
 def test_every_case_is_tested_once_and_validates_once():
@@ -153,8 +153,8 @@ def test_what_cannot_be_dealt_is_refused():
 def test_the_balance_of_a_split_that_leaves_cases_out():
     values = np.array([[1.0], [0.0], [np.nan], [1.0]])
     cases = gather_cases(list("abcd"), ["s", "s", "t", "t"], ["EGFR"], values)
-    said = balance(cases, {"a": "train", "b": "test", "c": "test"})
-    assert said.cases == {"all": 3, "train": 1, "test": 2}
-    assert said.positive["test"] == {"EGFR": (0, 1)}
-    assert said.positive["all"] == {"EGFR": (1, 2)}
-    assert (said.worst_points, said.sites_shared) == (50, 1)
+    even = balance(cases, {"a": "train", "b": "test", "c": "test"})
+    assert even.cases == {"all": 3, "train": 1, "test": 2}
+    assert even.positive["test"] == {"EGFR": (0, 1)}
+    assert even.positive["all"] == {"EGFR": (1, 2)}
+    assert (even.worst_points, even.sites_shared) == (50, 1)

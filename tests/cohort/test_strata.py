@@ -1,7 +1,7 @@
-"""`slides.cohort.strata`: folds are as even in classes, values and times as they are in labels.
+"""Folds are as even in classes, values and times as they are in binary labels.
 
-Truth is counted on the cases themselves, by ranks and plain masks. As in test_splits a
-part may miss its due by one case of those that are known, or by 3 points.
+The reference counts cases by ranks and plain masks. Like in test_splits, a part may differ from its
+target by one known case, or by 3 points.
 """
 
 from statistics import median_low
@@ -18,7 +18,7 @@ CLASSES = ("a", "b", "c", "d")
 
 
 def random_cohort(task, seed):
-    """60 to 400 cases, 1 to 3 slides each that say the same; a tenth unknown; ties."""
+    """Return 60 to 400 cases with 1 to 3 equal slides each; a tenth unknown; with ties."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(60, 401))
     if task == "multiclass":
@@ -36,7 +36,7 @@ def random_cohort(task, seed):
 
 
 def groups_of(task, values):
-    """Masks of the cases that a reader would count, and who is known."""
+    """Return masks of the groups of cases that are compared, and which cases are known."""
     if task == "multiclass":
         return [(values[:, 0] == k, ~np.isnan(values[:, 0])) for k in range(4)]
     if task == "survival":
@@ -72,7 +72,7 @@ def test_folds_of_random_cohorts_are_even(task):
 
 @pytest.mark.parametrize("task", NAMES)
 def test_a_plain_shuffle_is_not_that_even(task):
-    """So the test above can fail."""
+    """Shows that the test above can fail."""
     off = []
     for seed in range(20):
         values, _ = random_cohort(task, seed)

@@ -1,4 +1,4 @@
-"""`slides.cohort.table`: a table is read as it is meant, or refused with all its faults at once.
+"""A cohort table is read exactly, or refused with all its faults at once.
 
 Each fault names its row (the header is row 1) and the way out. Unknown labels are nan from the
 table to the weights, and never 0.
@@ -9,13 +9,13 @@ import math
 import pytest
 
 from slides.cohort.table import SPLITS, SlideRow, read_cohort
-from slides.errors import CohortError
+from slides.errors import CohortError, SettingsError
 
 HEADER = ["case_id", "slide_id", "slide_path", "split", "mpp", "stain", "site", "EGFR", "KRAS"]
 
 
 def sound_table():
-    """Seven slides, both classes of both labels in every split, one case with two slides."""
+    """Return seven slides: both classes of both labels in every split, a case with two slides."""
     rows = []
     for number, split in enumerate(["train", "train", "val", "val", "test", "test"]):
         egfr, kras = number % 2, 1 - number % 2
@@ -38,7 +38,7 @@ def sound_table():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a table beside its slides, and gives its path."""
+    """Write a table beside its slides, and return its path."""
 
     def write(rows, header=HEADER, name="cohort.csv", encoding="utf-8"):
         separator = "\t" if name.endswith(".tsv") else ","
@@ -53,7 +53,7 @@ def write(tmp_path):
 
 
 def faults(path, *arguments, **options):
-    """The lines of the error, less the first, which counts them."""
+    """Return the lines of the error after the first, which has their number."""
     with pytest.raises(CohortError) as caught:
         read_cohort(path, *arguments, **options)
     first, *lines = str(caught.value).splitlines()
@@ -68,7 +68,7 @@ def one_fault(path, *arguments, **options):
 
 
 def with_cell(row, column, value):
-    """The sound table with one cell changed. `row` counts from 2, as the errors do."""
+    """Return the sound table with one cell changed; `row` counts from 2, as the errors do."""
     rows = sound_table()
     rows[row - 2][HEADER.index(column)] = value
     return rows
@@ -93,7 +93,7 @@ def test_a_sound_table(write, tmp_path, name, encoding):
 
 
 def test_a_sound_parquet_table_as_pandas_types_it(write, tmp_path):
-    """Labels as floats with gaps, mpp as floats, text with None."""
+    """Labels are floats with gaps, mpp is float, text has None."""
     pandas = pytest.importorskip("pandas")
     write(sound_table())
     frame = pandas.read_csv(tmp_path / "cohort.csv")
@@ -239,7 +239,7 @@ def test_optional_columns_may_be_absent(write, column):
     ("labels", "text"),
     [
         (["ALK"], "label 'ALK' is no column: choose among the label columns (EGFR, KRAS)"),
-        (["EGFR", "EGFR"], "label 'EGFR' is asked for twice"),
+        (["EGFR", "EGFR"], "label 'EGFR' is named twice"),
     ],
 )
 def test_labels_that_are_not_there(write, labels, text):
@@ -275,7 +275,7 @@ def test_a_column_that_is_no_label_is_one_line_and_not_one_a_row(write):
 
 
 def test_a_label_written_otherwise_is_one_line_a_row(write):
-    """Seven rows are few enough to be listed, even if they are all there are."""
+    """Seven rows are few enough to be listed one by one."""
     rows = [[*row[:-1], "mut"] for row in sound_table()]
     lines = faults(write(rows))
     assert [line.split(":")[0] for line in lines] == [f"row {n}" for n in range(2, 9)]
@@ -286,7 +286,7 @@ def test_a_table_without_rows(write):
 
 
 def test_all_faults_come_at_once(write):
-    """One of each kind that can be together in a table; nothing hides anything else."""
+    """The table has one fault of each kind; no fault hides another."""
     rows = sound_table()
     rows[0][7] = "yes"
     rows[1][3] = "dev"
@@ -319,7 +319,7 @@ def test_a_split_that_needs_no_classes(write):
 
 
 def test_a_split_may_be_absent(write):
-    """A table with no test slides trains; only what is there is held to have both classes."""
+    """A table without test slides can train; only splits that exist need both classes."""
     rows = [row for row in sound_table() if row[3] != "test"]
     assert read_cohort(write(rows)).split("test") == ()
 
@@ -357,7 +357,7 @@ def test_without_leaves_the_rest_in_place(write):
 
 
 def test_a_misspelt_split_is_no_empty_split(write):
-    with pytest.raises(ValueError, match="none of train, val, test"):
+    with pytest.raises(SettingsError, match="give one of train, val, test"):
         read_cohort(write(sound_table())).split("valid")
 
 

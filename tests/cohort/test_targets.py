@@ -1,4 +1,4 @@
-"""Label columns of every task are read as they are meant, or refused with a row and a remedy."""
+"""Label columns of every task are read exactly, or refused with row and remedy."""
 
 import math
 
@@ -18,7 +18,7 @@ DEAD = ["1", "0", "1:DECEASED", "0:LIVING", "1", "1", "0", "1", "0", "1"]
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a table of ten slides with these columns."""
+    """Read a table of ten slides with these columns."""
 
     def read(task, labels=None, **columns):
         header = ["case_id", "slide_id", "slide_path", "split", *columns]
@@ -76,11 +76,11 @@ def test_classes_that_cannot_be_learned(read):
 def test_nothing_has_the_name_of_the_mean_over_all(read):
     """CAMELYON17's stages are negative, itc, micro and macro: figures of the last would be lost."""
     stages = ["negative", "itc", "micro", MACRO]
-    said = f"column 'stage': class '{MACRO}' has the name of the mean over all: rename it"
-    assert faults(read, "multiclass", stage=[*stages, *stages[1:], *stages[1:]])[0] == said
+    message = f"column 'stage': class '{MACRO}' has the name of the mean over all: rename it"
+    assert faults(read, "multiclass", stage=[*stages, *stages[1:], *stages[1:]])[0] == message
     for task in ("multilabel", "regression"):
-        said = [f"label '{MACRO}' has the name of the mean over all: rename it"]
-        assert faults(read, task, **{MACRO: list("0101010101")}) == said
+        message = [f"label '{MACRO}' has the name of the mean over all: rename it"]
+        assert faults(read, task, **{MACRO: list("0101010101")}) == message
     dead = {"name": "survival", "time": MACRO, "event": "dead"}
     assert read(dead, **{MACRO: TIMES, "dead": DEAD}).labels == (MACRO, "dead")
 
@@ -128,7 +128,7 @@ def test_times_that_cannot_be(read):
     lines = faults(read, SURVIVAL, months=["-1", "x", *TIMES[2:]], dead=["2", *DEAD[1:]])
     assert lines[0].startswith("row 2: months is '-1': write a time of 0 or more")
     assert lines[1].startswith("row 3: months is 'x'")
-    assert lines[2].startswith("row 2: dead is '2': write 1 if the event was seen")
+    assert lines[2].startswith("row 2: dead is '2': write 1 if the event was observed")
     (fault,) = faults(read, SURVIVAL, months=TIMES, dead=[*DEAD[:4], "0", "0", "0", *DEAD[7:]])
     assert fault.startswith("split val has 0 events")
     (fault,) = faults(read, SURVIVAL, months=TIMES)
@@ -138,13 +138,13 @@ def test_times_that_cannot_be(read):
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ("ranking", "'ranking' is none of multilabel, multiclass, regression, survival"),
         ("survival", "survival needs its columns"),
         ({"name": "survival", "time": "t"}, "survival needs its columns"),
     ],
 )
-def test_tasks_that_are_none(task, said):
-    with pytest.raises(CohortError, match=said):
+def test_tasks_that_are_none(task, message):
+    with pytest.raises(CohortError, match=message):
         make_columns(task)

@@ -1,5 +1,4 @@
-"""`slides.cohort.tcga_names`: what a barcode says, on names made up and on all 1,345 of
-TCGA-LUAD."""
+"""TCGA barcodes are parsed: made-up names, and all 1,345 of TCGA-LUAD."""
 
 import csv
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The demo cohort: what a seed promises, and that the pictures keep it.
+"""The demo cohort has the properties that its plan promises, on disk as well.
 
 * The plan is a pure function of the seed; cases are never split; every split has both classes of
   every label; some labels are unknown; some cases have two slides.
@@ -24,12 +24,13 @@ from slides.demo import cell_stamps as cells
 from slides.demo import cohort as synthetic
 from slides.demo.cohort import FEWEST, LABELS, MIN_SIDE0, MPPS, SPLITS, plan_demo, write_slide
 from slides.demo.tissue_painter import GLASS, TISSUE, TUMOUR, Specimen, paint, site_stain
+from slides.errors import SettingsError
 
 SMALL = {"tissue_mm2": 0.05, "tumour_fraction": 0.3}  # a ninth of a demo specimen
 
 
 def of_cases(plan):
-    """Labels, split and number of slides of each case."""
+    """Return labels, split and number of slides of each case."""
     cases = defaultdict(list)
     for slide in plan:
         cases[slide.case_id].append(slide)
@@ -48,7 +49,7 @@ class TestPlan:
                 assert {y[k] for y in labels} >= {0, 1}, (split, LABELS[k])
 
     def test_too_small_a_cohort_is_refused(self):
-        with pytest.raises(ValueError, match=f"at least {FEWEST} slides.*{FEWEST - 1} were"):
+        with pytest.raises(SettingsError, match=f"at least {FEWEST} slides.*{FEWEST - 1} were"):
             plan_demo(0, FEWEST - 1)
 
     def test_is_a_function_of_the_seed(self):
@@ -94,7 +95,7 @@ class TestPlan:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Three slides on disk: Aperio fine, generic coarse, and one with pen. (plan, folder)."""
+    """Write three slides (Aperio fine, generic coarse, one with pen); return (plan, folder)."""
     out = tmp_path_factory.mktemp("demo")
     for folder in ("slides", "truth"):
         (out / folder).mkdir()
@@ -133,7 +134,7 @@ class TestFiles:
                 np.testing.assert_allclose(opened.level_downsamples, nominal, rtol=5e-3)
 
     def test_truth_lies_where_the_tissue_is(self, written):
-        """Seen through OpenSlide: glass where truth says glass, stain where it says tissue."""
+        """Read through OpenSlide: the truth's glass is glass, its tissue is stained."""
         plan, out = written
         for slide in plan:
             facts = json.loads((out / f"truth/{slide.slide_id}.json").read_text())
@@ -173,7 +174,7 @@ class TestFiles:
             assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
 
     def test_table_is_one_the_cohort_reader_takes(self, tmp_path, monkeypatch):
-        """Painting is left out: a slide is an empty file here."""
+        """Nothing is painted: the slides are empty files."""
 
         def touch(job):
             slide, out = job
@@ -210,7 +211,7 @@ class TestPainting:
 
     @pytest.mark.parametrize("trait", range(len(cells.TRAITS)))
     def test_a_trait_shows_in_the_tumour_cells_texture(self, trait):
-        """State 1 against state 0, on 40 cells of one size and darkness each.
+        """Compares state 1 with state 0, on 40 cells of equal size and darkness each.
 
         The measure is what each trait is: the darkest spot of a nucleus; the clear part of the
         cell; its lightest spot. The states of one trait lie
@@ -262,7 +263,7 @@ class TestPainting:
 
 
 def darkest_spot(stamp):
-    """Haematoxylin of the darkest pixels of the nucleus over its median."""
+    """Return haematoxylin of the nucleus's darkest pixels over its median."""
     cover, inks = stamp[1]
     dark = inks[..., 0][cover[..., 0] > 0.95]
     dark = dark[dark > 0.2]  # a vacuole is cover without stain
@@ -270,14 +271,14 @@ def darkest_spot(stamp):
 
 
 def clear_part(stamp):
-    """Share of the upper layer's cover that holds no stain."""
+    """Return the share of the upper layer's cover that has no stain."""
     cover, inks = stamp[1]
     seen = cover[..., 0] > 0.5
     return (inks.sum(-1)[seen] < 0.15).mean()
 
 
 def lightest_spot(stamp):
-    """Haematoxylin of the lightest pixels well inside the nucleus over its median."""
+    """Return haematoxylin of the lightest pixels well inside the nucleus over its median."""
     cover, inks = stamp[1]
     seen = inks.sum(-1) > 0.1  # a vacuole is cover without stain
     inside = ndimage.binary_erosion((cover[..., 0] > 0.95) & seen, iterations=4)

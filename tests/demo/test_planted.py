@@ -1,4 +1,4 @@
-"""The planted cohort is what its checks suppose: 2 % of a positive's tissue, and a blind coin."""
+"""The planted cohort is as its tests assume: 2 % of a positive's tissue, and a random label."""
 
 from dataclasses import replace
 

@@ -1,8 +1,8 @@
-"""`tapfm labels`: from a GDC download and published mutations to a cohort that can be read.
+"""`tapfm labels` makes a readable cohort from a GDC download and published mutations.
 
-The stand-in has TCGA-LUAD's own file names and UUIDs and its own labels; only the pixels are ours,
-and the manifest has their true sizes and md5. Three things are wrong with it, as in life: one slide
-is damaged, one is missing, and one patient was not profiled.
+The stand-in has TCGA-LUAD's real file names, UUIDs and labels; only the pixels are synthetic, and
+the manifest has their true sizes and md5. As in practice it has three faults: one slide is damaged,
+one is missing, and one patient was not profiled.
 """
 
 import csv
@@ -27,7 +27,7 @@ UNPROFILED = "TCGA-38-4629"  # in the slide table, not in cBioPortal's matrix
 
 @pytest.fixture(scope="module")
 def stand_in(shared_data, tmp_path_factory):
-    """60 diagnostic slides and 5 frozen ones, as gdc-client leaves them."""
+    """Return a download of 60 diagnostic and 5 frozen slides, in gdc-client's layout."""
     with (shared_data / "labels" / "gigapath_LUAD-5-gene_TCGA.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["id"]: parse_slide(row["file_name"]) for row in rows}
@@ -53,7 +53,7 @@ def stand_in(shared_data, tmp_path_factory):
 
 @pytest.fixture
 def run(stand_in, shared_data, tmp_path, capsys):
-    """tapfm labels on the stand-in: exit code, what it says, and the table's path."""
+    """Run `tapfm labels` on the stand-in; return exit code, output and the table's path."""
 
     def run(*options):
         out = tmp_path / "cohort.csv"
@@ -63,15 +63,15 @@ def run(stand_in, shared_data, tmp_path, capsys):
             ["labels", "--mutations", str(matrix), "--genes", *GENES, "--manifest", str(manifest),
              "--slides", str(stand_in[0]), "--out", str(out), *options]
         )  # fmt: skip
-        said = capsys.readouterr()
-        return code, said.out, said.err, out
+        output = capsys.readouterr()
+        return code, output.out, output.err, out
 
     return run
 
 
 @pytest.fixture
 def damaged(stand_in):
-    """One slide with a flipped byte, one away; put right afterwards."""
+    """Flip a byte of one slide and move another away; undo both afterwards."""
     flipped, gone = stand_in[1][7], stand_in[1][11]
     data = flipped.read_bytes()
     flipped.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -82,11 +82,11 @@ def damaged(stand_in):
 
 
 def test_a_whole_download_becomes_a_cohort(run, stand_in):
-    code, said, _, out = run()
+    code, output, _, out = run()
     assert code == 0
-    assert "65 files, 60 diagnostic slides; left out: " in said
-    assert "60 slides whole by size and md5" in said
-    assert f"1 cases not profiled, labels blank: {UNPROFILED}" in said
+    assert "65 files, 60 diagnostic slides; left out: " in output
+    assert "60 slides whole by size and md5" in output
+    assert f"1 cases not profiled, labels blank: {UNPROFILED}" in output
     cohort = read_cohort(out, GENES, both_classes=())
     assert {row.path.resolve() for row in cohort.rows} == set(stand_in[1])
     assert {row.split for row in cohort.rows} == set(SPLITS)
@@ -125,18 +125,18 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(run, damaged, s
 
 
 def test_skip_leaves_out_what_is_not_whole_and_names_it(run, damaged):
-    code, said, _, out = run("--on-error", "skip")
+    code, output, _, out = run("--on-error", "skip")
     assert code == 0
-    assert "58 slides whole by size and md5" in said
-    assert said.count("left out: " + str(damaged[0])) == 1
+    assert "58 slides whole by size and md5" in output
+    assert output.count("left out: " + str(damaged[0])) == 1
     paths = {row.path.resolve() for row in read_cohort(out, GENES, both_classes=()).rows}
     assert len(paths) == 58
     assert not paths & set(damaged)
 
 
 def test_sites_are_preserved_on_request(run):
-    said, out = run("--preserve-sites")[1::2]
-    assert "sites in more than one part: 0; at worst " in said
+    output, out = run("--preserve-sites")[1::2]
+    assert "sites in more than one part: 0; at worst " in output
     homes = {}
     for row in read_cohort(out, GENES, both_classes=()).rows:
         assert homes.setdefault(row.site, row.split) == row.split
@@ -147,13 +147,13 @@ def test_the_record_says_what_made_the_table(run, shared_data, stand_in):
     record = json.loads(out.with_name("cohort.csv.labels.json").read_text())
     (source,) = record["sources"]
     assert source["rules"] == {"EGFR": "hotspot", "STK11": "truncating", "KRAS": "nonsynonymous"}
-    for said, path in (
+    for entry, path in (
         (source, shared_data / "labels" / "tcga_luad_mutations_cbioportal.tsv"),
         (record["table"], out),
         (record["manifest"], stand_in[0].parent / "manifest.txt"),
     ):
-        assert said["file"] == path.name
-        assert said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert entry["file"] == path.name
+        assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert source["counts"]["EGFR"]["unknown"] == 1
     assert record["split"] == {
         "fractions": [0.6, 0.2, 0.2], "seed": 3, "preserve_sites": False,
@@ -161,7 +161,7 @@ def test_the_record_says_what_made_the_table(run, shared_data, stand_in):
 
 
 def test_a_config_says_which_genes_and_where(stand_in, shared_data, tmp_path, monkeypatch):
-    """As `make labels COHORT=tcga_luad` runs it, with the repository's own config."""
+    """Runs like `make labels COHORT=tcga_luad`, with the repository's config."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "tcga_luad"
     folder.mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_config_says_which_genes_and_where(stand_in, shared_data, tmp_path, mo
 def test_the_download_becomes_a_report_that_says_what_it_lacks(
     stand_in, damaged, shared_data, tmp_path, monkeypatch
 ):
-    """As `make train COHORT=tcga_luad` runs it, from manifest to page, with a smaller encoder.
+    """Runs like `make train COHORT=tcga_luad`, from manifest to report, with a smaller encoder.
 
     Besides what the download lacks, a slide that is whole by its md5 cannot be read.
     """
@@ -246,9 +246,9 @@ def test_the_download_becomes_a_report_that_says_what_it_lacks(
 
 def test_two_sources_are_compared_on_the_cases_of_the_manifest(run, shared_data):
     public = shared_data / "labels" / "gigapath_LUAD-5-gene_TCGA.csv"
-    said = run("--against", str(public), "--profiled", "all")[1]
-    assert "where the two disagree, of " in said
-    row = next(line for line in said.splitlines()[::-1] if line.startswith("  KRAS"))
+    output = run("--against", str(public), "--profiled", "all")[1]
+    assert "where the two disagree, of " in output
+    row = next(line for line in output.splitlines()[::-1] if line.startswith("  KRAS"))
     gene, known, differ, only_first, only_second = row.split()
     assert gene == "KRAS"
     assert int(differ) == int(only_first) + int(only_second) <= int(known)
@@ -268,7 +268,7 @@ def test_without_a_manifest_a_row_a_case(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--genes", "EGFR", "--profiled", "all"], "a matrix says itself who was sequenced"),
+        (["--genes", "EGFR", "--profiled", "all"], "a matrix already states who was sequenced"),
         (["--genes", "EGFR", "--slides", "."], "a manifest and its folder go together"),
         (["--genes", "EGFR", "EGFR:hotspot"], "name each gene once"),
         ([], "name each gene once"),

@@ -1,7 +1,7 @@
-"""`slides.labels.manifest`: which files are the slides, and whether they are whole.
+"""A download is checked against its manifest: which files are slides, and which are intact.
 
-Every missing or damaged file is found in one pass; a file is hashed once, and again only if it
-changed; a check that was stopped goes on.
+One pass finds every missing or damaged file; a file is hashed once, and again only if it changed;
+an interrupted check continues.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def slide(number, kind="01Z-00-DX1"):
 
 @pytest.fixture
 def download(tmp_path):
-    """Three files as gdc-client leaves them; the last is longer than one block."""
+    """Write three files in gdc-client's layout; the last is longer than one block."""
     files = []
     for number, data in enumerate([b"abc", b"de", b"f" * (BLOCK + 7)]):
         path = tmp_path / "slides" / f"id{number}" / slide(number)
@@ -57,7 +57,7 @@ def test_a_manifest_is_read(tmp_path):
         (HEADER + f"i\tn\t{'a' * 32}\n", "row 2: 3 cells of 5: it is cut short"),
         (HEADER + f"i\tn\t{'a' * 31}\t1\ts\n", "row 2: n has md5 'a{31}' and size '1'"),
         (HEADER + f"i\tn\t{'a' * 32}\t1.5\ts\n", "size '1.5', not 32 hex"),
-        (HEADER + f"i\t../n\t{'a' * 32}\t1\ts\n", "no plain names"),
+        (HEADER + f"i\t../n\t{'a' * 32}\t1\ts\n", "not plain names"),
         (HEADER + f"i\tn\t{'a' * 32}\t1\ts\n" * 2, r"2 times\n  name n is listed 2 times"),
     ],
 )

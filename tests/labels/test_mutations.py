@@ -1,8 +1,7 @@
-"""`slides.labels.mutations` and `slides.labels.variants`: who is mutated, who is not, and who is
-unknown.
+"""Labels from mutations: which cases are mutated, not mutated, or unknown.
 
-A case is 0 only if it was profiled. What a rule counts is the same from a MAF, plain or packed, and
-from a matrix. The public sources of TCGA-LUAD give known counts and known disagreements.
+A case is 0 only if it was profiled. A rule counts the same mutations in a MAF, plain or packed, and
+in a matrix. The public sources of TCGA-LUAD give known counts and known disagreements.
 """
 
 import csv
@@ -57,7 +56,7 @@ def write(tmp_path):
 
 
 def values(calls, gene):
-    """The last digits of the cases, and what is known: {"1": 1.0}."""
+    """Return {last digits of a case: value} of the known cases, such as {"1": 1.0}."""
     return {case[-1]: calls.value(case, gene) for case in sorted(calls.cases)}
 
 
@@ -73,7 +72,7 @@ def test_a_maf_alone_proves_who_was_profiled_by_their_mutations(write, packed):
 
 
 def test_files_of_one_case_each_are_read_joined(tmp_path, write):
-    """What `cat *.maf.gz` makes: several gzips in one, each with comments and header."""
+    """The file is that of `cat *.maf.gz`: several gzips, each with comments and header."""
     comment, header, *rows = MAF.splitlines(keepends=True)
     joined = tmp_path / "joined.maf.gz"
     joined.write_bytes(b"".join(gzip.compress((comment + header + r).encode()) for r in rows))
@@ -235,7 +234,7 @@ def test_all_faults_at_once_and_files_that_are_not_there(write, tmp_path):
 
 
 class TestPublicSources:
-    """TCGA-LUAD, the 467 patients with diagnostic slides."""
+    """TCGA-LUAD: the 467 patients with diagnostic slides."""
 
     @pytest.fixture
     def read(self, shared_data):
@@ -267,7 +266,7 @@ class TestPublicSources:
         ]  # fmt: skip
 
     def test_the_default_rule_counts_no_change_that_spares_the_protein(self, read):
-        """Eight patients' TP53 is only `T125=` or `Q331=`, one's EGFR only `L210=`."""
+        """Eight patients have only `T125=` or `Q331=` in TP53, one only `L210=` in EGFR."""
         rows = disagreements(*read("nonsynonymous", "all"))
         assert [r.only_first for r in rows] == [5, 16, 16, 18]
 

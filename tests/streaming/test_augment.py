@@ -1,5 +1,4 @@
-"""`slides.streaming.augment` turns and mirrors tiles without touching a pixel, and colours a slide
-as one.
+"""Augmentation turns and mirrors tiles exactly, and colours all tiles of a slide alike.
 
 The eight orientations are checked against numpy's; colour against optical density worked out in
 float64 with the full matrix, pixel by pixel.
@@ -27,12 +26,12 @@ def rng(seed=0):
 
 
 def augment(tiles, generator, *options, **named):
-    """A slide's tiles, all in one go."""
+    """Return a slide's tiles augmented in one call."""
     return draw_change(len(tiles), generator, *options, **named)(tiles)
 
 
 def orientations(tile_CSS):
-    """All eight, by numpy."""
+    """Return all eight orientations, by numpy."""
     both = (tile_CSS.numpy(), tile_CSS.numpy()[..., ::-1])
     return [np.rot90(tile, turns, (-2, -1)) for tile in both for turns in range(4)]
 
@@ -49,7 +48,7 @@ def test_each_orientation_is_numpys(turns, mirror):
 
 @given(seed=st.integers(0, 2**40), flips=st.booleans(), rotations=st.booleans())
 def test_tiles_stay_what_they_are(seed, flips, rotations):
-    """Each comes out as one of the orientations allowed, and in its own place."""
+    """Each result is one of the allowed orientations, at its own place."""
     tiles = random_tiles(5)
     allowed = [f * 4 + r for f in range(1 + flips) for r in range(1 + 3 * rotations)]
     for before, after in zip(tiles, augment(tiles, rng(seed), flips, rotations), strict=True):
@@ -93,7 +92,7 @@ def test_turning_one_kind_off_leaves_the_others():
 
 
 def slow_recolour(tiles, amount):
-    """The definition, in float64 on (T, S, S, 3)."""
+    """Return the recolouring by its definition, in float64 on (T, S, S, 3)."""
     stains = np.array(HAEMATOXYLIN_EOSIN)
     stains = np.vstack([stains, np.cross(*stains)])
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
@@ -134,7 +133,7 @@ def test_stain_leaves_glass_white_and_darkens_tissue():
 
 
 def test_a_slide_is_coloured_as_one():
-    """Equal pixels stay equal wherever they are, also across the groups worked on at once."""
+    """Equal pixels stay equal in all tiles, also across chunks."""
     tiles = random_tiles(1).repeat(37, 1, 1, 1)
     after = augment(tiles, rng(), flips=False, rotations=False, colour=0.3)
     assert (after == after[:1]).all()
@@ -160,7 +159,7 @@ def test_no_tiles_are_no_tiles():
 
 
 def test_stain_jitter_moves_haematoxylin_and_eosin_alone():
-    """Beside colour it adds up; neither changes what the other draws."""
+    """It adds to colour jitter; neither changes the other's draw."""
     tiles = random_tiles()
     lone = rng(5)
     draws = torch.rand(5, generator=lone, dtype=torch.float64) * 2 - 1

@@ -1,4 +1,4 @@
-"""Balanced orders: equal chances at every level of the tree, and a pure function of seed and epoch.
+"""Balanced orders give equal chances at every level, and depend only on seed and epoch.
 
 Chances are counted over many epochs and compared with those of the tree; each bound is five
 standard deviations of a binomial count.
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slides.cohort.table import SlideRow
+from slides.errors import SettingsError
 from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
 from tapfm.cli import main
@@ -47,7 +48,7 @@ def check(counts, chance):
 
 
 def test_every_level_is_even():
-    """Half the draws are positive; of those half go to site y's only slide, an eighth to b's."""
+    """Half the draws are positive; half of those go to site y's only slide, an eighth to b's."""
     counts = counted([(1.0, [POSITIVE, NEGATIVE])])
     each = {0: 1 / 24, 1: 1 / 24, 2: 1 / 24, 3: 1 / 8, 4: 1 / 4}
     check(counts, each | dict.fromkeys(NEGATIVE, 1 / 14))
@@ -71,7 +72,7 @@ KNOWN = [8, 8, 4, 4, 2, 4, 3, 4, 4, 8, 5, 11]
 
 
 def test_nothing_known_is_refused():
-    with pytest.raises(ValueError, match="no slide has a known label"):
+    with pytest.raises(SettingsError, match="no slide has a known label"):
         balanced_order(ROWS, [(1.0, [[], []])], seed=0)
 
 
@@ -106,7 +107,7 @@ def test_what_each_task_draws_from():
 
 
 def test_a_run_draws_by_it(tmp_path):
-    """In turn; a slide that comes again shows other tiles; the loss does not weigh on top."""
+    """A slide that comes again shows other tiles; the loss has no weights in addition."""
     config = write_cohort(tmp_path, sampler="balanced", tiles_per_slide=3)
     data = read_config(["--config", str(config)]).datamodule
     data.prepare_data()
@@ -125,7 +126,7 @@ def test_a_run_draws_by_it(tmp_path):
 
 
 def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkeypatch):
-    """They see every slide as often; a head start's loss is yet the run's, to be compared with."""
+    """They use every slide equally often, so their loss is weighted like the run's."""
     config, tasks, offered = write_cohort(tmp_path, sampler="balanced"), [], []
 
     def noting(fit):

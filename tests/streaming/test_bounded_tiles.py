@@ -1,7 +1,7 @@
-"""`slides.streaming.bounded_tiles`: a slide in bounded memory, the same bytes in every pass.
+"""A slide is read in bounded memory, with the same bytes in every pass.
 
-How much is held, in what chunks it is asked for and by how many processes it is read are ways to
-hold a slide, never another slide: augmentation and sampling included.
+The number of tiles in memory, the chunk size and the number of processes change no byte, with
+augmentation and sampling as without.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from slides.errors import UnreadableRegionError
+from slides.errors import SettingsError, UnreadableRegionError
 from slides.streaming import bounded_tiles as held
 from slides.streaming.bounded_tiles import SlideTiles, host_budget, machine_memory, tiles_to_hold
 from slides.streaming.chunks import WorkerDiedError
@@ -81,7 +81,7 @@ def test_what_is_held_is_not_read_again():
 
 
 def test_tiles_beyond_are_read_in_bounded_memory():
-    """A slide 100 times what is held: no more than slots and one chunk is read ahead."""
+    """The slide has 100 times the tiles in memory: only the slots and one chunk are read ahead."""
     source, index = Source(), make_index(2003)
     tiles = SlideTiles.of(source, index, in_memory=torch.from_numpy(expected_tiles(index)[:20]))
     for number, _ in enumerate(islice(tiles.split(5), 40)):
@@ -102,7 +102,7 @@ def test_what_is_not_held_is_read_ahead_while_the_rest_is_used():
 
 
 def test_bags_arrive_from_workers_as_they_are_made_here():
-    """Through shared memory and pickling; each is opened again in this process."""
+    """They pass through shared memory and pickling, and are opened again in this process."""
     rows = [make_row(n) for n in range(3)]
     options = {"budget": 17, "augment": Augment(colour=0.2), "hold": 6}
     bags = BagDataset(rows, partial(open_slide, TILES), **options)
@@ -130,11 +130,11 @@ class TestFaults:
             whole(tiles, 4)
 
     def test_whoever_wants_to_hears_of_it_first(self):
-        told = []
-        tiles = SlideTiles.of(Source(self.LATE), make_index(TILES), on_fault=told.append)
+        faults = []
+        tiles = SlideTiles.of(Source(self.LATE), make_index(TILES), on_fault=faults.append)
         with pytest.raises(UnreadableRegionError):
             whole(tiles, 4)
-        assert [str(fault) for fault in told] == ["slide.a: bad bytes"]
+        assert [str(fault) for fault in faults] == ["slide.a: bad bytes"]
 
     def test_a_killed_worker_is_an_error_with_the_slides_name(self):
         source, index = Source(die_at=self.LATE), make_index(TILES)
@@ -155,7 +155,7 @@ class TestFaults:
         assert (sound.closed, broken.closed) == (2, 1)
 
     def test_an_unknown_sampling_is_refused(self):
-        with pytest.raises(ValueError, match="one of uniform, spatial, got 'grid'"):
+        with pytest.raises(SettingsError, match="sampling is 'grid': give uniform"):
             bag(sampling="grid")
 
 

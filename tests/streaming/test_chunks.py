@@ -1,8 +1,7 @@
-"""`slides.streaming.chunks`: every tile once, in index order, in a fixed amount of memory.
+"""Chunks contain every tile once, in index order, in a fixed amount of memory.
 
-Chunks and workers are ways to read a slide, never another slide: whatever their numbers, the chunks
-laid end to end are `expected_tiles`, which reads tile by tile. A tile that cannot be read, and a
-worker that is killed, are errors with the slide's name, and never a hang.
+For any numbers of chunks and workers, the chunks together are `expected_tiles`, which reads tile by
+tile. A tile that cannot be read and a killed worker are errors with the slide's name, never a hang.
 """
 
 import multiprocessing
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from slides.errors import NotASlideError, SlideError, UnreadableRegionError
+from slides.errors import NotASlideError, SettingsError, SlideError, UnreadableRegionError
 from slides.streaming import workers as processes
 from slides.streaming.chunks import WorkerDiedError, read_tiles
 from slides.streaming.prefetch import stream_chunks
@@ -67,7 +66,7 @@ def test_no_tiles_are_no_chunks(workers):
 
 
 def settled(counter):
-    """The counter's value once the workers have nothing more to do."""
+    """Return the counter's value once the workers have nothing more to do."""
     last, since = -1, time.monotonic()
     while time.monotonic() - since < 0.3:
         if counter.value != last:
@@ -79,7 +78,7 @@ def settled(counter):
 @pytest.mark.parametrize("tiles", [211, 1009])
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), (1, 1), (2, 2)])
 def test_no_more_is_read_than_the_slots_hold(tiles, workers, prefetch):
-    """Counts tiles read and not yet handed on: the same small number for a slide of any length."""
+    """Counts tiles read and not yet taken: the same small number for slides of any length."""
     source, chunk, most = Source(), 5, 0
     for start, part in stream_chunks(source, make_index(tiles), chunk, workers, prefetch):
         if start in (0, 5, 50, 100):
@@ -90,7 +89,7 @@ def test_no_more_is_read_than_the_slots_hold(tiles, workers, prefetch):
 
 
 def test_memory_is_made_once(monkeypatch):
-    """The slots are the only tensor that is allocated besides the chunk handed out."""
+    """The slots are the only allocation besides the chunk that is returned."""
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a[0]) or empty(*a, **k))
@@ -100,7 +99,7 @@ def test_memory_is_made_once(monkeypatch):
 
 
 def test_a_chunk_is_the_callers_to_keep():
-    """Slots are used again; what was handed out must not change with them."""
+    """Slots are reused; a returned chunk must not change with them."""
     index = make_index(TILES)
     kept = [part for _, part in stream_chunks(Source(), index, 2, 1, 1)]
     np.testing.assert_array_equal(torch.cat(kept).numpy(), expected_tiles(index))
@@ -137,7 +136,7 @@ class TestFaults:
             next(stream)
 
     def test_a_tile_of_another_shape_is_refused(self, workers):
-        """Numpy would broadcast one pixel over the whole tile without a word."""
+        """Numpy would silently broadcast one pixel over the whole tile."""
 
         class OnePixel(Source):
             def read(self, x0, y0, grid):
@@ -175,7 +174,7 @@ def test_no_worker_outlives_its_stream():
 
 
 def test_no_worker_outlives_its_parent(monkeypatch):
-    """A parent killed outright runs no clean-up: workers look for themselves."""
+    """A killed parent runs no clean-up: workers notice by themselves."""
     monkeypatch.setattr(processes, "ORPHAN_CHECK_S", 0.1)
     theirs, ours = multiprocessing.Pipe()
 
@@ -207,7 +206,7 @@ def alive(pid):
 
 @pytest.mark.parametrize("numbers", [(0, 0, 1), (4, -1, 1), (4, 1, 0)])
 def test_impossible_numbers_are_refused_at_once(numbers):
-    with pytest.raises(ValueError, match="must be at least"):
+    with pytest.raises(SettingsError, match="must be at least"):
         stream_chunks(Source(), make_index(5), *numbers)
 
 

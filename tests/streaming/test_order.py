@@ -1,6 +1,6 @@
-"""Order and choice are pure functions of (seed, epoch, slide), and a place in them can be resumed.
+"""Order and choice of tiles depend only on seed, epoch and slide, and training can resume.
 
-A resumed epoch must be the rest of the unbroken one, whatever was read ahead.
+A resumed epoch must equal the rest of the uninterrupted one, whatever was read ahead.
 """
 
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slides.errors import SettingsError
 from slides.seeds import stable_seed
 from slides.streaming.order import (
     SlideSampler,
@@ -83,7 +84,7 @@ def test_each_place_of_an_order_is_fair():
 
 
 def test_another_process_draws_the_same():
-    """Python salts the hash of a string per process; these must not be built on it."""
+    """Python's hash of a string differs between processes; the draws must not."""
     code = (
         "from slides.streaming.order import sample_tiles; from slides.seeds import stable_seed; "
         "print(list(sample_tiles(97, 7, 1, 2, 'a')), stable_seed(5))"
@@ -99,13 +100,13 @@ def test_another_process_draws_the_same():
 
 
 def test_known_values():
-    """A change here changes what a given seed trains on, and no old run can be resumed."""
+    """If these change, old runs cannot be resumed with the same slides and tiles."""
     assert epoch_order(11, 0, 0).tolist() == [3, 4, 10, 1, 0, 2, 6, 5, 7, 8, 9]
     assert sample_tiles(1009, 5, 0, 3, "TCGA-05-4244").tolist() == [261, 505, 775, 887, 929]
 
 
 class TestSpread:
-    """Sampling over space: as fair as the uniform draw, and never bunched."""
+    """Spatial sampling: as fair as the uniform draw, and never clustered."""
 
     def lattice(self, columns, rows, left=0):
         return np.stack(np.meshgrid(np.arange(columns) + left, np.arange(rows)), -1).reshape(-1, 2)
@@ -128,7 +129,7 @@ class TestSpread:
             assert sorted(row * (32 // side) + column) == list(range(budget))
 
     def test_two_islands_get_what_they_are_worth(self):
-        """A biopsy's cores, 300 and 100 tiles: 12 of 16 and 4, give or take one, every time."""
+        """Two biopsy cores of 300 and 100 tiles get 12 and 4 of 16, within one, every time."""
         cells = np.concatenate([self.lattice(20, 15), self.lattice(10, 10, left=100)])
         draws = [spread_tiles(cells, 16, 0, epoch, "a") for epoch in range(200)]
         small = np.array([(rows >= 300).sum() for rows in draws])
@@ -137,7 +138,7 @@ class TestSpread:
         assert np.var(uniform) > 4 * np.var(small)
 
     def test_draws_are_fair_whatever_the_shape(self):
-        """A tile alone is drawn as often as one in a crowd: 300 of 1000 draws, +- 14.5."""
+        """An isolated tile is drawn as often as one among many: 300 of 1000 draws, +- 14.5."""
         cells = np.concatenate([self.lattice(7, 7), [[90, 41]]])
         hits = np.zeros(50)
         for epoch in range(1000):
@@ -162,9 +163,9 @@ class TestSpread:
 
 @pytest.mark.parametrize("budget", [0, -3])
 def test_a_budget_of_nothing_is_refused(budget):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(SettingsError, match="at least 1"):
         sample_tiles(5, budget, 0, 0, "a")
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(SettingsError, match="at least 1"):
         spread_tiles(np.zeros((5, 2), int), budget, 0, 0, "a")
 
 
@@ -172,7 +173,7 @@ class TestSampler:
     N, SEED = 11, 5
 
     def turns(self, epochs):
-        """What an unbroken run trains."""
+        """Return what an uninterrupted run trains."""
         sampler = SlideSampler(self.N, self.SEED)
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
@@ -186,7 +187,7 @@ class TestSampler:
 
     @given(trained=st.integers(0, 3 * 11 - 1), ahead=st.integers(0, 20))
     def test_resuming_goes_on_where_training_stood(self, trained, ahead):
-        """Not where reading stood: `ahead` turns were fetched that nobody trained."""
+        """`ahead` turns were read but not trained: resuming starts before them."""
         unbroken = list(self.turns(3))
         sampler = SlideSampler(self.N, self.SEED)
         for turn in unbroken[:trained]:
@@ -226,7 +227,7 @@ class TestSampler:
     @pytest.mark.parametrize(("key", "other"), [("slides", 13), ("seed", 6)])
     def test_a_checkpoint_of_another_order_is_refused(self, key, other):
         state = SlideSampler(self.N, self.SEED).state_dict() | {key: other}
-        with pytest.raises(ValueError, match=rf"{key} = {other}.*same cohort, seed and"):
+        with pytest.raises(SettingsError, match=rf"{key} = {other}.*same cohort, seed and"):
             SlideSampler(self.N, self.SEED).load_state_dict(state)
 
     def test_no_place_outside_the_epoch(self):

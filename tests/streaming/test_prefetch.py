@@ -1,8 +1,7 @@
-"""`slides.streaming.prefetch`: slide after slide by the same processes, the next one read ahead.
+"""The same processes read slide after slide, the next one ahead of time.
 
-A prefetcher is a way to read slides, never other slides: whatever the workers, the chunks and the
-order in which slides are asked for, their chunks are those of each slide read alone. What breaks in
-a slide is told at its turn, with its name; no process is left whichever way it ends.
+For any workers, chunks and order of slides, the chunks are those of each slide read alone. A fault
+of a slide is raised at its turn, with its name; no process is left however it ends.
 """
 
 import multiprocessing
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from slides.errors import NotASlideError, UnreadableRegionError
+from slides.errors import NotASlideError, SettingsError, UnreadableRegionError
 from slides.streaming.bounded_tiles import SlideTiles, joined
 from slides.streaming.chunks import WorkerDiedError
 from slides.streaming.prefetch import Prefetcher, stream_chunks
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.timeout(60)  # a hang is a failure
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """No process, whatever the test did."""
+    """Check that no process is left after any test."""
     children = multiprocessing.active_children()
     yield
     assert multiprocessing.active_children() == children
@@ -46,7 +45,7 @@ def listed(number, count, **source):
     return StreamedSlide.at_hand(Source(**source), make_index(count, f"slide.{number}"))
 
 
-def crew_of(workers, counts=COUNTS, prefetch=2, **faults):
+def prefetcher_of(workers, counts=COUNTS, prefetch=2, **faults):
     """A prefetcher and its slides' sources; `faults` are of slide 1."""
     prefetcher, sources = Prefetcher(workers, prefetch), []
     for number, count in enumerate(counts):
@@ -68,7 +67,7 @@ def taken(prefetcher, number, size):
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_each_slide_comes_as_it_does_alone(workers, size):
-    prefetcher, sources = crew_of(workers)
+    prefetcher, sources = prefetcher_of(workers)
     with prefetcher:
         for number, count in enumerate(COUNTS):
             assert taken(prefetcher, number, size) == alone(number, count, size)
@@ -76,7 +75,7 @@ def test_each_slide_comes_as_it_does_alone(workers, size):
 
 
 def test_the_parity_test_can_fail():
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         assert taken(prefetcher, 0, 5) != alone(4, COUNTS[4], 5)
 
@@ -90,7 +89,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_any_other_order_is_right_too(order):
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         for number in order:
             for size in (5, 4):
@@ -98,7 +97,7 @@ def test_any_other_order_is_right_too(order):
 
 
 def test_slides_that_are_left_or_read_at_the_same_time_are_right_too():
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         left = prefetcher.chunks(0, 2)
         next(left)
@@ -113,7 +112,7 @@ def test_slides_that_are_left_or_read_at_the_same_time_are_right_too():
 
 
 def test_from_the_middle_of_a_slide_on_nothing_is_read_in_vain():
-    prefetcher, sources = crew_of(2)
+    prefetcher, sources = prefetcher_of(2)
     with prefetcher:
         assert [start for start, _ in prefetcher.chunks(0, 5, first=10)] == [10, 15, 20]
         for number in (1, 2, 3, 4):
@@ -122,7 +121,7 @@ def test_from_the_middle_of_a_slide_on_nothing_is_read_in_vain():
 
 
 def test_processes_live_over_all_slides():
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     seen = set()
     with prefetcher:
         for number in range(len(COUNTS)):
@@ -133,14 +132,14 @@ def test_processes_live_over_all_slides():
 
 
 def test_outside_of_with_they_end_with_the_slide_and_read_no_other():
-    prefetcher, sources = crew_of(2)
+    prefetcher, sources = prefetcher_of(2)
     assert taken(prefetcher, 0, 5) == alone(0, COUNTS[0], 5)
     assert not multiprocessing.active_children()
     assert sum(source.reads.value for source in sources[1:]) == 0
 
 
 def settled(sources):
-    """Tiles read of all slides, once the workers have nothing more to do."""
+    """Return the number of tiles read of all slides, once the workers are idle."""
     last, since = -1, time.monotonic()
     while time.monotonic() - since < 0.3:
         if (now := sum(source.reads.value for source in sources)) != last:
@@ -150,8 +149,8 @@ def settled(sources):
 
 
 def test_the_next_slides_are_read_ahead_as_far_as_the_slots_go():
-    """Whatever the slides, no more is read and not yet taken than workers * prefetch chunks."""
-    prefetcher, sources = crew_of(2, [10, 10, 1000])
+    """At most workers * prefetch chunks are read and not yet taken, for any slides."""
+    prefetcher, sources = prefetcher_of(2, [10, 10, 1000])
     done = 0
     with prefetcher:
         for number in range(3):
@@ -167,7 +166,7 @@ def test_slots_are_made_once_for_all_slides(monkeypatch):
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a[0]) or empty(*a, **k))
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         for number in range(len(COUNTS)):
             assert sum(len(tiles) for _, tiles in prefetcher.chunks(number, 5)) == COUNTS[number]
@@ -176,7 +175,7 @@ def test_slots_are_made_once_for_all_slides(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_fault_is_told_at_its_turn_and_the_next_slide_is_whole(workers):
-    prefetcher, _ = crew_of(
+    prefetcher, _ = prefetcher_of(
         workers, [7, 23, 17], fail_at=BAD, error=NotASlideError("no bytes there")
     )
     with prefetcher:
@@ -207,14 +206,14 @@ def test_a_slide_that_does_not_open_is_told_at_its_turn_too(workers):
 
 
 def test_a_bug_is_no_slides_fault_but_names_it():
-    prefetcher, _ = crew_of(2, [7, 23], fail_at=BAD, error=ZeroDivisionError("by zero"))
+    prefetcher, _ = prefetcher_of(2, [7, 23], fail_at=BAD, error=ZeroDivisionError("by zero"))
     with prefetcher, pytest.raises(RuntimeError, match=r"slide\.1: ZeroDivisionError .*: by zero"):
         taken(prefetcher, 1, 5)
 
 
 def test_a_worker_that_dies_at_a_slide_is_an_error_with_its_name():
-    """The slides before it come whole, though it died while they were used."""
-    prefetcher, sources = crew_of(2, [7, 23, 17], die_at=BAD)
+    """Earlier slides are complete, though it died while they were used."""
+    prefetcher, sources = prefetcher_of(2, [7, 23, 17], die_at=BAD)
     with prefetcher:
         stream = prefetcher.chunks(0, 5)
         first = [next(stream)]
@@ -226,7 +225,7 @@ def test_a_worker_that_dies_at_a_slide_is_an_error_with_its_name():
 
 
 def test_workers_killed_from_outside_are_an_error_too():
-    prefetcher, sources = crew_of(2, [7, 23, 17])
+    prefetcher, sources = prefetcher_of(2, [7, 23, 17])
     with prefetcher:
         taken(prefetcher, 0, 5)
         settled(sources)
@@ -238,7 +237,7 @@ def test_workers_killed_from_outside_are_an_error_too():
 
 
 def test_no_process_outlives_a_loop_that_is_left():
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     tiles = [SlideTiles(listed(number, count), prefetcher) for number, count in enumerate(COUNTS)]
     with pytest.raises(KeyError), prefetcher:
         for _ in tiles[0].split(5):
@@ -248,10 +247,10 @@ def test_no_process_outlives_a_loop_that_is_left():
 
 
 def test_no_file_stays_open():
-    """Of pipes, of processes, of shared memory; looked at after the first, which opens torch's."""
+    """Open files are compared after a first run, which opens torch's own."""
     found = []
     for _ in range(4):
-        prefetcher, _ = crew_of(2)
+        prefetcher, _ = prefetcher_of(2)
         with prefetcher:
             next(prefetcher.chunks(0, 5))
         found.append(len(os.listdir("/proc/self/fd")))
@@ -259,7 +258,7 @@ def test_no_file_stays_open():
 
 
 def test_tiles_of_a_case_are_read_by_one_crew():
-    prefetcher, _ = crew_of(2, [])
+    prefetcher, _ = prefetcher_of(2, [])
     parts = [
         SlideTiles(listed(number, count), prefetcher) for number, count in enumerate([7, 0, 6])
     ]
@@ -277,7 +276,7 @@ def test_tiles_of_a_case_are_read_by_one_crew():
 
 
 def test_it_pickles_without_its_processes():
-    prefetcher, _ = crew_of(2)
+    prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         next(prefetcher.chunks(0, 5))
         copy = pickle.loads(pickle.dumps(prefetcher))
@@ -286,13 +285,13 @@ def test_it_pickles_without_its_processes():
 
 @pytest.mark.parametrize("numbers", [(-1, 2), (2, 0)])
 def test_impossible_numbers_are_refused(numbers):
-    with pytest.raises(ValueError, match="must be at least"):
+    with pytest.raises(SettingsError, match="must be at least"):
         Prefetcher(*numbers)
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """A tiny cohort, indexed and cached; its config."""
+    """Return the config of a tiny cohort, indexed and cached."""
     config = write_cohort(tmp_path_factory.mktemp("prefetcher"), labels=["KRAS"], on_error="skip")
     text = config.read_text().replace("c1,", "c0,")
     config.write_text(text)
@@ -349,11 +348,11 @@ def test_a_slide_that_breaks_is_skipped_and_the_next_is_whole(cohort, workers, m
 
 
 class TestTraining:
-    """A slide larger than memory is read while it is trained on, and may break then."""
+    """A slide larger than memory is read during training, and may fail then."""
 
     @pytest.fixture
     def broken(self, tmp_path):
-        """A cohort whose s1 (train) was indexed and then lost; the command to fit on it."""
+        """Return the command to fit a cohort whose slide s1 (train) was indexed and then lost."""
         config = write_cohort(tmp_path, on_error="skip")
         text = yaml.safe_load(config.read_text())
         text["trainer"]["max_epochs"] = 1
@@ -365,7 +364,7 @@ class TestTraining:
         return ["fit", "--config", str(config)]
 
     def test_what_breaks_in_the_first_pass_is_left_out_whole(self, broken, tmp_path):
-        """The run is that of a cohort in memory, where it broke before it was a bag."""
+        """The run equals that of a cohort in memory, where the slide failed before it was a bag."""
         assert main([*broken, "--name", "memory"]) == 0
         assert main([*broken, "--name", "reread", "--data.host_gb", "0"]) == 0
         runs = tmp_path / "runs"

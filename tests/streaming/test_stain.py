@@ -1,7 +1,7 @@
-"""Normalised slides look like the reference, and are the same pixels wherever they are read.
+"""Normalised slides have the reference's colours, and the same pixels wherever they are read.
 
-Slides are painted from known stains, so the truth of an estimate is known; Macenko's operator is
-checked against its definition, unmixing by least squares and mixing again, pixel by pixel.
+Slides are painted from known stains, so the true estimate is known; Macenko's transform is checked
+against its definition, unmixing by least squares and mixing again, pixel by pixel.
 """
 
 import pickle
@@ -38,7 +38,7 @@ STAINS /= np.linalg.norm(STAINS, axis=0)
 
 
 def painted(stains=STAINS, strength=(1.4, 0.8), pixels=40_000, glass=0.3, seed=0):
-    """(P, 3) uint8 of mixed stains, some of only one, and some glass."""
+    """Return (P, 3) uint8 pixels of mixed stains, some of only one stain, and some glass."""
     rng = np.random.default_rng(seed)
     amounts = rng.random((2, pixels)) * np.array(strength)[:, None]
     amounts[1, : pixels // 10] *= 0.02  # nuclei
@@ -66,7 +66,7 @@ class TestMacenko:
         assert np.abs(got - expected).max() < (0.52 if dtype == np.uint8 else 0.02)
 
     def test_two_scanners_of_one_slide_come_out_alike(self):
-        """The same tissue, stained differently: normalised they agree, before they do not."""
+        """The same tissue, stained differently, agrees after normalisation and not before."""
         other = np.array([[0.55, 0.2], [0.75, 0.9], [0.37, 0.39]])
         one = painted()
         two = painted(other / np.linalg.norm(other, axis=0), (0.9, 1.1))
@@ -117,7 +117,7 @@ class TestFaults:
 
 
 class Painted:
-    """A slide whose tiles are painted; counts its reads."""
+    """A slide with painted tiles; counts its reads."""
 
     def __init__(self):
         self.reads = 0
@@ -164,7 +164,7 @@ class TestSlide:
 
 
 class TestTheWholeWay:
-    """Training, validation, prediction and features of a cohort see the same normalised tiles."""
+    """Training, validation, prediction and features use the same normalised tiles."""
 
     @pytest.fixture
     def cohort(self, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ class TestTheWholeWay:
         lines = table.read_text().splitlines()
         table.write_text("\n".join([lines[0] + ",stain", *(f"{x},CD8" for x in lines[1:])]))
         keys = ["--config", str(cohort)]
-        with pytest.raises(CohortError, match=r"data\.stain .* of 14 slides"):
+        with pytest.raises(CohortError, match=r"data\.stain .* for 14 slides"):
             read_config(keys).datamodule  # noqa: B018
         spec = yaml.safe_load(cohort.read_text())
         spec["data"] |= {"stain": None, "stain_jitter": 0.1}
@@ -218,7 +218,7 @@ class TestTheWholeWay:
 
 
 def test_features_of_other_colours_are_made_anew(tmp_path):
-    """A file says how its tiles were normalised; one that says otherwise does not count."""
+    """A feature file records its normalisation; one with another is not used."""
     from tapfm.encoders import backbones
 
     encoder = backbones.load("demo_vit", tile_px=32).eval()

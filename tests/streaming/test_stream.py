@@ -1,8 +1,7 @@
-"""`slides.streaming.stream`: bags are the same whoever reads them, and training resumes to the
-slide.
+"""Bags are the same for any number of readers, and training resumes at the exact slide.
 
-Workers, prefetching and restarts are ways to read sooner, never another bag. Faults arrive with the
-slide's name: raised by default, a `Skipped` record where the user asked to skip.
+Workers, prefetching and restarts do not change bags. Faults arrive with the slide's name: raised by
+default, or a `Skipped` record with `on_error: skip`.
 """
 
 import multiprocessing
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from slides.errors import NoTissueError, UnreadableRegionError
+from slides.errors import NoTissueError, SettingsError, UnreadableRegionError
 from slides.streaming.augment import draw_change
 from slides.streaming.stream import (
     Augment,
@@ -80,7 +79,7 @@ def test_a_validation_bag_is_the_whole_slide_as_it_is():
 
 
 def test_a_training_bag_is_its_draw_of_tiles_augmented():
-    """Put together by hand from the three pure functions it is made of."""
+    """The reference combines the three pure functions by hand."""
     turn = Turn(2, 0, 6)
     rows = sample_tiles(TILES, 5, SEED, 2, "slide.6")
     tiles = torch.from_numpy(expected_tiles(make_index(TILES), rows))
@@ -171,7 +170,7 @@ class TestFaults:
             list(loader)
 
     def test_workers_are_gone_when_the_fault_arrives(self):
-        """A traceback that is kept, as here, must not keep them waiting."""
+        """A traceback that is kept, like here, must not make them wait."""
         before = multiprocessing.active_children()
         loader = SlideLoader(bags_of(Open(BROKEN)), workers=2)
         with pytest.raises(UnreadableRegionError):
@@ -188,10 +187,11 @@ class TestFaults:
             list(SlideLoader(bags_of(open_slide), workers=2))
 
     @pytest.mark.parametrize(
-        ("options", "text"), [({"on_error": "ignore"}, "stop or skip"), ({"budget": 0}, "budget")]
+        ("options", "text"),
+        [({"on_error": "ignore"}, "stop or skip"), ({"budget": 0}, "data.tiles_per_slide")],
     )
     def test_impossible_options_are_refused_at_construction(self, options, text):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(SettingsError, match=text):
             bags_of(**options)
 
 
@@ -223,7 +223,7 @@ def test_only_labels_move_to_the_device():
 
 
 class TestResume:
-    """With Lightning's own Trainer, checkpoint and progress: nothing here is imitated."""
+    """Uses Lightning's own Trainer, checkpoint and progress, without imitation."""
 
     EPOCHS = 3
 

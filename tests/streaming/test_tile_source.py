@@ -1,7 +1,7 @@
-"""One prefetcher of processes reads slide after slide, whatever is made of their tiles.
+"""One prefetcher reads slide after slide, for features, predictions and heatmaps alike.
 
-What `features`, `predict` and `heatmap` write does not depend on how many processes read, nor on
-what is read ahead; a process that dies is an error with the name of its slide.
+What `features`, `predict` and `heatmap` write does not depend on the number of processes or on
+reading ahead; a process that dies is an error with the name of its slide.
 """
 
 import os
@@ -35,7 +35,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model with random weights."""
+    """Return a model with random weights."""
     torch.manual_seed(0)
     model_config = models.ModelConfig("demo_vit", "tapfm_gated", LABELS, 32, 0.5)
     model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=32))
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def started(monkeypatch):
-    """How many workers each start of a prefetcher's processes began with."""
+    """Return the numbers of workers with which a prefetcher's processes were started."""
     counts, begin = [], crews.Workers.__init__
 
     def counted(self, slides, size, workers, slots):
@@ -81,12 +81,12 @@ def test_a_case_comes_as_its_slides_one_after_the_other(config):
 
 
 def written(folder):
-    """Every file's bytes, by name."""
+    """Return every file's bytes, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def run(verb, config, saved, workers):
-    """Features of a cohort, or predictions for slides of it: what is written."""
+    """Write features of a cohort, or predictions for its slides; return what is written."""
     source = read_source([config])
     out = config.parent / f"{verb}_{workers}"
     what = ["--config", config] if verb == "features" else [r.path for r in source.rows[:SLIDES]]
@@ -145,7 +145,7 @@ def test_a_slide_of_the_same_length_in_anothers_place_is_noticed(tmp_path):
 
 
 def test_an_old_cache_for_which_there_is_no_room_any_more_is_passed_over(tmp_path):
-    """A limit leaves slides without a cache: these are read from their files, old cache or none."""
+    """With a limit, slides without a valid cache are read from their files."""
     config = write_cohort(tmp_path)
     rows = read_source([config]).rows
     room = {"data": {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1}}
@@ -177,7 +177,7 @@ def test_a_slide_whose_stains_cannot_be_found_is_closed(tmp_path, monkeypatch):
 
 
 def test_an_index_that_no_longer_fits_its_slide_is_not_used(tmp_path, capsys):
-    """Where no new one can be made, the old one stays on disk; training must not take it."""
+    """If no new one can be made, the old one stays on disk; training must not use it."""
     config = write_cohort(tmp_path, on_error="skip")
     assert main(["index", "--config", str(config)]) == 0
     table = tmp_path / "cohort.csv"

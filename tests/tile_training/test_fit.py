@@ -235,7 +235,7 @@ def test_faults_end_with_a_message(tmp_path, capsys):
     assert main(arguments(tiles / "nowhere", tmp_path)) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--data.tile_px", "48")) == 2
-    assert "32 x 32 px, but tiles of 48 px were asked for" in capsys.readouterr().err
+    assert "32 x 32 px, but square tiles of 48 px" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--data.batch", "0")) == 2
     assert "data.batch must be 1 or more, got 0" in capsys.readouterr().err
     assert main(arguments(tiles, tmp_path, "--trainer.devices", "2")) == 2

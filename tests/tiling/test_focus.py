@@ -1,4 +1,4 @@
-"""Blur grows with the blur, whatever the contrast, and stays between 0 and 1."""
+"""The measure grows with the blur, for any contrast, and stays between 0 and 1."""
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ def test_a_plain_picture_is_all_blur(shape):
 
 
 def test_it_is_its_definition():
-    """Mean of the column's window by brute force, then the share of differences that is left."""
+    """The reference is the column's mean by brute force, then the share of differences left."""
     rgb = tissue()[:31, :17]
     grey = (rgb @ [0.299, 0.587, 0.114]).astype(np.float32)
     worst = 0
@@ -59,7 +59,7 @@ def test_it_is_its_definition():
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_threshold_to_begin_with_parts_sharp_from_blurred_tiles(shared_data, name):
-    """H&E, IHC and a frozen section: 0.5 keeps what is sharp, none that lost 3 microns."""
+    """H&E, IHC and a frozen section: 0.5 keeps all sharp tiles and none blurred by 3 microns."""
     slide = Slide(real_slide(shared_data, name), REAL[name])
     index = index_slide(slide, Grid(224, max(0.5, slide.mpp)), Tissue())
     size = min(index.size0, round(index.size0 * slide.mpp / BLUR_MPP))
@@ -70,7 +70,7 @@ def test_the_threshold_to_begin_with_parts_sharp_from_blurred_tiles(shared_data,
 
 
 def test_it_holds_for_every_kind_of_tissue(shared_data):
-    """Fat and mucin are smooth, and sharp all the same."""
+    """Fat and mucin are smooth but sharp."""
     table = pd.read_csv(shared_data / "tiles" / "tiles.csv")
     for (_, kind), group in table.groupby(["case", "compartment"]):
         for row in group.iloc[::6].itertuples():

@@ -1,7 +1,7 @@
-"""An index holds the tiles with tissue, reads back whole or not at all, and is never half-written.
+"""An index has the tiles with tissue, reads back complete or not at all, and is never partial.
 
-Truth comes from the picture: a slide is drawn with tissue in known places. The disk is full for
-real, by the kernel's limit on file size in another process, and by failing each call in turn.
+The slide is drawn with tissue in known places. The full disk is real, by the kernel's limit on file
+size in another process, and simulated by failing each call in turn.
 """
 
 import csv
@@ -30,6 +30,7 @@ from slides.errors import (
     MissingResolutionError,
     NotASlideError,
     NoTissueError,
+    SettingsError,
     SlideError,
     TooCoarseError,
     UnreadableRegionError,
@@ -53,13 +54,13 @@ GRID = Grid(64, 0.5)
 
 
 def row(path, mpp=None, slide_id=None):
-    """A cohort row, as far as indexing looks at it."""
+    """Return a cohort row with the attributes that indexing reads."""
     return SimpleNamespace(slide_id=slide_id or Path(path).stem, path=Path(path), mpp=mpp)
 
 
 @pytest.fixture
 def made(small_slide, tmp_path):
-    """One slide's index, made and written: the index, its path."""
+    """Write one slide's index, and return the index and its path."""
     index = index_slide(Slide(small_slide("a.tif")), GRID, Tissue())
     path = index_path(tmp_path / "index", GRID, "a")
     write_index(path, index, Tissue())
@@ -67,7 +68,7 @@ def made(small_slide, tmp_path):
 
 
 def as_array(path):
-    """A picture's colours."""
+    """Return a picture's colours."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
@@ -77,7 +78,7 @@ def leftovers(folder):
 
 class TestChoice:
     def test_takes_the_tiles_that_are_tissue(self, small_slide):
-        """The oval of `small_slide`: 0.3 by 0.35 of the sides about (0.45, 0.55)."""
+        """The tissue of `small_slide` is an oval: 0.3 by 0.35 of the sides about (0.45, 0.55)."""
         index = index_slide(Slide(small_slide("a.tif")), GRID, Tissue(min_fraction=0.5))
         corners = GRID.coords(1201, 907, 0.5)
         x, y = (corners + 32).T
@@ -146,7 +147,7 @@ class TestFile:
     @pytest.mark.parametrize("size", [224, 256, 518, 97])
     @pytest.mark.parametrize("mpp", [0.5, 0.55])
     def test_trident_reads_the_same_square(self, made, tmp_path, slide_mpp, size, mpp):
-        """Its rule is patch_size * level0_magnification // target_magnification."""
+        """TRIDENT's formula is patch_size * level0_magnification // target_magnification."""
         grid = Grid(size, mpp)
         index = replace(made[0], grid=grid, size0=grid.size0(slide_mpp), slide_mpp=slide_mpp)
         write_index(tmp_path / "t.h5", index, Tissue())
@@ -256,7 +257,7 @@ class TestFullDisk:
         assert not leftovers(tmp_path)
 
     def test_the_kernel_refuses_the_bytes(self, small_slide, tmp_path):
-        """A real limit on file size in a real run: exit with the error, then resume to the end."""
+        """A real limit on file size in a real run: the run exits with the error, then resumes."""
         paths = [str(small_slide(f"{name}.tif", seed=n)) for n, name in enumerate("abc")]
         code = textwrap.dedent("""
             import resource, sys
@@ -374,20 +375,20 @@ class TestCohort:
             assert [r["slide_id"] for r in csv.DictReader(file)] == ["a", "b", "c"]
 
     def test_two_slides_of_one_name_are_refused(self, rows, tmp_path):
-        with pytest.raises(SlideError, match="a: given more than once"):
+        with pytest.raises(SlideError, match="a: listed more than once"):
             index_cohort([rows[0], rows[0]], tmp_path, GRID, Tissue(), progress=False)
 
     def test_on_error_is_one_of_two_words(self, rows, tmp_path):
-        with pytest.raises(ValueError, match='"stop" or "skip", got \'ignore\''):
+        with pytest.raises(SettingsError, match=r"data\.on_error is 'ignore': give stop or skip"):
             index_cohort(rows, tmp_path, GRID, Tissue(), on_error="ignore")
 
 
 class TestFigures:
-    """Pen and blur of each tile, beside the tissue."""
+    """Pen and blur of each tile are stored beside its tissue."""
 
     @pytest.fixture
     def half_blurred(self, tmp_path):
-        """Right of x0 = 600 the picture is out of focus by 3 microns."""
+        """Return a slide that is out of focus by 3 microns right of x0 = 600."""
         picture = stained_picture(1201, 907)
         soft = ndimage.gaussian_filter(picture.astype(float), (6, 6, 0)).astype(np.uint8)
         picture[:, 600:] = soft[:, 600:]
@@ -459,7 +460,7 @@ class TestUnusableSlides:
             index_slide(Slide(small_slide("a.svs")), Grid(908, 0.5), Tissue())
 
     def test_a_slide_that_lost_its_last_level(self, small_slide):
-        """It opens and every pixel of level 0 decodes: only its table of contents tells."""
+        """It opens and all of level 0 decodes: only its directories show the loss."""
         path = small_slide("a.tif")
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.9)])
         assert len(Slide(path).level_downsamples) == 2
@@ -467,7 +468,7 @@ class TestUnusableSlides:
             index_slide(Slide(path), GRID, Tissue())
 
     def test_pixels_damaged_only_at_full_size(self, small_slide):
-        """The thumbnail is sound, so only reading a tile can tell."""
+        """The thumbnail is intact, so only reading a tile shows the damage."""
         path = small_slide("a.tif")
         raw = bytearray(path.read_bytes())
         raw[2000:150_000] = bytes(148_000)
@@ -507,7 +508,7 @@ class TestRealSlides:
     }
 
     def test_every_file_is_indexed_or_says_why_not(self, shared_data, tmp_path):
-        """Two folders of every kind at 20x; tile counts within a fifth of those looked at."""
+        """Two folders of every format at 20x; tile counts within a fifth of the expected ones."""
         files = sorted((shared_data / "slides").glob("*/*"))
         rows = [row(p, self.MPP.get(p.name), p.name) for p in files]
         ledger = index_cohort(rows, tmp_path, Grid(), Tissue(), 0, "skip", progress=False)
@@ -534,14 +535,14 @@ class TestRealSlides:
         assert 1 <= len(index) <= 4
 
     def test_needle_slides_give_all_their_tiles(self, shared_data, tmp_path):
-        """Forty tiles of real tissue each, nothing else: all of them, in 90 slides."""
+        """Each of 90 slides has forty tiles of real tissue and nothing else: all are found."""
         paths = sorted((shared_data / "needle" / "slides").glob("*.tif"))
         ledger = index_cohort(map(row, paths), tmp_path, Grid(), Tissue(), 0, progress=False)
         assert {r["tiles"] for r in ledger} == {40}
 
 
 class TestLostTiles:
-    """Tiles that the file lists without bytes come white: tissue there is left out and counted."""
+    """Tiles listed without bytes are read as white: tissue there is left out and counted."""
 
     def without(self, path, level, number):
         with tifffile.TiffFile(path, mode="r+b") as tiff:
@@ -572,8 +573,8 @@ class TestLostTiles:
         assert touched.sum() > 9
         if name == "a.tif":  # its thumbnail is whole, so the choice is the same but for these
             np.testing.assert_array_equal(index.coords0, before.coords0[~touched])
-            said = f"{touched.sum()} tiles of tissue left out: the file lists tiles without"
-            assert ledger["reason"].startswith(said)
+            reason = f"{touched.sum()} tiles of tissue left out: the file lists tiles without"
+            assert ledger["reason"].startswith(reason)
         else:
             assert not {*map(tuple, before.coords0[touched])} & {*map(tuple, index.coords0)}
             assert "tiles of tissue left out" in ledger["reason"]

@@ -1,6 +1,6 @@
-"""A slide's own mask is its tissue: the same pixels as the outline, the same slide, or an error.
+"""A slide's own mask is its tissue, pixel for pixel; a mask of another slide is an error.
 
-Truth is matplotlib's point-in-polygon test at every pixel's centre, and pictures drawn by hand.
+The references are matplotlib's point-in-polygon test at pixel centres, and hand-drawn pictures.
 """
 
 import json
@@ -41,7 +41,7 @@ def qupath(*rings):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of masks; its `put` writes one for slide a."""
+    """Return a folder of masks; its `put` writes one for slide a."""
     (tmp_path / "masks").mkdir()
 
     def put(found, kind=".geojson"):
@@ -64,7 +64,7 @@ def mask_of(path, slide=SLIDE, downsample=16.0):
 
 
 def tiles(where):
-    """Corners of the lattice's tiles wholly in a set of (left, top, right, bottom), less a hole."""
+    """Return corners of lattice tiles inside (left, top, right, bottom) boxes, minus a hole."""
     return {tuple(c) for c in GRID.coords(1201, 907, 0.5) if where(*c, *(c + 64))}
 
 
@@ -169,7 +169,7 @@ class TestGeoJson:
         ],
     )
     def test_what_is_no_geojson_is_said_so(self, folder, text):
-        with pytest.raises(MaskError, match=r"^a: .*(no GeoJSON|no polygon)"):
+        with pytest.raises(MaskError, match=r"^a: .*(cannot be read as GeoJSON|no polygon)"):
             mask_of(folder.put(text))
 
     @pytest.mark.parametrize("shift", [(700, 0), (0, -300), (50_000, 50_000)])
@@ -229,7 +229,7 @@ class TestIndex:
         return Slide(write_pyramid(tmp_path / "a.tif", stained_picture(1201, 907), 0.5))
 
     def test_tiles_are_the_masks_and_not_the_tissues(self, slide, folder):
-        """The square covers glass; the found tissue is elsewhere too."""
+        """The square covers glass; the tissue that would be found is larger."""
         folder.put([feature(SQUARE, HOLE)])
         index = index_slide(slide, GRID, folder.tissue)
         inside = tiles(lambda x, y, x1, y1: x >= 128 and y >= 192 and x1 <= 640 and y1 <= 512)

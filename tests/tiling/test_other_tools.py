@@ -1,4 +1,4 @@
-"""Coordinates of four other programs become the tiles they meant: same corners, size and order.
+"""Other programs' coordinates give their tiles exactly: corners, size and order.
 
 The files are written here word for word as those programs write them, including integers as floats,
 missing attributes and empty slides. The slide encodes its coordinates, so a tile says where it is.
@@ -68,7 +68,7 @@ def atlas_patch(path):
 
 
 def hs2p(path, coords0=CORNERS0, **other):
-    """Of a slide without tiles hs2p writes no arrays."""
+    """Write hs2p's files; for a slide without tiles it writes no arrays."""
     x, y = np.asarray(coords0, np.int64).reshape(-1, 2).T
     tiling = {
         "is_within_tolerance": False, "min_tissue_fraction": 0.01, "n_tiles": len(x),
@@ -105,7 +105,7 @@ class TestRead:
             coordinate_slide.assert_shows(tile, x0, y0, 448, within0=3)
 
     def test_what_trident_leaves_out(self, slide, tmp_path):
-        """Older files: integers, no overlap, no level-0 size: its own rule gives the size."""
+        """Older files lack overlap and level-0 size: TRIDENT's formula gives it."""
         gone = dict.fromkeys(["patch_size_level0", "overlap", "level0_width", "level0_height"])
         index = read_coordinates(trident(tmp_path / "a.h5", target_magnification=20, **gone), slide)
         assert (index.size0, index.grid.overlap) == (448, 0)
@@ -140,7 +140,7 @@ class TestRead:
         assert read_coordinates(path, slide).coords0.shape == (0, 2)
 
     def test_our_own_files_too(self, slide, tmp_path):
-        """They are TRIDENT's kind."""
+        """Our files have TRIDENT's format."""
         index = read_coordinates(trident(tmp_path / "a.h5"), slide)
         path = index_path(tmp_path, index.grid, "coordinates")
         write_index(path, replace(index, tissue_mm2=1.0), Tissue())
@@ -200,13 +200,13 @@ class TestRefuse:
 
 
 class TestIndex:
-    """`index_cohort` with `Tissue(coords=...)`: their tiles in our index, or a reason."""
+    """`index_cohort` with `Tissue(coords=...)` stores their tiles, or gives a reason."""
 
     GRID = Grid(224, 0.5)
 
     @pytest.fixture
     def job(self, tmp_path, coordinate_slide):
-        """Folder of coordinates, and three slides of one file."""
+        """Return a folder of coordinates, and three slides of one file."""
         for name in "abc":
             trident(tmp_path / "job" / "20x_224px_0px_overlap" / "patches" / f"{name}_patches.h5")
         rows = [SimpleNamespace(slide_id=n, path=coordinate_slide.path, mpp=0.25) for n in "abc"]
@@ -241,7 +241,7 @@ class TestIndex:
         assert [row["status"] for row in self.index(job, tmp_path)] == ["kept"] * 3
 
     def test_a_nominal_size_within_the_tolerance_is_read_to_the_pixel(self, job, tmp_path):
-        """As TRIDENT's 448 px on a scan of 0.2527 that would be 443: its pixels, not ours."""
+        """TRIDENT's 448 px on a scan of 0.2527 would be 443 here: its pixels are used."""
         for name in "abc":
             self.put(job, name, patch_size_level0=456.0)
         self.index(job, tmp_path)
@@ -254,8 +254,8 @@ class TestIndex:
         [
             (Grid(224, 0.5), {"patch_size_level0": 472.0}, r"0\.5268 microns .* 5% off"),
             (Grid(224, 0.5), {"patch_size_level0": 424.0}, r"0\.4732 microns .* 5% off"),
-            (Grid(224, 1.0), {}, "0.5 microns per tile pixel where 1 were asked for"),
-            (Grid(256, 0.5), {}, "224 px where 256 px were asked for"),
+            (Grid(224, 1.0), {}, "0.5 microns per tile pixel where 1 were requested"),
+            (Grid(256, 0.5), {}, "224 px where 256 px were requested"),
         ],
     )
     def test_other_tiles_than_asked_for_are_refused_with_both_sizes(
@@ -305,7 +305,7 @@ class TestIndex:
 
     @pytest.mark.parametrize("coords", [False, True])
     def test_nor_by_tiles_that_are_not_theirs(self, job, tmp_path, coords):
-        """Of our own choice, or of another of their jobs."""
+        """The tiles are our own choice, or those of another job."""
         path = trident(index_path(tmp_path / "ours", self.GRID, "a"), coords0=CORNERS0[:2])
         before, tissue = path.read_bytes(), job.tissue if coords else Tissue()
         with pytest.raises(CoordinatesError, match=r"a: its index .*another program.*--out.*--coo"):
@@ -335,8 +335,8 @@ class TestIndex:
             find_coordinates(tmp_path / "job", f"s{number}").unlink()
         command = ["index", "--config", str(config), "--coords", str(tmp_path / "job")]
         assert main(command) == 2
-        said = capsys.readouterr().err
-        assert all(f"s{number}: no coordinates" in said for number in (10, 11, 12, 13))
+        output = capsys.readouterr().err
+        assert all(f"s{number}: no coordinates" in output for number in (10, 11, 12, 13))
         assert main([*command, "--on-error", "skip"]) == 0
         assert "10 slides, 30 tiles" in capsys.readouterr().out
         settings = yaml.safe_load(config.read_text())
@@ -372,14 +372,14 @@ class TestJobDirectory:
             find_coordinates(tmp_path, "s")
         for tag in ("10x_224px_0px_overlap", "20x_224px_0px_overlap"):
             trident(tmp_path / tag / "patches" / "s_patches.h5")
-        with pytest.raises(CoordinatesError, match=r"2 times: 10x.*20x.*Name one"):
+        with pytest.raises(CoordinatesError, match=r"2 times: 10x.*20x.*Give one"):
             find_coordinates(tmp_path, "s")
         found = find_coordinates(tmp_path / "20x_224px_0px_overlap", "s")
         assert found.parent.parent.name.startswith("20x")
 
 
 class TestHs2p:
-    """Where hs2p is installed (`pip install "hs2p[openslide]"`): the files it really writes."""
+    """If hs2p is installed (`pip install "hs2p[openslide]"`), its real files are read."""
 
     @pytest.fixture
     def run(self, tmp_path):

@@ -1,4 +1,4 @@
-"""Tissue is what absorbs with colour; glass, borders, shadows and pen are not; fractions are exact.
+"""Tissue absorbs with colour; glass, borders, shadows and pen do not; fractions are exact.
 
 The references are brute force: Otsu by trying every threshold, a tile's fraction by counting
 sub-pixels. Pictures are drawn at 8 microns per pixel, where a millimetre is 125 pixels.
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slides.errors import NoTissueError
+from slides.errors import NoTissueError, TilingError
 from slides.tiling.tissue import (
     SIGNAL_CAP,
     SIGNAL_RANGE,
@@ -41,7 +41,7 @@ OVAL = ((X - 130) / 70) ** 2 + ((Y - 110) / 55) ** 2 < 1
 
 
 def picture(stain="H&E", where=OVAL, glass=GLASS, seed=0):
-    """Cells of 5 x 5 px in two shades of a stain on noisy glass; (211, 307, 3) uint8."""
+    """Return cells of 5 x 5 px in two shades of a stain on noisy glass; (211, 307, 3) uint8."""
     rng = np.random.default_rng(seed)
     cells = np.kron(rng.random((H // 5 + 1, W // 5 + 1)) < 0.4, np.ones((5, 5)))[:H, :W] > 0
     rgb = np.full((H, W, 3), glass, float)
@@ -66,21 +66,21 @@ class TestMask:
 
     @pytest.mark.parametrize("stain", STAINS)
     def test_a_slide_that_is_all_tissue_stays_whole(self, stain):
-        """Where Otsu alone would take the darker half."""
+        """Otsu alone would keep only the darker half."""
         everywhere = np.ones((H, W), bool)
         if stain in ("faint H&E", "pale mucosa", "pale blue IHC", "grey stroma"):
             everywhere[:, -20:] = False  # a stain this weak can only be told beside some glass
         assert tissue_mask(picture(stain, everywhere), Tissue())[everywhere].mean() > 0.97
 
     def test_pale_tissue_is_not_taken_for_the_white_of_the_glass(self):
-        """No glass at all, and the brightest twentieth and more is pale purple mucosa."""
+        """There is no glass, and more than the brightest twentieth is pale purple mucosa."""
         everywhere = np.ones((H, W), bool)
         rgb = picture(where=everywhere)
         rgb[:, 180:] = picture("pale mucosa", everywhere)[:, 180:]
         assert tissue_mask(rgb, Tissue())[:, 180:].mean() > 0.97
 
     def test_glass_cut_off_by_the_slide_s_edge_is_no_hole(self):
-        """A corner of 17 px that tissue and edges enclose; inside, it would be filled."""
+        """Tissue and edges enclose a corner of 17 px; elsewhere it would be filled."""
         corner = (Y > H - 18) & (X > W - 18)
         mask = tissue_mask(picture(where=~corner), Tissue())
         assert mask[corner].mean() < 0.3
@@ -95,7 +95,7 @@ class TestMask:
 
     @pytest.mark.parametrize("seed", range(3))
     def test_glass_alone_is_empty(self, seed):
-        """Where Otsu alone would take half the noise."""
+        """Otsu alone would keep half of the noise."""
         assert not tissue_mask(picture(where=np.zeros((H, W), bool), seed=seed), Tissue()).any()
 
     @pytest.mark.parametrize("grey", [0, 20, 60, 120, 180])
@@ -108,7 +108,7 @@ class TestMask:
         assert overlap(mask, OVAL) > 0.9
 
     def test_fat_counts_as_tissue_large_holes_do_not(self):
-        """Membranes 6 px (48 microns) apart close; a hole 0.5 mm wide stays open."""
+        """Membranes 6 px (48 microns) apart are closed; a hole 0.5 mm wide stays open."""
         net = OVAL & ((X % 7 == 0) | (Y % 7 == 0))
         filled = tissue_mask(picture(where=net), Tissue())
         assert filled[OVAL].mean() > 0.9
@@ -117,14 +117,14 @@ class TestMask:
         assert mask[hole].mean() < 0.2
 
     def test_specks_go_and_the_setting_moves_the_limit(self):
-        """A square of 12 px is 9,216 square microns."""
+        """The area of a square of 12 px is 9,216 square microns."""
         speck = (abs(X - 270) < 6) & (abs(Y - 30) < 6)
         rgb = picture(where=OVAL | speck)
         assert not tissue_mask(rgb, Tissue(min_area_um2=20_000))[speck].any()
         assert tissue_mask(rgb, Tissue(min_area_um2=5_000))[speck].mean() > 0.5
 
     def test_sizes_are_microns_not_pixels(self):
-        """The same picture said to be at 2 microns is all too small to keep."""
+        """At 2 microns per pixel everything in the same picture is too small to keep."""
         rgb = picture(where=(abs(X - 130) < 20) & (abs(Y - 100) < 20))
         assert tissue_mask(rgb, Tissue(min_area_um2=20_000), mpp=8).any()
         assert not tissue_mask(rgb, Tissue(min_area_um2=20_000), mpp=2).any()
@@ -158,7 +158,7 @@ class TestPen:
 
     @pytest.mark.parametrize("ink", ["green", "blue", "red"])
     def test_without_the_rule_strokes_would_be_tissue(self, ink):
-        """The partner: ink is coloured, so only the pen rule keeps it out."""
+        """Partner test: ink is coloured, so only the pen rule removes it."""
         stroke = abs(Y - 20) < 7
         rgb = picture()
         rgb[stroke] = rgb[stroke] * (np.array(self.INKS[ink]) / 255)
@@ -249,7 +249,7 @@ class TestSettings:
         "wrong", [{"mpp": 0}, {"min_fraction": 1.5}, {"min_area_um2": -1.0}, {"mpp": 400}]
     )
     def test_impossible_ones_are_refused(self, wrong):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(TilingError, match=next(iter(wrong))):
             Tissue(**wrong)
 
 
@@ -278,7 +278,7 @@ REAL = {  # whole slides, by what to say of their resolution
 
 
 def real_slide(shared_data, name):
-    """One of `REAL`, wherever it lies."""
+    """Return the path of one of `REAL`."""
     (path,) = (shared_data / "slides").glob(f"*/{name}")
     return path
 
@@ -297,7 +297,7 @@ class TestRealSlides:
         ],
     )
     def test_slides_have_the_tissue_one_sees(self, shared_data, name, mpp, low, high):
-        """Shares of the slide agreed with by eye on the outlined thumbnails, H&E and IHC."""
+        """Tissue shares were confirmed by eye on the outlined thumbnails, H&E and IHC."""
         slide = Slide(real_slide(shared_data, name), mpp)
         rgb, downsample = slide.thumbnail(8.0)
         mask = tissue_mask(rgb, Tissue(), downsample * slide.mpp)
@@ -306,7 +306,7 @@ class TestRealSlides:
 
     @pytest.mark.parametrize("name", REAL)
     def test_ink_over_real_tissue_goes_and_the_rest_stays(self, shared_data, name):
-        """A stroke 0.3 mm wide across the slide, as dye absorbs: by a factor for each channel."""
+        """A stroke 0.3 mm wide absorbs like dye: by a factor for each channel."""
         slide = Slide(real_slide(shared_data, name), REAL[name])
         rgb, downsample = slide.thumbnail(8.0)
         mpp = downsample * slide.mpp

@@ -1,7 +1,7 @@
 """A damaged slide is a SlideError or gives the right pixels: no crash, no hang, no wrong pixel.
 
-Right is what OpenSlide gives; `benchmarks/fuzz_slides.py` makes the cases and reads them in a
-process that may die. At the end is what fuzzing has found, each once.
+OpenSlide's pixels are the right ones; `benchmarks/fuzz_slides.py` makes the cases and reads them in
+a process that may die. At the end are the bugs that fuzzing has found, one test each.
 """
 
 import re
@@ -34,7 +34,7 @@ def test_cases_are_the_same_every_time(tmp_path):
 
 
 def test_it_tells_wrong_pixels(tmp_path, monkeypatch):
-    """The partner: a direct way that is off by one."""
+    """Partner test: direct decoding that is off by one is detected."""
     sound = write_seeds(tmp_path)[0]
     assert read_both_ways(sound) == "right"
     decode = direct.Direct._decode
@@ -90,11 +90,11 @@ class TestFound:
 
     def test_tiles_that_were_never_listed_took_hours(self, aperio):
         self.edited(aperio, 0, "ImageWidth", 7274855)
-        with pytest.raises(NotASlideError, match=r"a: .* speaks of 568350 tiles and lists 30"):
+        with pytest.raises(NotASlideError, match=r"a: .* names 568350 tiles and lists 30"):
             Slide(aperio, name="a").facts  # noqa: B018
 
     def test_a_tile_missing_at_level_0_is_missing_below(self, aperio):
-        """OpenSlide takes an Aperio slide's coarser level for broken there too."""
+        """OpenSlide treats an Aperio slide's coarser level as broken there too."""
         with tifffile.TiffFile(aperio) as tiff:
             counts = list(tiff.pages[0].tags["TileByteCounts"].value)
         self.edited(aperio, 0, "TileByteCounts", [*counts[:26], 0, *counts[27:]])

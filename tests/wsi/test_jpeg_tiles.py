@@ -1,8 +1,8 @@
-"""The rule: a region decoded directly equals OpenSlide's answer to the last bit, or is its answer.
+"""A region decoded directly equals OpenSlide's to the last bit, or OpenSlide reads it.
 
-No tolerance, for any chroma subsampling, colour space, tile size, edge tile or level: both sides
-are libjpeg-turbo with the same transform and the same upsampling, and stitching copies bytes. What
-is odd in a file falls back with one warning, and then the pixels are OpenSlide's by construction.
+There is no tolerance, for any chroma subsampling, colour space, tile size, edge tile or level: both
+sides are libjpeg-turbo with the same transform and upsampling, and stitching copies bytes. Unusual
+files fall back with one warning, and then the pixels are OpenSlide's by construction.
 """
 
 import pickle
@@ -31,7 +31,7 @@ SLOW = "read through OpenSlide, which is slower"
 def jpeg_tiff(
     path, tile=(96, 80), sampling="420", space="YCbCr", levels=(1, 2), damage=None, **encode
 ):
-    """A pyramid of JPEG tiles encoded one by one; `damage(number, bytes) -> bytes` changes some.
+    """Write a pyramid of separately encoded JPEG tiles; `damage(number, bytes)` changes some.
 
     `tile` is height, width; `space` is what the TIFF says of what is in the tiles.
     """
@@ -74,7 +74,7 @@ def jpeg_tiff(
 
 
 def both(path, level, x0, y0, width, height):
-    """What either way gives: pixels, or the error's class."""
+    """Return the pixels or the error's class of both ways to read."""
     answers = []
     for way in (True, False):
         with Slide(path, direct=way) as slide:
@@ -86,7 +86,7 @@ def both(path, level, x0, y0, width, height):
 
 
 def assert_same(path, regions, decoder="direct"):
-    """Each (level, x_r, y_r, width, height) read both ways."""
+    """Read each (level, x_r, y_r, width, height) both ways, and compare."""
     with Slide(path) as fast, Slide(path, direct=False) as slow:
         for level, x_r, y_r, width, height in regions:
             ds = fast.level_downsamples[level]
@@ -113,7 +113,7 @@ class TestSamePixels:
     @pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411"])
     @pytest.mark.parametrize("space", ["YCbCr", "RGB"])
     def test_every_subsampling_and_colour_space(self, tmp_path, sampling, space):
-        """RGB here means: the TIFF says so and OpenSlide believes it, whatever JFIF says."""
+        """RGB means here that the TIFF says so; OpenSlide trusts it over JFIF."""
         assert_same(jpeg_tiff(tmp_path / "a.tif", sampling=sampling, space=space), EDGES)
 
     @pytest.mark.parametrize("tile", [(16, 16), (240, 240), (256, 128), (448, 720)])
@@ -122,7 +122,7 @@ class TestSamePixels:
 
     @pytest.mark.parametrize("name", ["a.svs", "a.tif"])
     def test_as_scanners_write(self, small_slide, name):
-        """With the JPEG tables in the directory and not in the tiles."""
+        """The JPEG tables are in the directory and not in the tiles."""
         assert_same(small_slide(name), [(0, x, y, 224, 224) for x in (0, 101) for y in (0, 809)])
 
     @settings(max_examples=60, deadline=None)
@@ -162,7 +162,7 @@ def shared_tiff(tmp_path_factory):
 
 
 class TestTheCheck:
-    """The partners: each would let other pixels through if the guard it breaks were not there."""
+    """Partner tests: each guard, when broken, would let other pixels through."""
 
     def test_other_pixels_are_noticed_and_not_believed(self, shared_tiff, monkeypatch):
         true = Direct._decode
@@ -188,11 +188,11 @@ class TestTheCheck:
 
 
 class TestOddFiles:
-    """Each falls back: same pixels, or the same refusal, and one warning where it is slower."""
+    """Each file falls back to OpenSlide: same pixels or refusal, at most one warning."""
 
     def read_all(self, path):
-        """Both ways over the whole of level 0 in squares; the warnings of the direct one."""
-        with warnings.catch_warnings(record=True) as said, Slide(path) as fast:
+        """Read all of level 0 in squares both ways; return the warnings of the direct one."""
+        with warnings.catch_warnings(record=True) as caught, Slide(path) as fast:
             warnings.simplefilter("always")
             with Slide(path, direct=False) as slow:
                 for x0 in range(0, WIDTH, 128):
@@ -204,10 +204,10 @@ class TestOddFiles:
                             except SlideError as error:
                                 answers.append(str(error))
                         np.testing.assert_array_equal(*answers)
-        return [str(w.message) for w in said if SLOW in str(w.message)]
+        return [str(w.message) for w in caught if SLOW in str(w.message)]
 
     @pytest.mark.parametrize(
-        ("what", "said"),
+        ("what", "warning"),
         [
             ("progressive", None),
             ("cut", None),
@@ -220,7 +220,7 @@ class TestOddFiles:
             ("adobe", None),
         ],
     )
-    def test_one_odd_tile(self, tmp_path, what, said):
+    def test_one_odd_tile(self, tmp_path, what, warning):
         rng = np.random.default_rng(0)
         small = rng.integers(0, 255, (48, 80, 3), np.uint8)
         grey = rng.integers(0, 255, (96, 80, 1), np.uint8)
@@ -237,8 +237,8 @@ class TestOddFiles:
         }[what]
         path = jpeg_tiff(tmp_path / "a.tif", damage=lambda n, d: odd(d) if n == 22 else d)
         warned = self.read_all(path)
-        assert len(warned) == bool(said)
-        assert not said or said in warned[0]
+        assert len(warned) == bool(warning)
+        assert not warning or warning in warned[0]
 
     @pytest.mark.parametrize(
         ("tag", "value", "reason"),
@@ -269,7 +269,7 @@ class TestOddFiles:
         assert reason in warned[0]
 
     def test_two_directories_of_one_size(self, tmp_path):
-        """Which of them is the level cannot be told from outside."""
+        """It cannot be decided which of them is the level."""
         path = jpeg_tiff(tmp_path / "a.tif", levels=(1, 1, 2))
         with Slide(path) as slide, pytest.warns(UserWarning, match="2 directories are of its size"):
             assert "2 directories are of its size" in slide.decoders[0]

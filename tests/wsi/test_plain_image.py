@@ -1,6 +1,6 @@
-"""A plain picture reads as a slide of one level whose resolution the table gives, or says why not.
+"""A plain picture reads as a slide of one level with the table's resolution, or says why not.
 
-Whatever is damaged is an error: never grey filler, never white where a picture should be.
+A damaged file is an error: damaged parts are never filled with grey or white.
 """
 
 import pickle

@@ -1,7 +1,7 @@
-"""A tile shows exactly the square it was asked for, at any level; its size comes from true mpp.
+"""A tile shows exactly its square, at any level, and its size follows from the true mpp.
 
-The slide that encodes its own coordinates proves the place; `level_by_search` is the choice of
-level in the plainest words. Every file that is no sound slide is refused with its own reason.
+The slide encodes its own coordinates, which proves the place; `level_by_search` chooses a level by
+plain search. Every file that is not an intact slide is refused with its own reason.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ CORNERS0 = [(0, 0), (37, 41), (509, 251), (1531 - 448, 1193 - 448)]
 
 
 def with_levels(slide, downsamples):
-    """The same slide, believing that its levels have these downsamples."""
+    """Return the same slide with these downsamples as its levels'."""
     slide.levels._facts = replace(slide.facts, level_downsamples=downsamples)
     return slide
 
@@ -44,7 +44,7 @@ class TestPlace:
     @pytest.mark.parametrize("level", [1, 2, 3])
     @pytest.mark.parametrize(("x0", "y0"), CORNERS0)
     def test_every_level(self, coordinate_slide, x0, y0, level):
-        """Read without reduction, so each pixel is one of the level's; they are 2**level wide."""
+        """Without reduction each pixel is one of the level's; they are 2**level wide."""
         size0 = 448
         size = size0 >> level
         slide = Slide(coordinate_slide.path)
@@ -59,7 +59,7 @@ class TestPlace:
     @pytest.mark.parametrize("mpp", [0.3, 0.37, 0.499, 0.5, 0.7, 0.99, 1.0, 1.13])
     @pytest.mark.parametrize(("x0", "y0"), CORNERS0)
     def test_every_scale(self, coordinate_slide, x0, y0, mpp):
-        """Reduced tiles, from whichever level: no pixel is off by more than one of the level's."""
+        """Reduced tiles, from any level: no pixel is off by more than one of the level's."""
         grid = Grid(97, mpp)
         slide = Slide(coordinate_slide.path)
         size0 = grid.size0(0.25)
@@ -70,7 +70,7 @@ class TestPlace:
 
     @pytest.mark.parametrize("shift0", [(9, 0), (0, 9), (-9, 0)])
     def test_a_tile_from_elsewhere_is_caught(self, coordinate_slide, shift0):
-        """The partner: nine level-0 pixels off, in x or y only, and the check fails."""
+        """Partner test: with an offset of nine level-0 pixels in x or y, the check fails."""
         tile = Slide(coordinate_slide.path).read(300, 200, Grid(97, 1.13))
         with pytest.raises(AssertionError):
             coordinate_slide.assert_shows(tile, 300 + shift0[0], 200 + shift0[1], 438, within0=5)
@@ -127,13 +127,13 @@ class TestLevel:
         ],
     )
     def test_by_float_downsample(self, coordinate_slide, downsamples, size0, level):
-        """3.9997 is 4, where int() would make it 3; 4.05 would mean enlarging by 1 %."""
+        """3.9997 means 4, where int() would give 3; 4.05 would enlarge by 1 %."""
         slide = with_levels(Slide(coordinate_slide.path), downsamples)
         assert slide.level_for(size0, 224) == level
         assert self.level_by_search(downsamples, size0 / 224) == level
 
     def test_a_level_that_fits_is_not_resampled(self, coordinate_slide):
-        """Its pixels are the level's own: bytes of neighbours are not mixed at the wraps."""
+        """Its pixels are the level's own: bytes of neighbours are not mixed where they wrap."""
         slide = Slide(coordinate_slide.path)
         tile = slide.region(128, 128, 448, 224)
         direct = slide.levels.pixels(128, 128, 1, 224, 224)
@@ -149,7 +149,7 @@ class TestLevel:
 
     @pytest.mark.parametrize("size0", [448, 443, 700])
     def test_reducing_is_antialiased(self, coordinate_slide, monkeypatch, size0):
-        """A fine chequerboard becomes grey; sampling every other pixel would keep it or beat."""
+        """A fine chequerboard becomes grey; sampling every other pixel would keep or alias it."""
         slide = with_levels(Slide(coordinate_slide.path), (1.0,))
         board = np.indices((size0, size0)).sum(0) % 2 * np.uint8(200)
         board = np.repeat(board[..., None].astype(np.uint8), 3, axis=2)
@@ -310,7 +310,7 @@ class TestBrokenFiles:
     @pytest.mark.parametrize("name", ["a.svs", "b.tif"])
     @pytest.mark.parametrize("share", [0.001, 0.01, 0.3, 0.6, 0.9, 0.99, 0.9999])
     def test_truncated_anywhere(self, small_slide, name, share):
-        """Cut early it does not open; cut late it opens with a level less: both are refused."""
+        """Cut early it does not open; cut late it opens with a level less. Both are refused."""
         path = small_slide(name)
         whole = path.read_bytes()
         Slide(path).check_complete()

@@ -1,6 +1,7 @@
-"""Real input: index, predict and heatmap on every slide at hand, whole IHC slides among them.
+"""Index, predict and heatmap run on every real slide at hand, whole IHC slides included.
 
-The encoder's weights are random here: what is proved is that pixels go in and results come out.
+The encoder's weights are random: the test shows that real files pass through, not that results
+are good.
 """
 
 import json
@@ -67,11 +68,11 @@ def test_each_broken_slide_has_its_own_error(shared_data, tmp_path, model, capsy
     slides = [str(shared_data / "slides" / slide) for slide in BROKEN]
     arguments = ["predict", *slides, "--model", str(model), "--out", str(tmp_path)]
     assert main([*arguments, "--slide-mpp", "0.5"]) == 2
-    said = re.findall("tapfm: (.*)", capsys.readouterr().err)
-    assert len(said) == len(BROKEN)
-    for fault, name in zip(said, BROKEN.values(), strict=True):
+    faults = re.findall("tapfm: (.*)", capsys.readouterr().err)
+    assert len(faults) == len(BROKEN)
+    for fault, name in zip(faults, BROKEN.values(), strict=True):
         assert name in fault
-    reasons = [fault.split(":", 1)[1] for fault in said]
+    reasons = [fault.split(":", 1)[1] for fault in faults]
     assert len(set(reasons)) == len(reasons)
 
 
@@ -79,7 +80,7 @@ def test_a_slide_without_resolution_says_so(shared_data, tmp_path, model, capsys
     slides = [str(shared_data / "slides" / slide) for slide, mpp in OPENS.items() if mpp]
     slides.append(str(shared_data / "slides" / "fixtures" / "boxes.tiff"))  # a 72 dpi default
     assert main(["predict", *slides, "--model", str(model), "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for name in ("LNMET_CK", "tcga-cr-7395", "boxes"):
-        assert name in said
-    assert "352.778" in said
+        assert name in output
+    assert "352.778" in output
