@@ -314,9 +314,10 @@ def test_configs_page_has_a_row_for_each_method_with_its_defaults(table):
     kinds = resolve_name(table)
     rows = re.findall(r"^\| `(\{name: .*?\})` \|", PAGES["configs"], re.M)
     specs = {spec["name"]: spec for spec in map(yaml.safe_load, rows) if spec["name"] in kinds}
-    assert specs, "a table of them"
+    assert specs.keys() == kinds.keys()
     for name, spec in specs.items():
         assert spec == spec_of(kinds, kinds[name]())
+        assert "AGGREGATORS" not in table or f"| `{name}` |" in README
 
 
 def test_a_strategy_is_configured_in_yaml_or_by_keys_of_the_command_line(tmp_path, capsys):
