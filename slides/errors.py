@@ -50,6 +50,10 @@ class TileError(SlideError):
     """A labelled tile cannot be read, or is of another size than the others."""
 
 
+class FeatureFileError(SlideError):
+    """A slide's feature file is missing, damaged, or not like those of the other slides."""
+
+
 class IndexSettingsError(SlideError):
     """An index on disk was made with settings other than the current ones."""
 

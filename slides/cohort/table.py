@@ -103,6 +103,7 @@ def read_cohort(
     slides_dir: Path | None = None,
     both_classes: Collection[str] = SPLITS,
     task: str | Mapping[str, Any] = "multilabel",
+    need_slides: bool = True,
 ) -> Cohort:
     """Return the cohort of a CSV, TSV or Parquet table; a faulty table is refused.
 
@@ -113,6 +114,7 @@ def read_cohort(
         slides_dir: folder that relative slide paths start from; None is the table's folder.
         both_classes: splits in which each label must have a known 0 and a known 1 (or the values
             that another task needs), unless the split is empty. Use () for prediction alone.
+        need_slides: whether slide_path and the slides must be there.
         task: type of the label columns, a name or name and options: `slides.cohort.targets`.
 
     Raises:
@@ -123,7 +125,8 @@ def read_cohort(
     columns = make_columns(task)
     free = [name for name in header if name and name not in REQUIRED + OPTIONAL]
     labels = columns.choose(labels, free)
-    faults = _header_faults(header, labels)
+    required = tuple(name for name in REQUIRED if need_slides or name != "slide_path")
+    faults = _header_faults(header, labels, required)
 
     base = Path(slides_dir) if slides_dir is not None else table.parent
     if not records:
@@ -139,7 +142,7 @@ def read_cohort(
             )
             continue
         record = dict(zip(header, cells, strict=True))
-        rows[number] = _row(number, record, base, faults)
+        rows[number] = _row(number, record, base, faults, required)
         texts[number] = [record[name] for name in present]
 
     splits = {number: row.split for number, row in rows.items()}
@@ -206,9 +209,11 @@ def _parquet_lines(table: Path) -> list[list[str]]:
     return [[str(name) for name in frame.columns], *map(list, zip(*columns, strict=True))]
 
 
-def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]:
+def _header_faults(
+    header: list[str], labels: Sequence[str] | None, required: Sequence[str]
+) -> list[str]:
     faults = []
-    for name in REQUIRED:
+    for name in required:
         if name not in header:
             faults.append(f"column {name!r} is missing: add it (there are: {', '.join(header)})")
     faults += repeated_columns(header)
@@ -224,9 +229,9 @@ def _header_faults(header: list[str], labels: Sequence[str] | None) -> list[str]
     return faults
 
 
-def _row(number, record, base, faults) -> SlideRow:
+def _row(number, record, base, faults, required) -> SlideRow:
     """Return one row without its labels; add its faults to `faults`."""
-    for name in REQUIRED:
+    for name in required:
         if record.get(name, "-") == "":
             faults.append(f"row {number}: {name} is blank: fill it in, or remove the row")
     slide_id, split = record.get("slide_id", ""), record.get("split", "")
@@ -245,7 +250,7 @@ def _row(number, record, base, faults) -> SlideRow:
             found = path.resolve().exists()
         except (OSError, RuntimeError):  # too long a name, circular links, unknown home
             path, found = Path(slide_path), False
-        if not found:
+        if not found and "slide_path" in required:
             faults.append(
                 f"row {number}: {slide_id or 'the slide'} is not at {path}: correct slide_path "
                 "or the folder that it is relative to, or remove the row"

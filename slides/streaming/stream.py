@@ -211,10 +211,9 @@ class BagDataset(Dataset):
                     f"{row.slide_id}: its index has no tile. Lower the tissue thresholds and "
                     "index it again, or leave it out."
                 )
-            drawn_as = f"{row.slide_id}#{turn.visit}" if turn.visit else row.slide_id
-            chosen = index.part(self._rows(index, drawn_as, turn.epoch))
+            chosen = index.part(self.drawn(index, row.slide_id, turn))
             if self.augment is not None:
-                generator = slide_generator(self.seed, turn.epoch, drawn_as)
+                generator = slide_generator(self.seed, turn.epoch, _drawn_as(row.slide_id, turn))
                 change = draw_change(len(chosen), generator, **vars(self.augment))
                 source = AugmentedSlide(source, chosen.coords0, change)
             elsewhere = get_worker_info() is not None
@@ -225,8 +224,9 @@ class BagDataset(Dataset):
             tiles = SlideTiles.of(source, chosen, self.workers, in_memory=tiles)
         return tiles, chosen.coords0, index.step0
 
-    def _rows(self, index: TileIndex, drawn_as: str, epoch: int) -> np.ndarray:
-        place = self.budget, self.seed, epoch, drawn_as
+    def drawn(self, index: TileIndex, slide_id: str, turn: Turn) -> np.ndarray:
+        """Return which rows of a slide's tiles a turn takes."""
+        place = self.budget, self.seed, turn.epoch, _drawn_as(slide_id, turn)
         if self.sampling == "spatial":
             return spread_tiles(index.coords0 // index.size0, *place)
         return sample_tiles(len(index), *place)
@@ -319,6 +319,10 @@ class SlideLoader(DataLoader):
         """Load the sampler's state."""
         if isinstance(self.sampler, SlideSampler) and state:
             self.sampler.load_state_dict(state)
+
+
+def _drawn_as(slide_id: str, turn: Turn) -> str:
+    return f"{slide_id}#{turn.visit}" if turn.visit else slide_id
 
 
 def slide_generator(seed: int, epoch: int, slide_id: str) -> torch.Generator:

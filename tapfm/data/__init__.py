@@ -1,7 +1,10 @@
 """Slides to bags: the data module and the batch.
 
-    datamodule.py  LightningDataModule: slides to bags
-    bag.py         the batch, where data and module meet
+    datamodule.py      LightningDataModule: slides or features to bags
+    streamed.py        bags of slides in a row, read ahead
+    feature_source.py  bags of features in place of slides
+    feature_files.py   readers of feature files: tapfm, TRIDENT, CLAM, STAMP
+    bag.py             the batch, where data and module meet
 
 The only room where `slides` and a training run meet; `bag.py` knows neither.
 """

@@ -20,7 +20,6 @@ import torch
 from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
-from slides.seeds import stable_seed
 from slides.streaming.balance import balanced_order
 from slides.streaming.bounded_tiles import host_budget, joined, tiles_to_hold
 from slides.streaming.order import SlideSampler, Turn
@@ -30,25 +29,14 @@ from slides.streaming.stain import refuse_other_stains
 from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
 from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex
-from tapfm.data.bag import Bag, Places, SkippedBag
+from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.feature_files import SlideFeatures
+from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, open_features
+from tapfm.data.streamed import Streamed, bag_of, check_val, places_of
 from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
 TaskName = Literal[tuple(TASKS)]
-
-
-class Streamed:
-    """Bags in a row; while they are gone through, the next one's tiles are read ahead."""
-
-    def __init__(self, bags: Sequence[Bag], prefetcher: Prefetcher):
-        self.bags, self.prefetcher = bags, prefetcher
-
-    def __len__(self) -> int:
-        return len(self.bags)
-
-    def __iter__(self) -> Iterator[Bag]:
-        with self.prefetcher:
-            yield from self.bags
 
 
 class SlideData(L.LightningDataModule):
@@ -57,6 +45,8 @@ class SlideData(L.LightningDataModule):
     Args:
         table: the cohort's CSV, TSV or Parquet file.
         slides_dir: folder that slide paths are relative to; None is the table's.
+        features_dir: folder of tile features (of tapfm, TRIDENT, CLAM or STAMP) that stand in place
+            of slides and encoder; slides need not exist then. None reads slides.
         labels: label columns to train on; None is all of them.
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
@@ -94,6 +84,7 @@ class SlideData(L.LightningDataModule):
         self,
         table: str,
         slides_dir: str | None = None,
+        features_dir: str | None = None,
         labels: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
@@ -115,8 +106,8 @@ class SlideData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        folder = Path(slides_dir) if slides_dir else None
-        self.cohort = read_cohort(Path(table), labels, folder, task=task)
+        folder, slides = Path(slides_dir) if slides_dir else None, not features_dir
+        self.cohort = read_cohort(Path(table), labels, folder, task=task, need_slides=slides)
         self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
         self.pool = pool
         if bags == "case" and pool != "union":
@@ -140,6 +131,13 @@ class SlideData(L.LightningDataModule):
         self.sampling, self.host_gb = sampling, host_gb
         self.augment = Augment(turns, turns, colour, stain_jitter)
         self.skipped: dict[str, str] = {}
+        self.features: FeatureSource | None = None
+        if not slides:
+            pixels = {"colour": colour, "stain": stain, "stain_jitter": stain_jitter,
+                      "cache_dir": cache_dir, "cache_gb": cache_gb}  # fmt: skip
+            self.augment = Augment(flips=False, rotations=False)
+            self.features = open_features(features_dir, pixels, self)
+            self.skipped |= self.features.faults
         self.sampler: SlideSampler | None = None
 
     @property
@@ -171,8 +169,28 @@ class SlideData(L.LightningDataModule):
         """The task as a model's config has it."""
         return task_config(self.task)
 
+    @property
+    def features_spec(self) -> dict[str, Any] | None:
+        """What a model in whose encoder's place features stand must know of them."""
+        return self.features and self.features.spec
+
+    def known(self, rows: Sequence[SlideRow]) -> FeatureSource | None:
+        """Return the features of these slides, if their split is encoded already."""
+        there = self.features and all(row.split in self.features.splits for row in rows)
+        return self.features if there else None
+
+    def index(self, row: SlideRow) -> TileIndex | SlideFeatures:
+        """Return where a slide's tiles lie: `coords0`, `size0` and their number.
+
+        Raises:
+            SlideError: the slide has no index, or its features are at fault.
+        """
+        return (self.known([row]) or self.tile_source).index(row)
+
     def prepare_data(self) -> None:
         """Index and cache what is not there yet: one process does, the others wait for it."""
+        if self.features:
+            return
         _, failed = index_and_cache(self.source)
         self.skipped.update(failed)
 
@@ -189,7 +207,7 @@ class SlideData(L.LightningDataModule):
         rows, every = [], self.cohort.split(split)
         for row in every:
             try:
-                self.tile_source.index(row)
+                self.index(row)
                 rows.append(row)
             except SlideError as fault:
                 if self.on_error != "skip":
@@ -208,28 +226,23 @@ class SlideData(L.LightningDataModule):
             order = balanced_order(rows, families, self.seed)
         self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
         pin = torch.cuda.is_available()
-        bags = self.training_bags(rows)
-        return SlideLoader(bags, self.sampler, self.workers, PREFETCH, pin_memory=pin)
+        bags, workers = self.training_bags(rows), 0 if self.known(rows) else self.workers
+        return SlideLoader(bags, self.sampler, workers, PREFETCH, pin_memory=pin)
 
     def training_bags(self, rows: list[SlideRow]) -> BagDataset:
         """Turns to slides as a step takes them: tiles drawn, augmented, in memory."""
-        return BagDataset(
-            rows,
-            self.tile_source,
-            budget=self.tiles_per_slide,
-            seed=self.seed,
-            augment=self.augment,
-            on_error=self.on_error,
-            sampling=self.sampling,
-            hold=self.hold(rows),
-            workers=self.streaming_workers,
-        )
+        drawn = {"budget": self.tiles_per_slide, "seed": self.seed, "sampling": self.sampling}
+        if features := self.known(rows):
+            return FeatureBags(rows, features, **drawn)
+        how = {"augment": self.augment, "on_error": self.on_error, "hold": self.hold(rows)}
+        return BagDataset(rows, self.tile_source, **drawn, **how, workers=self.streaming_workers)
 
     def seen_in_training(self, epochs: int) -> Iterator[Bag]:
         """The slides of the train split as the first epochs show them; each process its share."""
         rows, (rank, world) = self.rows("train"), self.place
         turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
-        loader = SlideLoader(self.training_bags(rows), turns[rank::world], self.workers, PREFETCH)
+        workers = 0 if self.known(rows) else self.workers
+        loader = SlideLoader(self.training_bags(rows), turns[rank::world], workers, PREFETCH)
         for item in loader:
             if bag := self.on_before_batch_transfer(item, 0):
                 yield bag
@@ -244,56 +257,49 @@ class SlideData(L.LightningDataModule):
         """Tiles of a training slide that are held in memory; says so where that is not all."""
         bags = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
         slides = bags * max(len(row.slides) for row in rows)
-        processes = self.trainer.num_devices if self.trainer else 1  # of this machine
-        budget = host_budget(self.host_gb) // processes
-        hold = tiles_to_hold(budget, self.tiles.tile_px, slides)
+        hold = tiles_to_hold(self.budget, self.tiles.tile_px, slides)
         most = max(len(self.tile_source.index(slide)) for row in rows for slide in row.slides)
         if hold < min(most, self.tiles_per_slide or most):
             print(
-                f"data.host_gb: {budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides "
-                f"(of data.workers {self.workers}); the largest has {most}, and what is beyond is "
-                "read again in each pass."
+                f"data.host_gb: {self.budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} "
+                f"slides (of data.workers {self.workers}); the largest has {most}, and what is "
+                "beyond is read again in each pass."
             )
         return hold
 
     @property
+    def budget(self) -> int:
+        """Bytes of host memory for this process's tiles or features."""
+        processes = self.trainer.num_devices if self.trainer else 1  # of this machine
+        return host_budget(self.host_gb) // processes
+
+    @property
     def streaming_workers(self) -> int:
         """Processes for a slide that is read by itself as it is used."""
-        return (
-            0 if self.tile_source.cache_dir else self.workers
-        )  # it is quicker than one is to start
+        return 0 if self.tile_source.cache_dir else self.workers  # quicker than one is to start
 
     @property
     def place(self) -> tuple[int, int]:
         """This process among those that train together: its number, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def val_dataloader(self) -> Streamed:
+    def val_dataloader(self) -> Streamed | KnownBags:
         """Slides of the val split, all tiles, streamed; each process takes its share.
 
         Raises:
             CohortError: there is none, or a process would have none, and the others wait for it.
         """
         rank, world = self.place
-        rows = self.rows("val")
-        if not rows:
-            raise CohortError(
-                "the val split has no slide, and the best weights are chosen there. Give the table "
-                "one: `tapfm split` deals it."
-            )
-        if len(rows) < world:
-            raise CohortError(
-                f"the val split has {len(rows)} slides for {world} processes: each needs one at "
-                "least. Train with fewer devices."
-            )
-        return self.streamed(rows[rank::world])
+        return self.streamed(check_val(self.rows("val"), world)[rank::world])
 
-    def test_dataloader(self) -> Streamed:
+    def test_dataloader(self) -> Streamed | KnownBags:
         """Slides of the test split, all tiles, streamed."""
         return self.streamed(self.rows("test"))
 
-    def streamed(self, rows: list[SlideRow]) -> Streamed:
+    def streamed(self, rows: list[SlideRow]) -> Streamed | KnownBags:
         """Bags in the table's order, all tiles, read as the model asks for them."""
+        if features := self.known(rows):
+            return KnownBags(rows, features)
         prefetcher = Prefetcher(self.workers)
         return Streamed([self.bag(row, prefetcher) for row in rows], prefetcher)
 
@@ -333,22 +339,11 @@ class SlideData(L.LightningDataModule):
             return None
         if self.place[1] == 1:  # others would wait for a slide that this one leaves out
             batch.on_fault(partial(self.skip, batch.slide_id))
-        seed = stable_seed("chunks", self.seed, batch.turn.epoch, batch.slide_id) % 2**63
-        coords0 = np.split(batch.coords0, np.cumsum(batch.counts)[:-1])
-        places = Places.of(coords0, batch.steps0, self.tiles.mpp)
-        return Bag(
-            batch.slide_id, batch.case_id, batch.tiles, places, batch.labels, seed, batch.turn
-        )
+        return bag_of(batch, self.seed, self.tiles.mpp)
 
     def trained(self, turn: Turn) -> None:
         """A slide's step is done: resuming begins after it."""
         self.sampler.trained(turn)
-
-
-def places_of(indices: Sequence[TileIndex]) -> Places:
-    """Return where the tiles of the slides of a bag lie, slide after slide."""
-    coords0, steps0 = [each.coords0 for each in indices], [each.step0 for each in indices]
-    return Places.of(coords0, steps0, indices[0].grid.mpp)
 
 
 def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:

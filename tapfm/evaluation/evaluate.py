@@ -36,7 +36,7 @@ from tapfm.frozen.baselines import (
     fit_gated_attention,
     fit_mean_pool_mlp,
 )
-from tapfm.frozen.features import Extraction, read_features
+from tapfm.frozen.features import Extraction, frozen_extraction, read_features
 from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.inference.heatmap import overlay_png
 from tapfm.inference.prediction import (
@@ -52,7 +52,7 @@ from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
-from tapfm.slide_model.model import CheckpointError, adapted_fingerprint
+from tapfm.slide_model.model import CheckpointError
 from tapfm.stats.metrics import auroc
 from tapfm.training.callbacks import BEST
 from tapfm.training.fit import CONFIG, Cli, read_config
@@ -62,7 +62,7 @@ MIXED = "mixed"
 TUMOUR_TILE = 0.5  # share from which a tile counts as tumour; from there to 0 it is not used
 # Data settings that define the bags to be fitted and tested; the others say how tiles are read, or
 # how a run samples and augments them in training.
-COMPARED = "table", "slides_dir", "labels", "task", "bags", "pool", "tiles", "stain"
+COMPARED = "table", "slides_dir", "features_dir", "labels", "task", "bags", "pool", "tiles", "stain"
 FROZEN = (
     ("RGB statistics, gated attention", "rgb", fit_gated_attention),
     ("frozen, linear probe", "frozen", fit_linear_probe),
@@ -151,13 +151,13 @@ def evaluate_run(
         if part == split:
             bags = {bag.slide_id: bag.slides for bag in data.rows(split)}
             for each in predictions:
-                counts = [len(data.tile_source.index(row)) for row in bags[each.slide_id]]
+                counts = [len(data.index(row)) for row in bags[each.slide_id]]
                 slides += slide_by_slide(each, bags[each.slide_id], counts)
         of[part] = by_case(data, part, predictions)
         write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
     cohort = {row.slide_id: row for row in data.cohort.rows}
     for each in slides:
-        index = data.tile_source.index(cohort[each.slide_id])
+        index = data.index(cohort[each.slide_id])
         write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
     title, trained = row_of_run(folder.name, model.model_config.strategy)
     return result_row(title, folder, of, split, end_to_end=trained), slides
@@ -168,29 +168,30 @@ def frozen_rows(
 ) -> list[ResultRow]:
     """Return rows of the baselines, fitted on the train split and chosen on val."""
     data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
-    encoder, chunk, tile_source = model.encoder, cli.model.chunk, data.tile_source
-    fingerprint = adapted_fingerprint(model)  # untrained: the published model's
-    name, precision = f"{encoder.row.key}_{fingerprint[:8]}", model.model_config.precision
-    how = {"chunk": chunk, "stain": tile_source.stain}
-    extractions = {
-        "frozen": Extraction(encoder, name, fingerprint, precision, **how),
-        "rgb": Extraction(RgbStatistics(), "rgb", "rgb", **how),
-    }
+    tile_source, how = data.tile_source, (cli.model.chunk, data.tile_source.stain)
+    extractions = {"frozen": None}  # features that are there already, and no pixels
+    if not data.features:
+        rgb = Extraction(RgbStatistics(), "rgb", "rgb", chunk=how[0], stain=how[1])
+        extractions = {"frozen": frozen_extraction(model, *how), "rgb": rgb}
     parts = dict.fromkeys(("train", "val", split))
     bags_of = {row.slide_id: row for part in parts for row in data.rows(part)}
 
-    def features_of(extraction: Extraction, bag: Bag) -> FeatureBag:
+    def features_of(extraction: Extraction | None, bag: Bag) -> FeatureBag:
+        if extraction is None:
+            return FeatureBag(bag.slide_id, bag.case_id, bag.features.z_TD, bag.labels_K)
         z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
         features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
         for row, tiles in zip(bags_of[bag.slide_id].slides, parts, strict=True):
             path, index = features / f"{row.slide_id}.h5", tile_source.index(row)
-            if extraction.fault(path, index):
+            if extraction.fault(path, index, scores=False):
                 extraction.write(path, tiles, index, tile_source.tissue)
             z_TD.append(read_features(path))
         return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
 
     rows, made = [], {}
     for title, kind, fit in FROZEN:
+        if kind not in extractions:
+            continue
         if kind not in made:
             read = partial(features_of, extractions[kind])
             made[kind] = {part: feature_bags(data, part, kind, read) for part in parts}
@@ -289,7 +290,9 @@ def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) 
     rows = {row.slide_id: row for row in data.cohort.rows}
     for each in predictions:
         row = rows[each.slide_id]
-        index = data.tile_source.index(row)
+        index = data.index(row)
+        if data.features and (index.coords0 is None or not row.path.is_file()):
+            continue  # features may be all that is left of a slide
         with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
             thumbnail, downsample = slide.thumbnail(max_side=1200)
         path = folder / f"{each.slide_id}.png"
@@ -314,7 +317,9 @@ def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> d
         tumour = (
             np.asarray(Image.open(truth / f"{each.slide_id}.png")) == facts["classes"]["tumour"]
         )
-        index = data.tile_source.index(rows[each.slide_id])
+        index = data.index(rows[each.slide_id])
+        if index.coords0 is None:
+            continue
         share_T = tile_fraction(tumour, index.coords0, index.size0, facts["downsample"])
         used_T = (share_T >= TUMOUR_TILE) | (share_T == 0)
         value = auroc((share_T[used_T] > 0).astype(float), each.weights_T[used_T])

@@ -1,12 +1,14 @@
 """`tapfm features`: what an encoder makes of every tile, plain or adapted, as TRIDENT lays it out.
 
     <job>/<M>x_<P>px_<O>px_overlap/patches/<slide>_patches.h5          the tiles (`tapfm index`)
-    <job>/<M>x_<P>px_<O>px_overlap/features_<encoder>/<slide>.h5       `features` (T, D), `coords`
+    <job>/<M>x_<P>px_<O>px_overlap/features_<encoder>/<slide>.h5       `features` (T, D), `coords`,
+                                                                       `scores` (T,)
 
 so that CLAM, TRIDENT, STAMP and Patho-Bench users read them as their own. `coords` carries the
-index's attributes, `features` the encoder's fingerprint, licence and precision. A file is whole or
-not there; run again, what is there and of the same tiles, weights and precision is kept. The frozen
-baselines of `tapfm test` keep features and RGB numbers the same way: this is the one writer.
+index's attributes, `features` the encoder's fingerprint, licence and precision; `scores` are raw
+CLS scores, for aggregators that use them (`data.features_dir`). A file is whole or not there; run
+again, what is there and of the same tiles, weights and precision is kept. The frozen baselines of
+`tapfm test` keep features and RGB numbers the same way: this is the one writer.
 
 Price: one forward pass a tile; in memory, the pixels of a few chunks and the features of one slide.
 
@@ -41,7 +43,12 @@ from tapfm import __version__
 from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
-from tapfm.slide_model.model import load_encoder, read_model_config
+from tapfm.slide_model.model import (
+    SlideModel,
+    adapted_fingerprint,
+    load_encoder,
+    read_model_config,
+)
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}
@@ -70,8 +77,18 @@ class Extraction:
     stain: str | None = None
     """How the tiles it is given were normalised."""
 
-    def fault(self, path: Path, index: TileIndex) -> str | None:
-        """Why a file is not the features of these tiles by this encoder; None if it is.
+    @property
+    def has_scores(self) -> bool:
+        """Whether the encoder gives CLS scores."""
+        return getattr(self.encoder, "tap", None) is not None
+
+    def fault(self, path: Path, index: TileIndex, *, scores: bool = True) -> str | None:
+        """Return why a file is not the features of these tiles by this encoder; None if it is.
+
+        Args:
+            path: of the file.
+            index: of the slide.
+            scores: whether it must have CLS scores where the encoder gives them.
 
         Raises:
             FeatureError: the file's features are another encoder's, or another program's.
@@ -91,6 +108,7 @@ class Extraction:
                 same_tiles = whole and np.array_equal(file["coords"][:], index.coords0)
                 stain = str(attrs.get("stain", "")) or None
                 size0, dtype = file["coords"].attrs["patch_size_level0"], features.dtype
+                scored = "scores" in file and file["scores"].shape == features.shape[:1]
         except (OSError, KeyError) as error:
             return f"damaged: {error}"
         if weights != self.fingerprint:
@@ -102,7 +120,9 @@ class Extraction:
             return "of other tiles"
         if stain != self.stain:
             return f"of tiles whose stain was normalised by {stain or 'nothing'}"
-        return None if (made, dtype) == (self.precision, DTYPES[self.dtype]) else "in other numbers"
+        if (made, dtype) != (self.precision, DTYPES[self.dtype]):
+            return "in other numbers"
+        return "without scores" if scores and self.has_scores and not scored else None
 
     def write(self, path: Path, tiles: Tiles, index: TileIndex, tissue: Tissue) -> None:
         """Encode a slide and write its file.
@@ -113,12 +133,10 @@ class Extraction:
             SlideError: the slide cannot be read.
         """
         device = self.encoder.mean.device
-        z_TD, *_ = encode_bag(
-            lambda tiles_CP: self.encoder.encode(tiles_CP, self.precision),
-            tiles.split(self.chunk),
-            seed=0,
-            device=device,
-        )
+        encode = lambda tiles_CP: self.encoder.encode(tiles_CP, self.precision)  # noqa: E731
+        if hasattr(self.encoder, "sized"):
+            encode = self.encoder.sized(encode, self.chunk)
+        z_TD, score_T, _ = encode_bag(encode, tiles.split(self.chunk), seed=0, device=device)
         with np.errstate(over="ignore"):  # said below, with the way out
             stored_TD = z_TD.detach().cpu().numpy().astype(DTYPES[self.dtype])
         if not np.isfinite(stored_TD).all():
@@ -131,6 +149,8 @@ class Extraction:
             chunks = rows, stored_TD.shape[1]
             features = file.create_dataset("features", data=stored_TD, chunks=chunks)
             features.attrs.update(self.facts(path, index))
+            if self.has_scores:
+                file["scores"] = score_T.detach().float().cpu().numpy()
             coords = file.create_dataset("coords", data=index.coords0, chunks=(rows, 2))
             coords.attrs.update(index_attributes(index, tissue, path.parent.parent))
 
@@ -149,6 +169,13 @@ class Extraction:
             "stain": self.stain or "",
             "writer": f"tapfm {__version__}",
         }
+
+
+def frozen_extraction(model: SlideModel, chunk: int, stain: str | None) -> Extraction:
+    """Return how an untrained model's encoder is run, and its name in `tapfm test`."""
+    mark = adapted_fingerprint(model)  # untrained, so that of the model as published
+    name, precision = f"{model.encoder.row.key}_{mark[:8]}", model.model_config.precision
+    return Extraction(model.encoder, name, mark, precision, chunk=chunk, stain=stain)
 
 
 def extract(

@@ -29,7 +29,7 @@ from slides.tiling.index import TileIndex
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag
-from tapfm.data.datamodule import places_of
+from tapfm.data.streamed import places_of
 from tapfm.inference.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
 from tapfm.inference.prediction import (
     Prediction,
@@ -42,6 +42,7 @@ from tapfm.inference.prediction import (
 )
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
+from tapfm.slide_model.feature_encoder import need_encoder
 
 
 def predict_slides(
@@ -79,6 +80,7 @@ def predict_slides(
         CheckpointError: the model predicts tiles, or was not trained for cases.
         WriteError: `predictions.csv` exists with other columns.
     """
+    need_encoder(path, models.read_model_config(path)[0].features)
     model = models.load(path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model_config, facts = model.model_config, models.read_model_config(path)[1]

@@ -23,6 +23,7 @@ from slides.cohort.table import SlideRow
 from slides.files import join_csv, replacing, write_csv
 from slides.tiling.index import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.feature_files import SlideFeatures
 from tapfm.slide_model.model import SlideModel
 from tapfm.tasks import Task
 
@@ -148,9 +149,11 @@ def write_predictions(
         join_csv(path, [*header_of(task), "model"], [[*row, model] for row in rows])
 
 
-def write_weights(path: Path, prediction: Prediction, index: TileIndex) -> None:
-    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, as h5."""
+def write_weights(path: Path, prediction: Prediction, index: TileIndex | SlideFeatures) -> None:
+    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, where known, as h5."""
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["weights"] = prediction.weights_T
+        if index.coords0 is None:
+            return
         coords = file.create_dataset("coords", data=index.coords0)
         coords.attrs["patch_size_level0"] = index.size0

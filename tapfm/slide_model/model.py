@@ -32,6 +32,7 @@ from tapfm.engine.chunked import encode_bag
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
 from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet
+from tapfm.slide_model.feature_encoder import FeatureEncoder, need_encoder
 from tapfm.tasks import make_task
 from tapfm.tasks.cox import CoxLoss
 
@@ -65,6 +66,8 @@ class ModelConfig:
     """Where the base encoder came from: a path, `hub`, `random`, or None, the package."""
     task: Mapping[str, Any] = field(default_factory=lambda: {"name": "multilabel"})
     """What is predicted, with what came from the training split: `tapfm.tasks.task_config`."""
+    features: Mapping[str, Any] | None = None
+    """Of a model on features: `dim`, `scores` (whether there are), `encoder`, `folder`."""
 
     def __post_init__(self):
         if isinstance(self.aggregator, str):
@@ -83,7 +86,7 @@ class SlideModel(nn.Module):
         SettingsError: no such precision or aggregator, or not with this task's loss.
     """
 
-    def __init__(self, model_config: ModelConfig, encoder: backbones.Encoder):
+    def __init__(self, model_config: ModelConfig, encoder: backbones.Encoder | FeatureEncoder):
         super().__init__()
         if model_config.precision not in PRECISIONS:
             raise SettingsError(
@@ -128,7 +131,7 @@ class SlideModel(nn.Module):
         """Return features and raw scores of a bag, streamed in chunks unless they are known."""
         if bag.features is not None:
             known = bag.features.z_TD.to(self.device), bag.features.score_T.to(self.device)
-            return TileSet.of(bag.places, *(each.requires_grad_() for each in known))
+            return TileSet.of(bag.places, *known)
         encode = self.encoder.sized(self.encode, chunk)
         z_TD, score_T, _ = encode_bag(encode, bag.tiles.split(chunk), seed=0, device=self.device)
         return TileSet.of(bag.places, z_TD.detach(), score_T.detach())
@@ -173,6 +176,8 @@ def build(
         BackboneError: as `backbones.load`.
         StrategyError, SettingsError: as `SlideModel`.
     """
+    if config.features:
+        return SlideModel(config, FeatureEncoder(config.features))
     weights = config.weights
     if weights not in (None, "hub", "random"):
         weights = str(Path(weights).resolve())
@@ -225,17 +230,17 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
 
 
 def load(path: Path) -> SlideModel:
-    """A saved model, in eval mode on the CPU.
+    """Return a saved model, in eval mode on the CPU.
 
     Where the file holds only what was trained, the base encoder comes from where it came from in
     training; a local file that was moved is also looked for beside `path`.
 
     Raises:
-        CheckpointError: missing, damaged, weights that do not fit the model_config, or a base
-        encoder
-            that is missing or another one.
+        CheckpointError: missing, damaged, or its weights or base encoder are not its config's.
     """
     model_config, facts = read_model_config(path)
+    if model_config.features:
+        return load_weights(build(model_config), path).eval()
     digest = facts.get("base_digest")
     source = _base(model_config, path) if digest else "random"
     try:
@@ -249,8 +254,7 @@ def load(path: Path) -> SlideModel:
             f"{_needs_base(model_config, path)}, and {source or 'the package'} holds another one. "
             "Give the weights that it was trained from."
         )
-    load_weights(model, path)
-    return model.eval()
+    return load_weights(model, path).eval()
 
 
 def load_encoder(
@@ -276,6 +280,7 @@ def load_encoder(
         encoder = backbones.load(model, weights, tile_px=tile_px).eval()
         return encoder, {}, _fingerprint(encoder)
     model_config, facts = read_model_config(Path(model))
+    need_encoder(Path(model), model_config.features)
     if weights is not None:
         raise CheckpointError(f"{model}: has its own weights; leave --weights out")
     if tile_px not in (None, model_config.tile_px):
@@ -302,6 +307,8 @@ def _fingerprint(encoder: backbones.Encoder) -> str:
 def adapted_fingerprint(model: SlideModel) -> str | None:
     """Of an adapted encoder as plain timm weights; None where its strategy has no such form."""
     encoder = model.encoder
+    if model.model_config.features:
+        return None
     try:
         plain = model.strategy.export(encoder.vit)
     except StrategyError:
@@ -309,8 +316,8 @@ def adapted_fingerprint(model: SlideModel) -> str | None:
     return state_fingerprint(encoder.row, plain, encoder.tile_px)
 
 
-def load_weights(model: SlideModel, path: Path) -> None:
-    """Put a file's weights into a model that holds the base encoder already.
+def load_weights(model: SlideModel, path: Path) -> SlideModel:
+    """Return a model that holds the base encoder already, with the weights of a file.
 
     Raises:
         CheckpointError: they are another model's.
@@ -329,6 +336,7 @@ def load_weights(model: SlideModel, path: Path) -> None:
             "Give the run's own checkpoint, or start a new run directory."
         )
     model.load_state_dict(state, strict=False)  # strict for what is trained: checked above
+    return model
 
 
 def _base(model_config: ModelConfig, path: Path) -> str | None:

@@ -7,6 +7,7 @@
     optim.py        learning rates over a run
     oom_retry.py    when memory runs out: the same gradient from smaller chunks
     callbacks.py    metrics.csv, memory.csv, best weights, resume point
+    encode_once.py  a frozen encoder's features, made before the first epoch
     warm_start.py   before the first slide: the slide model is fitted to frozen features
     fit.py          `tapfm fit`: config to run folder
 

@@ -34,6 +34,7 @@ from tapfm.planning.plan import compare, forecast
 from tapfm.slide_model.aggregators import aggregator_options, name_of
 from tapfm.tasks import validation_figures
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
+from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule
 from tapfm.training.warm_start import WarmStart
 
@@ -54,6 +55,7 @@ class Cli(LightningCLI):
         parser.link_arguments("data.tiles.mpp", "model.mpp")
         parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
         parser.link_arguments("data.task_spec", "model.task", apply_on="instantiate")
+        parser.link_arguments("data.features_spec", "model.features", apply_on="instantiate")
 
     def add_run_arguments(self, parser) -> None:
         """What every task has."""
@@ -88,9 +90,11 @@ class Cli(LightningCLI):
         return Path(self.config.run_dir) / (self.config.name or name)
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated with an unknown model or strategy."""
+        """Nothing is instantiated with an unknown model or strategy; features stay frozen."""
         find(self.config.model.model)
-        make_strategy(self.config.model.strategy)
+        strategy = spell(make_strategy(self.config.model.strategy))["name"]
+        if self.config.data.get("features_dir") and strategy == "full":
+            self.config.model.strategy = "frozen"
         aggregator_options(self.config.model.aggregator)
 
 
@@ -126,10 +130,8 @@ def run_fit(arguments: Sequence[str]) -> int:
         )
     if trainer.is_global_zero:
         prepare_folder(cli)
-        what = module.strategy.describe(module.slide_model.encoder.vit)
         print(
-            f"{folder}: {model_config.model}, {what} "
-            f"at {module.encoder_lr:g}; aggregator "
+            f"{folder}: {encoder_of(module)}; aggregator "
             f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
             f"chunks of {module.chunk} tiles in {model_config.precision}"
         )
@@ -140,6 +142,8 @@ def run_fit(arguments: Sequence[str]) -> int:
         best,
         ResumePoint(folder, cli.config.resume_every),
     ]
+    if splits := splits_to_encode(module, data):
+        trainer.callbacks.insert(0, EncodeOnce(folder.parent / "frozen", splits))
     if module.steps.warm_start:
         trainer.callbacks.append(WarmStart(best))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
@@ -152,6 +156,16 @@ def run_fit(arguments: Sequence[str]) -> int:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
     return 0
+
+
+def encoder_of(module: SlideModule) -> str:
+    """Return what a run has for an encoder, and what of it learns, in words."""
+    config, encoder = module.slide_model.model_config, module.slide_model.encoder
+    if known := config.features:
+        made_by = f" of {known['encoder']}" if known["encoder"] else ""
+        return f"features{made_by} in {known['folder']}, {known['dim']} a tile, strategy frozen"
+    what = module.strategy.describe(encoder.vit)
+    return f"{config.model}, {what} at {module.encoder_lr:g}"
 
 
 def foretell(module: SlideModule) -> dict[str, float] | None:

@@ -27,6 +27,7 @@ from tapfm.regularisers import make_regularisers
 from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
+from tapfm.slide_model.feature_encoder import MODEL, check_features
 from tapfm.slide_model.model import ModelConfig, build
 from tapfm.tasks import validation_figures
 from tapfm.training.alternating import (
@@ -93,6 +94,7 @@ class SlideModule(AlternatingModule):
             that of all tiles, as train/sampling_cosine; it costs pass 2 of all, and two gradients'
             memory. None is never.
         steps: learning rates and their kin.
+        features: width and kind of the features that stand in the encoder's place (the data's).
     """
 
     def __init__(
@@ -118,20 +120,26 @@ class SlideModule(AlternatingModule):
         backward_tiles: int | None = None,
         cosine_every: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
+        features: dict[str, Any] | None = None,
     ):
+        strategy = spell(make_strategy(strategy))
+        how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
+        of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
+                      "weights": weights, "precision": precision != "fp32",
+                      "backward_tiles": backward_tiles}  # fmt: skip
         refuse(
             [
                 *check_counts(chunk, keep_chunks, backward_tiles, cosine_every),
                 *check_drop_path(drop_path),
                 *check_precision(precision, optimizer),
+                *check_features(features, strategy["name"], **of_encoder),
             ],
             "model",
         )
         config = ModelConfig(
-            model, with_temperature(aggregator, temperature), tuple(labels), tile_px, mpp,
-            precision, spell(make_strategy(strategy)), weights, task,
+            MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
+            tile_px, mpp, precision, strategy, weights, task, features,
         )  # fmt: skip
-        how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
         super().__init__(build(config, **how), steps, optimizer)
         self.task = self.slide_model.task
         learner = self.slide_model.aggregator
@@ -222,7 +230,8 @@ class SlideModule(AlternatingModule):
                 "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
                 "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
             )
-        self.passes.find_frozen_prefix()
+        if self.learns:
+            self.passes.find_frozen_prefix()
 
     def validation_step(self, bag: Bag, index: int) -> None:
         """All tiles, the same forward path as training."""

@@ -128,6 +128,7 @@ def test_data_are_other_by_what_is_tested_not_by_how_a_run_was_trained(run, tmp_
     for key, value in {
         "table": "other.csv", "slides_dir": "slides", "labels": ["EGFR"], "task": "regression",
         "bags": "case", "pool": "mean", "stain": "macenko", "tiles": {"mpp": 1.0},
+        "features_dir": "f",
     }.items():  # fmt: skip
         assert differ({}, {key: value}) == key
     assert differ({"pool": "mean"}, {"pool": ""}) == "pool"

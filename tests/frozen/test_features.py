@@ -43,11 +43,12 @@ def test_layout_is_tridents_and_numbers_are_the_encoders(slide, tmp_path, capsys
         index = index_slide(opened, Grid(32, 0.5), Tissue())
         tiles = read_tiles(opened, index, None)
     with torch.no_grad():
-        expected = encoder(tiles)[0].numpy()
+        expected, scores = (each.numpy() for each in encoder(tiles))
     with h5py.File(path) as file, h5py.File(job / TAG / "patches" / "one.x_patches.h5") as patches:
-        assert set(file) == {"features", "coords"}
+        assert set(file) == {"features", "coords", "scores"}
         assert file["features"].dtype == np.float32
         np.testing.assert_allclose(file["features"][:], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(file["scores"][:], scores, rtol=1e-4, atol=1e-5)
         assert np.ptp(expected, axis=0).max() > 0.1  # tiles differ: their order is tested
         np.testing.assert_array_equal(file["coords"][:], index.coords0)
         np.testing.assert_array_equal(file["coords"][:], patches["coords"][:])
@@ -67,7 +68,7 @@ def test_layout_is_tridents_and_numbers_are_the_encoders(slide, tmp_path, capsys
 
 def test_long_slides_are_stored_in_chunks_of_1024_rows(slide, tmp_path):
     encoder = backbones.load("demo_vit", "random", tile_px=32).eval()
-    encoder.encode = lambda tiles, _precision: (torch.zeros(len(tiles), 128), torch.zeros(1))
+    encoder.encode = lambda tiles, _: (torch.zeros(len(tiles), 128), torch.zeros(len(tiles)))
     with Slide(slide) as opened:
         index = index_slide(opened, Grid(32, 0.5), Tissue())
     long = type(index)(**{**vars(index), "coords0": np.zeros((2053, 2), np.int64),

@@ -1,0 +1,216 @@
+"""Tile features on disk, by slide: those of tapfm, TRIDENT, CLAM and STAMP.
+
+    tapfm, TRIDENT   <slide>.h5            `features` (T, D) or (1, T, D), `coords` with attributes
+    CLAM             h5_files/<slide>.h5   `features`, `coords` without attributes
+                     pt_files/<slide>.pt   a tensor, no coordinates
+    STAMP            <slide>.h5            `feats`, `coords` in micrometres, attributes on the file
+
+Coordinates become level-0 pixels. Ours also have `scores` (T,), the raw CLS scores.
+
+Source: the files those programs write (TRIDENT 0.3, CLAM of 2025-04, STAMP of 2026-04); no code of
+theirs.
+
+Shapes: T tiles of a slide, D features.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from slides.errors import FeatureFileError
+from slides.files import damage_as
+
+PLACES = "{}.h5", "h5_files/{}.h5", "pt_files/{}.pt", "{}.pt"
+AGAIN = "Extract them again, or leave the slide out (data.on_error: skip)."
+
+
+@dataclass(frozen=True, eq=False)
+class SlideFeatures:
+    """The features of a slide's tiles, and where the tiles lie."""
+
+    slide_id: str
+    path: Path
+    writer: str
+    """`tapfm`, `TRIDENT`, `CLAM` or `STAMP`."""
+    z_TD: Tensor
+    """In the numbers that the file holds."""
+    score_T: Tensor | None = None
+    """Raw CLS scores, float32; None where the file has none."""
+    coords0: np.ndarray | None = None
+    """int64 (T, 2) level-0 pixels of the upper left corners; None is unknown."""
+    size0: int = 1
+    """Side of a tile in level-0 pixels."""
+    step0: int = 1
+    """Level-0 pixels from a tile of the lattice to the next."""
+    encoder: str = ""
+    """Name of the encoder, where the file says."""
+
+    def __len__(self) -> int:
+        return len(self.z_TD)
+
+
+def find_file(folder: Path, slide_id: str) -> Path | None:
+    """Return the first of a slide's files that is there, one with coordinates before others."""
+    paths = (folder / place.format(slide_id) for place in PLACES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_slide(folder: Path, slide_id: str, mpp0: Callable[[], float | None]) -> SlideFeatures:
+    """Return a slide's features, checked.
+
+    Args:
+        folder: as given in `data.features_dir`.
+        slide_id: the slide's name.
+        mpp0: gives the slide's microns per level-0 pixel, by which STAMP's coordinates are turned
+            to pixels; where it gives None, the tiles' own resolution stands for it.
+
+    Raises:
+        FeatureFileError: the file is missing, damaged or holds code; a number is not finite, there
+            is no tile, or there are more or fewer coordinates than tiles.
+    """
+    path = find_file(folder, slide_id)
+    if path is None:
+        raise FeatureFileError(
+            f"{slide_id}: there is no {slide_id}.h5 or .pt in {folder}, its h5_files or pt_files. "
+            "Extract its features, or leave the slide out (data.on_error: skip)."
+        )
+    with damage_as(lambda why: FeatureFileError(_damaged(slide_id, path, why))):
+        found = _tensor(slide_id, path) if path.suffix == ".pt" else _h5(slide_id, path, mpp0)
+    found = replace(found, z_TD=found.z_TD[0]) if found.z_TD.ndim == 3 else found
+    _check(found)
+    return found
+
+
+def _tensor(slide_id: str, path: Path) -> SlideFeatures:
+    """CLAM's pt_files, read without running code."""
+    try:
+        z_TD = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FeatureFileError(
+            f"{slide_id}: {path} is no plain tensor: it is damaged, or holds code or objects, "
+            "which are not loaded. Save the tensor alone: torch.save(features, path)."
+        ) from error
+    if not isinstance(z_TD, Tensor):
+        raise ValueError(f"it holds a {type(z_TD).__name__}, not a tensor")
+    return SlideFeatures(slide_id, path, "CLAM", z_TD)
+
+
+def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFeatures:
+    """What a file says, by the program that wrote it."""
+    with h5py.File(path) as file:
+        stamp = "feats" in file
+        values = file["feats" if stamp else "features"]
+        if not isinstance(values, h5py.Dataset):
+            raise ValueError("`features` is a group of several encoders' features")
+        facts, on_file = dict(values.attrs), dict(file.attrs)
+        attrs, coords = {}, None
+        if "coords" in file:
+            attrs, coords = dict(file["coords"].attrs), file["coords"][:]
+        score = file["scores"][:].astype(np.float32) if "scores" in file else None
+        found = SlideFeatures(
+            slide_id,
+            path,
+            "tapfm" if "fingerprint" in facts else "STAMP" if stamp else "CLAM",
+            torch.from_numpy(values[:]),
+            None if score is None else torch.from_numpy(score),
+            encoder=str(facts.get("encoder", on_file.get("extractor", ""))),
+        )
+    if coords is None:
+        return found
+    coords = coords.reshape(-1, coords.shape[-1])
+    if stamp:
+        return _stamp(found, on_file, coords, mpp0)
+    coords0 = coords[:, :2].astype(np.int64)
+    if "patch_size" in attrs:
+        writer = found.writer if found.writer == "tapfm" else "TRIDENT"
+        return replace(found, writer=writer, coords0=coords0, **_sizes(attrs))
+    step0 = _step(coords0)
+    return replace(found, coords0=coords0, size0=step0, step0=step0)
+
+
+def _sizes(attrs: Mapping[str, Any]) -> dict[str, int]:
+    """Return side and step of tiles by TRIDENT's attributes; some versions write floats."""
+    size, overlap = int(attrs["patch_size"]), int(attrs.get("overlap", 0))
+    size0 = attrs.get("patch_size_level0")
+    if size0 is None:
+        size0 = size * attrs["level0_magnification"] // attrs["target_magnification"]
+    return {"size0": int(size0), "step0": max(1, round(int(size0) * (size - overlap) / size))}
+
+
+def _stamp(
+    found: SlideFeatures,
+    attrs: Mapping[str, Any],
+    coords: np.ndarray,
+    mpp0: Callable[[], float | None],
+) -> SlideFeatures:
+    """Turn micrometres to level-0 pixels; of older files, which do not say so, nothing is taken."""
+    if attrs.get("unit") != "um" or "tile_size_um" not in attrs:
+        return found
+    side_um = float(attrs["tile_size_um"])
+    own = float(attrs.get("mpp", side_um / float(attrs.get("tile_size_px", 224))))
+    mpp = mpp0() or own
+    coords0 = (coords.astype(np.float64) / mpp).round().astype(np.int64)
+    side0 = max(1, round(side_um / mpp))
+    return replace(found, coords0=coords0, size0=side0, step0=side0)
+
+
+def _step(coords0: np.ndarray) -> int:
+    """Return the commonest distance of a tile to the next in its row or column, at least 1.
+
+    CLAM lays a lattice of its own over each contour, so the least distance may be of two of them.
+    """
+    apart = []
+    for axis in (0, 1):
+        order = np.lexsort([coords0[:, axis], coords0[:, 1 - axis]])
+        same_line = np.diff(coords0[order, 1 - axis]) == 0
+        apart.append(np.diff(coords0[order, axis])[same_line])
+    apart = np.concatenate(apart)
+    steps, counts = np.unique(apart[apart > 0], return_counts=True)
+    return int(steps[counts.argmax()]) if len(steps) else 1
+
+
+def _check(found: SlideFeatures) -> None:
+    """Refuse features that nothing can be learned of."""
+    name, path, z_TD = found.slide_id, found.path, found.z_TD
+    if z_TD.ndim != 2 or not z_TD.is_floating_point():
+        shape = f"{tuple(z_TD.shape)} of {str(z_TD.dtype).removeprefix('torch.')}"
+        raise FeatureFileError(
+            f"{name}: {path} holds {shape}, and floats of shape (tiles, features) are needed. "
+            f"{AGAIN}"
+        )
+    if not z_TD.numel():
+        raise FeatureFileError(
+            f"{name}: {path} holds no tile. Loosen what tiles are chosen by, or leave the slide "
+            "out (data.on_error: skip)."
+        )
+    bad = int((~z_TD.isfinite()).sum())
+    if bad:
+        half = z_TD.dtype == torch.float16 and not z_TD.isnan().any()
+        why = " (float16 ends at 65504: store float32)" if half else ""
+        raise FeatureFileError(
+            f"{name}: {bad} of the {z_TD.numel()} numbers in {path} are nan or infinite{why}. "
+            f"{AGAIN}"
+        )
+    for what, values in (("coordinates", found.coords0), ("scores", found.score_T)):
+        if values is not None and len(values) != len(z_TD):
+            raise FeatureFileError(
+                f"{name}: {path} holds {len(values)} {what} for {len(z_TD)} tiles. {AGAIN}"
+            )
+    if found.score_T is not None and not found.score_T.isfinite().all():
+        raise FeatureFileError(f"{name}: scores in {path} are nan or infinite. {AGAIN}")
+
+
+def _damaged(name: str, path: Path, why: str) -> str:
+    return (
+        f"{name}: {path} is damaged, or no feature file of tapfm, TRIDENT, CLAM or STAMP: {why}. "
+        f"{AGAIN}"
+    )

@@ -1,0 +1,69 @@
+"""Bags of slides in a row, read as they are asked for, and where the tiles of a bag lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from slides.cohort.table import SlideRow
+from slides.errors import CohortError
+from slides.seeds import stable_seed
+from slides.streaming.order import Turn
+from slides.streaming.prefetch import Prefetcher
+from slides.streaming.stream import TileBag
+from slides.tiling.index_file import TileIndex
+from tapfm.data.bag import Bag, Places
+
+
+class Streamed:
+    """Bags in a row; while they are gone through, the next one's tiles are read ahead."""
+
+    def __init__(self, bags: Sequence[Bag], prefetcher: Prefetcher):
+        self.bags, self.prefetcher = bags, prefetcher
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def __iter__(self) -> Iterator[Bag]:
+        with self.prefetcher:
+            yield from self.bags
+
+
+def check_val(rows: list[SlideRow], world: int) -> list[SlideRow]:
+    """Return the slides of the val split, if so many processes can choose weights by them.
+
+    Raises:
+        CohortError: there is none, or a process would have none, and the others wait for it.
+    """
+    if not rows:
+        raise CohortError(
+            "the val split has no slide, and the best weights are chosen there. Give the table "
+            "one: `tapfm split` deals it."
+        )
+    if len(rows) < world:
+        raise CohortError(
+            f"the val split has {len(rows)} slides for {world} processes: each needs one at "
+            "least. Train with fewer devices."
+        )
+    return rows
+
+
+def bag_of(batch: TileBag, seed: int, mpp: float) -> Bag:
+    """Return a training slide as the trainer takes it, given the run's seed and resolution."""
+    coords0 = np.split(batch.coords0, np.cumsum(batch.counts)[:-1])
+    places = Places.of(coords0, batch.steps0, mpp)
+    own = chunk_seed(seed, batch.turn, batch.slide_id)
+    name = batch.slide_id, batch.case_id
+    return Bag(*name, batch.tiles, places, batch.labels, own, batch.turn)
+
+
+def chunk_seed(seed: int, turn: Turn, slide_id: str) -> int:
+    """Return the seed of a training bag, a function of run seed, epoch and slide."""
+    return stable_seed("chunks", seed, turn.epoch, slide_id) % 2**63
+
+
+def places_of(indices: Sequence[TileIndex]) -> Places:
+    """Return where the tiles of the slides of a bag lie, slide after slide."""
+    coords0, steps0 = [each.coords0 for each in indices], [each.step0 for each in indices]
+    return Places.of(coords0, steps0, indices[0].grid.mpp)
