@@ -94,6 +94,17 @@ def test_gradients_are_finite_and_reach_every_parameter(spec, counts):
 
 
 @every
+@every_bag
+def test_the_gradient_is_that_of_finite_differences(spec, counts):
+    aggregator, tiles = made(spec), leaves(counts=counts)
+
+    def logits(z_TD, score_T):
+        return aggregator(tile_set(z_TD, score_T, counts)).logits_K
+
+    assert torch.autograd.gradcheck(logits, (tiles.z_TD, tiles.score_T), fast_mode=True)
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identical_tiles_weigh_the_same_and_give_finite_gradients(spec, dtype):
     aggregator, tiles = made(spec, dtype), leaves(dtype=dtype)
