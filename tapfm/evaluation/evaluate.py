@@ -29,15 +29,11 @@ from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
-from tapfm.frozen.baselines import (
-    Baseline,
-    FeatureBag,
-    RgbStatistics,
-    fit_gated_attention,
-    fit_mean_pool_mlp,
-)
+from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
 from tapfm.frozen.features import Extraction, frozen_extraction, read_features
-from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
+from tapfm.frozen.fitter import Fitted
+from tapfm.frozen.frozen_slide import FrozenSlide
+from tapfm.frozen.linear_probe import LinearProbe
 from tapfm.inference.heatmap import overlay_png
 from tapfm.inference.prediction import (
     Prediction,
@@ -63,12 +59,6 @@ TUMOUR_TILE = 0.5  # share from which a tile counts as tumour; from there to 0 i
 # Data settings that define the bags to be fitted and tested; the others say how tiles are read, or
 # how a run samples and augments them in training.
 COMPARED = "table", "slides_dir", "features_dir", "labels", "task", "bags", "pool", "tiles", "stain"
-FROZEN = (
-    ("RGB statistics, gated attention", "rgb", fit_gated_attention),
-    ("frozen, linear probe", "frozen", fit_linear_probe),
-    ("frozen, mean-pool MLP", "frozen", fit_mean_pool_mlp),
-    ("frozen, gated attention", "frozen", fit_gated_attention),
-)
 
 
 def run_test(run: Path, split: str, overlays: int, features: Path | None = None) -> int:
@@ -176,9 +166,11 @@ def frozen_rows(
     parts = dict.fromkeys(("train", "val", split))
     bags_of = {row.slide_id: row for part in parts for row in data.rows(part)}
 
-    def features_of(extraction: Extraction | None, bag: Bag) -> FeatureBag:
+    def features_of(extraction: Extraction | None, bag: Bag) -> FrozenSlide:
         if extraction is None:
-            return FeatureBag(bag.slide_id, bag.case_id, bag.features.z_TD, bag.labels_K)
+            z_TD, score_T = bag.features.z_TD, bag.features.score_T
+            slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
+            return FrozenSlide.of(*slide, score_T, bag.places)
         z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
         features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
         for row, tiles in zip(bags_of[bag.slide_id].slides, parts, strict=True):
@@ -186,10 +178,12 @@ def frozen_rows(
             if extraction.fault(path, index, scores=False):
                 extraction.write(path, tiles, index, tile_source.tissue)
             z_TD.append(read_features(path))
-        return FeatureBag(bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K)
+        return FrozenSlide.of(
+            bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K, places=bag.places
+        )
 
     rows, made = [], {}
-    for title, kind, fit in FROZEN:
+    for title, kind, fit in FROZEN_ROWS:
         if kind not in extractions:
             continue
         if kind not in made:
@@ -208,19 +202,20 @@ def frozen_rows(
     return rows
 
 
-def predict_features(baseline: Baseline | LinearProbe, bag: FeatureBag) -> Prediction:
+def predict_features(baseline: Fitted | LinearProbe, slide: FrozenSlide) -> Prediction:
     """Return a baseline's prediction of a slide."""
-    logits_K, weights_T = baseline.logits(bag)
+    logits_K, weights_T = baseline.logits(slide)
     weights = np.empty(0) if weights_T is None else weights_T.numpy()
     predicted_P = baseline.task.predict(logits_K).numpy()
+    target_Y = slide.target_Y.numpy()
     return Prediction(
-        bag.slide_id, bag.case_id, bag.y_K.numpy(), predicted_P, weights, logits_K.numpy()
+        slide.slide_id, slide.case_id, target_Y, predicted_P, weights, logits_K.numpy()
     )
 
 
 def feature_bags(
-    data: SlideData, split: str, kind: str, features: Callable[[Bag], FeatureBag]
-) -> list[FeatureBag]:
+    data: SlideData, split: str, kind: str, features: Callable[[Bag], FrozenSlide]
+) -> list[FrozenSlide]:
     """Return the features of every slide of a split that can be read."""
     bags = []
     for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):

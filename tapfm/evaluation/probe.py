@@ -39,13 +39,23 @@ from tapfm.data.datamodule import SlideData
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.evaluation.drift import cls_by_block, linear_cka
 from tapfm.evaluation.probe_figure import EncoderPart, probe_figure
+from tapfm.frozen.fitter import Candidate, Recipe, Schedule, fit
+from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.inference.heatmap import save_figure
 from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.training.fit import read_config
 from tapfm.training.module import SlideModule
 
 SHARE = 0.8  # share of gradient over weight that the suggested blocks have
-HEAD_PASSES, HEAD_LR = 20, 1e-3  # epochs on frozen features: seconds
+
+
+def _streamed(names: Sequence[str], seed: int) -> Iterator[list[list[int]]]:
+    """Yield each epoch's slides one by one, in the order in which a run would stream them."""
+    for epoch in range(HEAD.schedule.epochs):
+        yield [[number] for number in epoch_order(len(names), seed, epoch)]
+
+
+HEAD = Recipe((Candidate(1e-3),), Schedule(20, 20), order=_streamed)  # on frozen features: seconds
 DRIFT_TILES = 512  # CKA of fewer than a few hundred tiles is biased high
 
 
@@ -150,26 +160,18 @@ def fit_head(module: SlideModule, bags: Iterable[Bag], seed: int) -> tuple[float
         z_TD, score_T, _ = encode_bag(
             model.encode, bag.tiles.split(module.chunk), seed=bag.seed, device=device
         )
-        tiles = TileSet.of(bag.places, z_TD.detach(), score_T.detach())
-        frozen.append((tiles, bag.labels_K.to(device)))
+        slide = bag.slide_id, bag.case_id, z_TD.detach(), bag.labels_K.to(device)
+        frozen.append(FrozenSlide.of(*slide, score_T.detach(), bag.places))
     if not frozen:
         raise BlockProbeError("probe: no slide of the train split could be read; see the ledger")
 
-    def losses(order: Iterable[int]) -> Iterator[Tensor]:
-        for number in order:
-            tiles, labels_K = frozen[number]
-            yield aggregator.loss(tiles, labels_K, loss)
-
+    @torch.no_grad()
     def mean() -> float:
-        with torch.no_grad():
-            return torch.stack([*losses(range(len(frozen)))]).mean().item()
+        each_N = [aggregator.loss(slide.tiles, slide.target_Y, loss) for slide in frozen]
+        return torch.stack(each_N).mean().item()
 
-    before, optimizer = mean(), torch.optim.AdamW(aggregator.parameters(), HEAD_LR)
-    for epoch in range(HEAD_PASSES):
-        for value in losses(epoch_order(len(frozen), seed, epoch)):
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
+    before = mean()
+    fit(lambda _: aggregator, frozen, [], module.task, HEAD, seed, loss=loss, device=device)
     aggregator.zero_grad(set_to_none=True)
     return before, mean()
 

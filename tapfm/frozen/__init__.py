@@ -1,11 +1,12 @@
-"""What the frozen encoder gives: features on disk, and slide models fitted to them.
+"""Frozen features: written to disk, kept in memory, and slide models fitted on them.
 
-    features.py         tapfm features: what other tools read, and the frozen baselines
-    baselines.py        frozen mean-pool MLP and gated attention, RGB statistics
-    linear_probe.py     frozen linear probe, by the task's own loss
-    cached_features.py  slides as the frozen encoder sees them; standardising
-    solved_head.py      the head as a linear probe of slides' embeddings
-    taught_head.py      gate and head trained on the remembered features
+    features.py         `tapfm features`: an encoder's features in the files that other tools read
+    frozen_slide.py     the record of a slide on frozen features; standardisation
+    fitter.py           the one loop that trains slide models on frozen features
+    baselines.py        the frozen rows of a report: mean-pool MLP, gated attention, RGB statistics
+    linear_probe.py     the linear probe, by the task's own loss: convex, solved by L-BFGS
+    warm_heads.py       the heads of the warm start: a solved linear probe, trained attention
+    cached_features.py  slides as a run's encoder sees them now
 
-Knows no optimizer step of the encoder.
+Nothing here steps an encoder's optimizer.
 """

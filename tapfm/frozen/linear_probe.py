@@ -1,7 +1,7 @@
 """The linear probe: a linear model of a slide's mean frozen feature, by the task's own loss.
 
-The plainest question about an encoder: is the answer a direction of its features? Means are
-standardised by the training split, and what is minimised is
+It asks whether the answer is a direction of the features. Means are standardised by the training
+split, and the probe minimises
 
     C N loss(x W + b) + |W|^2 / 2
 
@@ -30,19 +30,18 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from tapfm.frozen.baselines import (
-    BaselineError,
-    FeatureBag,
-    bag_statistics,
-    check_bags,
-    pooled,
-    undisturbed,
-    validation_score,
+from tapfm.frozen.fitter import CPU, undisturbed, validation_score
+from tapfm.frozen.frozen_slide import (
+    FitError,
+    FrozenSlide,
+    check_slides,
+    feature_statistics,
+    mean_tiles,
 )
 from tapfm.tasks import Task
 
 STRENGTHS = tuple(np.logspace(-5, 2, 15).tolist())  # C, as scikit-learn names it
-# Logits are then scikit-learn's to 1e-4; 50 remembered steps halve those that are taken with 10.
+# Logits are then scikit-learn's to 1e-4; a memory of 50 steps halves their number.
 STOP = {"gtol": 1e-8, "ftol": 1e-15, "maxcor": 50, "maxiter": 10_000, "maxfun": 20_000}
 
 
@@ -55,56 +54,57 @@ class LinearProbe:
     mean_D: Tensor
     std_D: Tensor
     chosen: tuple[float, ...]
-    """C of each label, or one of all logits."""
-    val_score: float
+    """C of each label, or one for all logits."""
+    figure: float
     """The task's figure on validation; nan where it is undefined there."""
     task: Task
 
-    def predict(self, bag: FeatureBag) -> tuple[Tensor, None]:
-        """What the task says (P,); no tile weights."""
-        return self.task.predict(self.logits(bag)[0]), None
+    def predict(self, slide: FrozenSlide) -> tuple[Tensor, None]:
+        """Return the task's prediction (P,); there are no tile weights."""
+        return self.task.predict(self.logits(slide)[0]), None
 
-    def logits(self, bag: FeatureBag) -> tuple[Tensor, None]:
-        """Logits (K,); no tile weights."""
-        x_D = (bag.z_TD.mean(0) - self.mean_D) / self.std_D
+    def logits(self, slide: FrozenSlide) -> tuple[Tensor, None]:
+        """Return logits (K,); there are no tile weights."""
+        x_D = (slide.z_TD.mean(0) - self.mean_D) / self.std_D
         return self.weight_KD @ x_D + self.bias_K, None
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         strengths = ", ".join(f"{strength:.1g}" for strength in self.chosen)
-        return f"chosen on validation: C {strengths}, {self.task.title} {self.val_score:.3f}"
+        return f"chosen on validation: C {strengths}, {self.task.title} {self.figure:.3f}"
 
 
+@undisturbed(CPU)
 def fit_linear_probe(
-    train: Sequence[FeatureBag],
-    val: Sequence[FeatureBag],
+    train: Sequence[FrozenSlide],
+    val: Sequence[FrozenSlide],
     task: Task,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
-    surest: bool = False,
+    by_loss: bool = False,
 ) -> LinearProbe:
-    """The linear probe.
+    """Return the linear probe.
 
     Args:
         train: fitted on, and the source of standardisation.
         val: chooses the strengths.
-        task: what is learned, and by what loss.
+        task: target and loss.
         seed: not used: the problem is convex.
         strengths: candidates for C.
-        surest: choose them by validation loss, and not by the figure first, which does not mind
-            how sure a model is of what it gets wrong.
+        by_loss: choose them by validation loss; the figure, which comes first otherwise, does not
+            see how confident a wrong prediction is.
 
     Raises:
-        BaselineError: a label has one value only in `train`, or bags are empty or of unequal width.
+        FitError: a label has one value only in `train`, or slides are empty or of unequal width.
     """
-    check_bags(train, val, task)
-    train, val = pooled(train), pooled(val)
-    mean_D, std_D = bag_statistics(train)
+    check_slides(train, val, task)
+    train, val = mean_tiles(train), mean_tiles(val)
+    mean_D, std_D = feature_statistics(train)
     (x_ND, y_NY), (val_x_ND, val_y_NY) = (_arrays(part, mean_D, std_D) for part in (train, val))
     loss = task.loss().double().eval()
     chosen = []
     # scipy's vectors are short: a second thread of its own takes six times the processor time
-    with undisturbed(torch.device("cpu")), threadpool_limits(1, "blas"):
+    with threadpool_limits(1, "blas"):
         u_NR, s_R, turn_RD = torch.linalg.svd(x_ND, full_matrices=False)
         x_NR, val_x_NR = u_NR * s_R, val_x_ND @ turn_RD.T
         found_KE = x_NR.new_zeros(len(task.labels), len(s_R) + 1)
@@ -115,18 +115,18 @@ def fit_linear_probe(
             for strength in strengths:
                 now_KE[of_J] = _solve(x_NR, y, loss, of_J, strength, now_KE)
                 _, score = validation_score(_logits(val_x_NR, now_KE), val_y, task, loss)
-                score = score[::-1] if surest else score
+                score = score[::-1] if by_loss else score
                 if best_score is None or score > best_score:
                     best, best_score, found_KE[of_J] = strength, score, now_KE[of_J]
             chosen.append(best)
-        value, _ = validation_score(_logits(val_x_NR, found_KE), val_y_NY, task, loss)
+        figure, _ = validation_score(_logits(val_x_NR, found_KE), val_y_NY, task, loss)
     weight_KD, bias_K = found_KE[:, :-1] @ turn_RD, found_KE[:, -1]
     parts = weight_KD.to(mean_D), bias_K.to(mean_D), mean_D, std_D
-    return LinearProbe(*parts, tuple(chosen), value, task)
+    return LinearProbe(*parts, tuple(chosen), figure, task)
 
 
 def _apart(task: Task) -> Iterator[tuple[str, list[int], Tensor]]:
-    """Of each thing that is learned alone: name, numbers of its logits, which of the target."""
+    """Yield what is fitted alone: its name, its logits' numbers, and a mask (Y,) of its target."""
     place_Y = torch.arange(task.width)
     if task.targets == task.labels:
         for k, name in enumerate(task.labels):
@@ -136,17 +136,17 @@ def _apart(task: Task) -> Iterator[tuple[str, list[int], Tensor]]:
 
 
 def _logits(x_NR: Tensor, found_KE: Tensor) -> Tensor:
-    """(N, K); the last column of `found_KE` is the bias."""
+    """Return logits (N, K); the last column of `found_KE` is the bias."""
     return x_NR @ found_KE[:, :-1].T + found_KE[:, -1]
 
 
 def _solve(
     x_NR: Tensor, y_NY: Tensor, loss: nn.Module, of_J: list[int], strength: float, start_KE: Tensor
 ) -> Tensor:
-    """Weights and biases (J, E) at the minimum; where the search starts only saves time.
+    """Return weights and biases (J, E) at the minimum; where the search starts only saves time.
 
-    It is made in units in which ridge regression's valley is round, and others' nearly so: without
-    them it takes several times as long.
+    It searches in units in which ridge regression's valley is round, and others' nearly so:
+    without them it takes several times as long.
     """
     known = int((~y_NY.isnan()).any(1).sum())
     unit_R = ((x_NR.square().sum(0) + 1 / strength) / known).rsqrt()
@@ -167,17 +167,18 @@ def _solve(
     return torch.from_numpy(found).view(len(of_J), -1) * unit_E
 
 
-def _arrays(bags: Sequence[FeatureBag], mean_D: Tensor, std_D: Tensor) -> tuple[Tensor, Tensor]:
-    x_ND = (torch.cat([bag.z_TD for bag in bags]) - mean_D) / std_D
-    return x_ND.double().cpu(), torch.stack([bag.y_K for bag in bags]).double().cpu()
+def _arrays(slides: Sequence[FrozenSlide], mean_D: Tensor, std_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return standardised features (N, D) and targets (N, Y), float64."""
+    x_ND = (torch.cat([slide.z_TD for slide in slides]) - mean_D) / std_D
+    return x_ND.double().cpu(), torch.stack([slide.target_Y for slide in slides]).double().cpu()
 
 
 def _check_values(name: str, y_NY: Tensor) -> None:
-    """Refuse a target of which nothing can be learned."""
+    """Raise a FitError if a target has fewer than two values."""
     known = y_NY[~y_NY.isnan()]
     if len(known.unique()) < 2:
-        said = f"all {known[0].item():g}" if len(known) else "none"
-        raise BaselineError(
-            f"{name}: {len(known)} known training slides, {said}; a probe needs two values. Were "
+        found = f"all {known[0].item():g}" if len(known) else "none"
+        raise FitError(
+            f"{name}: {len(known)} known training slides, {found}; a probe needs two values. Were "
             "slides skipped? Add slides, or leave the label out."
         )

@@ -31,7 +31,8 @@ from slides.streaming.tile_source import TileSource
 from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_optimizer, make_strategy, spell
 from tapfm.config import read_data, read_source
-from tapfm.frozen.baselines import FeatureBag, fit_gated_attention, fit_mean_pool_mlp
+from tapfm.frozen.baselines import fit_gated_attention, fit_mean_pool_mlp
+from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
@@ -246,15 +247,15 @@ def baselines(
     """The frozen slide models' calls, from the same slides; val chooses rate and epoch."""
     names = question.names[1:]
 
-    def bag(each: EncodedSlide) -> FeatureBag:
+    def frozen(each: EncodedSlide) -> FrozenSlide:
         y_C = torch.zeros(len(names))
         y_C[each.subtype] = 1
-        return FeatureBag(each.row.slide_id, each.row.case_id, each.z_Nd.cpu(), y_C)
+        return FrozenSlide.of(each.row.slide_id, each.row.case_id, each.z_Nd.cpu(), y_C)
 
-    val = [bag(each) for each in slides.values() if each.row.split == "val"]
-    test = [bag(each) for each in slides.values() if each.row.split == "test"]
-    few, answer = [bag(each) for each in chosen], {}
-    task = Multilabel.learn(tuple(names), (), torch.stack([each.y_K for each in few]).numpy())
+    val = [frozen(each) for each in slides.values() if each.row.split == "val"]
+    test = [frozen(each) for each in slides.values() if each.row.split == "test"]
+    few, answer = [frozen(each) for each in chosen], {}
+    task = Multilabel.learn(tuple(names), (), torch.stack([each.target_Y for each in few]).numpy())
     for arm, fitted in BASELINES.items():
         model = fitted(few, val, task, seed=seed)
         answer[arm] = [int(model.predict(each)[0].argmax()) for each in test]

@@ -1,25 +1,26 @@
-"""The warm start as a run has it: before its first slide, and once."""
+"""The warm start of a run: head and attention fitted on frozen features before its first slide."""
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from tapfm.distributed import gather
-from tapfm.frozen.cached_features import cache_features, standardise
-from tapfm.frozen.solved_head import embed, judge, solve_head
-from tapfm.frozen.taught_head import teach
+from tapfm.frozen.cached_features import cache_features
+from tapfm.frozen.frozen_slide import feature_statistics, standardise
+from tapfm.frozen.warm_heads import figures, fit_attention, solve_head
 from tapfm.training.callbacks import BestWeights
 
 VIEWS = 4  # of each training slide, where they differ: a forward each, together an epoch's work
 
 
 class WarmStart(Callback):
-    """Before the first slide of a run; a resumed one has had it.
+    """Fits the slide model before the first slide of a run; a resumed run has had it.
 
-    Of several processes each remembers the tiles of its own slides; slides' embeddings go to all.
+    Of several processes each caches the tiles of its own slides; slides' embeddings go to all.
 
     Args:
         best: is given the outcome, as the first that may be best.
@@ -29,7 +30,7 @@ class WarmStart(Callback):
         self.best = best
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Encode the slides as they are, solve the head, teach the gate, and take the better."""
+        """Cache features, solve the head, train attention and head, and start from the better."""
         if module.slides_seen:
             return
         data = trainer.datamodule
@@ -37,24 +38,26 @@ class WarmStart(Callback):
         views = VIEWS if data.varies else 1
         train = cache_features(module, data.seen_in_training(views), "frozen train")
         val = cache_features(module, data.val_dataloader(), "frozen val")
+        val.sort(key=lambda slide: slide.slide_id)
         aggregator = module.slide_model.aggregator
-        standardise(aggregator, train)
+        standardise(aggregator, *feature_statistics(train, shared=True))
         fresh = deepcopy(aggregator)
         aggregator.cpu()
-        embedded = embed(aggregator, val)  # the head is no part of it
-        probe = solve_head(aggregator, embed(aggregator, train), embedded, task)
-        together = judge(aggregator, embedded, task)[-1]
-        said = f"a linear probe, {probe.describe()}, validation loss {together:.3f}"
+        lines, best = [f"warm start: {len(train)} views of slides"], math.inf
+        if aggregator.linear_head:
+            probe = solve_head(aggregator, train, val, task)
+            *_, best = figures(aggregator, val, task)
+            lines.append(f"a linear probe, {probe.describe()}, validation loss {best:.3f}")
         if aggregator.learns_weights:
-            taught = teach(fresh, train, val, task, data.seed)
-            said += f"; attention taught on them, {taught.describe()}"
-            if taught.loss < together:
-                aggregator.load_state_dict(taught.aggregator.state_dict())
-                embedded = embed(aggregator, val)
-                said += ", which begins the run"
-        figure, loss, _ = judge(aggregator, embedded, module.task)  # as the run's epochs are
+            fitted = fit_attention(fresh, train, val, task, data.seed)
+            chosen = f"lr {fitted.chosen.lr:g}, epoch {fitted.epoch + 1}"
+            lines.append(f"attention trained on them, {chosen}, validation loss {fitted.loss:.3f}")
+            if fitted.loss < best:
+                aggregator.load_state_dict(fitted.model.state_dict())
+                lines[-1] += ", which begins the run"
+        figure, loss, _ = figures(aggregator, val, module.task)  # as the run's epochs are
         aggregator.load_state_dict(gather(aggregator.state_dict())[0])  # rounding parts processes
         aggregator.to(module.device)
         if trainer.is_global_zero:
-            print(f"warm start: {len(train)} views of slides; {said}", flush=True)
+            print("; ".join(lines), flush=True)
             self.best.offer(module, figure, loss, epoch=-1)

@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm.frozen import baselines
-from tapfm.frozen.baselines import (
-    Candidate,
-    FeatureBag,
-    RgbStatistics,
-    Schedule,
-    fit_gated_attention,
-    fit_mean_pool_mlp,
-)
+from tapfm.frozen import fitter
+from tapfm.frozen.baselines import RgbStatistics, fit_gated_attention, fit_mean_pool_mlp
+from tapfm.frozen.fitter import Candidate, Schedule
+from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.stats.metrics import macro_auroc
 from tapfm.tasks import learn_task, make_task
 
@@ -40,13 +35,17 @@ def planted(slides, seed, tiles=31, dim=13, shift=5.0):
         where.append(mask)
         if n % 7 == 0:
             y[n % 2] = torch.nan
-        bags.append(FeatureBag(f"s{n}", f"c{n // 2}", z, y))
+        bags.append(FrozenSlide.of(f"s{n}", f"c{n // 2}", z, y))
     return bags, where
+
+
+def with_features(slide, z_TD):
+    return FrozenSlide.of(slide.slide_id, slide.case_id, z_TD, slide.target_Y)
 
 
 def score(baseline, bags):
     probs = np.stack([baseline.predict(bag)[0].numpy() for bag in bags])
-    return macro_auroc(np.stack([bag.y_K.numpy() for bag in bags]), probs)
+    return macro_auroc(np.stack([bag.target_Y.numpy() for bag in bags]), probs)
 
 
 def same(one, other, bags):
@@ -63,8 +62,8 @@ def test_learns_what_the_features_tell_and_describes_itself(fit, cohort):
     train, val, test = cohort
     baseline = fit(train, val, TASK, schedule=Schedule(epochs=25, patience=25))
     assert score(baseline, test) > 0.9
-    assert baseline.val_score == pytest.approx(score(baseline, val), abs=1e-6)  # the epoch kept
-    assert f"{baseline.val_score:.3f}" in baseline.describe()
+    assert baseline.figure == pytest.approx(score(baseline, val), abs=1e-6)  # the epoch kept
+    assert f"{baseline.figure:.3f}" in baseline.describe()
     probs, weights = baseline.predict(test[0])
     assert probs.shape == (2,)
     assert ((probs > 0) & (probs < 1)).all()
@@ -79,7 +78,7 @@ def test_attention_finds_the_planted_tiles(cohort):
         _, weights = baseline.predict(bag)
         assert weights.shape == (len(bag.z_TD),)
         assert weights.sum() == pytest.approx(1, abs=1e-5)
-        if bag.y_K.nansum() > 0 and mask.any():
+        if bag.target_Y.nansum() > 0 and mask.any():
             assert weights[mask].mean() > 2 * weights[~mask].mean()
 
 
@@ -88,7 +87,7 @@ def test_shuffled_labels_teach_nothing(fit, cohort):
     """The learning test can fail: labels dealt out anew give chance on the test split."""
     train, val, test = cohort
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
-    dealt = [replace(bag, y_K=train[n].y_K) for bag, n in zip(train, order, strict=True)]
+    dealt = [replace(bag, target_Y=train[n].target_Y) for bag, n in zip(train, order, strict=True)]
     assert score(fit(dealt, val[:4], TASK, **QUICK), test) < 0.85
 
 
@@ -111,7 +110,7 @@ def test_scale_of_the_features_does_not_matter_and_comes_from_train_alone(fit, c
     train, val, test = cohort
 
     def moved(bags, scale, shift):
-        return [replace(bag, z_TD=bag.z_TD * scale + shift) for bag in bags]
+        return [with_features(bag, bag.z_TD * scale + shift) for bag in bags]
 
     plain = fit(train, val, TASK, **QUICK)
     scaled = fit(moved(train, 1024, 4096), moved(val, 1024, 4096), TASK, **QUICK)
@@ -121,15 +120,15 @@ def test_scale_of_the_features_does_not_matter_and_comes_from_train_alone(fit, c
         )
     # with other validation features the standardisation is still the training split's
     other_val = fit(train, moved(val, 3, 1), TASK, **QUICK)
-    assert torch.equal(other_val.mean_D, plain.mean_D)
-    assert torch.equal(other_val.std_D, plain.std_D)
+    assert torch.equal(other_val.model.center_D, plain.model.center_D)
+    assert torch.equal(other_val.model.scale_D, plain.model.scale_D)
 
 
 @pytest.mark.parametrize("fit", FITS)
 def test_a_constant_feature_is_harmless(fit, cohort):
     def widened(bags, value):
         return [
-            replace(bag, z_TD=torch.cat([bag.z_TD, torch.full((len(bag.z_TD), 1), value)], 1))
+            with_features(bag, torch.cat([bag.z_TD, torch.full((len(bag.z_TD), 1), value)], 1))
             for bag in bags
         ]
 
@@ -143,11 +142,11 @@ def test_unknown_labels_are_masked(fit, cohort):
     """A slide of which nothing is known changes the standardisation, and nothing else."""
     train, val, test = cohort
     unknown = torch.full((2,), torch.nan)
-    blank = [replace(bag, y_K=unknown) if n % 6 == 0 else bag for n, bag in enumerate(val)]
+    blank = [replace(bag, target_Y=unknown) if n % 6 == 0 else bag for n, bag in enumerate(val)]
     baseline = fit(train, blank, TASK, **QUICK)
     known = [bag for n, bag in enumerate(val) if n % 6]
-    assert baseline.val_score == pytest.approx(score(baseline, known))
-    train = [replace(bag, y_K=unknown) if n % 3 == 0 else bag for n, bag in enumerate(train)]
+    assert baseline.figure == pytest.approx(score(baseline, known))
+    train = [replace(bag, target_Y=unknown) if n % 3 == 0 else bag for n, bag in enumerate(train)]
     assert fit(train, val, TASK, **QUICK).predict(test[0])[0].isfinite().all()
 
 
@@ -165,7 +164,7 @@ def test_training_stops_when_validation_no_longer_improves(cohort, monkeypatch):
     train, val, _ = cohort
     seen = []
     monkeypatch.setattr(
-        baselines,
+        fitter,
         "validation_score",
         lambda *_: (seen.append(1), (0.5, (1.0 - (len(seen) > 2), 0)))[1],
     )
@@ -179,7 +178,7 @@ def test_the_weights_kept_are_those_of_the_best_epoch_not_of_the_last(cohort, mo
     grid = (Candidate(1e-2, 8),)
     first = fit_mean_pool_mlp(train, val, TASK, grid=grid, schedule=Schedule(1, 9))
     turns = iter(range(9))
-    monkeypatch.setattr(baselines, "validation_score", lambda *_: (0.5, (0.5, -next(turns))))
+    monkeypatch.setattr(fitter, "validation_score", lambda *_: (0.5, (0.5, -next(turns))))
     kept = fit_mean_pool_mlp(train, val, TASK, grid=grid, schedule=Schedule(9, 9))
     assert kept.epoch == 0
     assert same(kept, first, test)
@@ -188,9 +187,9 @@ def test_the_weights_kept_are_those_of_the_best_epoch_not_of_the_last(cohort, mo
 @pytest.mark.parametrize("fit", FITS)
 def test_a_validation_split_of_one_class_falls_back_on_its_loss(fit, cohort):
     train, val, _ = cohort
-    positive = [replace(bag, y_K=torch.ones(2)) for bag in val]
+    positive = [replace(bag, target_Y=torch.ones(2)) for bag in val]
     baseline = fit(train, positive, TASK, **QUICK)
-    assert np.isnan(baseline.val_score)
+    assert np.isnan(baseline.figure)
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -202,10 +201,10 @@ def test_bad_bags_are_named(fit, cohort):
         with pytest.raises(ValueError, match=message):
             fit([changed, *train[1:]], val, TASK, **QUICK)
 
-    refused(replace(bag, z_TD=bag.z_TD[:, :5]), r"s1: .* one tile or more of 5 features")
-    refused(replace(bag, z_TD=bag.z_TD[:0]), r"s0: features of shape \(0, 13\)")
-    refused(replace(bag, z_TD=bag.z_TD / 0), "s0: its features hold nan or infinity")
-    refused(replace(bag, y_K=torch.ones(3)), "s0: 3 labels, but 2 are named: A, B")
+    refused(with_features(bag, bag.z_TD[:, :5]), r"s1: .* one tile or more of 5 features")
+    refused(with_features(bag, bag.z_TD[:0]), r"s0: features of shape \(0, 13\)")
+    refused(with_features(bag, bag.z_TD / 0), "s0: its features hold nan or infinity")
+    refused(replace(bag, target_Y=torch.ones(3)), "s0: 3 labels, but 2 are named: A, B")
     with pytest.raises(ValueError, match="got 48 and 0"):
         fit(train, [], TASK, **QUICK)
 
@@ -234,14 +233,14 @@ def test_times_are_learned_too(fit, loss):
             time = float(torch.rand(1, generator=generator)) * 10
             z[:4, 0] += 8 - time
             y = torch.tensor([time, float(n % 3 > 0), float(n)])
-            found.append(FeatureBag(f"s{n}", f"c{n}", z, y))
+            found.append(FrozenSlide.of(f"s{n}", f"c{n}", z, y))
         return found
 
     train, val = bags(40, 1), bags(20, 2)
     spec = {"name": "survival", "time": "t", "event": "e", "loss": loss}
-    task = learn_task(spec, (), (), torch.stack([bag.y_K for bag in train]).numpy())
+    task = learn_task(spec, (), (), torch.stack([bag.target_Y for bag in train]).numpy())
     baseline = fit(train, val, task, grid=(Candidate(1e-3, 32),), schedule=Schedule(20, 20))
-    assert baseline.val_score > 0.8
+    assert baseline.figure > 0.8
     assert "concordance 0." in baseline.describe()
     said, _ = baseline.predict(val[0])
     assert said.shape == (4 if loss == "hazard" else 1,)

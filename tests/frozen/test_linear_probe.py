@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 
-from tapfm.frozen.baselines import BaselineError, FeatureBag
+from tapfm.frozen.frozen_slide import FitError, FrozenSlide
 from tapfm.frozen.linear_probe import STRENGTHS, fit_linear_probe
 from tapfm.stats.metrics import auroc, macro_auroc
 from tapfm.tasks import learn_task
@@ -28,7 +28,7 @@ def planted(slides, seed, dim=11, shift=0.7):
         z[:, :2] += shift * y + 0.5 * torch.randn(2, generator=generator)
         if n % 7 == 0:
             y[n % 2] = torch.nan
-        bags.append(FeatureBag(f"s{n}", f"c{n}", z, y))
+        bags.append(FrozenSlide.of(f"s{n}", f"c{n}", z, y))
     return bags
 
 
@@ -38,12 +38,16 @@ def fit(train, val, **more):
     return fit_linear_probe(train, val, Multilabel(tuple(LABELS), weights), **more)
 
 
-def said(probe, bags):
+def with_features(slide, z_TD):
+    return FrozenSlide.of(slide.slide_id, slide.case_id, z_TD, slide.target_Y)
+
+
+def probs(probe, bags):
     return np.stack([probe.predict(bag)[0].numpy() for bag in bags])
 
 
 def labels_of(bags):
-    return np.stack([bag.y_K.numpy() for bag in bags])
+    return np.stack([bag.target_Y.numpy() for bag in bags])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def logits(probe, bags):
 def retarget(bags, target):
     """The same slides, with targets made of their number and of what is planted in them."""
     return [
-        replace(bag, y_K=torch.tensor(target(n, float(bag.z_TD[:, :2].mean()))))
+        replace(bag, target_Y=torch.tensor(target(n, float(bag.z_TD[:, :2].mean()))))
         for n, bag in enumerate(bags)
     ]
 
@@ -85,7 +89,7 @@ def test_labels_are_logistic_regression(cohort, strength):
         model.fit(x[known], y[known, k])
         expected = model.decision_function(standardised(train, test))
         np.testing.assert_allclose(logits(probe, test)[:, k], expected, atol=1e-4)
-    assert macro_auroc(labels_of(test), said(fit(train, val, strengths=[0.1]), test)) > 0.75
+    assert macro_auroc(labels_of(test), probs(fit(train, val, strengths=[0.1]), test)) > 0.75
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
@@ -102,7 +106,7 @@ def test_classes_are_multinomial_logistic_regression_with_the_tasks_weights(coho
     weights = dict(enumerate(task.weight))
     model = LogisticRegression(C=strength, class_weight=weights, **TIGHT).fit(x[known], y[known])
     expected = model.predict_proba(standardised(train, test))
-    np.testing.assert_allclose(said(probe, test), expected, atol=1e-4)
+    np.testing.assert_allclose(probs(probe, test), expected, atol=1e-4)
     assert len(probe.chosen) == 1
     assert not np.allclose(expected, 1 / 3, atol=1e-3)
 
@@ -122,12 +126,12 @@ def test_values_are_ridge_regression_each_on_the_slides_where_it_is_known(cohort
         model = Ridge(alpha=1 / (2 * strength), solver="cholesky")
         model.fit(x[known], (y[known, k] - mean) / std)
         expected = model.predict(standardised(train, test)) * std + mean
-        np.testing.assert_allclose(said(probe, test)[:, k], expected, atol=1e-4)
+        np.testing.assert_allclose(probs(probe, test)[:, k], expected, atol=1e-4)
     free = fit_linear_probe(train, val, task)
     assert free.chosen[0] != free.chosen[1]
-    assert free.val_score == pytest.approx(
+    assert free.figure == pytest.approx(
         np.mean([r2_score(v[~np.isnan(v)], p[~np.isnan(v)])
-                 for v, p in zip(labels_of(val).T, said(free, val).T, strict=True)]), abs=1e-5
+                 for v, p in zip(labels_of(val).T, probs(free, val).T, strict=True)]), abs=1e-5
     )  # fmt: skip
 
 
@@ -176,8 +180,8 @@ def test_validation_chooses_one_strength_for_logits_that_share_a_target(cohort):
     spec = {"name": "survival", "time": "t", "event": "e", "loss": "cox"}
     task = learned(spec, ["t", "e"], train)
     probe = fit_linear_probe(train, val, task)
-    each = [fit_linear_probe(train, val, task, strengths=[c]).val_score for c in STRENGTHS]
-    assert probe.val_score == max(each)
+    each = [fit_linear_probe(train, val, task, strengths=[c]).figure for c in STRENGTHS]
+    assert probe.figure == max(each)
     assert each[STRENGTHS.index(probe.chosen[0])] == max(each)
     assert f"concordance {max(each):.3f}" in probe.describe()
 
@@ -187,43 +191,43 @@ def test_validation_chooses_the_strength_of_each_label(cohort):
     probe = fit(train, val)
     y = labels_of(val)
     for k in range(2):
-        each = [auroc(y[:, k], said(fit(train, val, strengths=[c]), val)[:, k]) for c in STRENGTHS]
+        each = [auroc(y[:, k], probs(fit(train, val, strengths=[c]), val)[:, k]) for c in STRENGTHS]
         assert each[STRENGTHS.index(probe.chosen[k])] == max(each)
-    assert probe.val_score == pytest.approx(macro_auroc(y, said(probe, val)), abs=1e-6)
-    assert f"{probe.val_score:.3f}" in probe.describe()
+    assert probe.figure == pytest.approx(macro_auroc(y, probs(probe, val)), abs=1e-6)
+    assert f"{probe.figure:.3f}" in probe.describe()
 
 
 def test_seed_scale_and_a_constant_feature_do_not_matter(cohort):
     train, val, test = cohort
 
     def moved(bags):
-        return [replace(bag, z_TD=torch.cat([bag.z_TD * 64 + 32, torch.ones(len(bag.z_TD), 1)], 1))
+        return [with_features(bag, torch.cat([bag.z_TD * 64 + 32, torch.ones(len(bag.z_TD), 1)], 1))
                 for bag in bags]  # fmt: skip
 
     plain = fit(train, val)
     scaled = fit(moved(train), moved(val), seed=5)
-    np.testing.assert_allclose(said(plain, test), said(scaled, moved(test)), atol=1e-3)
+    np.testing.assert_allclose(probs(plain, test), probs(scaled, moved(test)), atol=1e-3)
 
 
 def test_labels_dealt_out_anew_teach_nothing(cohort):
     train, val, test = cohort
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    dealt = [replace(bag, y_K=train[n].y_K) for bag, n in zip(train, order, strict=True)]
-    assert macro_auroc(labels_of(test), said(fit(dealt, val), test)) < 0.7
+    dealt = [replace(bag, target_Y=train[n].target_Y) for bag, n in zip(train, order, strict=True)]
+    assert macro_auroc(labels_of(test), probs(fit(dealt, val), test)) < 0.7
 
 
 def test_a_validation_split_of_one_class_falls_back_on_its_loss(cohort):
     train, val, _ = cohort
-    one = [replace(bag, y_K=torch.zeros(2)) for bag in val]
-    assert np.isnan(fit(train, one).val_score)
+    one = [replace(bag, target_Y=torch.zeros(2)) for bag in val]
+    assert np.isnan(fit(train, one).figure)
 
 
 def test_bad_bags_are_named(cohort):
     train, val, _ = cohort
-    single = [replace(bag, y_K=torch.tensor([0.0, 1.0])) for bag in train]
+    single = [replace(bag, target_Y=torch.tensor([0.0, 1.0])) for bag in train]
     with pytest.raises(
-        BaselineError, match="A: 61 known training slides, all 0; a probe needs two values"
+        FitError, match="A: 61 known training slides, all 0; a probe needs two values"
     ):
         fit(single, val)
     with pytest.raises(ValueError, match=r"s0: .* one tile or more of 11 features"):
-        fit(train, [replace(val[0], z_TD=val[0].z_TD[:, :3])])
+        fit(train, [with_features(val[0], val[0].z_TD[:, :3])])

@@ -137,9 +137,9 @@ def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkey
         return noted
 
     monkeypatch.setattr(callback, "solve_head", noting(callback.solve_head))
-    monkeypatch.setattr(callback, "teach", noting(callback.teach))
-    rows = [(*row, noting(fit)) for *row, fit in evaluate.FROZEN]
-    monkeypatch.setattr(evaluate, "FROZEN", rows)
+    monkeypatch.setattr(callback, "fit_attention", noting(callback.fit_attention))
+    rows = [(*row, noting(fit)) for *row, fit in evaluate.FROZEN_ROWS]
+    monkeypatch.setattr(evaluate, "FROZEN_ROWS", rows)
     offer = BestWeights.offer
     monkeypatch.setattr(BestWeights, "offer", lambda *a, **k: offered.append(a) or offer(*a, **k))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
