@@ -286,7 +286,7 @@ def test_readme_names_every_model_with_its_licence():
 
 def test_readme_has_a_row_for_every_strategy():
     """Its options with their defaults, as YAML; what it trains; its learning rate; its export."""
-    from tapfm.adapt.strategies import STRATEGIES, make_strategy, spell
+    from tapfm.adapt.strategies import STRATEGIES, make_strategy, strategy_spec
     from tests.adapt.test_adapt import NO_EXPORT, UNI
 
     row = r"\| `(\{name: .*\})` \| .* \| ([\d,]+) \| ([\de-]+) \| (yes|no) \|"
@@ -296,7 +296,7 @@ def test_readme_has_a_row_for_every_strategy():
     for name, (spec, count, lr, export) in said.items():
         strategy = make_strategy(spec)
         assert strategy == make_strategy(name), "the README's options are the defaults"
-        assert list(spec) == list(spell(strategy)), "and all of them"
+        assert list(spec) == list(strategy_spec(strategy)), "and all of them"
         assert count == f"{UNI[name]:,}"
         assert float(lr) == strategy.lr
         assert (export == "no") == (name in NO_EXPORT)

@@ -29,7 +29,7 @@ from slides.cohort.table import SlideRow, read_cohort
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
 from slides.wsi.reader import Slide
-from tapfm.adapt.strategies import make_optimizer, make_strategy, spell
+from tapfm.adapt.strategies import make_optimizer, make_strategy, strategy_spec
 from tapfm.config import read_data, read_source
 from tapfm.frozen.baselines import fit_gated_attention, fit_mean_pool_mlp
 from tapfm.frozen.frozen_slide import FrozenSlide
@@ -185,7 +185,7 @@ def one_draw(
         trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
         model_config = ModelConfig(
             tuple(question.names), classes_Kd.shape[1], question.scale, question.towers, mark,
-            spell(make_strategy(question.strategy)) if joined else None,
+            strategy_spec(make_strategy(question.strategy)) if joined else None,
             asdict(source.tiles), source.stain,
         )  # fmt: skip
         save(here / f"{stem}.safetensors", model, classes_Kd, model_config, trained)

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders.backbones import Backbone, Encoder, build
 from tapfm.encoders.tail import unfit
 from tapfm.engine.frozen_prefix import FrozenPrefix, first_to_learn
@@ -157,7 +157,7 @@ class Footprint:
 
     def sizes(self, strategy: Any) -> tuple[int, ...]:
         """Return parameters, those that learn, and the size of the largest tensor that learns."""
-        key = "sizes", repr(spell(make_strategy(strategy)))
+        key = "sizes", repr(strategy_spec(make_strategy(strategy)))
         if key not in self._counted:
             every = list(self._first_blocks(self.depth, strategy).parameters())
             learn = [p.numel() for p in every if p.requires_grad]
@@ -198,7 +198,7 @@ class Footprint:
 
         A strategy that treats blocks differently is counted at full depth, which is slower.
         """
-        spec = spell(make_strategy(setup.strategy))
+        spec = strategy_spec(make_strategy(setup.strategy))
         key = (*key, repr(spec))
         if key not in self._counted:
             depth, n = self.depth, spec.get("n", 0)

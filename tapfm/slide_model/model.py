@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from slides.files import replacing
 from tapfm import __version__
-from tapfm.adapt.strategies import StrategyError, make_strategy, spell
+from tapfm.adapt.strategies import StrategyError, make_strategy, strategy_spec
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
@@ -196,7 +196,7 @@ def save(model: SlideModel, path: Path, **facts: object) -> None:
     """Write what was trained, and the model_config; `path` is whole or not there."""
     trained = model.trained_state()
     whole = len(trained) == len(model.state_dict())
-    model_config = {**asdict(model.model_config), "strategy": spell(model.strategy)}
+    model_config = {**asdict(model.model_config), "strategy": strategy_spec(model.strategy)}
     base = None if whole else model.base_digest()
     header = {"tapfm": __version__, **model_config, "base_digest": base, **facts}
     state = {k: v.detach().cpu().contiguous() for k, v in trained.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.files import replacing
-from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.settings import SettingsError
@@ -54,7 +54,7 @@ class TileCli(Cli):
     @property
     def folder(self) -> Path:
         """The run's own."""
-        name = spell(make_strategy(self.config.model.strategy))["name"]
+        name = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         return Path(self.config.run_dir) / (self.config.name or name)
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.engine.chunked import chunk_rng
 from tapfm.settings import refuse
 from tapfm.slide_model.aggregators import TILES
@@ -92,7 +92,7 @@ class TileModule(AlternatingModule):
         task = {"name": "multiclass", "column": "label", "weight": tuple(class_weight)}
         config = ModelConfig(
             model, {"name": TILES}, tuple(labels), tile_px, mpp, precision,
-            spell(make_strategy(strategy)), weights, task,
+            strategy_spec(make_strategy(strategy)), weights, task,
         )  # fmt: skip
         how = {"recompute": recompute, "drop_path": drop_path}
         super().__init__(build(config, **how), steps, optimizer)
@@ -102,7 +102,7 @@ class TileModule(AlternatingModule):
         if head == "random":  # a probe was fitted without, and would lose its way
             self.slide_model.aggregator.dropout.p = HEAD_DROPOUT
         self.register_buffer("class_weight_K", torch.tensor(class_weight), persistent=False)
-        companion = "ppcl" if spell(self.strategy)["name"] == "hiadapter" else "ce"
+        companion = "ppcl" if strategy_spec(self.strategy)["name"] == "hiadapter" else "ce"
         self.prototype_loss = None
         if (loss or companion) == "ppcl":
             self.prototype_loss = PrototypeLoss(len(labels), self.slide_model.encoder.dim)

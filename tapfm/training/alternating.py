@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.adapt.parameter_groups import parameter_groups
-from tapfm.adapt.strategies import STRATEGIES, make_optimizer, spell
+from tapfm.adapt.strategies import STRATEGIES, make_optimizer, strategy_spec
 from tapfm.distributed import average, unwrap
 from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither
@@ -42,7 +42,7 @@ class AlternatingModule(L.LightningModule):
         self.strategy = slide_model.strategy
         self.learns = any(p.requires_grad for p in slide_model.encoder.parameters())
         if optimizer != "adamw" and hasattr(self.strategy, "optimizer"):
-            name = spell(self.strategy)["name"]
+            name = strategy_spec(self.strategy)["name"]
             raise SettingsError(
                 f"model.optimizer {optimizer} is an AdamW, and {name} has an optimizer of its own. "
                 "Leave model.optimizer and bf16-true out."

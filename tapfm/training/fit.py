@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from slides.errors import SettingsError
 from slides.files import write_text
 from tapfm import __version__
-from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
@@ -84,7 +84,7 @@ class Cli(LightningCLI):
     @property
     def folder(self) -> Path:
         """The run's own."""
-        strategy = spell(make_strategy(self.config.model.strategy))["name"]
+        strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         name = name_of(self.config.model.aggregator)
         name += f"_{strategy}" if strategy != "full" else ""
         return Path(self.config.run_dir) / (self.config.name or name)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tapfm.adapt.parameter_groups import parameter_groups
-from tapfm.adapt.strategies import make_strategy, spell
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import make_bag_transforms
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
 from tapfm.distributed import gather
@@ -122,7 +122,7 @@ class SlideModule(AlternatingModule):
         steps: Steps = Steps(),  # noqa: B008 (frozen)
         features: dict[str, Any] | None = None,
     ):
-        strategy = spell(make_strategy(strategy))
+        strategy = strategy_spec(make_strategy(strategy))
         how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
         of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
                       "weights": weights, "precision": precision != "fp32",

@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tapfm.adapt.parameter_groups import layerwise, parameter_groups
-from tapfm.adapt.strategies import STRATEGIES, StrategyError, make_optimizer, make_strategy, spell
+from tapfm.adapt.strategies import (
+    STRATEGIES,
+    StrategyError,
+    make_optimizer,
+    make_strategy,
+    strategy_spec,
+)
 from tapfm.adapt.strategies.pathotune import vectors_to_text
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
@@ -127,7 +133,7 @@ def test_first_output_is_the_base_encoders(case, make):
     encoder, strategy = adapted(case, make, moved=False, tail=False)
     for mode in (False, True):  # no tiny encoder has noise of its own, but a strategy may
         z, score = encoder.train(mode)(tiles)
-        if spell(strategy)["name"] in NO_IDENTITY:
+        if strategy_spec(strategy)["name"] in NO_IDENTITY:
             assert not torch.equal(z, base(tiles)[0])
         else:
             assert torch.equal(z, base(tiles)[0])
@@ -454,7 +460,7 @@ def test_merged_export_is_the_adapted_model(case, make):
     """As a plain timm model, loaded strictly: float32, 1e-5."""
     encoder, strategy = adapted(case, make, dtype=torch.float32)
     encoder.eval()
-    if spell(strategy)["name"] in NO_EXPORT:
+    if strategy_spec(strategy)["name"] in NO_EXPORT:
         with pytest.raises(StrategyError, match=r"cannot be merged.*best.safetensors"):
             strategy.export(encoder.vit)
         return
@@ -492,7 +498,7 @@ def test_checkpoint_holds_what_was_trained_and_gives_it_back(case, tmp_path):
     trained = {f"encoder.vit.{name}" for name in names(model.encoder.vit)}
     assert held == trained | {f"aggregator.{key}" for key in model.aggregator.state_dict()}
     again = models.load(path)
-    assert again.model_config == replace(model.model_config, strategy=spell(model.strategy))
+    assert again.model_config == replace(model.model_config, strategy=strategy_spec(model.strategy))
     assert not again.training
     for ours, theirs in zip(model.eval()(tiles, 2), again(tiles, 2), strict=True):
         assert torch.equal(ours, theirs)
@@ -568,8 +574,8 @@ def test_a_base_of_random_weights_is_saved_whole(tmp_path):
 def test_spelled_out_it_is_the_same():
     for spec in [*STRATEGIES, *CASES.values()]:
         strategy = make_strategy(spec)
-        assert make_strategy(spell(strategy)) == strategy
-    assert spell(make_strategy("last_n")) == {"name": "last_n", "n": 1, "layer_decay": 1.0}
+        assert make_strategy(strategy_spec(strategy)) == strategy
+    assert strategy_spec(make_strategy("last_n")) == {"name": "last_n", "n": 1, "layer_decay": 1.0}
 
 
 @pytest.mark.parametrize(

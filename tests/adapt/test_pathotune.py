@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tapfm.adapt.strategies import StrategyError, make_strategy, spell
+from tapfm.adapt.strategies import StrategyError, make_strategy, strategy_spec
 from tapfm.adapt.strategies.pathotune import text_to_vectors
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -146,7 +146,7 @@ def test_the_recipe_holds_the_text_when_its_file_is_gone(text):
     vectors = np.load(text)
     strategy = make_strategy({"name": "pathotune", "text": str(text)})
     text.unlink()
-    again = make_strategy(spell(strategy))
+    again = make_strategy(strategy_spec(strategy))
     assert again == strategy
     assert np.array_equal(text_to_vectors(again.text), vectors.astype("float32"))
 

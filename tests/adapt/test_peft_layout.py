@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tapfm.adapt.peft_layout import peft_spec, read_peft, write_peft
-from tapfm.adapt.strategies import StrategyError, make_strategy, spell
+from tapfm.adapt.strategies import StrategyError, make_strategy, strategy_spec
 from tests.tiny import random_tiles, tiny_encoder
 
 SPECS = {
@@ -51,7 +51,7 @@ def test_round_trip(spec, make, tmp_path):
     found = peft_spec(tmp_path)
     if "q v" not in spec:  # of those, k comes back too, with rows of 0
         assert make_strategy(found) == make_strategy(
-            {**spell(strategy), "last": strategy.last or 3}
+            {**strategy_spec(strategy), "last": strategy.last or 3}
         )
     again = base(make)
     make_strategy(found).prepare(again.vit)

@@ -19,8 +19,6 @@ name here. Its fields are its options. A strategy never imports another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -39,6 +37,7 @@ from tapfm.adapt.strategies.pathotune import PathoTune
 from tapfm.adapt.strategies.ssf import Ssf
 from tapfm.adapt.strategies.vpt_deep import VptDeep
 from tapfm.adapt.surgery import StrategyError
+from tapfm.settings import Spec, choose, spec_of
 
 __all__ = [
     "STRATEGIES",
@@ -46,7 +45,7 @@ __all__ = [
     "StrategyError",
     "make_optimizer",
     "make_strategy",
-    "spell",
+    "strategy_spec",
 ]
 
 
@@ -87,36 +86,15 @@ STRATEGIES: dict[str, type] = {
     "pathotune": PathoTune,
     "frozen": Frozen,
 }
-_KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text"}
 
 
-def make_strategy(spec: str | Mapping[str, Any]) -> Strategy:
+def make_strategy(spec: Spec) -> Strategy:
     """Return a strategy from a name, or name and options: `lora`, `{name: lora, rank: 16}`.
 
     Raises:
         StrategyError: no such strategy, an option it does not have, or one of another type.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = options.pop("name", None)
-    if name not in STRATEGIES:
-        raise StrategyError(f"model.strategy: name {name!r} is none of {', '.join(STRATEGIES)}")
-    defaults = {each.name: each.default for each in fields(STRATEGIES[name])}
-    unknown = sorted(options.keys() - defaults.keys())
-    if unknown:
-        known = ", ".join(f"{key} ({value})" for key, value in defaults.items())
-        raise StrategyError(
-            f"model.strategy: {name} has no option {', '.join(unknown)}; "
-            f"there {'are ' + known if known else 'is none'}"
-        )
-    for key, value in options.items():
-        kind = type(defaults[key])
-        fits = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
-        if not isinstance(value, fits) or isinstance(value, bool):
-            raise StrategyError(
-                f"model.strategy: {name}: {key} must be {_KINDS[kind]}, got {value!r}"
-            )
-        options[key] = kind(value)
-    return STRATEGIES[name](**options)
+    return choose(STRATEGIES, spec, "model.strategy", StrategyError)
 
 
 def make_optimizer(strategy: Strategy, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -126,8 +104,6 @@ def make_optimizer(strategy: Strategy, groups: list[dict[str, Any]]) -> torch.op
     return torch.optim.AdamW(groups, fused=True)
 
 
-def spell(strategy: Strategy) -> dict[str, Any]:
+def strategy_spec(strategy: Strategy) -> dict[str, Any]:
     """Return name and all options, from which `make_strategy` makes the same strategy."""
-    name = next(name for name, kind in STRATEGIES.items() if kind is type(strategy))
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(strategy).items()}
-    return {"name": name, **options}
+    return spec_of(STRATEGIES, strategy)
