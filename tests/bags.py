@@ -2,7 +2,7 @@
 
 import torch
 
-from tapfm.data.bag import Places
+from tapfm.data.bag import Bag, Places
 from tapfm.slide_model.aggregators.contract import TileSet
 
 STEP0 = 448
@@ -20,3 +20,8 @@ def places(count, counts=()):
 def tile_set(z_TD, score_T, counts=()):
     """These features and scores at those places."""
     return TileSet.of(places(len(z_TD), counts), z_TD, score_T)
+
+
+def bag_of(tiles, counts=()):
+    """A bag of these pixels, of whose labels nothing is known."""
+    return Bag("s", "c", tiles, places(len(tiles), counts), torch.full((1,), torch.nan), seed=0)

@@ -92,7 +92,7 @@ class Cli(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Nothing is instantiated with an unknown model or strategy; features stay frozen."""
         find(self.config.model.model)
-        strategy = spell(make_strategy(self.config.model.strategy))["name"]
+        strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         if self.config.data.get("features_dir") and strategy == "full":
             self.config.model.strategy = "frozen"
         aggregator_options(self.config.model.aggregator)

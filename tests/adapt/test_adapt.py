@@ -28,6 +28,7 @@ from tapfm.adapt.strategies.pathotune import vectors_to_text
 from tapfm.encoders import backbones
 from tapfm.slide_model import model as models
 from tapfm.training.module import StrategyName
+from tests.bags import bag_of
 from tests.engine.test_chunked import Slide, bytes_of_pass_2, difference, saved_bytes
 from tests.tiny import random_tiles, tiny_encoder, tiny_swin
 
@@ -500,7 +501,8 @@ def test_checkpoint_holds_what_was_trained_and_gives_it_back(case, tmp_path):
     again = models.load(path)
     assert again.model_config == replace(model.model_config, strategy=strategy_spec(model.strategy))
     assert not again.training
-    for ours, theirs in zip(model.eval()(tiles, 2), again(tiles, 2), strict=True):
+    outputs = model.eval()(bag_of(tiles), 2), again(bag_of(tiles), 2)
+    for ours, theirs in zip(*((o.logits_K, o.weights_T) for o in outputs), strict=True):
         assert torch.equal(ours, theirs)
     for key, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
@@ -530,10 +532,10 @@ def local_base(tmp_path):
 
 def test_base_is_found_where_it_was_or_beside_the_checkpoint(local_base, tmp_path):
     weights, model, path = local_base
-    expected = model(random_tiles(3), 2)[0]
-    assert torch.equal(models.load(path)(random_tiles(3), 2)[0], expected)
+    expected = model(bag_of(random_tiles(3)), 2).logits_K
+    assert torch.equal(models.load(path)(bag_of(random_tiles(3)), 2).logits_K, expected)
     weights.rename(tmp_path / "base.safetensors")
-    assert torch.equal(models.load(path)(random_tiles(3), 2)[0], expected)
+    assert torch.equal(models.load(path)(bag_of(random_tiles(3)), 2).logits_K, expected)
 
 
 def test_missing_base_is_named(local_base):
@@ -565,7 +567,9 @@ def test_a_base_of_random_weights_is_saved_whole(tmp_path):
     model = demo_model("lora", "random").eval()
     models.save(model, tmp_path / "best.safetensors")
     again = models.load(tmp_path / "best.safetensors")
-    assert torch.equal(again(random_tiles(3), 2)[0], model(random_tiles(3), 2)[0])
+    assert torch.equal(
+        again(bag_of(random_tiles(3)), 2).logits_K, model(bag_of(random_tiles(3)), 2).logits_K
+    )
 
 
 # options
@@ -738,4 +742,4 @@ def test_frozen_saves_the_slide_model_alone(tmp_path):
     assert {key.partition(".")[0] for key in saved} == {"aggregator"}
     tiles = random_tiles(3)
     again = models.load(tmp_path / "best.safetensors")
-    assert torch.equal(again(tiles, 2)[0], model.eval()(tiles, 2)[0])
+    assert torch.equal(again(bag_of(tiles), 2).logits_K, model.eval()(bag_of(tiles), 2).logits_K)

@@ -18,7 +18,7 @@ from tapfm.encoders.registry import FEATURES, LEFT_OUT, ROWS
 from tapfm.engine.chunked import adapt_bag, encode_bag
 from tapfm.planning.doctor import cls_row_error
 from tapfm.slide_model.model import ModelConfig, SlideModel, save
-from tests.bags import tile_set
+from tests.bags import bag_of, tile_set
 from tests.tiny import random_tiles, tiny_swin
 
 # Millions of parameters as the publishers and toolkits print them, and the tile side they counted
@@ -178,7 +178,8 @@ def test_a_model_without_cls_takes_learned_attention_only():
         with pytest.raises(NoClsAttentionError, match=rf"{aggregator} .*swin_t.*`gated`"):
             SlideModel(ModelConfig("swin_t", aggregator, ("KRAS",), 224, 0.5), encoder)
     model = SlideModel(ModelConfig("swin_t", "gated", ("KRAS",), 224, 0.5), encoder).eval()
-    logits_K, weights_T = model(tiles, chunk=1)
+    output = model(bag_of(tiles), chunk=1)
+    logits_K, weights_T = output.logits_K, output.weights_T
     assert weights_T.sum() == pytest.approx(1)
     assert logits_K.isfinite().all()
 
