@@ -4,9 +4,10 @@ import ast
 import re
 import shlex
 import subprocess
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from inspect import signature
+from io import StringIO
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -244,6 +245,32 @@ def test_files_that_a_page_names_exist(page):
     named = re.findall(r"(?<![\w/.-])(?:slides|tapfm|tests|configs|benchmarks)/[\w./]*\w", text)
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def settings(verb, *configs):
+    """Return the keys of a run, as `model.steps.warm_start`."""
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+        cli.main([verb, *(f"--config={ROOT / config}" for config in configs), "--print_config"])
+    return set(dotted(yaml.safe_load(printed.getvalue())))
+
+
+def dotted(tree, above=""):
+    for key, value in tree.items():
+        yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{above}{key}.")
+
+
+def test_keys_and_modules_that_pages_name_exist():
+    known = settings("fit", "configs/cohorts/demo.yaml", "configs/strategies/lora.yaml")
+    known |= settings("fit-tiles", "configs/tiles/nct_crc.yaml")
+    known |= {"model.aggregator.name", "model.aggregator.temperature"}  # a name alone is one too
+    for page in LINKED:
+        text = (ROOT / page).read_text()
+        named = re.findall(r"(?<![\w/.])(?:model|data|trainer)\.[a-z_]\w*(?:\.\w+)*", text)
+        assert not set(named) - known - {"model.safetensors"}, page
+        for name in re.findall(r"`((?:tapfm|slides)\.[\w.]+)`", text):
+            assert resolve_name(name), page
 
 
 GUIDE = re.split(r"^## ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)[1:]
