@@ -174,7 +174,7 @@ def test_cox_learns_from_a_bank_of_risks_and_resumes_with_it(painted, monkeypatc
             main(["fit", "--config", str(broken)])
     other = painted / "runs" / "broken" / "run"
     point = torch.load(other / "last.ckpt", weights_only=True)
-    assert point["state_dict"]["loss.bank_M4"][:12].isfinite().all()
+    assert point["state_dict"]["objective.task_loss.bank_M4"][:12].isfinite().all()
     assert main(["fit", "--config", str(broken)]) == 0
     assert (other / "metrics.csv").read_text() == (run_dir / "metrics.csv").read_text()
     one, same = (load_file(each / "best.safetensors") for each in (run_dir, other))
