@@ -34,7 +34,6 @@ from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
 from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet
 from tapfm.slide_model.feature_encoder import FeatureEncoder, need_encoder
 from tapfm.tasks import make_task
-from tapfm.tasks.cox import CoxLoss
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
 
@@ -101,7 +100,7 @@ class SlideModel(nn.Module):
         )
         if self.aggregator.uses_score:
             encoder.require_score(f"aggregator {model_config.aggregator['name']}")
-        if isinstance(self.task.loss(), CoxLoss) and self.aggregator.loss_calls > 1:
+        if self.task.loss_has_memory and self.aggregator.loss_calls > 1:
             raise SettingsError(
                 f"model.aggregator {model_config.aggregator['name']} with data.task survival, "
                 "loss: cox: Cox's loss remembers one risk of each slide, and this aggregator has "

@@ -32,6 +32,8 @@ class Task(ABC):
     """Value of `monitor` for random predictions; nan if there is none."""
     undefined: ClassVar[str] = "undefined"
     """What tables say where `monitor` is undefined."""
+    loss_has_memory: bool = False
+    """Whether the loss keeps numbers of earlier slides, so that a step may compute it only once."""
 
     @classmethod
     @abstractmethod

@@ -75,6 +75,11 @@ class Survival(Task):
         return cls(labels, time, event, tuple(float(x) for x in edges), horizon, loss)
 
     @property
+    def loss_has_memory(self):
+        """Return whether the loss is Cox's, whose bank keeps one risk of each slide."""
+        return self.with_loss == "cox"
+
+    @property
     def targets(self):
         """Return the columns of time and event."""
         return (self.time, self.event)

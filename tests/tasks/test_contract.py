@@ -138,6 +138,14 @@ def test_its_loss_is_finite_and_its_gradient_right(known):
     assert loss(leaf[0], y_NY[0]).shape == loss(leaf, y_NY).shape == ()
 
 
+def test_a_loss_with_memory_says_so(known):
+    task, target_NY, _ = known
+    loss, y_NY, logits = task.loss().train(), torch.tensor(target_NY).float(), logits_of(task)
+    first = loss(logits[:6].float(), y_NY[:6])
+    loss(logits[6:].float(), y_NY[6:])
+    assert (loss(logits[:6].float(), y_NY[:6]) != first) == task.loss_has_memory
+
+
 def test_of_the_unknown_nothing_is_learned(known):
     task, *_ = known
     leaf = logits_of(task)[0].float().requires_grad_()
