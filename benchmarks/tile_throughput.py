@@ -38,7 +38,7 @@ from PIL import Image
 
 from benchmarks.record import README, RESULTS, facts, rewrite, write_rows
 from slides.wsi import jpeg_tiles as direct
-from slides.wsi.jpeg_tiles import Direct, _stream
+from slides.wsi.jpeg_tiles import JpegDecoder, _stream
 from slides.wsi.reader import Slide
 
 DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
@@ -149,7 +149,7 @@ def bare_decode(path: Path, slide: Slide) -> Callable | None:
     """A file's own tile from its bytes in memory, by libjpeg-turbo: the least anyone can take."""
     import simplejpeg
 
-    file = Direct(path, slide.vendor, slide.facts.level_sizes)
+    file = JpegDecoder(path, slide.vendor, slide.facts.level_sizes)
     grid = file.levels[0]
     if grid is None:
         return None
@@ -168,7 +168,7 @@ def bare_decode(path: Path, slide: Slide) -> Callable | None:
 def measure(path: Path, task: str, count: int, rounds: int) -> list[dict]:
     """Rows of one task on one slide, a reader each."""
     slide = Slide(path, mpp=0.5)
-    grid = Direct(path, slide.vendor, slide.facts.level_sizes).levels[0]
+    grid = JpegDecoder(path, slide.vendor, slide.facts.level_sizes).levels[0]
     tile = (grid.tile_width, grid.tile_height) if grid else (256, 256)
     wanted = spots(slide, task, count, tile)
     every = readers(path)

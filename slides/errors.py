@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class SlideError(ValueError):
-    """A fault in one slide's data, which the user can mend or skip."""
+    """A fault in one slide's data, which the user can correct or skip."""
 
 
 class NotASlideError(SlideError):

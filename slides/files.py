@@ -16,8 +16,8 @@ from pathlib import Path
 
 from slides.errors import IndexFileError, SlideError
 
-PLACE = 65_536  # bytes
-DAMAGE = (  # what h5py, numpy and json raise, between them, where bytes are lost or changed
+PLACE = 65_536  # bytes that a fingerprint reads at each of three places
+DAMAGE = (  # everything that h5py, numpy and json raise for lost or changed bytes
     OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
 )  # fmt: skip
 

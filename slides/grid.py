@@ -91,11 +91,7 @@ class Grid:
         return round(self.size * self._scale0(slide_mpp, name))
 
     def step0(self, slide_mpp: float, name: str = "slide") -> int:
-        """Return the distance between neighbouring tiles in level-0 pixels, rounded, at least 1.
-
-        Raises:
-            TooCoarseError: see `size0`.
-        """
+        """Return the distance between neighbouring tiles in level-0 pixels, rounded, at least 1."""
         return max(1, round((self.size - self.overlap) * self._scale0(slide_mpp, name)))
 
     def coords(
@@ -113,9 +109,6 @@ class Grid:
         Returns:
             (T, 2) int64, columns x0, y0, in level-0 pixels; row by row. A slide smaller than one
             tile has T = 0.
-
-        Raises:
-            TooCoarseError: see `size0`.
         """
         size0, step0 = self.size0(slide_mpp, name), self.step0(slide_mpp, name)
         x0 = np.arange(origin0[0], width0 - size0 + 1, step0, dtype=np.int64)

@@ -115,7 +115,7 @@ def test_splits_refuse_seeds_repeats_and_shares_by_value(tmp_path):
     unsplit = [row.rpartition(",")[0] for row in SOUND]
     path = table(tmp_path, unsplit, "path,label,case_id")
     for shares in ((0.8, 0.2), (1.0, -0.1, 0.1), (0.0, 0.0, 0.0)):
-        with pytest.raises(SplitError, match=r"data\.fractions is .*: give three numbers"):
+        with pytest.raises(SplitError, match=r"data\.fractions is .*: give the shares"):
             read_labelled_tiles(path, fractions=shares)
 
 

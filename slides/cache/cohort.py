@@ -56,7 +56,7 @@ def cache_cohort(
 
     jobs = [(row.slide_id, row.path, row.mpp, index_dir, cache_dir, grid, tissue) for row in rows]
     if budget is not None:
-        jobs = _that_fit(jobs, budget)
+        jobs = _jobs_within(jobs, budget)
     failed = {}
     with contextlib.ExitStack() as stack:
         outcomes = map(_cache_one, jobs)
@@ -74,7 +74,7 @@ def cache_cohort(
     return failed
 
 
-def _that_fit(jobs: list[tuple], budget: int) -> list[tuple]:
+def _jobs_within(jobs: list[tuple], budget: int) -> list[tuple]:
     """Return the jobs whose caches fit in the budget, and make room for them."""
     fit, own, wanted = [], [], 0
     for job in jobs:

@@ -23,7 +23,7 @@ class CacheLock:
     """A shared lock that keeps a slide's cache from being removed; marks it as just used.
 
     Raises:
-        FileNotFoundError: there is no such cache, or no more.
+        FileNotFoundError: the cache does not exist.
     """
 
     def __init__(self, path: Path):
@@ -50,11 +50,7 @@ class CacheLock:
 
 
 def lock_if_possible(path: Path) -> CacheLock | None:
-    """Return a lock; None on a disk without locks, where nothing is removed either.
-
-    Raises:
-        FileNotFoundError: there is no such cache, or no more.
-    """
+    """Return a lock; None on a disk without locks, where nothing is removed either."""
     try:
         return CacheLock(path)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ from slides.tiling.index_file import TileIndex
 
 CHUNK = 16  # tiles compressed together: 2.4 MB, one disk read of under 1 ms
 SHARD = 256  # tiles per file, so that a cohort is thousands of files and not a million
-VERSION = 2  # of this layout
+VERSION = 2  # version of this layout
 
 
 def cache_path(cache_dir: Path, index: TileIndex) -> Path:
@@ -82,11 +82,7 @@ class CachedSlide:
     """The tiles of one slide, read from its cache; opened at the first `read`. Pickles."""
 
     def __init__(self, cache_dir: Path, index: TileIndex):
-        """Check that the cache exists and has these tiles.
-
-        Args:
-            cache_dir: the folder given to `build_cache`.
-            index: the tiles that will be read.
+        """Check that the cache in `cache_dir` exists and has the tiles of `index`.
 
         Raises:
             IndexFileError: there is no cache, or it is damaged.

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slides.cohort.splits import FRACTIONS, Cases, deal
+from slides.cohort.splits import FRACTIONS, Cases, assign_parts
 from slides.cohort.table import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.cohort.targets import named_as_mean
 from slides.errors import CohortError, SplitError, TileError, all_faults
@@ -135,7 +135,7 @@ def read_labelled_tiles(
     faults = _case_faults(rows)
     if faults:
         raise CohortError(all_faults(source, faults))
-    found = TileSet(tuple(_dealt(rows, known, fractions, seed)), known)
+    found = TileSet(tuple(_with_parts(rows, known, fractions, seed)), known)
     faults = _class_faults(found)
     if faults:
         raise CohortError(all_faults(source, faults))
@@ -273,7 +273,7 @@ def _class_faults(tiles: TileSet) -> list[str]:
     return faults
 
 
-def _dealt(
+def _with_parts(
     rows: list[TileRow], known: bool, fractions: Sequence[float], seed: int
 ) -> list[TileRow]:
     """Return all rows with a part; if there is no `val`, it is split off from `train`."""
@@ -286,15 +286,14 @@ def _dealt(
         shares = np.array(fractions[: len(splits)], float)
         if members and (len(shares) < len(splits) or not (shares >= 0).all() or not shares.any()):
             raise SplitError(
-                f"data.fractions is {list(fractions)}: give three numbers of 0 or more, the shares "
-                "of train, val and test"
+                f"data.fractions is {list(fractions)}: give the shares of train, val and test"
             )
         if members:
-            part_of |= _deal(members, known, splits, list(shares / shares.sum()), seed)
+            part_of |= _part_of_case(members, known, splits, list(shares / shares.sum()), seed)
     return [replace(row, part=part_of.get(row.case_id, row.part)) for row in rows]
 
 
-def _deal(rows, known: bool, splits, shares: list[float], seed: int) -> dict[str, str]:
+def _part_of_case(rows, known: bool, splits, shares: list[float], seed: int) -> dict[str, str]:
     """Return the part of each case, stratified by class."""
     if not known:  # each tile is a case, so class by class: quick for 100,000 tiles
         part_of = {}
@@ -309,5 +308,7 @@ def _deal(rows, known: bool, splits, shares: list[float], seed: int) -> dict[str
     cases, names = list(dict.fromkeys(r.case_id for r in rows)), sorted({r.label for r in rows})
     has = {(row.case_id, row.label) for row in rows}
     values_CK = np.array([[float((case, name) in has) for name in names] for case in cases])
-    parts = deal(Cases(tuple(cases), ("",) * len(cases), tuple(names), values_CK), shares, seed)
+    parts = assign_parts(
+        Cases(tuple(cases), ("",) * len(cases), tuple(names), values_CK), shares, seed
+    )
     return {case: splits[part] for case, part in zip(cases, parts, strict=True)}

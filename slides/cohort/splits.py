@@ -32,7 +32,7 @@ from slides.cohort.table import SPLITS
 from slides.errors import SplitError, all_faults
 from slides.seeds import stable_seed
 
-FRACTIONS = (0.6, 0.2, 0.2)  # of train, val, test
+FRACTIONS = (0.6, 0.2, 0.2)  # shares of train, val, test
 ROUNDS = 100  # limit of the local search, which converges long before
 
 Split = Mapping[str, str]
@@ -116,7 +116,7 @@ def gather_cases(
     return Cases(tuple(rows), tuple(site_of_case), tuple(labels), values_CL)
 
 
-def deal(
+def assign_parts(
     cases: Cases, shares: Sequence[float], seed: int = 0, preserve_sites: bool = False
 ) -> np.ndarray:
     """Return the part (0 to P - 1) of every case, (C,).
@@ -153,7 +153,7 @@ def deal(
     keys_CK = np.concatenate([np.ones((len(v), 1)), v == 1, v == 0, np.isnan(v)], axis=1)
     counts_UK = np.zeros((len(names), keys_CK.shape[1]))
     np.add.at(counts_UK, unit_C, keys_CK)
-    return _deal_units(counts_UK, np.asarray(shares, float), seed)[unit_C]
+    return _assign_units(counts_UK, np.asarray(shares, float), seed)[unit_C]
 
 
 def fixed_split(
@@ -165,7 +165,7 @@ def fixed_split(
     """Return one split into train, val and test of these fractions."""
     if len(fractions) != 3:
         raise SplitError(f"fractions {list(fractions)}: give three, of train, val and test")
-    parts = deal(cases, fractions, seed, preserve_sites)
+    parts = assign_parts(cases, fractions, seed, preserve_sites)
     return {case: SPLITS[part] for case, part in zip(cases.ids, parts, strict=True)}
 
 
@@ -189,11 +189,11 @@ def kfold(cases: Cases, folds: int, seed: int = 0, preserve_sites: bool = False)
     """Return a split for each fold: fold i is test, the next one val, the others train.
 
     Raises:
-        SplitError: fewer than three folds, or see `deal`.
+        SplitError: fewer than three folds.
     """
     if folds < 3:
         raise SplitError(f"{folds} folds: give at least 3, one each to train, validate and test")
-    parts = deal(cases, [1 / folds] * folds, seed, preserve_sites)
+    parts = assign_parts(cases, [1 / folds] * folds, seed, preserve_sites)
     names = ["test", "val"] + ["train"] * (folds - 2)
     return [
         {case: names[(part - fold) % folds] for case, part in zip(cases.ids, parts, strict=True)}
@@ -227,7 +227,7 @@ def balance(cases: Cases, split: Split) -> Balance:
     return Balance(sizes, positive, *worst, shared)
 
 
-def _deal_units(counts_UK: np.ndarray, share_P: np.ndarray, seed: int) -> np.ndarray:
+def _assign_units(counts_UK: np.ndarray, share_P: np.ndarray, seed: int) -> np.ndarray:
     """Return the part of each unit, (U,): greedy, then a local search on the same cost."""
     rng = np.random.default_rng(seed)
     units, parts = len(counts_UK), len(share_P)

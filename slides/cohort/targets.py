@@ -67,7 +67,7 @@ class Columns(Protocol):
     binary: ClassVar[bool] = False
     """Whether every cell is 0, 1 or unknown."""
     strata: ClassVar[Callable[..., Strata]]
-    """Labels of 0 and 1 by which cases are dealt to splits, one of `slides.cohort.strata`."""
+    """Labels of 0 and 1 by which cases are stratified, one of `slides.cohort.strata`."""
 
     def choose(self, requested: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
         """Return the names of the columns.
@@ -89,11 +89,11 @@ class EachColumn(Columns):
     """Any number of columns, each a target by itself."""
 
     cell: ClassVar[Callable[[str], float | None]]
-    """The number of a text; None where it is none."""
+    """Returns the number in a text; None if it is unreadable."""
     unreadable: ClassVar[tuple[str, str, str]]
-    """What such cells are; what to do of one; what to do where most are."""
+    """Description of unreadable cells, remedy for one of them, remedy if most are."""
     lacking: ClassVar[Callable[[str, str, list[float]], list[str]]]
-    """What is wrong with the values of a column, a split."""
+    """Returns the faults of a column's values in a split."""
     apart: ClassVar = True
 
     def choose(self, requested, free):

@@ -34,7 +34,7 @@ from slides.errors import SettingsError, refuse
 from slides.files import replacing
 
 LABELS = ("EGFR", "KRAS", "STK11")
-PREVALENCE = (0.45, 0.35, 0.17)  # of each label among the cases where it is known
+PREVALENCE = (0.45, 0.35, 0.17)  # share of positives of each label among its known cases
 UNKNOWN_SHARE = 0.06  # share of each label's cases that are withheld
 SPLITS = {"train": 0.50, "val": 0.15, "test": 0.35}
 SITES = ("ashford", "birchwood", "caldera", "dunmore")
@@ -118,14 +118,12 @@ def write_demo(
 
 def plan_demo(seed: int = 0, slides: int = 160) -> tuple[DemoSlide, ...]:
     """Return the plan of every slide: patients, splits, labels, sites, scanners. Pure."""
-    faults = []
+    faults = [f"--seed is {seed}: give 0 or more"] * (seed < 0)
     if slides < FEWEST:
         faults.append(
             f"a demo cohort needs at least {FEWEST} slides, so that every split has both classes "
             f"of every label; {slides} were requested"
         )
-    if seed < 0:
-        faults.append(f"--seed is {seed}: give 0 or more")
     refuse(faults, "demo cohort")
     rng = np.random.default_rng([seed, 7100])
     cases = round(slides / SLIDES_PER_CASE)

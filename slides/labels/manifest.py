@@ -105,12 +105,10 @@ def read_manifest(path: Path) -> list[ManifestFile]:
 def pick_diagnostic(
     files: Sequence[ManifestFile],
 ) -> tuple[list[tuple[ManifestFile, SlideName]], dict[str, int]]:
-    """Return the diagnostic (DX) tumour slides of TCGA, and all slides of CPTAC.
-
-    CPTAC's names do not tell which slides are diagnostic.
+    """Return the diagnostic (DX) tumour slides of TCGA, and all of CPTAC, whose names do not tell.
 
     Returns:
-        Each slide with its parsed name, and the number of files left out, by kind.
+        Each slide with its parsed name, and the number of files left out by kind.
 
     Raises:
         DownloadError: names without a case, two slides of one barcode, or no diagnostic slide.

@@ -181,9 +181,7 @@ def _mark_profiled(path: Path, kind: str, cases: dict, rules, profiled) -> str:
 
 
 def read_profiled(path: Path) -> set[str]:
-    """Return the cases in a list of profiled samples.
-
-    It is cBioPortal's `case_lists/cases_sequenced.txt`, or a text with a sample a line.
+    """Return the cases in cBioPortal's `cases_sequenced.txt`, or in a text with a sample a line.
 
     Raises:
         LabelError: the file is missing, or not such a list.

@@ -41,7 +41,7 @@ DRAWS = 5  # colour numbers: three stains, contrast, brightness
 
 
 @dataclass(frozen=True)
-class Change:
+class Augmentation:
     """The random augmentation of a slide's tiles in one epoch."""
 
     turns_T: Tensor
@@ -81,7 +81,7 @@ class AugmentedSlide:
         change: their augmentation, in that order.
     """
 
-    def __init__(self, source, coords0: np.ndarray, change: Change):
+    def __init__(self, source, coords0: np.ndarray, change: Augmentation):
         self.source, self.coords0, self.change, self._row_of = source, coords0, change, None
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
@@ -102,14 +102,14 @@ class AugmentedSlide:
         return self.__dict__ | {"_row_of": None}
 
 
-def draw_change(
+def draw_augmentation(
     tiles: int,
     generator: torch.Generator,
     flips: bool = True,
     rotations: bool = True,
     colour: float = 0.0,
     stain: float = 0.0,
-) -> Change:
+) -> Augmentation:
     """Return the random augmentation of a slide's tiles.
 
     Every number is drawn whether used or not, so switching one kind off does not change the others.
@@ -131,7 +131,7 @@ def draw_change(
     if colour or stain:
         amount_5 = colour * draw_5
         amount_5[:2] += stain * stains_2
-    return Change(turns_T * rotations, mirror_T & flips, amount_5)
+    return Augmentation(turns_T * rotations, mirror_T & flips, amount_5)
 
 
 def strength_faults(colour: float, stain: float) -> list[str]:

@@ -58,7 +58,7 @@ Balci, doi 10.5281/zenodo.6382734) that the tests read."""
 
 
 @dataclass(frozen=True, eq=False)
-class Operator:
+class ColourTransform:
     """A colour transform on each pixel: `space`^-1 exp(`matrix` log(`space` rgb) + `shift`)."""
 
     space: np.ndarray
@@ -78,7 +78,7 @@ class Operator:
         return np.rint(out).astype(np.uint8) if rgb.dtype == np.uint8 else out
 
 
-def macenko(rgb: np.ndarray, name: str = "slide") -> Operator:
+def macenko(rgb: np.ndarray, name: str = "slide") -> ColourTransform:
     """Return the transform that maps these pixels' stains to the reference's.
 
     Args:
@@ -93,15 +93,11 @@ def macenko(rgb: np.ndarray, name: str = "slide") -> Operator:
     matrix = REFERENCE_STAINS @ scale_22 @ np.linalg.pinv(stains_32)
     # density is log(LIGHT) - log(light): linear in the logarithm, so glass of LIGHT stays
     shift = np.log(LIGHT) * (np.ones(3) - matrix.sum(1))
-    return Operator(np.eye(3), matrix, shift)
+    return ColourTransform(np.eye(3), matrix, shift)
 
 
 def macenko_stains(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np.ndarray]:
-    """Return stain directions (3, 2), haematoxylin first, and strengths (2,).
-
-    Raises:
-        StainError: see `macenko`.
-    """
+    """Return stain directions (3, 2), haematoxylin first, and strengths (2,)."""
     density_P3 = _stained_density(rgb, name)
     _, vectors = np.linalg.eigh(np.cov(density_P3.T))
     plane_32 = vectors[:, 1:] * np.where(vectors[:, 1:].sum(0) < 0, -1, 1)
@@ -121,18 +117,14 @@ def macenko_stains(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np
 
 
 def reinhard_moments(rgb: np.ndarray, name: str = "slide") -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and deviation, (3,) each, of the stained pixels in l alpha beta.
-
-    Raises:
-        StainError: too few pixels are stained.
-    """
+    """Return mean and deviation, (3,) each, of the stained pixels in l alpha beta."""
     density_P3 = _stained_density(rgb, name)
     light_P3 = LIGHT * np.exp(-density_P3)
     opponent_P3 = np.log(light_P3 @ LMS.T) @ OPPONENT.T
     return opponent_P3.mean(0), opponent_P3.std(0)
 
 
-def reinhard(rgb: np.ndarray, name: str = "slide") -> Operator:
+def reinhard(rgb: np.ndarray, name: str = "slide") -> ColourTransform:
     """Return the transform that maps these pixels' moments to the reference's.
 
     Raises:
@@ -148,7 +140,7 @@ def reinhard(rgb: np.ndarray, name: str = "slide") -> Operator:
     scale = np.diag(REFERENCE_MOMENTS[1] / deviation_3)
     matrix = inverse @ scale @ OPPONENT
     shift = inverse @ (REFERENCE_MOMENTS[0] - scale @ mean_3)
-    return Operator(LMS, matrix, shift)
+    return ColourTransform(LMS, matrix, shift)
 
 
 class StainedSlide:
@@ -170,11 +162,11 @@ class StainedSlide:
         rows = np.linspace(0, len(index.coords0) - 1, count).round().astype(int)
         tiles = [source.read(x0, y0, index.grid) for x0, y0 in index.coords0[rows].tolist()]
         pixels = np.concatenate([tile.reshape(-1, 3) for tile in tiles])
-        self.operator = {"macenko": macenko, "reinhard": reinhard}[method](pixels, index.slide_id)
+        self.transform = {"macenko": macenko, "reinhard": reinhard}[method](pixels, index.slide_id)
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
         """Return the normalised tile at (x0, y0), uint8 (S, S, 3)."""
-        return self.operator(self.source.read(x0, y0, grid))
+        return self.transform(self.source.read(x0, y0, grid))
 
     def close(self) -> None:
         """Close the slide."""

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from slides.cohort.table import SlideRow
 from slides.errors import NoTissueError, SlideError, reading_faults, refuse
 from slides.seeds import stable_seed
-from slides.streaming.augment import AugmentedSlide, draw_change, strength_faults
+from slides.streaming.augment import AugmentedSlide, draw_augmentation, strength_faults
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles, joined
 from slides.streaming.chunks import SlideSource, WorkerDiedError, close, named_fault, read_tiles
 from slides.streaming.order import (
@@ -214,7 +214,7 @@ class BagDataset(Dataset):
             chosen = index.part(self.drawn(index, row.slide_id, turn))
             if self.augment is not None:
                 generator = slide_generator(self.seed, turn.epoch, _drawn_as(row.slide_id, turn))
-                change = draw_change(len(chosen), generator, **vars(self.augment))
+                change = draw_augmentation(len(chosen), generator, **vars(self.augment))
                 source = AugmentedSlide(source, chosen.coords0, change)
             elsewhere = get_worker_info() is not None
             tiles = read_tiles(source, chosen, slice(self.hold), shared=elsewhere)
@@ -263,11 +263,11 @@ class SlideLoader(DataLoader):
         prefetch: int = 2,
         **kwargs,
     ):
-        """Load `dataset` in the sampler's order, or in the table's.
+        """Load `dataset` in the sampler's order; None is the table's, for validation and test.
 
         Args:
             dataset: the bags.
-            sampler: None for validation, test and the baselines: all slides, in the table's order.
+            sampler: the order of slides.
             workers: reading processes; 0 reads in this one.
             prefetch: bags that each worker reads ahead.
             kwargs: further arguments of `DataLoader`.

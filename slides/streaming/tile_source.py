@@ -26,7 +26,7 @@ from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import StainedSlide
 from slides.streaming.workers import StreamedSlide
-from slides.tiling.index import TileIndex, index_path, outdated, read_index
+from slides.tiling.index import TileIndex, index_path, read_index, why_outdated
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 
@@ -58,7 +58,7 @@ class TileSource:
         """
         path = index_path(self.index_dir, self.grid, row.slide_id)
         index = read_index(path, self.grid, self.tissue)
-        if why := outdated(index, Path(row.path), row.mpp):
+        if why := why_outdated(index, Path(row.path), row.mpp):
             raise IndexSettingsError(
                 f"{row.slide_id}: its index {path} is outdated: {why}, and no new one could be "
                 "made. The ledger beside it has the reason; fix that, and run `tapfm index`."

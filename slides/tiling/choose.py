@@ -123,12 +123,7 @@ def _touch(marked: np.ndarray, sides0: np.ndarray, coords0: np.ndarray, size0: i
 
 
 def index_slide(slide: Slide, grid: Grid, tissue: Tissue) -> TileIndex:
-    """Return the index of a slide: its tiles that hold tissue.
-
-    Raises:
-        NoTissueError: none does; the message names the threshold that failed.
-        SlideError: the slide or its mask cannot be used.
-    """
+    """Return the index of a slide: its tiles that have tissue. See `to_index` for errors."""
     return to_index(choose_tiles(slide, grid, tissue), slide, grid, tissue)
 
 
@@ -136,7 +131,7 @@ def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> Ti
     """Return the index of the chosen tiles, after reading the one with most tissue as a check.
 
     Raises:
-        NoTissueError: none is chosen.
+        NoTissueError: none is chosen; the message names the threshold that failed.
         UnreadableRegionError: that tile cannot be decoded.
     """
     chosen = choice.chosen

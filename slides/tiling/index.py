@@ -27,7 +27,7 @@ from slides.errors import (
     SlideError,
     reading_faults,
     refuse,
-)
+)  # fmt: skip
 from slides.files import file_fingerprint, write_whole
 from slides.grid import Grid
 from slides.tiling.choose import choose_tiles, index_slide, to_index
@@ -169,7 +169,7 @@ def _index_one(job: tuple) -> _Outcome:
             status = "kept" if index else "rebuilt" if reason else "indexed"
             with Slide(path, mpp, slide_id) as slide:
                 if tissue.coords is not None:
-                    index = _taken(tissue.coords, slide, grid, out)
+                    index = _from_coordinates(tissue.coords, slide, grid, out)
                     write_index(out, index, tissue)
                 else:
                     choice = choose_tiles(slide, grid, tissue)
@@ -202,7 +202,7 @@ def _index_one(job: tuple) -> _Outcome:
     )
 
 
-def _taken(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
+def _from_coordinates(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
     """Return the tiles that another program chose; never overwrite its file."""
     path = find_coordinates(folder, slide.name)
     if path.resolve() == out.resolve():
@@ -224,13 +224,13 @@ def _reusable(
     except (IndexSettingsError, IndexFileError) as fault:
         return None, f"rebuilt: {fault}"
     if not slide_path.is_file():
-        return None, "rebuilt: the slide is gone"
-    if why := outdated(index, slide_path, mpp):
+        return None, "rebuilt: the slide is missing"
+    if why := why_outdated(index, slide_path, mpp):
         return None, f"rebuilt: {why}"
     return index, ""
 
 
-def outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
+def why_outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
     """Return why an index does not fit the slide as it is now, or "" if it does.
 
     Args:

@@ -30,7 +30,7 @@ from slides.tiling.masks import mask_sha256
 from slides.tiling.tissue import Tissue
 
 WRITER = "tapfm slides.tiling.index_file"
-FIGURES = ("pen_fraction", "blur")  # of each tile, in files made since they are measured
+FIGURES = ("pen_fraction", "blur")  # measured for each tile; absent in older files
 WRITER_VERSION = 2  # part of the settings' hash: raise it when the same settings choose other tiles
 
 

@@ -50,11 +50,7 @@ def mask_path(folder: str | Path, slide_id: str) -> Path:
 
 
 def mask_sha256(folder: str | Path, slide_id: str) -> str:
-    """Return the SHA-256 of the slide's mask, which is part of the index's settings.
-
-    Raises:
-        MaskError: there is not exactly one mask, or it cannot be read.
-    """
+    """Return the SHA-256 of the slide's mask, which is part of the index's settings."""
     return hashlib.sha256(_read_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
 
 

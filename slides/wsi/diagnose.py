@@ -17,7 +17,7 @@ from slides.wsi.tiff_tags import directories
 WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 322, 323, 324
 MAX_TILE_PIXELS = 1 << 27  # half a gigabyte, a thousand times a real tile
-OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # of strips, of tiles
+OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # tags for strips and for tiles
 
 
 @dataclass
@@ -50,7 +50,7 @@ def tiff_contents(path: str | Path) -> TiffContents | None:
     return contents
 
 
-def impossible(path: Path) -> str | None:
+def why_impossible(path: Path) -> str | None:
     """Return a sentence about a TIFF whose tile tables are impossible, or None.
 
     OpenSlide allocates a tile's memory from its stated size and kills the process if there is not

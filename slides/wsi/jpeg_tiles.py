@@ -6,7 +6,7 @@ decoded by libjpeg-turbo and cropped. This is the same arithmetic in the same li
 pixels are identical; `tests/wsi/test_jpeg_tiles.py` checks it, and the first region of every level
 is read both ways before direct decoding is used (`levels.Levels`).
 
-OpenSlide reads everything else: other formats and codecs silently (`Direct.why_not` has the
+OpenSlide reads everything else: other formats and codecs silently (`JpegDecoder.why_not` has the
 reason), unusual JPEG TIFFs (missing tiles, strange colour) with one warning. A tile that does not
 decode cleanly is read by OpenSlide: nothing here invents pixels.
 
@@ -64,8 +64,8 @@ class Level:
         return -(-self.width // self.tile_width)
 
 
-class Direct:
-    """Direct JPEG decoding for the levels of one file. Use in one process; thread-safe.
+class JpegDecoder:
+    """JpegDecoder JPEG decoding for the levels of one file. Use in one process; thread-safe.
 
     Args:
         path: The file.
@@ -227,11 +227,7 @@ def _missing(tags: dict[int, np.ndarray]) -> int:
 
 
 def _level(tags: dict[int, np.ndarray]) -> Level:
-    """Return the tile grid that a TIFF directory describes.
-
-    Raises:
-        NotDirectError: it is not a plain grid of 8-bit RGB JPEG tiles.
-    """
+    """Return a directory's grid; raise NotDirectError unless it is of plain 8-bit RGB JPEG."""
     photometric = _one(tags, PHOTOMETRIC, -1)
     wanted = {
         "compression": (_one(tags, COMPRESSION), (JPEG,)),
@@ -271,11 +267,7 @@ def _tables(data: bytes) -> bytes:
 
 
 def _stream(head: bytes, data: bytes, width: int, height: int) -> bytes:
-    """Return a tile's JPEG stream with the TIFF's tables and colour space inserted.
-
-    Raises:
-        NotDirectError: it is not a JPEG of three components and this size.
-    """
+    """Return a tile's JPEG stream with the TIFF's tables and colour space inserted."""
     if data[:2] != b"\xff\xd8":
         raise NotDirectError("a tile is no JPEG")
     parts, at, kept = [head], 2, 2

@@ -23,8 +23,8 @@ import numpy as np
 import openslide
 
 from slides.errors import NotASlideError, UnreadableRegionError
-from slides.wsi.diagnose import impossible, tiff_contents, why_refused
-from slides.wsi.jpeg_tiles import Direct, NotDirectError
+from slides.wsi.diagnose import tiff_contents, why_impossible, why_refused
+from slides.wsi.jpeg_tiles import JpegDecoder, NotDirectError
 from slides.wsi.plain_image import PlainImage, is_plain
 
 CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
@@ -33,7 +33,7 @@ _inherited = []  # handles from before a fork: closing them here could stop the 
 
 
 @dataclass(frozen=True)
-class Facts:
+class SlideFacts:
     """Sizes, levels and properties of a slide; kept so that other processes need not reopen it."""
 
     width0: int
@@ -79,7 +79,7 @@ class Levels:
             self._direct = None
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> SlideFacts:
         """Sizes, levels and properties of the slide.
 
         Raises:
@@ -131,7 +131,7 @@ class Levels:
     def _open(self) -> openslide.OpenSlide:
         if self._handle is None or self._pid != os.getpid():
             self.close()
-            if fault := impossible(self.path):
+            if fault := why_impossible(self.path):
                 raise NotASlideError(f"{self.name}: {fault}")
             try:
                 self._handle = openslide.OpenSlide(self.path)
@@ -153,9 +153,9 @@ class Levels:
             return is_plain(self.path)
         return not contents.tiled and contents.reach <= self.path.stat().st_size
 
-    def _directly(self) -> Direct:
+    def _directly(self) -> JpegDecoder:
         if self._direct is None:
-            self._direct = Direct(self.path, self.facts.vendor, self.facts.level_sizes)
+            self._direct = JpegDecoder(self.path, self.facts.vendor, self.facts.level_sizes)
             if self._direct.odd:
                 self._say_slow("; ".join(sorted(set(self._direct.why_not.values()))))
         return self._direct
@@ -187,12 +187,12 @@ class Levels:
         return ((over + 127) // 255).astype(np.uint8)
 
 
-def _facts(handle: openslide.OpenSlide) -> Facts:
+def _facts(handle: openslide.OpenSlide) -> SlideFacts:
     width0, height0 = handle.dimensions
     keys = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
     bounds = [handle.properties.get(f"openslide.{key}") for key in keys]
     whole = (0, 0, width0, height0)
-    return Facts(
+    return SlideFacts(
         width0=width0,
         height0=height0,
         level_sizes=tuple(handle.level_dimensions),

@@ -84,11 +84,7 @@ class PlainImage:
             ) from error
 
     def _decode(self) -> np.ndarray:
-        """Return the whole picture, (height, width, 3 or 4) uint8.
-
-        Raises:
-            openslide.OpenSlideError: it is damaged; `levels.Levels` adds the slide's name.
-        """
+        """Return the picture, (height, width, 3 or 4) uint8; raise OpenSlideError if damaged."""
         try:
             with self._open() as image:
                 if image.format == "JPEG" and image.mode == "RGB":

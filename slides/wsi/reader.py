@@ -20,7 +20,7 @@ from PIL import Image
 from slides.errors import NotASlideError
 from slides.grid import Grid
 from slides.wsi.diagnose import tiff_contents, truncated
-from slides.wsi.levels import Facts, Levels
+from slides.wsi.levels import Levels, SlideFacts
 from slides.wsi.resolution import find_mpp
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
@@ -67,7 +67,7 @@ class Slide:
         self.levels.close()
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> SlideFacts:
         """Sizes, levels and properties of the slide.
 
         Raises:

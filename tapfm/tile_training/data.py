@@ -22,7 +22,7 @@ from slides.cohort.labelled_tiles import TileRow, read_labelled_tiles, read_tile
 from slides.cohort.splits import FRACTIONS
 from slides.errors import SettingsError
 from slides.seeds import stable_seed
-from slides.streaming.augment import draw_change
+from slides.streaming.augment import draw_augmentation
 from slides.streaming.order import Turn, epoch_order
 from slides.streaming.stream import Augment, SlideLoader, SlideSampler, slide_generator
 from tapfm.tile_training.batch import TileBatch
@@ -75,7 +75,7 @@ class TileDataset(Dataset):
         if self.how is None:
             return tile_1P
         generator = slide_generator(self.seed, epoch, row.path.name)
-        return draw_change(1, generator, **vars(self.how))(tile_1P)
+        return draw_augmentation(1, generator, **vars(self.how))(tile_1P)
 
 
 class TileData(L.LightningDataModule):

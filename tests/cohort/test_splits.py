@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slides.cohort.splits import balance, deal, fixed_split, gather_cases, kfold, monte_carlo
+from slides.cohort.splits import (
+    assign_parts,
+    balance,
+    fixed_split,
+    gather_cases,
+    kfold,
+    monte_carlo,
+)
 from slides.cohort.table import SPLITS
 from slides.errors import SplitError
 
@@ -38,7 +45,7 @@ def random_cohort(seed):
 def test_random_cohorts_are_stratified_over_all_labels(tenth):
     for seed in range(tenth, COHORTS, 10):
         cases = random_cohort(seed)
-        part_C = deal(cases, [0.2] * 5, seed)
+        part_C = assign_parts(cases, [0.2] * 5, seed)
         assert part_C.shape == (len(cases),)
         assert np.abs(np.bincount(part_C, minlength=5) - len(cases) / 5).max() < 3
         for part in range(5):
@@ -105,7 +112,7 @@ def test_a_rare_label_reaches_every_fold():
     values[:5, 0] = 1
     values[90:, 1] = np.nan
     cases = gather_cases([f"c{n}" for n in range(97)], [""] * 97, ["rare", "none"], values)
-    part_C = deal(cases, [0.2] * 5)
+    part_C = assign_parts(cases, [0.2] * 5)
     assert sorted(part_C[:5]) == [0, 1, 2, 3, 4]
 
 

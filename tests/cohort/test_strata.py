@@ -9,7 +9,7 @@ from statistics import median_low
 import numpy as np
 import pytest
 
-from slides.cohort.splits import deal, gather_cases
+from slides.cohort.splits import assign_parts, gather_cases
 from slides.cohort.strata import stratify
 from slides.cohort.targets import COLUMNS
 
@@ -59,7 +59,7 @@ def test_folds_of_random_cohorts_are_even(task):
         ids = [f"c{n}" for n in slides]
         strata = stratify(COLUMNS[task], NAMES[task], CLASSES, ids, values[slides])
         cases = gather_cases(ids, [""] * len(ids), list(strata), np.stack(list(strata.values()), 1))
-        part_of = dict(zip(cases.ids, deal(cases, [0.2] * 5, seed), strict=True))
+        part_of = dict(zip(cases.ids, assign_parts(cases, [0.2] * 5, seed), strict=True))
         assert len(part_of) == len(values), "each case has one part"
         part_C = np.array([part_of[f"c{n}"] for n in range(len(values))])
         for inside, known in groups_of(task, values):

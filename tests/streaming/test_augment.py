@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.streaming.augment import HAEMATOXYLIN_EOSIN, draw_change, orient, recolour_
+from slides.streaming.augment import HAEMATOXYLIN_EOSIN, draw_augmentation, orient, recolour_
 
 SIDE = 7
 
@@ -27,7 +27,7 @@ def rng(seed=0):
 
 def augment(tiles, generator, *options, **named):
     """Return a slide's tiles augmented in one call."""
-    return draw_change(len(tiles), generator, *options, **named)(tiles)
+    return draw_augmentation(len(tiles), generator, *options, **named)(tiles)
 
 
 def orientations(tile_CSS):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from slides.errors import NoTissueError, SettingsError, UnreadableRegionError
-from slides.streaming.augment import draw_change
+from slides.streaming.augment import draw_augmentation
 from slides.streaming.stream import (
     Augment,
     BagDataset,
@@ -83,7 +83,7 @@ def test_a_training_bag_is_its_draw_of_tiles_augmented():
     turn = Turn(2, 0, 6)
     rows = sample_tiles(TILES, 5, SEED, 2, "slide.6")
     tiles = torch.from_numpy(expected_tiles(make_index(TILES), rows))
-    tiles = draw_change(5, slide_generator(SEED, 2, "slide.6"), colour=0.1)(tiles)
+    tiles = draw_augmentation(5, slide_generator(SEED, 2, "slide.6"), colour=0.1)(tiles)
     bag = training_bags()[turn]
     assert torch.equal(bag.tiles, tiles)
     np.testing.assert_array_equal(bag.coords0, make_index(TILES).coords0[rows])

@@ -37,14 +37,14 @@ def test_it_tells_wrong_pixels(tmp_path, monkeypatch):
     """Partner test: direct decoding that is off by one is detected."""
     sound = write_seeds(tmp_path)[0]
     assert read_both_ways(sound) == "right"
-    decode = direct.Direct._decode
+    decode = direct.JpegDecoder._decode
     calls = []
 
     def off(self, grid, number):
         calls.append(number)
         return decode(self, grid, number) + np.uint8(len(calls) > 9)
 
-    monkeypatch.setattr(direct.Direct, "_decode", off)
+    monkeypatch.setattr(direct.JpegDecoder, "_decode", off)
     with pytest.raises(AssertionError, match="directly"):
         read_both_ways(sound)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from slides.errors import SlideError
 from slides.grid import Grid
 from slides.wsi import jpeg_tiles as direct
-from slides.wsi.jpeg_tiles import Direct
+from slides.wsi.jpeg_tiles import JpegDecoder
 from slides.wsi.reader import Slide
 from tests.conftest import stained_picture
 
@@ -165,8 +165,8 @@ class TestTheCheck:
     """Partner tests: each guard, when broken, would let other pixels through."""
 
     def test_other_pixels_are_noticed_and_not_believed(self, shared_tiff, monkeypatch):
-        true = Direct._decode
-        monkeypatch.setattr(Direct, "_decode", lambda *a: true(*a) ^ 1)
+        true = JpegDecoder._decode
+        monkeypatch.setattr(JpegDecoder, "_decode", lambda *a: true(*a) ^ 1)
         with Slide(shared_tiff) as slide, Slide(shared_tiff, direct=False) as slow:
             with pytest.warns(UserWarning, match=f"{SLOW}: level 0 decodes to other pixels"):
                 tile = slide.levels.pixels(8, 8, 0, 64, 64)
