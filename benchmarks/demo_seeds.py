@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
-from tapfm.reports.html.tables import interval
+from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.plain_table import markdown
 from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER
 
@@ -110,9 +110,9 @@ def table(results: dict) -> str:
                 [
                     "" if number else seed,
                     name + (" (best frozen)" if name == result["reference"] else ""),
-                    interval(auroc["macro"]),
+                    interval_cell(auroc["macro"]),
                     *(f"{auroc[label]['value']:.3f}" for label in labels),
-                    interval(gain, sign="+"),
+                    interval_cell(gain, sign="+"),
                     f"{tile:.3f}" if tile else "",
                 ]
             )

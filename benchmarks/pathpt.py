@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite
-from tapfm.reports.html.tables import interval
+from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.plain_table import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +79,8 @@ def table(results: dict) -> str:
             for arm, figures in arms.items():
                 gain = figures.get("minus_best_frozen", {}).get("balanced_accuracy")
                 cells = [cohort, str(result["draws"]), shots, arm]
-                cells += [interval(figures["balanced_accuracy"])]
-                cells += [interval(figures["weighted_f1"]), interval(gain, sign="+")]
+                cells += [interval_cell(figures["balanced_accuracy"])]
+                cells += [interval_cell(figures["weighted_f1"]), interval_cell(gain, sign="+")]
                 if cells not in lines:  # both ways of asking have the frozen rows, and alike
                     lines.append(cells)
         counts = ", ".join(f"{n} {name}" for name, n in result["subtypes"].items())

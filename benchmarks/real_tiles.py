@@ -29,7 +29,7 @@ import torch
 from benchmarks.record import RESULTS, facts, rewrite
 from tapfm.adapt.strategies import STRATEGIES
 from tapfm.cli import main as tapfm
-from tapfm.reports.html.tables import interval
+from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.plain_table import markdown
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.confusions import averages, confusions
@@ -146,10 +146,10 @@ def table(result: dict) -> str:
     for title, row in result["rows"].items():
         cost = result["cells"].get(title)
         said = [f"{cost['parameters']:,}", f"{np.mean(cost['seconds']):.0f}"] if cost else ["", ""]
-        gain = interval(row["f1_minus_probe"], sign="+") if title != PROBE else ""
+        gain = interval_cell(row["f1_minus_probe"], sign="+") if title != PROBE else ""
         each = ", ".join(f"{value:.3f}" for value in row["f1_by_seed"]) if cost else ""
         accuracy = f"{row['balanced_accuracy']['value']:.3f}"
-        lines.append([title, interval(row["f1"]), each, gain, accuracy, *said])
+        lines.append([title, interval_cell(row["f1"]), each, gain, accuracy, *said])
     draws = result["rows"][PROBE]["f1"]["draws"]
     return markdown(lines) + (
         f"\n\n{result['tiles']} test tiles in {result['blocks']} spatial blocks; {draws} of "

@@ -44,7 +44,7 @@ from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluation.evaluate import frozen_rows
 from tapfm.inference.prediction import predict_all, write_predictions
-from tapfm.reports.html.tables import interval
+from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.rows import ResultRow, read_result_row
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
@@ -308,7 +308,7 @@ def row(before: list[str], found: list[dict | None], behind: list[str]) -> str:
     """Of the table: AUROC with its interval of each seed that is there, and their mean."""
     macro = [each and each[MACRO] for each in found]
     middle = mean(each["value"] for each in macro if each)
-    cells = [interval(each) for each in macro]
+    cells = [interval_cell(each) for each in macro]
     return "| " + " | ".join([*before, *cells, f"{middle:.3f}", *behind]) + " |"
 
 

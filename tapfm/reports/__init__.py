@@ -1,15 +1,16 @@
-"""What runs said, as tables, pictures and one page.
+"""Results of runs as tables, figures and one HTML page.
 
-    rows.py            a row: what one model said of a split
-    example_slides.py  which those are, by task
+    rows.py            a result row: one model's predictions of a split
     runs.py            a folder of runs, read back
-    report.py          `tapfm test`: the table, the JSON, the pictures
-    outcome_report.py  the same where labels are classes, values or times
-    details.py         what stands behind a row: thresholds, calibration, DeLong, groups
-    plain_table.py     a figure and its interval as a cell, Markdown, columns in line
+    report.py          `tapfm test`: the table, the JSON, the figures of multi-label runs
+    outcome_report.py  the same for classes, values and survival times
+    details.py         details of a row: thresholds, calibration, DeLong, groups
+    example_slides.py  slides worth looking at, by task
+    plain_table.py     text tables: a metric with its interval as a cell, Markdown, aligned columns
     figures.py         ROC, reliability and training curves
-    slide_table.py     the cohort's slides and what indexing made of them
+    slide_table.py     the cohort's slides and their indexing
     pooling.py         a study's folds pooled by case, seeds averaged
+    html/              the page, its panels and tables
 
 Nothing here needs a slide or a GPU.
 """

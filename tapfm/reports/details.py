@@ -1,11 +1,10 @@
-"""What stands behind a row of the report: yes or no, calibration, DeLong, and groups of slides.
+"""Details of a row of the report: thresholds, calibration, DeLong, and groups of slides.
 
-`describe` gives them as the plain values that go into metrics_<split>.json, where `reports.report`
-lists the keys; `sections` as Markdown. Thresholds and mends of the probabilities come from the
-row's validation predictions, and are left out without them. A group is a site or a stain of the
-cohort's table (the index does not know the scanner), `mixed` where a case's slides differ in it;
-one with fewer than `FEW_CASES` cases of a class is shown by its counts alone. Every macro names the
-labels it averages.
+`row_details` returns them as the values of metrics_<split>.json, where `reports.report` lists the
+keys; `sections` as Markdown. Thresholds and rescaled probabilities come from the row's validation
+predictions, and are left out without them. A group is a site or a stain of the cohort's table (the
+index does not know the scanner), `mixed` if a case's slides differ in it; one with fewer than
+`FEW_CASES` cases of a class is shown by its counts alone. Every macro names the labels it averages.
 
 Shapes: N slides, K labels, B draws.
 """
@@ -32,12 +31,12 @@ from tapfm.stats.delong import delong, delong_difference
 from tapfm.stats.metrics import MACRO, auroc_draws
 from tapfm.stats.thresholds import FIGURES, RULES, choose_threshold, figures_at
 
-FEW_CASES = 10  # of either class; below it no interval is to be trusted
+FEW_CASES = 10  # of either class; below it no interval is reliable
 Validation = tuple[np.ndarray, np.ndarray]
 """y_NK and p_NK of the validation split."""
 
 
-def describe(
+def row_details(
     labels: Sequence[str],
     y_NK: np.ndarray,
     p_NK: np.ndarray,
@@ -49,23 +48,24 @@ def describe(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict | None]:
-    """`delong`, `operating_points`, `calibration` and `subgroups` of one row.
+    """Return `delong`, `operating_points`, `calibration` and `subgroups` of one row.
 
     Args:
         labels: K names.
         y_NK: 0, 1, or nan where unknown.
         p_NK: probabilities.
         cases_N: each slide's case.
-        validation: the same model's, of the validation split.
-        reference_NK: probabilities of the row it is compared with; None for none.
-        groups: such as site, and each slide's; blank where it is not known.
+        validation: labels and probabilities of the validation split.
+        reference_NK: probabilities of the row it is compared with, if any.
+        groups: kind, such as site, to each slide's group; blank if unknown.
         draws: bootstrap draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     times_BN = with_point(cases_N, draws, seed)
     return {
         "delong": _delong(labels, y_NK, p_NK, cases_N, reference_NK),
-        "operating_points": validation and _points(labels, y_NK, p_NK, validation, times_BN),
+        "operating_points": validation
+        and _operating_points(labels, y_NK, p_NK, validation, times_BN),
         "calibration": _calibration(labels, y_NK, p_NK, validation, times_BN),
         "subgroups": {
             kind: _groups(labels, y_NK, p_NK, np.asarray(cases_N), np.asarray(of_N), draws, seed)
@@ -89,7 +89,7 @@ def _delong(labels, y_NK, p_NK, cases_N, reference_NK) -> dict[str, dict]:
     return found
 
 
-def _points(labels, y_NK, p_NK, validation: Validation, times_BN) -> dict[str, dict]:
+def _operating_points(labels, y_NK, p_NK, validation: Validation, times_BN) -> dict[str, dict]:
     found: dict[str, dict] = {label: {} for label in [*labels, MACRO]}
     for rule in RULES:
         drawn = {}
@@ -167,44 +167,56 @@ def _cases(y_N: np.ndarray, cases_N: Sequence[str]) -> dict[str, int]:
 
 
 def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
-    """Markdown of what `describe` found, a row a title."""
-    parts = []
-    names = [MACRO, *labels]
+    """Return the details of all rows as Markdown, by title."""
+    parts = [_calibration_section(labels, rows), _delong_section(labels, rows)]
     if any(found["operating_points"] for found in rows.values()):
-        lines = [
-            [label if first else "", title, _number(point["threshold"]),
-             *(span(point[name], undefined="") for name in FIGURES)]
-            for label in names
-            for first, (title, point) in _numbered(
-                (title, found["operating_points"][label]["balanced"])
-                for title, found in rows.items() if found["operating_points"]
-            )
-        ]  # fmt: skip
-        head = ["label", "model", "threshold", "balanced accuracy", "sensitivity", "specificity",
-                "F1"]  # fmt: skip
-        parts.append(
-            "## Yes or no\n\nAt the threshold of the highest balanced accuracy on the validation "
-            "split, frozen; metrics_*.json has those of the highest F1 and of 90 % specificity.\n\n"
-            + markdown([head, *lines])
+        parts.insert(0, _threshold_section(labels, rows))
+    for kind in dict.fromkeys(kind for found in rows.values() for kind in found["subgroups"]):
+        parts.append(_group_section(kind, rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _threshold_section(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
+    lines = [
+        [label if first else "", title, _number(point["threshold"]),
+         *(span(point[name], undefined="") for name in FIGURES)]
+        for label in [MACRO, *labels]
+        for first, (title, point) in _numbered(
+            (title, found["operating_points"][label]["balanced"])
+            for title, found in rows.items() if found["operating_points"]
         )
+    ]  # fmt: skip
+    head = ["label", "model", "threshold", "balanced accuracy", "sensitivity", "specificity",
+            "F1"]  # fmt: skip
+    return (
+        "## Yes or no\n\nAt the threshold of the highest balanced accuracy on the validation "
+        "split, frozen; metrics_*.json has those of the highest F1 and of 90 % specificity.\n\n"
+        + markdown([head, *lines])
+    )
+
+
+def _calibration_section(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
     lines = [
         [label if first else "", title]
-        + [_number(mend and mend["ece"]) for mend in (one["raw"], one["temperature"], one["platt"])]
+        + [_number(each and each["ece"]) for each in (one["raw"], one["temperature"], one["platt"])]
         + [span(one["raw"] and one["raw"]["brier"], undefined="")]
         + [span((one["platt"] or one["raw"] or {}).get("brier"), undefined="")]
-        for label in names
+        for label in [MACRO, *labels]
         for first, (title, one) in _numbered(
             (title, found["calibration"][label]) for title, found in rows.items()
         )
     ]
     head = ["label", "model", "ECE", "with temperature", "with Platt's", "Brier",
             "Brier with Platt's"]  # fmt: skip
-    parts.append(
+    return (
         "## Calibration\n\nExpected calibration error in 10 bins of equal width, as predicted and "
         "after a temperature or Platt's scaling fitted on validation. The loss makes "
         "both classes weigh the same, so raw probabilities are not frequencies.\n\n"
         + markdown([head, *lines])
     )
+
+
+def _delong_section(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
     lines = [
         [label if first else "", title, f"{one['positive_cases']}/{one['negative_cases']}",
          f"{_number(one['value'])} [{_number(one['low'])}, {_number(one['high'])}]",
@@ -215,29 +227,30 @@ def sections(labels: Sequence[str], rows: Mapping[str, Mapping]) -> str:
         )
     ]  # fmt: skip
     head = ["label", "model", "cases +/-", "AUROC [95 %]", "minus *", "p"]
-    parts.append(
+    return (
         "## DeLong\n\nClosed form, slides of a case taken together; paired test against the best "
         "frozen row. p is of one comparison, not of all that are here.\n\n"
         + markdown([head, *lines])
     )
-    for kind in dict.fromkeys(kind for found in rows.values() for kind in found["subgroups"]):
-        groups = next(iter(rows.values()))["subgroups"][kind]
-        lines = [
-            [name if first else "", label, f"{one['positive_cases']}/{one['negative_cases']}"]
-            + [span(found["subgroups"][kind][name]["labels"][label]["auroc"], undefined="")
-               for found in rows.values()]
-            for name, group in groups.items()
-            for first, (label, one) in _numbered(group["labels"].items())
-        ]  # fmt: skip
-        parts.append(
-            f"## By {kind}\n\nAUROC [95 %] where a group has {FEW_CASES} cases of either class; "
-            "else its counts alone.\n\n" + markdown([[kind, "label", "cases +/-", *rows], *lines])
-        )
-    return "\n\n".join(parts) + "\n"
+
+
+def _group_section(kind: str, rows: Mapping[str, Mapping]) -> str:
+    groups = next(iter(rows.values()))["subgroups"][kind]
+    lines = [
+        [name if first else "", label, f"{one['positive_cases']}/{one['negative_cases']}"]
+        + [span(found["subgroups"][kind][name]["labels"][label]["auroc"], undefined="")
+           for found in rows.values()]
+        for name, group in groups.items()
+        for first, (label, one) in _numbered(group["labels"].items())
+    ]  # fmt: skip
+    return (
+        f"## By {kind}\n\nAUROC [95 %] where a group has {FEW_CASES} cases of either class; "
+        "else its counts alone.\n\n" + markdown([[kind, "label", "cases +/-", *rows], *lines])
+    )
 
 
 def _numbered(pairs):
-    """Each with whether it is the first."""
+    """Yield each pair with whether it is the first."""
     return ((number == 0, pair) for number, pair in enumerate(pairs))
 
 

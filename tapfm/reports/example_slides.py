@@ -1,9 +1,9 @@
-"""Slides worth looking at: those a model is surest of, rightly and wrongly, by kind of report.
+"""Example slides for the report: confident right and wrong predictions, by kind of report.
 
-    labels     of each label true and false positives and negatives
-    classes    of each class, one against the rest: rightly and wrongly said, and missed
-    values     of each target the nearest of either half, the most too high and too low
-    times      an event up to the horizon against being seen for longer, at the median risk
+    labels     for each label: true and false positives and negatives
+    classes    for each class against the rest: right, wrong and missed
+    values     for each target: nearest in either half, most too high and too low
+    times      an event up to the horizon against longer follow-up, at the median risk
 
 Shapes: N slides, L labels, classes or targets.
 """
@@ -18,15 +18,15 @@ import numpy as np
 from tapfm.reports.rows import ResultRow
 from tapfm.tasks import Task
 
-CALLED = 0.5  # probability from which a slide is called positive, where none was chosen
-POINT = "balanced"  # operating point, of those that were
-LABEL = {  # kind: (truth, call)
+DEFAULT_THRESHOLD = 0.5  # probability from which a slide is called positive, without a chosen one
+POINT = "balanced"  # the operating point used
+LABEL = {  # kind: (target, whether it is called positive)
     "true positive": (1, 1),
     "true negative": (0, 0),
     "false positive": (0, 1),
     "false negative": (1, 0),
 }
-CLASS = {"rightly said": (1, 1), "wrongly said": (0, 1), "missed": (1, 0)}
+CLASS = {"right": (1, 1), "wrong": (0, 1), "missed": (1, 0)}
 TIME = {
     "early, high risk": (1, 1),
     "late, low risk": (0, 0),
@@ -37,133 +37,139 @@ VALUE = ("near, low half", "near, high half", "most too high", "most too low")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A slide of one label."""
+class ExampleSlide:
+    """An example slide of one label."""
 
     label: str
     kind: str
-    """One of the task's."""
+    """Kind of example, such as true positive."""
     slide_id: str
-    said: float
-    """Its probability, value or risk."""
+    value: float
+    """Predicted probability, value or risk."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What of a model's slides is shown, and what is said of each."""
+class Examples:
+    """A model's example slides, and the targets and predictions shown with them."""
 
     about: str
     kinds: tuple[str, ...]
-    called: Mapping[str, float]
-    """From where on a label is called positive; empty where nothing is."""
-    cases: list[Case]
+    thresholds: Mapping[str, float]
+    """Label to the value from which it is called positive; empty for tasks without."""
+    slides: list[ExampleSlide]
     labels: tuple[str, ...]
-    truth_NL: Sequence[Sequence[str]]
-    said_NL: np.ndarray
-    what: str = "probability"
-    """That `said` is."""
+    targets_NL: Sequence[Sequence[str]]
+    predicted_NL: np.ndarray
+    quantity: str = "probability"
+    """Kind of the predicted values."""
 
-    def spell(self, said: float) -> str:
-        """As the page writes it."""
-        return f"{said:.3f}" if self.what == "probability" else f"{said:.6g}"
+    def format_value(self, value: float) -> str:
+        """Return a predicted value as the page shows it."""
+        return f"{value:.3f}" if self.quantity == "probability" else f"{value:.6g}"
 
 
-def thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
-    """From which probability each label is called, as chosen on validation or else `CALLED`.
+def row_thresholds(facts: Mapping, labels: Sequence[str]) -> list[float]:
+    """Return the probability from which each label is called positive.
 
     Args:
-        facts: of an arm, in metrics_<split>.json.
+        facts: a row of metrics_<split>.json.
         labels: K names.
     """
     points = facts.get("operating_points") or {}
     chosen = (((points.get(label) or {}).get(POINT) or {}).get("threshold") for label in labels)
-    return [CALLED if value is None else value for value in chosen]
+    return [DEFAULT_THRESHOLD if value is None else value for value in chosen]
 
 
-def choose_by_label(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
-    """Return, for each label, its surest true and false positives and negatives."""
-    called = dict(zip(task.labels, thresholds(facts, task.labels), strict=True))
-    cases = [
-        case
+def choose_by_label(task: Task, row: ResultRow, facts: Mapping) -> Examples:
+    """Return, for each label, its most confident true and false positives and negatives."""
+    thresholds = dict(zip(task.labels, row_thresholds(facts, task.labels), strict=True))
+    slides = [
+        slide
         for k, label in enumerate(task.labels)
-        for case in _surest(label, LABEL, arm, k, arm.y_NK[:, k], arm.p_NK[:, k] >= called[label])
+        for slide in _most_confident(
+            label, LABEL, row, k, row.y_NK[:, k], row.p_NK[:, k] >= thresholds[label]
+        )
     ]
     about = (
-        "Of each label, the surest true positive, true negative, false positive and false "
+        "For each label, the most confident true positive, true negative, false positive and false "
         "negative. A tile's weight is the same for all labels."
     )
-    return Choice(about, tuple(LABEL), called, cases, task.labels, _one_or_zero(arm.y_NK), arm.p_NK)
+    return Examples(
+        about, tuple(LABEL), thresholds, slides, task.labels, _one_or_zero(row.y_NK), row.p_NK
+    )
 
 
-def choose_by_class(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
-    """Return, for each class, the surest slides called so, rightly and wrongly, and missed."""
-    said_N, rest = arm.p_NK.argmax(1), task.one_vs_rest(arm.y_NK)
-    cases = [
-        case
+def choose_by_class(task: Task, row: ResultRow, facts: Mapping) -> Examples:
+    """Return, for each class, its most confident right and wrong predictions, and one missed."""
+    predicted_N, rest = row.p_NK.argmax(1), task.one_vs_rest(row.y_NK)
+    slides = [
+        slide
         for k, (name, is_N) in enumerate(rest.items())
-        for case in _surest(name, CLASS, arm, k, is_N, said_N == k)
+        for slide in _most_confident(name, CLASS, row, k, is_N, predicted_N == k)
     ]
     about = (
-        "Of each class, the slide that was most surely said to be of it and is, the one that is "
-        "not, and the slide of it with the least probability of those said to be of another."
+        "For each class, the most confident right and wrong prediction of it, and the slide of "
+        "the class that was predicted as another with the lowest probability."
     )
-    truth_NL = _one_or_zero(np.stack(list(rest.values()), axis=1))
-    return Choice(about, tuple(CLASS), {}, cases, task.labels, truth_NL, arm.p_NK)
+    targets_NL = _one_or_zero(np.stack(list(rest.values()), axis=1))
+    return Examples(about, tuple(CLASS), {}, slides, task.labels, targets_NL, row.p_NK)
 
 
-def choose_by_value(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_value(task: Task, row: ResultRow, facts: Mapping) -> Examples:
     """Return, for each target, the slides predicted nearest, most too high and most too low."""
-    cases = []
+    slides = []
     for k, label in enumerate(task.labels):
-        y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+        y_N, p_N = row.y_NK[:, k], row.p_NK[:, k]
         known, off_N = np.flatnonzero(~np.isnan(y_N)), p_N - y_N
         high_N = y_N > np.median(y_N[known]) if len(known) else y_N > 0
         picks = (
             (known[~high_N[known]], -np.abs(off_N)), (known[high_N[known]], -np.abs(off_N)),
             (known[off_N[known] > 0], off_N), (known[off_N[known] < 0], -off_N),
         )  # fmt: skip
-        for kind, (rows, merit_N) in zip(VALUE, picks, strict=True):
-            if len(rows):
-                row = rows[np.argmax(merit_N[rows])]
-                cases.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
+        for kind, (candidates, merit_N) in zip(VALUE, picks, strict=True):
+            if len(candidates):
+                best = candidates[np.argmax(merit_N[candidates])]
+                slides.append(ExampleSlide(label, kind, row.slide_ids[best], float(p_N[best])))
     about = (
-        "Of each target, the slides predicted nearest to their value, of the lower and the upper "
+        "For each target, the slides predicted nearest to their value, in the lower and the upper "
         "half of values, and those predicted most too high and most too low."
     )
-    truth_NL = [["unknown" if np.isnan(y) else f"{y:.6g}" for y in y_K] for y_K in arm.y_NK]
-    return Choice(about, VALUE, {}, cases, task.labels, truth_NL, arm.p_NK, "predicted")
+    targets_NL = [["unknown" if np.isnan(y) else f"{y:.6g}" for y in y_K] for y_K in row.y_NK]
+    return Examples(about, VALUE, {}, slides, task.labels, targets_NL, row.p_NK, "predicted")
 
 
-def choose_by_time(task: Task, arm: ResultRow, facts: Mapping) -> Choice:
+def choose_by_time(task: Task, row: ResultRow, facts: Mapping) -> Examples:
     """Return slides of early and late events with the most extreme risks."""
-    time_N, event_N, risk_N = arm.y_NK[:, 0], arm.y_NK[:, 1], arm.p_NK[:, 0]
+    time_N, event_N, risk_N = row.y_NK[:, 0], row.y_NK[:, 1], row.p_NK[:, 0]
     early_N = np.where((time_N <= task.horizon) & (event_N == 1), 1.0, np.nan)
     early_N[time_N > task.horizon] = 0
     middle = float(np.median(risk_N)) if len(risk_N) else 0.0
-    cases = _surest("risk", TIME, arm, 0, early_N, risk_N >= middle)
+    slides = _most_confident("risk", TIME, row, 0, early_N, risk_N >= middle)
     about = (
         f"Early: with the event up to {task.time} = {task.horizon:g}, the training split's median; "
-        "late: seen for longer. High risk: from the median of this split on. Of each pair, the "
-        "most extreme risk."
+        "late: followed up for longer. High risk: from the median of this split on. Of each pair, "
+        "the most extreme risk."
     )
-    truth_NL = [
+    targets_NL = [
         ["unknown" if np.isnan(time) else f"{'event' if event else 'no event'} at {time:.6g}"]
-        for time, event in arm.y_NK[:, :2]
+        for time, event in row.y_NK[:, :2]
     ]
-    called = {"risk": middle}
-    return Choice(about, tuple(TIME), called, cases, ("risk",), truth_NL, arm.p_NK[:, :1], "risk")
+    thresholds = {"risk": middle}
+    return Examples(
+        about, tuple(TIME), thresholds, slides, ("risk",), targets_NL, row.p_NK[:, :1], "risk"
+    )
 
 
-def _surest(
-    label: str, kinds: Mapping[str, tuple[int, int]], arm: ResultRow, k: int, y_N, called_N
-) -> list[Case]:
-    """Of each kind the slide of the most extreme number k that the arm says, if there is any."""
-    p_N, found = arm.p_NK[:, k], []
-    for kind, (truth, call) in kinds.items():
-        rows = np.flatnonzero((y_N == truth) & (called_N == call))
-        if len(rows):
-            row = rows[np.argmax(p_N[rows]) if call else np.argmin(p_N[rows])]
-            found.append(Case(label, kind, arm.slide_ids[row], float(p_N[row])))
+def _most_confident(
+    label: str, kinds: Mapping[str, tuple[int, int]], row: ResultRow, k: int, y_N, called_N
+) -> list[ExampleSlide]:
+    """Return, for each kind that occurs, the slide with the most extreme prediction of number k."""
+    p_N, found = row.p_NK[:, k], []
+    for kind, (target, call) in kinds.items():
+        n = np.flatnonzero((y_N == target) & (called_N == call))
+        if len(n):
+            best = n[np.argmax(p_N[n]) if call else np.argmin(p_N[n])]
+            found.append(ExampleSlide(label, kind, row.slide_ids[best], float(p_N[best])))
     return found
 
 

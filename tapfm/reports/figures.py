@@ -1,7 +1,7 @@
-"""The report's pictures: ROC, reliability and training curves, an arm a colour in all.
+"""The report's figures: ROC, reliability and training curves, one colour for each result row.
 
-Arms trained end to end are solid and thick, the others thin and broken, so that a print in grey
-still tells them apart. Names are drawn as they are: two $ in one are no formula (`parse_math`).
+Rows trained end to end are solid and thick, the others thin and broken, so that a grey print still
+tells them apart. Names are drawn literally: a $ in one starts no formula (`parse_math`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from tapfm.reports.rows import ResultRow
 
-# Okabe and Ito's colours, told apart by the colour-blind; a brown for their yellow, which vanishes
-# on white.
+# Okabe and Ito's colours, safe for colour-blind readers; brown replaces their yellow, which is too
+# faint on white.
 TRAINED = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 FROZEN = ("#000000", "#E69F00", "#56B4E9", "#999999", "#A6611A")
 DASHES = ("--", "-.", ":")
@@ -32,13 +32,13 @@ MARKERS = "os^D"
 
 
 def roc_axis(
-    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
+    axis: Axes, k: int, label: str, rows: Sequence[ResultRow], styles: Sequence[dict]
 ) -> None:
-    """ROC curves of label k."""
+    """Draw the ROC curves of label k."""
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     values = []
-    for arm, style in zip(arms, styles, strict=True):
-        y_N, p_N = arm.y_NK[:, k], arm.p_NK[:, k]
+    for row, style in zip(rows, styles, strict=True):
+        y_N, p_N = row.y_NK[:, k], row.p_NK[:, k]
         value = auroc(y_N, p_N)
         if math.isnan(value):
             continue
@@ -48,86 +48,85 @@ def roc_axis(
         axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=8)
     else:
         axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
-    known = int((~np.isnan(arms[0].y_NK[:, k])).sum())
-    positives = int(np.nansum(arms[0].y_NK[:, k]))
+    known = int((~np.isnan(rows[0].y_NK[:, k])).sum())
+    positives = int(np.nansum(rows[0].y_NK[:, k]))
     axis.set_title(f"{label}, {positives} of {known} positive", fontsize=10, parse_math=False)
     axis.set(xlabel="false positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
 
 
-def roc_figure(labels: Sequence[str], arms: Sequence[ResultRow]) -> Figure:
-    """ROC curves, a panel a label, an arm a curve.
+def roc_figure(labels: Sequence[str], rows: Sequence[ResultRow]) -> Figure:
+    """Return ROC curves, a panel a label, a curve a row.
 
     Args:
         labels: K names.
-        arms: predictions of the same slides.
+        rows: predictions of the same slides.
     """
     figure, axes = panels(len(labels))
-    styles = arm_styles(arms)
+    styles = row_styles(rows)
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
-        roc_axis(axis, k, label, arms, styles)
+        roc_axis(axis, k, label, rows, styles)
     axes[0].set_ylabel("true positive rate")
-    _legend(figure, [arm.title for arm in arms], styles)
+    _legend(figure, [row.title for row in rows], styles)
     return figure
 
 
-def reliability_figure(labels: Sequence[str], arms: Sequence[ResultRow]) -> Figure:
-    """Share of positives against mean probability in bins, a panel a label, an arm a curve."""
+def reliability_figure(labels: Sequence[str], rows: Sequence[ResultRow]) -> Figure:
+    """Return observed frequency against mean probability, a panel a label, a curve a row."""
     figure, axes = panels(len(labels))
-    styles = [style | {"markersize": 4.5} for style in arm_styles(arms)]
+    styles = [style | {"markersize": 4.5} for style in row_styles(rows)]
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        for row, arm in enumerate(arms):
-            if bins := reliability(arm.y_NK[:, k], arm.p_NK[:, k]):
-                said, seen = zip(*((each.predicted, each.observed) for each in bins), strict=True)
-                axis.plot(said, seen, label=f"{ece(bins):.3f}", **styles[row])
+        for row, style in zip(rows, styles, strict=True):
+            if bins := reliability(row.y_NK[:, k], row.p_NK[:, k]):
+                points = [(each.predicted, each.observed) for each in bins]
+                axis.plot(*zip(*points, strict=True), label=f"{ece(bins):.3f}", **style)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(loc="upper left", fontsize=8, title="ECE", title_fontsize=8)
         axis.set_title(label, fontsize=10, parse_math=False)
         axis.set(xlabel="mean probability", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
     axes[0].set_ylabel("share positive")
-    _legend(figure, [arm.title for arm in arms], styles)
+    _legend(figure, [row.title for row in rows], styles)
     return figure
 
 
 def curves_figure(
-    arms: Sequence[ResultRow],
+    rows: Sequence[ResultRow],
     figure_name: str = "auroc",
     title: str = "macro AUROC",
     chance: float = 0.5,
 ) -> Figure:
-    """Loss, validation AUROC (or what the task chooses by) and effective tiles, by slides seen."""
-    rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
-    curves = {row: read_curves(arms[row].metrics_csv) for row in rows}
+    """Return training curves: loss, the validation metric and effective tiles."""
+    pairs = zip(rows, row_styles(rows), strict=True)
+    shown = [(row, style) for row, style in pairs if row.metrics_csv]
     figure, axes = panels(3)
-    styles = arm_styles(arms)
-    for row in rows:
-        dots = styles[row] | {"markersize": 4.5}
-        line = styles[row] | {"linewidth": 1.4}
-        thin = styles[row] | {"linewidth": 1, "alpha": 0.6}
+    for row, style in shown:
+        curves, dots = read_curves(row.metrics_csv), style | {"markersize": 4.5}
+        line = style | {"linewidth": 1.4}
+        thin = style | {"linewidth": 1, "alpha": 0.6}
         for axis, column, look in [
             (axes[0], "train/loss", thin),
             (axes[0], "val/loss", dots),
             (axes[1], f"val/{figure_name}", dots),
             (axes[2], "train/effective_tiles", line),
         ]:
-            if column in curves[row]:
-                smoothed = smoothed_curve(*curves[row][column])
-                axis.plot(
-                    *(smoothed if column.startswith("train/") else curves[row][column]), **look
-                )
+            if column in curves:
+                steps_values = curves[column]
+                if column.startswith("train/"):
+                    steps_values = smoothed_curve(*steps_values)
+                axis.plot(*steps_values, **look)
     axes[0].set_title("loss (marked: validation; thin: training, smoothed)", fontsize=9)
     axes[1].set_title(f"validation {title}", fontsize=9)
     axes[2].set_title("effective tiles of a slide, 1 / sum w² (smoothed)", fontsize=9)
     axes[1].axhline(chance, color="0.7", linewidth=1)
     for axis in axes:
         axis.set_xlabel("slides seen")
-    titles = [arms[row].title for row in rows]
-    _legend(figure, titles, [styles[row] | {"markersize": 4.5} for row in rows])
+    titles = [row.title for row, _ in shown]
+    _legend(figure, titles, [style | {"markersize": 4.5} for _, style in shown])
     return figure
 
 
 def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Columns of a metrics.csv as (steps, values), without their blank or nan cells."""
+    """Return the columns of a metrics.csv as (steps, values), without blank or nan cells."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("step")]
     found = {}
@@ -144,7 +143,7 @@ def read_curves(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _roc(y_N: np.ndarray, p_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates at every threshold; tied scores are one slanted step."""
+    """Return false and true positive rates at every threshold; ties make one slanted step."""
     known_N = ~np.isnan(y_N)
     order = np.argsort(-p_N[known_N], kind="stable")
     y_N, p_N = y_N[known_N][order], p_N[known_N][order]
@@ -154,7 +153,7 @@ def _roc(y_N: np.ndarray, p_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothed_curve(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over a twentieth of the run: one slide's loss says little."""
+    """Return running means over a twentieth of the run; one slide's loss is too noisy."""
     width = max(1, len(values) // 20)
     if width == 1:
         return steps, values
@@ -170,18 +169,18 @@ def _number(text: str | None) -> float | None:
     return None if math.isnan(value) else value
 
 
-def arm_styles(arms: Sequence[ResultRow]) -> list[dict]:
-    """How each arm is drawn, the same in every panel and picture."""
+def row_styles(rows: Sequence[ResultRow]) -> list[dict]:
+    """Return how each row is drawn, the same in every panel and figure."""
     styles = []
-    for row, arm in enumerate(arms):
-        nth = sum(other.end_to_end == arm.end_to_end for other in arms[:row])
-        colours = TRAINED if arm.end_to_end else FROZEN
-        dash, width = ("-", 2.2) if arm.end_to_end else (DASHES[nth % len(DASHES)], 1.5)
+    for n, row in enumerate(rows):
+        nth = sum(other.end_to_end == row.end_to_end for other in rows[:n])
+        colours = TRAINED if row.end_to_end else FROZEN
+        dash, width = ("-", 2.2) if row.end_to_end else (DASHES[nth % len(DASHES)], 1.5)
         colour, marker = colours[nth % len(colours)], MARKERS[nth % len(MARKERS)]
         look = {"color": colour, "linestyle": dash, "linewidth": width}
         styles.append(
             look | {"marker": marker, "markersize": 0}
-        )  # sized where there are few points
+        )  # shown by a size where there are few points
     return styles
 
 
@@ -202,7 +201,7 @@ def panels(count: int, across: int = 4) -> tuple[Figure, list]:
 
 
 def _legend(figure: Figure, titles: Sequence[str], styles: Sequence[dict]) -> None:
-    """One for all panels, below them."""
+    """Draw one legend below all panels."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], **style) for style in styles]

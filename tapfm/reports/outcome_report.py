@@ -1,12 +1,12 @@
-"""The result of a run whose task is not multi-label: the files and the table of `reports.report`.
+"""Results of a run whose task is not multi-label: files and table, like `reports.report`.
 
-    predictions_<split>.csv   a row a slide: slide_id, case_id, what is known, then what each row of
-                              the table said, `<name> (<row>)`
-    metrics_<split>.json      every figure of the task for every row, with intervals
+    predictions_<split>.csv   a row a slide: slide_id, case_id, targets, then predictions of each
+                              row of the table, `<name> (<row>)`
+    metrics_<split>.json      every metric of the task for every row, with intervals
     report.md                 the table, notes and training curves
 
-The figures are the task's own (`Task.measure`); the first of them chose the weights, is the one
-that rows are compared by, and whose paired difference to the best frozen row is shown.
+The metrics are the task's own (`Task.measure`). The first of them chose the weights; rows are
+compared by it, and its paired difference to the best frozen row is shown.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import wrap
 
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
 from tapfm.reports.figures import curves_figure
-from tapfm.reports.plain_table import FEW_DRAWS, ruled, span
+from tapfm.reports.plain_table import FEW_DRAWS, as_text, span
 from tapfm.reports.report import results_page
 from tapfm.reports.rows import ResultRow, aligned_rows
-from tapfm.stats.bootstrap import percentiles, with_point
+from tapfm.stats.bootstrap import Interval, percentiles, with_point
 from tapfm.stats.metrics import interval_of
 from tapfm.tasks import Task, task_config
 
@@ -31,31 +30,28 @@ def write_outcomes(
     folder: Path,
     split: str,
     task: Task,
-    arms: Sequence[ResultRow],
+    rows: Sequence[ResultRow],
     skipped: Sequence[tuple[str, str]] = (),
     draws: int = 2000,
     seed: int = 0,
 ) -> str:
-    """Evaluate, compare, write all files. See `reports.report.write_results` for the arguments.
+    """Evaluate and compare rows, write all files; arguments as in `reports.report.write_results`.
 
     Returns:
         The table and its notes as text.
 
     Raises:
-        ResultRowError: as there.
+        ResultRowError: rows that cannot be compared, as in `aligned_rows`.
     """
-    arms, skipped = aligned_rows(arms, skipped)
-    cases, target_NY = arms[0].case_ids, arms[0].y_NK
+    rows, skipped = aligned_rows(rows, skipped)
+    cases, target_NY = rows[0].case_ids, rows[0].y_NK
     times_BN = with_point(cases, draws, seed).astype(float)
-    drawn = {arm.title: task.measure(target_NY, arm.p_NK, times_BN) for arm in arms}
-    reference = _best_frozen(task, arms, drawn)
+    drawn = {row.title: task.measure(target_NY, row.p_NK, times_BN) for row in rows}
+    reference = _best_frozen(task, rows, drawn)
     gains = {
-        arm.title: {
-            group: percentiles(figures[task.monitor] - drawn[reference][group][task.monitor])
-            for group, figures in drawn[arm.title].items()
-        }
-        for arm in arms
-        if arm.end_to_end and reference is not None
+        row.title: _gains(drawn[row.title], drawn[reference], task.monitor)
+        for row in rows
+        if row.end_to_end and reference is not None
     }
     figures = {
         title: {
@@ -73,57 +69,68 @@ def write_outcomes(
         "seed": seed,
         "reference": reference,
         "arms": {
-            arm.title: {
-                "end_to_end": arm.end_to_end,
-                "figures": figures[arm.title],
-                f"{task.monitor}_difference": gains.get(arm.title),
+            row.title: {
+                "end_to_end": row.end_to_end,
+                "figures": figures[row.title],
+                f"{task.monitor}_difference": gains.get(row.title),
             }
-            for arm in arms
+            for row in rows
         },
         "skipped": [{"slide_id": slide, "reason": reason} for slide, reason in skipped],
     }
     table = _table(task, figures, gains, reference, draws)
     notes = _notes(task, result, figures)
-    _write_said(folder / f"predictions_{split}.csv", task, arms)
+    _write_predictions(folder / f"predictions_{split}.csv", task, rows)
     write_json(folder / f"metrics_{split}.json", result)
-    pictures = []
-    if any(arm.metrics_csv for arm in arms):
-        figure = curves_figure(arms, task.monitor, task.title, task.chance)
-        pictures.append(save_figure(figure, folder / "curves.png"))
-    write_text(folder / "report.md", results_page(split, table, notes, pictures))
-    wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
-    return "\n".join([*ruled(table), "", *wrapped])
+    write_text(folder / "report.md", results_page(split, table, notes, _curves(folder, task, rows)))
+    return as_text(table, notes)
 
 
-def _best_frozen(task: Task, arms: Sequence[ResultRow], drawn: dict) -> str | None:
-    """Title of the row not trained end to end that is best on this split; None without one."""
+def _gains(own: dict, reference: dict, figure: str) -> dict[str, Interval]:
+    """Return the paired difference of a metric to the reference row, for each group."""
+    return {
+        group: percentiles(figures[figure] - reference[group][figure])
+        for group, figures in own.items()
+    }
+
+
+def _curves(folder: Path, task: Task, rows: Sequence[ResultRow]) -> list[Path]:
+    """Write training curves if any row has them; return the pictures written."""
+    if not any(row.metrics_csv for row in rows):
+        return []
+    figure = curves_figure(rows, task.monitor, task.title, task.chance)
+    return [save_figure(figure, folder / "curves.png")]
+
+
+def _best_frozen(task: Task, rows: Sequence[ResultRow], drawn: dict) -> str | None:
+    """Return the title of the best row not trained end to end on this split; None without one."""
     value = {
-        arm.title: next(iter(drawn[arm.title].values()))[task.monitor][0]
-        for arm in arms
-        if not arm.end_to_end
+        row.title: next(iter(drawn[row.title].values()))[task.monitor][0]
+        for row in rows
+        if not row.end_to_end
     }
     defined = [title for title in value if not math.isnan(value[title])]
     return max(defined, key=value.get) if defined else None
 
 
 def _table(task: Task, figures: dict, gains: dict, reference: str | None, draws: int) -> list:
-    """Header and cells: for each group of figures, a row an arm."""
+    """Return header and cells: for each group of metrics, a line for each row."""
     groups = next(iter(figures.values()))
     names = list(next(iter(groups.values())))
     header = [f"{name.replace('_', ' ')} [95 %]" for name in names]
     table = [["of", "model", *header, f"{task.monitor} minus *"]]
     for group in groups:
-        for row, (title, each) in enumerate(figures.items()):
+        for n, (title, each) in enumerate(figures.items()):
             mark = " *" if title == reference else ""
             cells = [span(each[group].get(name), draws) for name in names]
             gain = gains.get(title, {}).get(group)
-            name = group if row == 0 else ""
+            name = group if n == 0 else ""
             table.append([name, title + mark, *cells, span(gain, draws, "+")])
     return table
 
 
 def _notes(task: Task, result: dict, figures: dict) -> list[str]:
-    """What a reader must know to read the table."""
+    """Return the notes needed to read the table."""
     notes = [
         f"{result['split']} split: {result['slides']} slides of {result['cases']} cases. "
         f"Intervals: 95 %, from {result['draws']} bootstrap draws of whole cases; of AUROC "
@@ -143,7 +150,7 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
     if fewest < FEW_DRAWS * result["draws"]:
         notes.append(
             f"† draws that leave the figure undefined are left out; as few as {fewest} of "
-            f"{result['draws']} remained. Take that interval as a rough one."
+            f"{result['draws']} remained. That interval is only approximate."
         )
     if result["skipped"]:
         notes.append(f"{len(result['skipped'])} slides left out:")
@@ -151,13 +158,13 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
     return notes
 
 
-def _write_said(path: Path, task: Task, arms: Sequence[ResultRow]) -> None:
-    header = [f"{name} ({arm.title})" for arm in arms for name in task.predictions]
-    rows = [
+def _write_predictions(path: Path, task: Task, rows: Sequence[ResultRow]) -> None:
+    header = [f"{name} ({row.title})" for row in rows for name in task.predictions]
+    lines = [
         [slide, case, *task.format_target(y_Y)]
-        + [f"{value:.7g}" for arm in arms for value in arm.p_NK[n]]
+        + [f"{value:.7g}" for row in rows for value in row.p_NK[n]]
         for n, (slide, case, y_Y) in enumerate(
-            zip(arms[0].slide_ids, arms[0].case_ids, arms[0].y_NK, strict=True)
+            zip(rows[0].slide_ids, rows[0].case_ids, rows[0].y_NK, strict=True)
         )
     ]
-    write_csv(path, ["slide_id", "case_id", *task.targets, *header], rows)
+    write_csv(path, ["slide_id", "case_id", *task.targets, *header], lines)

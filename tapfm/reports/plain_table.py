@@ -1,29 +1,30 @@
-"""Tables as text: a figure with its interval as one cell, Markdown, columns in line.
+"""Tables as text: a metric with its interval as one cell, Markdown, aligned columns.
 
-A table is rows of cells, the header first.
+A table is a list of rows of cells, the header first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 
 from tapfm.stats.bootstrap import Interval
 
-FEW_DRAWS = 0.9  # an interval on a smaller share of the draws is marked
+FEW_DRAWS = 0.9  # an interval from a smaller share of the draws is marked
 Table = Sequence[Sequence[str]]
 
 
 def span(
     figure: Interval | None, draws: int = 0, sign: str = "", undefined: str = "undefined"
 ) -> str:
-    """`0.900 [0.848, 0.945]`; blank for None.
+    """Return `0.900 [0.848, 0.945]`; blank for None.
 
     Args:
-        figure: what is said.
-        draws: of the bootstrap; an interval that stands on few of them is marked.
+        figure: the metric.
+        draws: bootstrap draws; an interval from much fewer is marked.
         sign: "+" for a difference.
-        undefined: said of nan.
+        undefined: text for nan.
     """
     if figure is None:
         return ""
@@ -37,13 +38,13 @@ def span(
 
 
 def markdown(table: Table) -> str:
-    """As a table of Markdown."""
+    """Return the table as Markdown."""
     rows = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in table]
     return "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
 
 
 def aligned(table: Table) -> list[str]:
-    """A line a row, columns in line."""
+    """Return a line a row, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -52,7 +53,7 @@ def aligned(table: Table) -> list[str]:
 
 
 def ruled(table: Table) -> list[str]:
-    """`aligned`, with a rule above every row whose first cell says something."""
+    """Return `aligned` lines, with a rule above every row whose first cell is not blank."""
     lines = aligned(table)
     rule = "-" * max(map(len, lines))
     return [
@@ -60,3 +61,9 @@ def ruled(table: Table) -> list[str]:
         for n, (row, line) in enumerate(zip(table, lines, strict=True))
         for part in ([rule, line] if n and row[0] else [line])
     ]
+
+
+def as_text(table: Table, notes: Sequence[str]) -> str:
+    """Return the ruled table and its notes, wrapped at 100 characters."""
+    wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
+    return "\n".join([*ruled(table), "", *wrapped])

@@ -1,20 +1,20 @@
-"""One figure from many runs: folds put together by case, seeds averaged, differences paired.
+"""Pools many runs into one metric: folds joined by case, seeds averaged, differences paired.
 
-In a cross-validation each case is tested once, so the out-of-fold predictions of one seed are those
-of a whole cohort: pooled, they give the task's figure (AUROC, R², concordance), whose interval
-comes from resampling its cases. Runs of other seeds predict the same cases again; their figures are
-averaged within every draw, since a mean of their predictions would be another model, an ensemble. A
+In a cross-validation each case is tested once, so the out-of-fold predictions of one seed cover the
+whole cohort: pooled, they give the task's metric (AUROC, R², concordance), and resampling the cases
+gives its interval. Runs of other seeds predict the same cases again; their metrics are averaged
+within every draw, because averaging their predictions would make another model, an ensemble. A
 difference is that of two such means, on the same draws.
 
-    pooled         every slide against every other, whatever their folds
-    within folds   AUROC and concordance of pairs of one fold, (sum of wins) / (sum of pairs), R² of
-                   spreads around the means of the folds: two folds' models need not share a scale,
-                   which the pooled figure holds against them
+    pooled         every slide against every other, across folds
+    within folds   AUROC and concordance of pairs within a fold, (sum of wins) / (sum of pairs), R²
+                   of spreads around the folds' means: models of two folds need not share a scale,
+                   which lowers the pooled metric
 
-Condition: draws of cases say how sure the figure is of these models, not of training anew; the
-    deviation over the seeds stands beside it. A row counts with the seeds that have every fold.
+Condition: draws of cases give the uncertainty of these models, not of training anew; the deviation
+    over the seeds is given for that. A row is averaged over the seeds that have every fold.
 Source: Bradley 1997 (Pattern Recognition 30:1145), pooling; Parker et al. 2007 (BMC Bioinformatics
-    8:326), what it hides, and pairs within folds.
+    8:326), its bias, and pairs within folds.
 
 Shapes: N slides, Y numbers of a target, P predicted numbers, B draws.
 """
@@ -39,26 +39,26 @@ KINDS = ("pooled", "within_folds")
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model of the table: its figures, and those of every draw behind them."""
+class PooledRow:
+    """A model of the table: its metrics, and their values in every draw."""
 
     seeds: tuple[int, ...]
-    """Those with every fold, which are averaged."""
+    """Seeds that have every fold; they are averaged."""
     figures: dict[str, dict[str, Interval]]
-    """Kind, then a group of `Task.measure`: a label, "macro"."""
+    """By kind, then by group of `Task.measure`: a label, "macro"."""
     by_seed: dict[int, float]
-    """Pooled figure of each seed, of the first group."""
+    """Pooled metric of the first group, by seed."""
     drawn: dict[str, dict[str, np.ndarray]]
-    """Kind, then group: (1 + B,), the value first."""
+    """By kind, then group: (1 + B,), the value first."""
 
     @property
     def deviation(self) -> float:
-        """Of the pooled figure over the seeds; nan for one seed."""
+        """Return the standard deviation of the pooled metric over seeds; nan for one seed."""
         values = list(self.by_seed.values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
-    def minus(self, other: Row) -> dict[str, dict[str, Interval]]:
-        """Kind, then group: this row's figure less the other's."""
+    def minus(self, other: PooledRow) -> dict[str, dict[str, Interval]]:
+        """Return this row's metric minus the other's, by kind and group."""
         return {
             kind: {name: percentiles(a - other.drawn[kind][name]) for name, a in each.items()}
             for kind, each in self.drawn.items()
@@ -67,17 +67,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Pool:
-    """Every row on the slides that all of them predicted."""
+    """Every row, on the slides that all of them predicted."""
 
-    rows: dict[str, Row]
+    rows: dict[str, PooledRow]
     slides: int
     cases: int
     head: str
-    """The group that decides: "macro", or the only one there is."""
+    """The group that models are compared by: "macro", or the only one."""
     groups: tuple[str, ...]
-    """The others."""
+    """The other groups."""
     averaged: tuple[str, ...]
-    """Those of them whose figure is defined, whose mean the first is."""
+    """Groups whose metric is defined; "macro" is their mean."""
 
 
 def pool(
@@ -87,17 +87,17 @@ def pool(
     draws: int = 2000,
     seed: int = 0,
 ) -> Pool:
-    """Rows from title -> seed -> fold -> what one model said of its test fold.
+    """Return pooled rows from predictions by title, seed and fold.
 
     Args:
-        task: what was predicted, by its figure `monitor`.
-        runs: a row without a seed that has every fold is left out.
-        folds: how many there should be.
+        task: what was predicted; its `monitor` names the metric.
+        runs: title to seed to fold to predictions; titles without a complete seed are left out.
+        folds: number of folds of a complete seed.
         draws: bootstrap draws.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: no row is whole, a slide is in two folds, or rows disagree on a slide.
+        ValueError: no row is complete, a slide is in two folds, or rows disagree on a slide.
     """
     whole = {
         title: {s: _joined(f"{title}, seed {s}", each) for s, each in seeds.items()
@@ -121,7 +121,7 @@ def pool(
     cases, y_NY = [case for _, case, *_ in facts], np.stack([y_Y for *_, y_Y, _ in facts])
     times_BN = with_point(cases, draws, seed).astype(float)
     rows = {
-        title: _row(task, y_NY, fold_N, times_BN, {
+        title: _pooled_row(task, y_NY, fold_N, times_BN, {
             s: np.stack([joined[slide][3] for slide in slides]) for s, joined in seeds.items()
         })
         for title, seeds in whole.items()
@@ -133,7 +133,7 @@ def pool(
 
 
 def _joined(name: str, folds: Mapping[int, ResultRow]) -> dict[str, tuple]:
-    """Slide -> fold, case, target, what was said."""
+    """Return fold, case, target and prediction of each slide."""
     found: dict[str, tuple] = {}
     for number, fold in folds.items():
         for slide, *facts in zip(fold.slide_ids, fold.case_ids, fold.y_NK, fold.p_NK, strict=True):
@@ -143,7 +143,7 @@ def _joined(name: str, folds: Mapping[int, ResultRow]) -> dict[str, tuple]:
     return found
 
 
-def _row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) -> Row:
+def _pooled_row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) -> PooledRow:
     draws = len(times_BN)
     pooled = {s: _pooled(task, y_NY, p_NP, times_BN) for s, p_NP in of_seed.items()}
     within = {s: _within_folds(task, y_NY, p_NP, fold_N, times_BN) for s, p_NP in of_seed.items()}
@@ -155,7 +155,7 @@ def _row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) 
         for kind, seeds in zip(KINDS, (pooled, within), strict=True)
     }
     head, *groups = drawn["pooled"]
-    if groups:  # of which the first is the mean
+    if groups:  # the first group is the mean of these
         averaged = [group for group in groups if not math.isnan(drawn["pooled"][group][0])]
         each = drawn["within_folds"]
         each[head] = mean_of([each[group] for group in averaged], draws)
@@ -164,7 +164,7 @@ def _row(task: Task, y_NY, fold_N, times_BN, of_seed: Mapping[int, np.ndarray]) 
         for kind, each in drawn.items()
     }
     by_seed = {s: float(each[head][0]) for s, each in pooled.items()}
-    return Row(tuple(of_seed), figures, by_seed, drawn)
+    return PooledRow(tuple(of_seed), figures, by_seed, drawn)
 
 
 def _pooled(task: Task, y_NY, p_NP, times_BN) -> dict[str, np.ndarray]:
@@ -173,7 +173,7 @@ def _pooled(task: Task, y_NY, p_NP, times_BN) -> dict[str, np.ndarray]:
 
 
 def _within_folds(task: Task, y_NY, p_NP, fold_N, times_BN) -> dict[str, np.ndarray]:
-    """A fold in which a draw leaves nothing to compare takes no part in it."""
+    """Return the metric within folds; a fold without a comparable pair in a draw is left out."""
     above: dict[str, np.ndarray] = {}
     below: dict[str, np.ndarray] = {}
     for fold in np.unique(fold_N):

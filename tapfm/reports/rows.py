@@ -1,4 +1,4 @@
-"""A row of a report: what one model said of a split, and how rows are set side by side.
+"""Result rows: one model's predictions of a split, read back and aligned with other rows.
 
 Shapes: N slides, K labels, Y numbers of a target, P predicted numbers.
 """
@@ -16,12 +16,12 @@ import numpy as np
 if TYPE_CHECKING:
     from tapfm.tasks import Task
 
-# how runs' rows are called, before the run's name
+# titles of runs' rows, before the run's name
 END_TO_END, FROZEN_ENCODER = "end to end, ", "frozen encoder, "
 
 
 class ResultRowError(ValueError):
-    """Rows cannot be read back, or not be set side by side."""
+    """Rows cannot be read back, or cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class ResultRow:
 
     title: str
     end_to_end: bool
-    """Whether its encoder was trained. Those that were not are what it is measured against."""
+    """Whether its encoder was trained; such rows are compared with the others."""
     slide_ids: Sequence[str]
     case_ids: Sequence[str]
     y_NK: np.ndarray
-    """0, 1, or nan where unknown; of other tasks the target's numbers (N, Y)."""
+    """0, 1, or nan where unknown; for other tasks the target's numbers (N, Y)."""
     p_NK: np.ndarray
-    """Probabilities; of other tasks what they say (N, P)."""
+    """Probabilities; for other tasks the predicted numbers (N, P)."""
     metrics_csv: Path | None = None
     """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
     validation: tuple[np.ndarray, np.ndarray] | None = None
@@ -44,32 +44,32 @@ class ResultRow:
 
 
 def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]:
-    """Title of a run's row, and whether its encoder was trained.
+    """Return the title of a run's row, and whether its encoder was trained.
 
     Args:
-        name: the run's.
-        strategy: as its config or its model's model_config has it: a name, or a name and options.
+        name: name of the run.
+        strategy: a name, or a name and options, from its config or model_config.
     """
     trained = (strategy if isinstance(strategy, str) else strategy["name"]) != "frozen"
     return f"{END_TO_END if trained else FROZEN_ENCODER}{name}", trained
 
 
 def row_folder(title: str) -> str:
-    """Where a frozen row's predictions lie, below `frozen`."""
+    """Return the name of a frozen row's folder, below `frozen`."""
     return title.replace(", ", "_").replace(" ", "_").replace("-", "_").lower()
 
 
 def read_result_row(
     title: str, path: Path, task: Task, *, end_to_end: bool, of: str = ""
 ) -> ResultRow:
-    """An arm from a predictions_<split>.csv.
+    """Return a row from a predictions_<split>.csv.
 
     Args:
-        title: of the row.
-        path: a CSV with slide_id, case_id, what is known (blank if unknown) and what was said.
+        title: title of the row.
+        path: a CSV with slide_id, case_id, targets (blank if unknown) and predictions.
         task: names those columns.
-        end_to_end: see `ResultRow`.
-        of: what follows the names of the columns that were said, in a file of several rows.
+        end_to_end: whether its encoder was trained.
+        of: suffix of the prediction columns, in a file of several rows.
 
     Raises:
         ResultRowError: the file has no such columns.
@@ -77,15 +77,15 @@ def read_result_row(
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows, header = list(reader), reader.fieldnames or []
-    said = [f"{name}{of}" for name in task.predictions]
-    if missing := [name for name in ("slide_id", "case_id", *task.targets, *said)
+    predicted = [f"{name}{of}" for name in task.predictions]
+    if missing := [name for name in ("slide_id", "case_id", *task.targets, *predicted)
                    if name not in header]:  # fmt: skip
         raise ResultRowError(
             f"{path}: columns are {', '.join(header) or 'missing'}, and {', '.join(missing)} "
-            "are needed, too. Is this a run's predictions file?"
+            "are needed, too. Give a run's predictions file."
         )
     y_NK = [task.parse([row[name] for name in task.targets]) for row in rows]
-    p_NK = [[float(row[name]) for name in said] for row in rows]
+    p_NK = [[float(row[name]) for name in predicted] for row in rows]
     curves = path.parent / "metrics.csv"
     return ResultRow(
         title,
@@ -93,54 +93,53 @@ def read_result_row(
         [row["slide_id"] for row in rows],
         [row["case_id"] for row in rows],
         np.array(y_NK, float).reshape(-1, task.width),
-        np.array(p_NK, float).reshape(-1, len(said)),
+        np.array(p_NK, float).reshape(-1, len(predicted)),
         curves if curves.exists() else None,
     )
 
 
 def aligned_rows(
-    arms: Sequence[ResultRow], skipped: Sequence[tuple[str, str]] = ()
+    rows: Sequence[ResultRow], skipped: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[ResultRow], list[tuple[str, str]]]:
-    """The arms on the slides they share, in one order; skipped slides and the others, with reasons.
+    """Return rows on their shared slides, in one order, and left-out slides with reasons.
 
     Raises:
-        ResultRowError: no arms, titles or slides twice, arms that disagree on a slide's labels or
-        case,
-            or no slide that all predicted.
+        ResultRowError: no rows, a title or slide twice, rows that disagree on a slide's labels or
+            case, or no slide that all predicted.
     """
-    titles = [arm.title for arm in arms]
-    if not arms or len(set(titles)) < len(titles):
+    titles = [row.title for row in rows]
+    if not rows or len(set(titles)) < len(titles):
         raise ResultRowError(f"a report needs rows with different titles, got {titles}")
-    for arm in arms:
-        if len(set(arm.slide_ids)) < len(arm.slide_ids):
-            twice = sorted({s for s in arm.slide_ids if list(arm.slide_ids).count(s) > 1})
-            raise ResultRowError(f"{arm.title}: predicted twice: {', '.join(twice)}")
-    rows = [{slide: row for row, slide in enumerate(arm.slide_ids)} for arm in arms]
-    every = sorted(set().union(*rows))
+    for row in rows:
+        if len(set(row.slide_ids)) < len(row.slide_ids):
+            twice = sorted({s for s in row.slide_ids if list(row.slide_ids).count(s) > 1})
+            raise ResultRowError(f"{row.title}: predicted twice: {', '.join(twice)}")
+    places = [{slide: n for n, slide in enumerate(row.slide_ids)} for row in rows]
+    every = sorted(set().union(*places))
     missed = [
         (slide, f"no prediction by {', '.join(without)}")
         for slide in every
-        if (without := [t for t, row in zip(titles, rows, strict=True) if slide not in row])
+        if (without := [t for t, place in zip(titles, places, strict=True) if slide not in place])
     ]
-    shared = [slide for slide in every if all(slide in row for row in rows)]
+    shared = [slide for slide in every if all(slide in place for place in places)]
     if not shared:
         raise ResultRowError(f"no slide was predicted by all of {', '.join(titles)}")
     found = []
-    for arm, row in zip(arms, rows, strict=True):
-        order = [row[slide] for slide in shared]
-        cases = [str(arm.case_ids[n]) for n in order]
-        y_NK, p_NK = np.asarray(arm.y_NK, float)[order], np.asarray(arm.p_NK, float)[order]
-        found.append(replace(arm, slide_ids=shared, case_ids=cases, y_NK=y_NK, p_NK=p_NK))
-    for arm in found[1:]:
-        same_N = np.array([a == b for a, b in zip(arm.case_ids, found[0].case_ids, strict=True)])
-        same_N &= ((arm.y_NK == found[0].y_NK) | np.isnan(arm.y_NK) & np.isnan(found[0].y_NK)).all(
+    for row, place in zip(rows, places, strict=True):
+        order = [place[slide] for slide in shared]
+        cases = [str(row.case_ids[n]) for n in order]
+        y_NK, p_NK = np.asarray(row.y_NK, float)[order], np.asarray(row.p_NK, float)[order]
+        found.append(replace(row, slide_ids=shared, case_ids=cases, y_NK=y_NK, p_NK=p_NK))
+    for row in found[1:]:
+        same_N = np.array([a == b for a, b in zip(row.case_ids, found[0].case_ids, strict=True)])
+        same_N &= ((row.y_NK == found[0].y_NK) | np.isnan(row.y_NK) & np.isnan(found[0].y_NK)).all(
             1
         )
         if not same_N.all():
             slide = shared[int(np.argmin(same_N))]
             raise ResultRowError(
-                f"{slide}: case or labels differ between {titles[0]!r} and {arm.title!r}. Were "
+                f"{slide}: case or labels differ between {titles[0]!r} and {row.title!r}. Were "
                 "they run on different cohort tables? Run the older one again."
             )
-    told = {slide for slide, _ in skipped}
-    return found, [*skipped, *(each for each in missed if each[0] not in told)]
+    known = {slide for slide, _ in skipped}
+    return found, [*skipped, *(each for each in missed if each[0] not in known)]

@@ -1,4 +1,4 @@
-"""A cohort's folder of runs, read back: settings, figures and predictions of each.
+"""A cohort's folder of runs, read back: settings, metrics and predictions of each run.
 
 Nothing here needs a slide, a model or a GPU.
 """
@@ -29,16 +29,16 @@ class Run:
     folder: Path
     config: dict
     title: str
-    """Of its row in the table."""
+    """Title of its row in the table."""
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """Return the folder's name."""
         return self.folder.name
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs below a folder, by name."""
+    """Return the runs below a folder, sorted by name."""
     runs = []
     for path in sorted(folder.glob("*/config.yaml")):
         config = yaml.safe_load(path.read_text()) or {}
@@ -48,10 +48,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def read_metrics(path: Path, run: Path, split: str) -> dict:
-    """The figures of the report.
+    """Return the content of metrics_<split>.json.
 
     Raises:
-        RunsError: there are none, or they are damaged.
+        RunsError: the file is missing or damaged.
     """
     if not path.is_file():
         raise RunsError(
@@ -69,28 +69,32 @@ def read_metrics(path: Path, run: Path, split: str) -> dict:
 
 
 def read_task(metrics: Mapping) -> Task:
-    """What was predicted; of a report that does not say so, labels of 0 and 1."""
-    told = metrics.get("task")
-    if isinstance(told, Mapping):
-        return make_task({k: v for k, v in told.items() if k != "labels"}, told["labels"])
-    names = {name: None for arm in metrics["arms"].values() for name in arm.get("figures") or {}}
+    """Return the task; multi-label for a report that does not name it."""
+    facts_of_task = metrics.get("task")
+    if isinstance(facts_of_task, Mapping):
+        return make_task(
+            {k: v for k, v in facts_of_task.items() if k != "labels"}, facts_of_task["labels"]
+        )
+    names = {name: None for row in metrics["arms"].values() for name in row.get("figures") or {}}
     return make_task({"name": "multilabel"}, [name for name in names if name != MACRO])
 
 
-def read_arms(path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]) -> list[ResultRow]:
-    """Rows of the table with their predictions, in the table's order; without them, no slides.
+def read_result_rows(
+    path: Path, metrics: Mapping, task: Task, runs: Sequence[Run]
+) -> list[ResultRow]:
+    """Return the table's rows with their predictions, or without slides if there is no file.
 
     Raises:
-        ResultRowError: the file there is has other columns.
+        ResultRowError: the predictions file has other columns.
     """
     logs = {run.title: run.folder / "metrics.csv" for run in runs}
-    arms = []
+    rows = []
     for title, facts in metrics["arms"].items():
         trained, log = bool(facts.get("end_to_end")), logs.get(title)
         if path.is_file():
-            arm = read_result_row(title, path, task, end_to_end=trained, of=f" ({title})")
+            row = read_result_row(title, path, task, end_to_end=trained, of=f" ({title})")
         else:
             nothing = np.empty((0, task.width)), np.empty((0, len(task.predictions)))
-            arm = ResultRow(title, trained, [], [], *nothing)
-        arms.append(replace(arm, metrics_csv=log if log and log.is_file() else None))
-    return arms
+            row = ResultRow(title, trained, [], [], *nothing)
+        rows.append(replace(row, metrics_csv=log if log and log.is_file() else None))
+    return rows

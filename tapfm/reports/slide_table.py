@@ -1,7 +1,7 @@
-"""Every slide of a run's cohort in one table: what the cohort says of it, what indexing made of it.
+"""One table of all slides of a run's cohort: the cohort's columns and the indexing's result.
 
-Written to `report_<split>/slides.csv` while cohort table and index are there, and read from it
-where they are not, so that a run folder alone says which slides it knew.
+Written to `report_<split>/slides.csv` while cohort table and index exist, and read from there
+otherwise, so that a run folder alone lists its slides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_LABEL = {*REQUIRED, *OPTIONAL, *MADE}
 
 
 def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
-    """A row a slide; none where neither the saved table nor the cohort's is there.
+    """Return a row a slide; none if neither the saved table nor the cohort's exists.
 
     Args:
         saved: the table of an earlier report, rewritten if the cohort's own can be read.
@@ -54,7 +54,7 @@ def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
 
 
 def by_split(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[object]]]:
-    """Counts of each split: header and rows."""
+    """Return header and rows of a table of counts by split."""
     labels = [
         name
         for name in (rows[0] if rows else ())

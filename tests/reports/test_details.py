@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tapfm.reports.details import FEW_CASES, describe, sections
+from tapfm.reports.details import FEW_CASES, row_details, sections
 from tapfm.stats.bootstrap import interval, with_point
 from tapfm.stats.calibration import ece, fit_platt, fit_temperature, reliability
 from tapfm.stats.delong import delong, delong_difference
@@ -32,7 +32,7 @@ def found():
     groups = {"site": sites, "stain": ["HE"] * len(y)}
     val = cohort(41, seed=1)[:2]
     other = cohort(seed=2)[1]
-    return describe(
+    return row_details(
         LABELS, y, p, cases, validation=val, reference_NK=other, groups=groups, draws=DRAWS, seed=3
     )
 
@@ -92,7 +92,7 @@ def test_groups_have_counts_and_small_ones_no_figure(found):
 def test_without_validation_nothing_is_made_up():
     y, p, cases = cohort()
     y[:, 1] = 0
-    found = describe(LABELS, y, p, cases, draws=DRAWS)
+    found = row_details(LABELS, y, p, cases, draws=DRAWS)
     assert found["operating_points"] is None
     assert found["calibration"]["A"]["temperature"] is None
     assert found["calibration"]["A"]["raw"]["ece"] > 0
@@ -100,7 +100,7 @@ def test_without_validation_nothing_is_made_up():
     assert math.isnan(found["delong"]["B"]["se"])
     assert found["delong"]["A"]["difference"] is None
     val = cohort(41, seed=1)[:2]
-    points = describe(LABELS, y, p, cases, validation=val, draws=DRAWS)["operating_points"]
+    points = row_details(LABELS, y, p, cases, validation=val, draws=DRAWS)["operating_points"]
     assert points["macro"]["labels"] == ["A"]
     assert math.isnan(points["B"]["f1"]["f1"].value)
 
@@ -117,5 +117,5 @@ def test_sections_say_what_was_found(found):
     for table in text.split("## ")[1:]:
         rows = [line.replace("\\|", "") for line in table.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) == 1
-    alone = sections(LABELS, {"frozen": describe(LABELS, *cohort(), draws=DRAWS)})
+    alone = sections(LABELS, {"frozen": row_details(LABELS, *cohort(), draws=DRAWS)})
     assert "## Yes or no" not in alone

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapfm.reports.example_slides import thresholds
+from tapfm.reports.example_slides import row_thresholds
 from tapfm.reports.html.case_pictures import NoPicturesError, pictures_of
 from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow
@@ -18,7 +18,7 @@ from tests.conftest import write_pyramid
 SIDE = 32
 
 
-def choose(task, row, facts):
+def choose_examples(task, row, facts):
     return REPORTS[task.report].choose(task, row, facts)
 
 
@@ -26,7 +26,7 @@ def test_the_surest_of_every_kind():
     slides = [f"s{n}" for n in range(7)]
     y = np.array([[1, 1, 1, 0, 0, np.nan, 0], [0, 0, 0, 0, 0, 0, 1]]).T
     p = np.array([[0.9, 0.2, 0.97, 0.5, 0.1, 1.0, 0.8], [0.4, 0.3, 0.2, 0.1, 0.3, 0.45, 0.5]]).T
-    found = choose(Multilabel(("A", "B")), ResultRow("x", True, slides, slides, y, p), {})
+    found = choose_examples(Multilabel(("A", "B")), ResultRow("x", True, slides, slides, y, p), {})
     assert listed(found) == [
         ("A", "true positive", "s2", 0.97),
         ("A", "true negative", "s4", 0.1),
@@ -40,11 +40,12 @@ def test_the_surest_of_every_kind():
 def test_positive_is_called_from_the_threshold_that_was_chosen():
     chosen = {"operating_points": {"A": {"balanced": {"threshold": 0.25}, "f1": {"threshold": 1}},
                                    "B": {"balanced": {"threshold": None}}, "C": None}}  # fmt: skip
-    assert thresholds(chosen, ["A", "B", "C", "D"]) == [0.25, 0.5, 0.5, 0.5]
-    assert thresholds({"operating_points": None}, ["A"]) == [0.5]
+    assert row_thresholds(chosen, ["A", "B", "C", "D"]) == [0.25, 0.5, 0.5, 0.5]
+    assert row_thresholds({"operating_points": None}, ["A"]) == [0.5]
     one = ResultRow("x", True, ["s"], ["c"], np.array([[1.0]]), np.array([[0.3]]))
     for facts, kind in ((chosen, "true positive"), ({}, "false negative")):
-        assert [case.kind for case in choose(Multilabel(("A",)), one, facts).cases] == [kind]
+        found = choose_examples(Multilabel(("A",)), one, facts)
+        assert [each.kind for each in found.slides] == [kind]
 
 
 def test_of_classes_values_and_times():
@@ -53,21 +54,21 @@ def test_of_classes_values_and_times():
     p = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1],
                   [0.5, 0.3, 0.2], [0, 0, 1]])  # fmt: skip
     task = Multiclass(("a", "b", "c"), "kind", (1.0, 1.0, 1.0))
-    found = choose(task, ResultRow("x", True, slides, slides, y, p), {})
+    found = choose_examples(task, ResultRow("x", True, slides, slides, y, p), {})
     assert listed(found) == [
-        ("a", "rightly said", "s0", 0.6),
-        ("a", "wrongly said", "s4", 0.5),
+        ("a", "right", "s0", 0.6),
+        ("a", "wrong", "s4", 0.5),
         ("a", "missed", "s1", 0.2),
-        ("b", "rightly said", "s2", 0.8),
-        ("b", "wrongly said", "s1", 0.7),
+        ("b", "right", "s2", 0.8),
+        ("b", "wrong", "s1", 0.7),
         ("c", "missed", "s4", 0.2),
     ]
-    assert found.truth_NL[1] == ["1", "0", "0"]
-    assert found.truth_NL[5] == ["unknown"] * 3
+    assert found.targets_NL[1] == ["1", "0", "0"]
+    assert found.targets_NL[5] == ["unknown"] * 3
 
     y = np.array([[1.0], [2], [3], [4], [np.nan], [5]])
     p = np.array([[3.0], [2.25], [2.5], [3.75], [9], [3]])
-    found = choose(
+    found = choose_examples(
         Regression(("v",), (0.0,), (1.0,)), ResultRow("x", True, slides, slides, y, p), {}
     )
     assert listed(found) == [
@@ -80,19 +81,21 @@ def test_of_classes_values_and_times():
     time = np.array([[2, 1], [3, 1], [4, 0], [9, 1], [8, 0], [np.nan, np.nan]], float)
     risk = np.array([[5.0], [1], [9], [4], [0], [3.5]])
     task = Survival(("h",), "months", "dead", (), 5.0, "cox")
-    found = choose(task, ResultRow("x", True, slides, slides, np.c_[time, time[:, 0]], risk), {})
-    assert found.called == {"risk": 3.75}  # s2 was lost before the horizon: it is neither
+    found = choose_examples(
+        task, ResultRow("x", True, slides, slides, np.c_[time, time[:, 0]], risk), {}
+    )
+    assert found.thresholds == {"risk": 3.75}  # s2 was lost before the horizon: it is neither
     assert listed(found) == [
         ("risk", "early, high risk", "s0", 5),
         ("risk", "late, low risk", "s4", 0),
         ("risk", "late, high risk", "s3", 4),
         ("risk", "early, low risk", "s1", 1),
     ]
-    assert found.truth_NL[2:4] == [["no event at 4"], ["event at 9"]]
+    assert found.targets_NL[2:4] == [["no event at 4"], ["event at 9"]]
 
 
-def listed(choice):
-    return [(case.label, case.kind, case.slide_id, case.said) for case in choice.cases]
+def listed(examples):
+    return [(each.label, each.kind, each.slide_id, each.value) for each in examples.slides]
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_pictures_are_kept_without_the_slide_and_drawn_anew_for_other_weights(ru
     assert pictures(folder).facts == first.facts
     assert pictures(folder, path=None).tiles[0].stat().st_mtime_ns == kept
     write_weights(folder, np.full(72, 1 / 72, np.float32), coords)
-    with pytest.raises(NoPicturesError, match=r"s cannot be opened: .*s.tif is not there"):
+    with pytest.raises(NoPicturesError, match=r"s cannot be opened: .*s.tif is missing"):
         pictures(folder)
     (folder / "away.tif").rename(slide)
     found = pictures(folder)
@@ -173,7 +176,7 @@ def test_pictures_are_kept_without_the_slide_and_drawn_anew_for_other_weights(ru
 
 def test_why_there_are_none_is_said(run):
     folder, _, _ = run
-    with pytest.raises(NoPicturesError, match="the index is not there to say where it lies"):
+    with pytest.raises(NoPicturesError, match="its path is unknown, since the index is missing"):
         pictures(folder, path=None)
     (folder / "torn.tif").write_bytes((folder / "s.tif").read_bytes()[:2000])
     with pytest.raises(NoPicturesError, match="s: "):

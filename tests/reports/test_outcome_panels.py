@@ -7,7 +7,12 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import chi2
 
-from tapfm.reports.html.outcome_panels import by_case, confusion, time_axis, value_axis
+from tapfm.reports.html.outcome_panels import (
+    confusion,
+    risk_by_case,
+    time_axis,
+    value_axis,
+)
 from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.rows import ResultRow
@@ -91,7 +96,7 @@ def test_curves_are_kaplan_meiers_and_p_is_the_log_rank_tests():
 def test_slides_of_a_case_are_one_of_their_mean_risk():
     y = [[5, 1, NAN], [5, 1, NAN], [9, 0, NAN], [NAN, NAN, NAN]]
     one = arm(y, [[1], [4], [2], [7]], ["c", "c", "b", "a"])
-    time, event, risk = by_case(one)
+    time, event, risk = risk_by_case(one)
     assert (time.tolist(), event.tolist(), risk.tolist()) == ([9, 5], [0, 1], [2, 2.5])
 
 
@@ -109,7 +114,7 @@ def test_who_is_still_seen_is_counted():
     assert html.count("<figure") == 2
     one = survival_arm()
     assert f"<td>{int(np.nansum(one.y_NK[:, 1]))}</td>" not in html  # of halves, not of all
-    time, event, risk = by_case(one)
+    time, event, risk = risk_by_case(one)
     high = risk >= np.median(risk)
     when = np.linspace(0, time.max(), 6)[1:-1]
     cells = [high.sum(), int(event[high].sum()), *((time[high] >= t).sum() for t in when)]

@@ -193,7 +193,7 @@ def test_without_slides_the_page_is_the_same_and_without_pictures_it_says_so(run
     assert main(["report", "--run", str(alone)]) == 0
     page = Page((alone / "report_test" / "report.html").read_text())
     assert not page.tags("img")
-    assert re.search(r"(s\d+) cannot be opened: /nowhere/slides/\1.tif is not there", page.text)
+    assert re.search(r"(s\d+) cannot be opened: /nowhere/slides/\1.tif is missing", page.text)
 
 
 def test_what_is_missing_is_said_and_what_is_new_is_shown(run, metrics, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tapfm.reports.figures import arm_styles
+from tapfm.reports.figures import row_styles
 from tapfm.reports.html.panels import (
     BINS,
     cost_panels,
@@ -40,7 +40,7 @@ def arms():
 
 def test_the_area_under_each_precision_curve_is_its_auprc(arms):
     axis = Figure().subplots()
-    pr_axis(axis, 0, "A", arms, arm_styles(arms))
+    pr_axis(axis, 0, "A", arms, row_styles(arms))
     *lines, share = axis.lines
     for each, line in zip(arms, lines, strict=True):
         recall, precision = line.get_data()
@@ -56,7 +56,7 @@ def test_reliability_by_hand():
     p = np.array([0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 0.99])
     y = np.array([0, 0, 0, 1, 0, 1, 1, 0, 1, 1, np.nan])
     one, axis = arm("a", True, y, p), Figure().subplots()
-    reliability_axis(axis, 0, "A", [one], arm_styles([one]))
+    reliability_axis(axis, 0, "A", [one], row_styles([one]))
     assert BINS == 5
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [0.1, 0.3, 0.5, 0.7, 0.9])
     np.testing.assert_allclose(axis.lines[1].get_ydata(), [0, 0.5, 0.5, 0.5, 1])
@@ -66,7 +66,7 @@ def test_reliability_by_hand():
 @pytest.mark.parametrize("draw", [pr_axis, reliability_axis])
 def test_one_class_has_no_line(draw):
     one, axis = arm("a", True, np.zeros(9), np.linspace(0, 1, 9)), Figure().subplots()
-    draw(axis, 0, "A", [one], arm_styles([one]))
+    draw(axis, 0, "A", [one], row_styles([one]))
     assert axis.texts[0].get_text() == "one class only"
     assert axis.get_legend() is None
 

@@ -8,7 +8,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tapfm.reports.html.tables import Group, Html, further_table, results_table, split_table, table
+from tapfm.reports.html.tables import (
+    GroupRow,
+    Html,
+    further_table,
+    results_table,
+    split_table,
+    table,
+)
 from tapfm.reports.report import write_results
 from tapfm.reports.rows import ResultRow
 
@@ -159,7 +166,7 @@ def test_the_reports_own_file_is_read(tmp_path):
 
 def test_text_is_escaped_and_html_is_not():
     evil = '<img src=x onerror="alert(1)">'
-    text = table([evil], [[evil, Html("<b>bold</b>")], Group(evil)], caption=evil)
+    text = table([evil], [[evil, Html("<b>bold</b>")], GroupRow(evil)], caption=evil)
     assert "<img" not in text
     assert unescape(text).count(evil) == 4
     assert "<td><b>bold</b></td>" in text

@@ -119,7 +119,7 @@ def test_it_is_sound_and_shows_what_belongs_to_the_task(page):
         truth, said = ours.y_NK[known, 0], ours.p_NK[known].argmax(1)
         row = [str(int(((truth == 2) & (said == k)).sum())) for k in range(3)]
         assert ["<odd>", *row] in [each[:4] for each in cells]
-        assert ["label", "rightly said", "wrongly said", "missed"] in [r[:4] for r in found.rows]
+        assert ["label", "right", "wrong", "missed"] in [r[:4] for r in found.rows]
     elif name == "regression":
         assert len([c for c in captions if c.startswith("predicted against true")]) == 6
         worst = np.nanargmax(ours.p_NK[:, 0] - ours.y_NK[:, 0])

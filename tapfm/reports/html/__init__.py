@@ -1,13 +1,13 @@
-"""?.
+"""The HTML page of a report: `tapfm report` writes one file from the folder of runs.
 
-    page.py            `tapfm report`: everything on one HTML page, of page.html
-    panels.py          its drawings, as SVG
-    cards.py           its slides to look at
-    tables.py          its tables, from whatever is in metrics_<split>.json
-    outcome_panels.py  which of them a task has; confusions, scatter, Kaplan-Meier's curves
-    task_reports.py    the table of what is written, drawn and shown, by kind of report
-    case_pictures.py   their pictures
-    label_record.py    where the table's labels come from
+    page.py            `tapfm report`: the page and its sections, from the template page.html
+    panels.py          figures of a multi-label task, training and cost, as SVG
+    outcome_panels.py  figures by task: confusions, scatter plots, Kaplan-Meier curves
+    task_reports.py    what is written, drawn and shown, by kind of report
+    tables.py          tables, from whatever is in metrics_<split>.json
+    cards.py           a card for each example slide
+    case_pictures.py   the pictures on the cards
+    label_record.py    where the cohort's labels come from
 
-?
+The page needs no other file and no script.
 """

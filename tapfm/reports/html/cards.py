@@ -1,8 +1,8 @@
-"""The page's slides to look at: of each model a table of cases, then a card a slide.
+"""Example slides on the page: for each model a table of them, then a card a slide.
 
-A card has what is known and what was said, the slide with and without its tile weights, and the
-tiles that weigh most; that of a patient whose slides are one has them of each slide. A slide that
-is a case of several labels has one card.
+A card has targets and predictions, the slide with and without its tile weights, and the tiles of
+the largest weights; the card of a patient whose slides are one bag has them for each slide. A slide
+that is an example of several labels has one card.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from tapfm.inference.heatmap import COLOURS
-from tapfm.reports.example_slides import Case, Choice
+from tapfm.reports.example_slides import Examples, ExampleSlide
 from tapfm.reports.html.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.reports.html.tables import Html, html, table
 from tapfm.reports.html.task_reports import REPORTS
@@ -24,45 +24,45 @@ from tapfm.reports.runs import Run
 from tapfm.tasks import Task
 
 
-def case_cards(
+def slide_cards(
     task: Task,
-    arms: Sequence[ResultRow],
+    rows: Sequence[ResultRow],
     runs: Sequence[Run],
     split: str,
     slides: Sequence[Mapping[str, str]],
     facts: Mapping[str, Mapping],
 ) -> Iterator[str]:
-    """The slides each model was surest of, with where it looked.
+    """Yield HTML of the example slides of each model, with the tiles it weighs most.
 
     Args:
         task: what was predicted.
-        arms: the table's rows.
-        runs: those that have a folder.
-        split: of the slides.
-        slides: of the cohort, with their paths.
-        facts: of each arm, in metrics_<split>.json.
+        rows: the table's rows.
+        runs: runs with a folder.
+        split: split of the slides.
+        slides: the cohort's slide table, with paths.
+        facts: title to its entry in metrics_<split>.json.
     """
     chosen = {
-        run.title: REPORTS[task.report].choose(task, arm, facts[arm.title])
+        run.title: REPORTS[task.report].choose(task, row, facts[row.title])
         for run in runs
-        for arm in arms
-        if arm.title == run.title and len(arm.slide_ids)
+        for row in rows
+        if row.title == run.title and len(row.slide_ids)
     }
     if not chosen:
         yield '<p class="soft">No run with predictions: no slides to look at.</p>'
         return
-    for about in dict.fromkeys(choice.about for choice in chosen.values()):
-        yield f"<p>{html(about)} Framed and shown: the tiles of the largest weights.</p>"
+    for about in dict.fromkeys(each.about for each in chosen.values()):
+        yield f"<p>{html(about)} Framed and shown: the tiles with the largest weights.</p>"
     yield _scale()
     for number, run in enumerate(runs):
         if run.title not in chosen:
             continue
-        choice = chosen[run.title]
-        arm = next(arm for arm in arms if arm.title == run.title)
+        examples = chosen[run.title]
+        row = next(row for row in rows if row.title == run.title)
         data = run.config.get("data") or {}
         yield f"<h3>{html(run.title)}</h3>"
-        where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(choice.cases))}
-        yield _chosen(choice, where)
+        where = {slide: f"case-{number}-{n}" for n, slide in enumerate(_slides(examples.slides))}
+        yield _chosen(examples, where)
         absent: dict[str, list[str]] = {}
         for bag in where:
             shown = {}
@@ -72,7 +72,7 @@ def case_cards(
                     shown[slide] = pictures_of(run.folder, split, slide, path, tile_px)
                 except NoPicturesError as reason:
                     absent.setdefault(str(reason), []).append(slide)
-            yield _card(bag, where[bag], arm, choice, shown)
+            yield _card(bag, where[bag], row, examples, shown)
         if absent:
             why = [[", ".join(names), reason] for reason, names in absent.items()]
             yield table(["no pictures", "because"], why)
@@ -82,20 +82,20 @@ def case_cards(
             )
 
 
-def _chosen(choice: Choice, where: Mapping[str, str]) -> Html:
-    from_where = "high from" if choice.what == "risk" else "positive from"
-    header = ["label", *[from_where] * bool(choice.called), *choice.kinds]
+def _chosen(examples: Examples, where: Mapping[str, str]) -> Html:
+    from_where = "high from" if examples.quantity == "risk" else "positive from"
+    header = ["label", *[from_where] * bool(examples.thresholds), *examples.kinds]
     rows = []
-    for label in choice.labels:
-        row = {case.kind: case for case in choice.cases if case.label == label}
-        called = [choice.called[label]] if choice.called else []
-        links = [_link(row.get(kind), choice, where) for kind in choice.kinds]
-        rows.append([label, *called, *links])
+    for label in examples.labels:
+        by_kind = {each.kind: each for each in examples.slides if each.label == label}
+        threshold = [examples.thresholds[label]] if examples.thresholds else []
+        links = [_link(by_kind.get(kind), examples, where) for kind in examples.kinds]
+        rows.append([label, *threshold, *links])
     return table(header, rows)
 
 
 def _files(bag: str, slides: Sequence[Mapping[str, str]], data: Mapping) -> dict[str, Path | None]:
-    """The slides of a row and where they lie: itself, or a case's; a slide may have its name."""
+    """Return slide ids and files of a bag: the slide itself, or all slides of a case."""
     of_cases = data.get("bags") == "case" or data.get("pool", "union") != "union"
     own = [row for row in slides if row.get("case_id" if of_cases else "slide_id") == bag]
     found = {row["slide_id"]: Path(row["path"]) if row.get("path") else None for row in own}
@@ -103,18 +103,18 @@ def _files(bag: str, slides: Sequence[Mapping[str, str]], data: Mapping) -> dict
 
 
 def _card(
-    bag: str, name: str, arm: ResultRow, choice: Choice, shown: Mapping[str, Pictures]
+    bag: str, name: str, row: ResultRow, examples: Examples, shown: Mapping[str, Pictures]
 ) -> str:
-    row = list(arm.slide_ids).index(bag)
-    kinds = {case.label: case.kind for case in choice.cases if case.slide_id == bag}
+    n = list(row.slide_ids).index(bag)
+    kinds = {each.label: each.kind for each in examples.slides if each.slide_id == bag}
     lines = [
-        [label, truth, choice.spell(said), kinds.get(label)]
-        for label, truth, said in zip(
-            choice.labels, choice.truth_NL[row], choice.said_NL[row], strict=True
+        [label, target, examples.format_value(value), kinds.get(label)]
+        for label, target, value in zip(
+            examples.labels, examples.targets_NL[n], examples.predicted_NL[n], strict=True
         )
     ]
-    said = table(["label", "truth", choice.what, ""], lines)
-    parts = [f'<h4>{html(bag)}</h4><p class="soft">case {html(arm.case_ids[row])}</p>{said}']
+    values = table(["label", "truth", examples.quantity, ""], lines)
+    parts = [f'<h4>{html(bag)}</h4><p class="soft">case {html(row.case_ids[n])}</p>{values}']
     for slide, found in shown.items():
         facts = found.facts
         of = f"{html(slide)}: " if slide != bag else ""
@@ -144,21 +144,22 @@ def _scale() -> str:
             f'(to right, {colours})"></span> highest, by rank</p>')  # fmt: skip
 
 
-def _image(path: Path, said: str) -> str:
+def _image(path: Path, alt: str) -> str:
     with Image.open(path) as picture:
         width, height = picture.size
     text = base64.b64encode(path.read_bytes()).decode()
     return (f'<img src="data:image/jpeg;base64,{text}" width="{width}" height="{height}" '
-            f'alt="{escape(said)}">')  # fmt: skip
+            f'alt="{escape(alt)}">')  # fmt: skip
 
 
-def _link(case: Case | None, choice: Choice, where: Mapping[str, str]) -> object:
-    if case is None:
+def _link(example: ExampleSlide | None, examples: Examples, where: Mapping[str, str]) -> object:
+    if example is None:
         return "none"
+    slide = example.slide_id
     return Html(
-        f'{choice.spell(case.said)} <a href="#{where[case.slide_id]}">{html(case.slide_id)}</a>'
+        f'{examples.format_value(example.value)} <a href="#{where[slide]}">{html(slide)}</a>'
     )
 
 
-def _slides(chosen: Sequence[Case]) -> list[str]:
-    return list(dict.fromkeys(case.slide_id for case in chosen))
+def _slides(chosen: Sequence[ExampleSlide]) -> list[str]:
+    return list(dict.fromkeys(each.slide_id for each in chosen))

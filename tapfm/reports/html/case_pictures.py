@@ -1,12 +1,12 @@
-"""Pictures of a slide for the page: what it looks like, and where the model looked.
+"""Pictures of a slide for the page: thumbnail, tile weights, tiles with the largest weights.
 
     <run>/<name>/cases_<split>/<slide>/thumbnail.jpg    the slide, small
                                        overlay.jpg      tile weights on it, by rank
                                        tile_1.jpg ...   the tiles of the largest weights
-                                       case.json        where those are, what they weigh
+                                       case.json        positions and weights of those tiles
 
-They are made where the slide can be opened, kept beside the run, and shown from there afterwards.
-They are drawn anew when the slide's tile weights are no longer those they were made of.
+They are drawn if the slide can be opened, kept beside the run, and reused until the slide's tile
+weights change.
 
 Shapes: T tiles of a slide.
 """
@@ -30,13 +30,13 @@ from tapfm.inference.heatmap import COLOURS, OPACITY, effective_tiles, rank_perc
 TILES = 8
 SIDE = 640  # px, the longer side of the pictures of a slide
 TILE_SIDE = 224  # px at most
-LEGIBLE = 15  # px of a tile on the thumbnail, from which its number fits into it
+LEGIBLE = 15  # px of a tile on the thumbnail from which its number fits
 QUALITY = 88
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Of one slide, on disk."""
+    """Paths of the pictures of one slide: thumbnail, overlay, top tiles; and facts of its tiles."""
 
     folder: Path
     facts: dict
@@ -44,26 +44,26 @@ class Pictures:
 
     @property
     def tiles(self) -> list[Path]:
-        """Pictures of the tiles, the largest weight first."""
+        """Return the pictures of the tiles, the largest weight first."""
         return [self.folder / f"tile_{n + 1}.jpg" for n in range(len(self.facts["tiles"]))]
 
 
 class NoPicturesError(ValueError):
-    """Why a slide cannot be shown."""
+    """A slide cannot be shown; the message says why."""
 
 
 def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px: int) -> Pictures:
-    """The pictures of a slide, made if they are not there or not of these weights.
+    """Return a slide's pictures, drawn if missing or if its tile weights have changed.
 
     Args:
         run: folder of one run.
-        split: of the slide.
+        split: split of the slide.
         slide_id: its name.
-        path: its file; None where that is not known.
+        path: its file; None if unknown.
         tile_px: side of a tile.
 
     Raises:
-        NoPicturesError: there are none, and they cannot be made.
+        NoPicturesError: there are no pictures, and they cannot be drawn.
     """
     weights, folder = run / f"weights_{split}" / f"{slide_id}.h5", run / f"cases_{split}" / slide_id
     facts = _read_facts(folder)
@@ -79,7 +79,7 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
     if facts and facts["weights_sha256"] == digest:
         return Pictures(folder, facts)
     if path is None or not path.is_file():
-        where = f"{path} is not there" if path else "the index is not there to say where it lies"
+        where = f"{path} is missing" if path else "its path is unknown, since the index is missing"
         raise NoPicturesError(f"{slide_id} cannot be opened: {where}")
     try:
         with Slide(path, name=slide_id) as slide:
@@ -87,12 +87,12 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
     except SlideError as error:
         raise NoPicturesError(str(error)) from error
     facts["weights_sha256"] = digest
-    write_json(folder / "case.json", facts)  # last: pictures that have it are whole
+    write_json(folder / "case.json", facts)  # last: it marks complete pictures
     return Pictures(folder, facts)
 
 
 def _read_facts(folder: Path) -> dict | None:
-    """Those of pictures that are all there."""
+    """Return the facts of a folder whose pictures are complete, else None."""
     try:
         facts = json.loads((folder / "case.json").read_text())
     except (OSError, ValueError):
@@ -102,7 +102,7 @@ def _read_facts(folder: Path) -> dict | None:
 
 
 def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
-    """All pictures of an open slide; the facts of them."""
+    """Write all pictures of an open slide; return their facts."""
     (folder / "case.json").unlink(missing_ok=True)
     thumbnail, downsample = slide.thumbnail(max_side=SIDE)
     top = np.argsort(-weights_T, kind="stable")[:TILES]
@@ -128,7 +128,7 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
 
 
 def _overlay(thumbnail, downsample, coords0, size0, ranks_T) -> Image.Image:
-    """Ranks as colours over the thumbnail, as `overlay_png` draws them."""
+    """Return ranks as colours over the thumbnail, as `overlay_png` draws them."""
     from matplotlib import colormaps
 
     painted = tile_map(thumbnail.shape[:2], downsample, coords0, size0, ranks_T)
@@ -138,7 +138,7 @@ def _overlay(thumbnail, downsample, coords0, size0, ranks_T) -> Image.Image:
 
 
 def _frames(picture: Image.Image, corners: np.ndarray, side: float) -> None:
-    """The top tiles framed in white on black, with their numbers where they fit in."""
+    """Draw white frames around the top tiles, with their numbers if these fit."""
     draw, number_px = ImageDraw.Draw(picture), min(side * 0.7, 16)
     for number, (x, y) in reversed(list(enumerate(corners.tolist(), start=1))):
         box = [round(x), round(y), round(x + side) - 1, round(y + side) - 1]

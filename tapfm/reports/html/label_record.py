@@ -1,6 +1,6 @@
-"""Where a cohort's labels come from: the record that `tapfm labels` left beside its table.
+"""The record of where a cohort's labels come from, which `tapfm labels` left beside its table.
 
-Copied to `report_<split>/labels.json` while the table is there, so that a run folder alone says it.
+Copied to `report_<split>/labels.json` while the table exists, so that a run folder alone has it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tapfm.reports.html.tables import table
 
 
 def label_record(saved: Path, data: Mapping) -> dict | None:
-    """The record; None for a table that `tapfm labels` did not make.
+    """Return the record; None for a table that `tapfm labels` did not make.
 
     Args:
-        saved: the copy, rewritten if the record itself is there.
+        saved: the copy, rewritten if the record itself exists.
         data: the `data` part of a run's config.
     """
     cohort = Path(data.get("table", ""))
@@ -32,12 +32,12 @@ def label_record(saved: Path, data: Mapping) -> dict | None:
 
 
 def left_out(record: Mapping | None) -> list[tuple[str, str]]:
-    """Slides of the manifest that are not in the table, and why."""
+    """Return slides of the manifest that are not in the table, with the reason."""
     return [(each["slide"], each["reason"]) for each in (record or {}).get("left_out", ())]
 
 
 def label_tables(record: Mapping) -> Iterator[str]:
-    """What is known of each label, by which rule, and the files that it was made of."""
+    """Yield tables of known cases and rule of each label, and of the source files."""
     first, *others = record["sources"]
     rows = [[name, rule, *first["counts"][name].values()] for name, rule in first["rules"].items()]
     header = ["label", "rule", *(f"cases {kind}" for kind in next(iter(first["counts"].values())))]
@@ -45,9 +45,9 @@ def label_tables(record: Mapping) -> Iterator[str]:
     made_of = {"labels": first, "compared with": others[0] if others else None,
                "profiled": record["profiled_list"], "manifest": record.get("manifest"),
                "cohort table": record["table"]}  # fmt: skip
-    files = {what: each for what, each in made_of.items() if isinstance(each, Mapping)}
+    files = {kind: each for kind, each in made_of.items() if isinstance(each, Mapping)}
     yield table(
-        ["", "file", "SHA-256"], [[what, e["file"], e["sha256"]] for what, e in files.items()]
+        ["", "file", "SHA-256"], [[kind, e["file"], e["sha256"]] for kind, e in files.items()]
     )
     if record["table"].get("changed_since"):
         yield "<p>The cohort table was changed after `tapfm labels` had written it.</p>"

@@ -2,8 +2,8 @@
 
 The page is one file that needs nothing else: tables are HTML, drawings SVG, photographs data URIs;
 there is no script, and its policy forbids every request. It is built from the run folder alone,
-from what `tapfm fit` and `tapfm test` left there, and says what it did not find. Further keys of
-metrics_<split>.json are shown as they are (see `tables`).
+from the files of `tapfm fit` and `tapfm test`, and names what is missing. Unknown keys of
+metrics_<split>.json are shown as they are (`tables`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import yaml
 from slides.files import write_text
 from tapfm import __version__
 from tapfm.reports.figures import read_curves
-from tapfm.reports.html.cards import case_cards
+from tapfm.reports.html.cards import slide_cards
 from tapfm.reports.html.label_record import label_record, label_tables, left_out
 from tapfm.reports.html.panels import cost_panels, key, training_panels
 from tapfm.reports.html.tables import further_table, html, pairs, results_table, split_table, table
 from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow
-from tapfm.reports.runs import Run, read_arms, read_metrics, read_runs, read_task
+from tapfm.reports.runs import Run, read_metrics, read_result_rows, read_runs, read_task
 from tapfm.reports.slide_table import by_split, slide_table
 from tapfm.tasks import Task
 
@@ -48,38 +48,37 @@ PARTS = {
 
 
 def run_report(run: Path, split: str) -> int:
-    """Write the page of a folder of runs. Returns 0."""
+    """Write the page of a folder of runs; return 0."""
     print(write_page(run, split))
     return 0
 
 
 def write_page(run: Path, split: str) -> Path:
-    """The page, from what is in the folder.
+    """Write the page from the files in the folder; return its path.
 
     Args:
         run: folder of the cohort's runs.
         split: `val` or `test`.
 
-    Returns:
-        Where it is.
-
     Raises:
-        RunsError: `tapfm test` has not been run, or left something damaged.
+        RunsError: `tapfm test` has not been run, or its files are damaged.
     """
     report = run / f"report_{split}"
     metrics = read_metrics(report / f"metrics_{split}.json", run, split)
     runs = read_runs(run)
     task = read_task(metrics)
-    arms = read_arms(report / f"predictions_{split}.csv", metrics, task, runs)
+    rows = read_result_rows(report / f"predictions_{split}.csv", metrics, task, runs)
     data = runs[0].config.get("data") or {} if runs else {}
     slides = slide_table(report / "slides.csv", data)
     record = label_record(report / "labels.json", data)
     body = [
         _section("Results", results(metrics, report, split)),
-        _section("Curves", curves(task, arms)),
-        _section("Training", training(arms)),
-        _section("Memory and throughput", cost(arms, runs)),
-        _section("Slides to look at", case_cards(task, arms, runs, split, slides, metrics["arms"])),
+        _section("Curves", curves(task, rows)),
+        _section("Training", training(rows)),
+        _section("Memory and throughput", cost(rows, runs)),
+        _section(
+            "Slides to look at", slide_cards(task, rows, runs, split, slides, metrics["arms"])
+        ),
         _section("Slide ledger", ledger(slides, metrics, runs, record)),
         _section("Provenance", provenance(runs, metrics, record)),
         _section("Configuration", configuration(runs)),
@@ -102,15 +101,15 @@ def write_page(run: Path, split: str) -> Path:
 
 
 def results(metrics: Mapping, report: Path, split: str) -> Iterator[str]:
-    """The table, its notes, and all further figures."""
+    """Yield the table, its notes, and all further figures."""
     yield results_table(metrics)
     for note in metrics.get("notes") or ():
         yield f"<p>{html(note)}</p>"
     if not metrics.get("notes"):
         yield _soft(f"Intervals: 95 %, {metrics.get('draws')} bootstrap draws of whole cases.")
         if metrics.get("reference"):
-            yield _soft("* the best row that was not trained end to end, which the others are set "
-                        "against; chosen on this very split, which favours it.")  # fmt: skip
+            yield _soft("* the best row that was not trained end to end, with which the others are "
+                        "compared; chosen on this split itself, which favours it.")  # fmt: skip
     found = report / f"tile_auroc_{split}.json"
     if found.is_file():
         caption = "Tile weights against the truth masks: AUROC of tumour tiles, mean over slides"
@@ -121,58 +120,58 @@ def results(metrics: Mapping, report: Path, split: str) -> Iterator[str]:
         yield beside
 
 
-def curves(task: Task, arms: Sequence[ResultRow]) -> Iterator[str]:
-    """What was said against what is true, the way of the task."""
-    if not arms or not len(arms[0].slide_ids):
+def curves(task: Task, rows: Sequence[ResultRow]) -> Iterator[str]:
+    """Yield SVG panels of predictions against targets: ROC, scatter or Kaplan-Meier, by task."""
+    if not rows or not len(rows[0].slide_ids):
         yield _soft("No predictions of the models: no curves.")
         return
-    yield from REPORTS[task.report].curves(task, arms)
+    yield from REPORTS[task.report].curves(task, rows)
 
 
-def training(arms: Sequence[ResultRow]) -> Iterator[str]:
-    """How the models learned."""
-    panels = training_panels(arms)
+def training(rows: Sequence[ResultRow]) -> Iterator[str]:
+    """Yield the training curves."""
+    panels = training_panels(rows)
     if not panels:
         yield _soft("No metrics.csv in a run's folder: no training curves.")
         return
-    yield key(arms, {arm.title for arm in arms if arm.metrics_csv})
+    yield key(rows, {row.title for row in rows if row.metrics_csv})
     yield f'<div class="panels">{"".join(panels)}</div>'
 
 
-def cost(arms: Sequence[ResultRow], runs: Sequence[Run]) -> Iterator[str]:
-    """What a training step took, from memory.csv."""
+def cost(rows: Sequence[ResultRow], runs: Sequence[Run]) -> Iterator[str]:
+    """Yield time and memory of training steps, from memory.csv."""
     logs = {r.title: log for r in runs if (log := r.folder / "memory.csv").is_file()}
-    trained = [arm for arm in arms if arm.title in logs]
+    trained = [row for row in rows if row.title in logs]
     if not trained:
-        yield _soft("No memory.csv in a run's folder: memory and time are not known.")
+        yield _soft("No memory.csv in a run's folder: memory and time are unknown.")
         return
     steps, phases = [], []
-    for arm in trained:
-        found = {name: values for name, (_, values) in read_curves(logs[arm.title]).items()}
+    for row in trained:
+        found = {name: values for name, (_, values) in read_curves(logs[row.title]).items()}
         if "tiles_per_s" in found:
             slow, middle, fast = np.percentile(found["tiles_per_s"], (10, 50, 90))
             tiles, speed = found["tiles"], f"{middle:.4g} [{slow:.4g}, {fast:.4g}]"
             sizes = f"{np.median(tiles):.0f}", f"{tiles.max():.0f}"
-            steps.append([arm.title, len(tiles), *sizes, speed])
+            steps.append([row.title, len(tiles), *sizes, speed])
         for phase in PHASES:
             if f"{phase}_s" in found:
                 peaks = (found.get(f"{phase}_{unit}") for unit in MEMORY)
-                said = ("" if peak is None else f"{peak.max():.2f}" for peak in peaks)
-                phases.append([arm.title, phase, f"{np.median(found[f'{phase}_s']):.3g}", *said])
+                gib = ("" if peak is None else f"{peak.max():.2f}" for peak in peaks)
+                phases.append([row.title, phase, f"{np.median(found[f'{phase}_s']):.3g}", *gib])
     yield table(["model", "steps", "tiles of a slide, median", "largest",
                  "tiles per second, median [10 %, 90 %]"], steps)  # fmt: skip
     header = ["model", "phase", "seconds a slide, median", "GPU GiB allocated, peak",
               "GPU GiB reserved, peak", "process GiB, peak"]  # fmt: skip
-    there = [n for n in range(len(header)) if any(row[n] for row in phases)]  # no GPU, no column
-    yield table([header[n] for n in there], [[row[n] for n in there] for row in phases], first=2)
-    yield key(arms, logs)
-    yield f'<div class="panels">{"".join(cost_panels(arms, logs))}</div>'
+    there = [n for n in range(len(header)) if any(line[n] for line in phases)]  # no GPU, no column
+    yield table([header[n] for n in there], [[line[n] for n in there] for line in phases], first=2)
+    yield key(rows, logs)
+    yield f'<div class="panels">{"".join(cost_panels(rows, logs))}</div>'
 
 
 def ledger(
     slides: list[dict], metrics: Mapping, runs: Sequence[Run], record: Mapping | None
 ) -> Iterator[str]:
-    """Which slides there were, and which were left out."""
+    """Yield the slides of the cohort, and those left out with the reason."""
     out = [[slide, "the cohort table", reason] for slide, reason in left_out(record)]
     out += [[each["slide_id"], metrics.get("split"), each["reason"]]
             for each in metrics.get("skipped") or ()]  # fmt: skip
@@ -185,7 +184,7 @@ def ledger(
     else:
         yield "<p>No slide was left out.</p>"
     if not slides:
-        yield _soft("The cohort table and its index are not there, nor a copy of them "
+        yield _soft("The cohort table and its index are missing, and so is their copy "
                     "(slides.csv, which `tapfm test` writes): no ledger.")  # fmt: skip
         return
     yield table(*by_split(slides))
@@ -194,7 +193,7 @@ def ledger(
 
 
 def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) -> Iterator[str]:
-    """What was trained, by what, on what: the headers of the saved models, the labels' record."""
+    """Yield the headers of the saved models and the record of the labels."""
     from tapfm.slide_model.model import CheckpointError, read_model_config
     from tapfm.training.callbacks import BEST  # torch and Lightning, for this alone
 
@@ -217,7 +216,7 @@ def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) ->
 
 
 def configuration(runs: Sequence[Run]) -> Iterator[str]:
-    """Every setting of every run; first those in which they differ."""
+    """Yield every setting of every run, first those in which they differ."""
     every = {run.name: dict(_dotted(run.config)) for run in runs}
     names = {name: None for found in every.values() for name in found}
     differ = [name for name in names if len({repr(f.get(name)) for f in every.values()}) > 1]
@@ -240,7 +239,7 @@ def _soft(text: str) -> str:
 
 
 def _fact(value: object) -> object:
-    """A setting, to all its digits."""
+    """Return a setting as a cell, with all its digits."""
     if isinstance(value, (list, tuple)):
         return ", ".join(str(each) for each in value)
     return f"{value:g}" if isinstance(value, float) else value

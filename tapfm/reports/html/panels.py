@@ -1,10 +1,10 @@
-"""The page's pictures: one panel a picture, as SVG that is part of the page.
+"""The page's panels: one small figure each, as SVG inside the page.
 
-Each is small, so that a narrow window shows one beside or below the other at the size it was drawn
-for. Text stays text, a $ in it too, and can be copied; black, white and greys become the page's own
-colours, so that a dark page has light axes.
+Panels are small, so that a narrow window shows them one below the other at the size they were drawn
+for. Text stays text, also a $ in it, and can be copied; black, white and greys become the page's
+own colours, so that a dark page has light axes.
 
-    roc, precision and recall, reliability     a panel a label, all arms in it
+    ROC, precision and recall, reliability     a panel a label, with all rows
     training                                   loss, validation, effective tiles
     cost                                       tiles per second, peak memory
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapfm.reports.figures import arm_styles, read_curves, roc_axis, smoothed_curve
+from tapfm.reports.figures import read_curves, roc_axis, row_styles, smoothed_curve
 from tapfm.reports.html.tables import Html
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
 WIDE = 3.7, 2.7
 BINS = 5  # of reliability: a tenth of a small split is a handful of slides
-THEME = {  # colours of matplotlib, and what they are on the page
+THEME = {  # colours of matplotlib, and those of the page
     "#000000": "currentColor",
     "#4d4d4d": "currentColor",
     "#b3b3b3": "var(--rule)",
@@ -54,44 +54,44 @@ CURVES = (  # columns of a metrics.csv
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "7 3 2 3", ":": "2 3"}
 
 
-def label_panels(labels: Sequence[str], arms: Sequence[ResultRow]) -> dict[str, list[Html]]:
-    """Panels of each label, by what they show."""
-    styles = arm_styles(arms)
+def label_panels(labels: Sequence[str], rows: Sequence[ResultRow]) -> dict[str, list[Html]]:
+    """Return the panels of all labels, by kind."""
+    styles = row_styles(rows)
     drawn: dict[str, list[Html]] = {"ROC": [], "Precision and recall": [], "Calibration": []}
     for k, label in enumerate(labels):
         for (kind, panels), draw in zip(
             drawn.items(), (roc_axis, pr_axis, reliability_axis), strict=True
         ):
-            said = f"{kind} of {label}"
-            panels.append(panel(lambda axis: draw(axis, k, label, arms, styles), said))  # noqa: B023
+            alt = f"{kind} of {label}"
+            panels.append(panel(lambda axis: draw(axis, k, label, rows, styles), alt))  # noqa: B023
     return drawn
 
 
 def pr_axis(
-    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
+    axis: Axes, k: int, label: str, rows: Sequence[ResultRow], styles: Sequence[dict]
 ) -> None:
-    """Precision against recall; a line from each threshold back to the one before, as AUPRC is."""
+    """Draw precision against recall, as steps like those that AUPRC sums."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    for (y_N, p_N), style in _known(arms, k, styles):
+    for (y_N, p_N), style in _known(rows, k, styles):
         precision, recall, _ = precision_recall_curve(y_N, p_N)
         value = average_precision_score(y_N, p_N)
         axis.plot(recall, precision, drawstyle="steps-post", label=f"{value:.3f}", **style)
     if axis.lines:
-        axis.axhline(np.nanmean(arms[0].y_NK[:, k]), color="0.7", linewidth=1)
+        axis.axhline(np.nanmean(rows[0].y_NK[:, k]), color="0.7", linewidth=1)
     _finish(axis, f"{label}; grey: share of positives", "AUPRC", "lower left")
     axis.set(xlabel="recall", ylabel="precision")
 
 
 def reliability_axis(
-    axis: Axes, k: int, label: str, arms: Sequence[ResultRow], styles: Sequence[dict]
+    axis: Axes, k: int, label: str, rows: Sequence[ResultRow], styles: Sequence[dict]
 ) -> None:
-    """Share of positives against mean probability, in bins of as many slides each."""
+    """Draw observed frequency against mean probability, in bins of equal numbers of slides."""
     from sklearn.calibration import calibration_curve
     from sklearn.metrics import brier_score_loss
 
     axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for (y_N, p_N), style in _known(arms, k, styles):
+    for (y_N, p_N), style in _known(rows, k, styles):
         if p_N.min() < 0 or p_N.max() > 1:
             continue
         share, mean = calibration_curve(y_N, p_N, n_bins=BINS, strategy="quantile")
@@ -101,11 +101,11 @@ def reliability_axis(
     axis.set(xlabel="mean probability", ylabel="share of positives")
 
 
-def training_panels(arms: Sequence[ResultRow]) -> list[Html]:
-    """Loss, what was measured in validation, effective tiles; none without a metrics.csv."""
-    rows = [row for row, arm in enumerate(arms) if arm.metrics_csv]
-    curves, styles = {row: read_curves(arms[row].metrics_csv) for row in rows}, arm_styles(arms)
-    columns = {column for found in curves.values() for column in found}
+def training_panels(rows: Sequence[ResultRow]) -> list[Html]:
+    """Return panels of loss, validation metrics and effective tiles; none without metrics.csv."""
+    pairs = zip(rows, row_styles(rows), strict=True)
+    curves = [(read_curves(row.metrics_csv), style) for row, style in pairs if row.metrics_csv]
+    columns = {column for found, _ in curves for column in found}
     known = {column for _, group in CURVES for column in group}
     further = [  # a mean, not its labels
         (f"validation {column[4:]}", (column,))
@@ -114,13 +114,13 @@ def training_panels(arms: Sequence[ResultRow]) -> list[Html]:
     ]
 
     def draw(axis: Axes, title: str, group: Sequence[str]) -> None:
-        for row, found in curves.items():
+        for found, style in curves:
             for column in (column for column in group if column in found):
                 if column.startswith("train/"):
                     thin = {"linewidth": 1, "alpha": 0.6} if len(group) > 1 else {"linewidth": 1.4}
-                    axis.plot(*smoothed_curve(*found[column]), **styles[row] | thin)
+                    axis.plot(*smoothed_curve(*found[column]), **style | thin)
                 else:
-                    axis.plot(*found[column], **styles[row] | {"markersize": 4.5})
+                    axis.plot(*found[column], **style | {"markersize": 4.5})
         axis.set_title(title)
         axis.set_xlabel("slides seen")
 
@@ -131,17 +131,17 @@ def training_panels(arms: Sequence[ResultRow]) -> list[Html]:
     ]
 
 
-def cost_panels(arms: Sequence[ResultRow], logs: Mapping[str, Path]) -> list[Html]:
-    """Tiles per second and peak memory against slides seen.
+def cost_panels(rows: Sequence[ResultRow], logs: Mapping[str, Path]) -> list[Html]:
+    """Return panels of tiles per second and peak memory against slides seen.
 
     Args:
-        arms: all of them.
-        logs: title of an arm to its memory.csv.
+        rows: all rows of the table.
+        logs: title of a row to its memory.csv.
     """
-    costs = [read_curves(logs[arm.title]) if arm.title in logs else {} for arm in arms]
-    styles = arm_styles(arms)
-    whose = "GPU" if any("encode_allocated_gib" in found for found in costs) else "process"
-    unit = "allocated_gib" if whose == "GPU" else "rss_gib"
+    costs = [read_curves(logs[row.title]) if row.title in logs else {} for row in rows]
+    styles = row_styles(rows)
+    device = "GPU" if any("encode_allocated_gib" in found for found in costs) else "process"
+    unit = "allocated_gib" if device == "GPU" else "rss_gib"
     phases = tuple(f"{phase}_{unit}" for phase in ("encode", "aggregate", "adapt"))
 
     def speed(axis: Axes) -> None:
@@ -159,46 +159,46 @@ def cost_panels(arms: Sequence[ResultRow], logs: Mapping[str, Path]) -> list[Htm
                     peaks[step] = max(gib, peaks.get(step, 0))
             steps = sorted(peaks)
             axis.plot(steps, [peaks[step] for step in steps], **style | {"linewidth": 1.4})
-        axis.set_title(f"GiB of the {whose}, largest of the phases", fontsize=9)
+        axis.set_title(f"GiB of the {device}, largest of the phases", fontsize=9)
         axis.set(xlabel="slides seen", ylim=(0, None))
 
     return [panel(speed, "tiles per second", WIDE), panel(memory, "memory", WIDE)]
 
 
-def key(arms: Sequence[ResultRow], shown: Container[str] | None = None) -> Html:
-    """Which line is whose, for the panels that follow.
+def key(rows: Sequence[ResultRow], shown: Container[str] | None = None) -> Html:
+    """Return the legend of the panels that follow.
 
     Args:
-        arms: all of them.
-        shown: titles of those that the panels have; None is all.
+        rows: all rows of the table.
+        shown: titles that the panels show; None is all.
     """
     lines = []
-    for arm, style in zip(arms, arm_styles(arms), strict=True):
-        if shown is not None and arm.title not in shown:
+    for row, style in zip(rows, row_styles(rows), strict=True):
+        if shown is not None and row.title not in shown:
             continue
         stroke = THEME.get(style["color"].lower(), style["color"])
         dashes = DASH_ARRAYS[style["linestyle"]]
         lines.append(
             '<li><svg width="34" height="10" aria-hidden="true"><line x1="1" y1="5" x2="33" y2="5" '
             f'style="stroke:{stroke};stroke-width:{style["linewidth"] * 1.3:.1f};'
-            f'stroke-dasharray:{dashes}"/></svg> {escape(arm.title)}</li>'
+            f'stroke-dasharray:{dashes}"/></svg> {escape(row.title)}</li>'
         )
     return Html(f'<ul class="key">{"".join(lines)}</ul>')
 
 
-def panel(draw: Callable[[Axes], None], said: str, size: tuple[float, float] = SIZE) -> Html:
-    """One axis, drawn and put into a figure of the page.
+def panel(draw: Callable[[Axes], None], alt: str, size: tuple[float, float] = SIZE) -> Html:
+    """Return one drawn axis as a figure of the page.
 
     Args:
-        draw: puts lines and names on the axis.
-        said: what the picture is, for those who cannot see it.
-        size: inches.
+        draw: draws on the axis.
+        alt: description of the picture, for screen readers.
+        size: width and height in inches.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     text = io.StringIO()
-    how = {"svg.fonttype": "none", "svg.hashsalt": said, "text.parse_math": False}
+    how = {"svg.fonttype": "none", "svg.hashsalt": alt, "text.parse_math": False}
     with mpl.rc_context(how):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         axis = figure.subplots()
@@ -207,14 +207,14 @@ def panel(draw: Callable[[Axes], None], said: str, size: tuple[float, float] = S
         axis.spines[["top", "right"]].set_visible(False)
         draw(axis)
         title = axis.get_title()
-        axis.set_title("")  # text of the page, which finds room for a name of any length
+        axis.set_title("")  # the page shows it as text, which may have any length
         figure.savefig(text, format="svg", metadata={"Date": None})
-    drawn = inline(text.getvalue(), said)
+    drawn = inline(text.getvalue(), alt)
     return Html(f'<figure class="panel"><figcaption>{escape(title)}</figcaption>{drawn}</figure>')
 
 
-def inline(svg: str, said: str) -> str:
-    """An SVG file as an element of a page: no header, no unused id, the page's colours."""
+def inline(svg: str, alt: str) -> str:
+    """Return an SVG file as an element of the page: no header or unused ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     used = set(re.findall(r'#([\w.-]+)[")]', svg))
@@ -222,17 +222,17 @@ def inline(svg: str, said: str) -> str:
     for colour, ours in THEME.items():
         svg = svg.replace(colour, ours)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    head = f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{escape(said)}" xmlns'
+    head = f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{escape(alt)}" xmlns'
     return re.sub(r"<svg.*?xmlns(?=[=])", head, svg, count=1, flags=re.S)
 
 
 def _known(
-    arms: Sequence[ResultRow], k: int, styles: Sequence[dict]
+    rows: Sequence[ResultRow], k: int, styles: Sequence[dict]
 ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], dict]]:
-    """Labels and probabilities of slides whose label is known, where there are both classes."""
-    for arm, style in zip(arms, styles, strict=True):
-        known_N = ~np.isnan(arm.y_NK[:, k])
-        y_N, p_N = arm.y_NK[known_N, k], arm.p_NK[known_N, k]
+    """Yield labels and probabilities of known slides, and the style, for rows with both classes."""
+    for row, style in zip(rows, styles, strict=True):
+        known_N = ~np.isnan(row.y_NK[:, k])
+        y_N, p_N = row.y_NK[known_N, k], row.p_NK[known_N, k]
         if len(np.unique(y_N)) == 2 and not math.isnan(p_N.sum()):
             yield (y_N, p_N), style
 

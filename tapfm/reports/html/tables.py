@@ -1,8 +1,8 @@
-"""Tables of the page: HTML from rows, and the rows of a metrics_<split>.json, whatever is in it.
+"""Tables of the page: HTML from rows of cells, and the tables of a metrics_<split>.json.
 
-A figure with an interval (an object with `value`, `low`, `high`) is one cell. Of a row's figures
-the first two make the table of results, with the differences that are told of them; all that
-is left, at any depth, is a line each of a second table that has a column a row of the first.
+A metric with an interval (an object with `value`, `low`, `high`) is one cell. The first two metrics
+of each row make the table of results, with their differences; everything else, at any depth, is a
+line of a second table, which has a column for each row of the first.
 
 Text is escaped unless it is `Html`.
 """
@@ -27,8 +27,8 @@ NAMES = {
     "sha256": "SHA-256",
 }
 INTERVAL = {"value", "low", "high", "draws"}
-SAID = {"positives", "known", "labels"}  # beside the table of results
-OF_ALL = {
+COUNTS = {"positives", "known", "labels"}  # shown in the table of results already
+SPLIT_KEYS = {
     "split",
     "task",
     "slides",
@@ -40,8 +40,8 @@ OF_ALL = {
     "skipped",
     "notes",
 }
-HEADLINE = 2  # figures of the table of results: AUROC and AUPRC, for labels that are 0 or 1
-LISTED = 6  # numbers of a list that are written out; longer ones are curves, and stay in the JSON
+HEADLINE = 2  # metrics in the table of results: AUROC and AUPRC for labels of 0 or 1
+LISTED = 6  # longest list that is written out; longer ones are curves, and stay in the JSON
 UNBROKEN = 60  # characters of a cell that stay on one line
 
 
@@ -49,12 +49,12 @@ class Html(str):
     """Text that is HTML already."""
 
 
-class Group(str):
-    """A row that says what those below it are of."""
+class GroupRow(str):
+    """A row that names the group of the rows below it."""
 
 
 def html(value: object) -> str:
-    """A value as HTML: numbers to four digits, None as nothing."""
+    """Return a value as HTML: floats to four digits, None as nothing."""
     if isinstance(value, Html):
         return value
     if value is None:
@@ -66,21 +66,21 @@ def html(value: object) -> str:
 
 def table(
     header: Sequence[object],
-    rows: Iterable[Iterable[object] | Group],
+    rows: Iterable[Iterable[object] | GroupRow],
     caption: object = "",
     first: int = 1,
 ) -> Html:
-    """Rows under a header, in a frame that scrolls where the page is narrow.
+    """Return rows under a header, in a frame that scrolls on a narrow page.
 
     Args:
         header: names of the columns.
-        rows: as many cells each, or a `Group`.
-        caption: above it.
-        first: how many cells at the left of a row say what it is.
+        rows: lists of cells, or a `GroupRow`.
+        caption: text above the table.
+        first: number of cells at the left that are row headings.
     """
     body = []
     for row in rows:
-        if isinstance(row, Group):
+        if isinstance(row, GroupRow):
             body.append(f'<tr><th class="group" colspan="{len(header)}">{html(row)}</th></tr>')
             continue
         cells = [
@@ -98,96 +98,98 @@ def table(
 
 
 def pairs(facts: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Nested facts as lines: their path, spelled out, and what is there."""
+    """Yield nested facts as lines: their path in words, and the value."""
     for key, value in facts.items():
         rest = value
         if _is_interval(value):
-            yield spoken(key), value
+            yield heading(key), value
             rest = {name: each for name, each in value.items() if name not in INTERVAL}
         if isinstance(value, Mapping):
             for path, each in pairs(rest):
-                yield f"{spoken(key)} {path}", each
+                yield f"{heading(key)} {path}", each
         else:
-            yield spoken(key), value
+            yield heading(key), value
 
 
-def spoken(key: object) -> str:
-    """A key as a heading."""
+def heading(key: object) -> str:
+    """Return a key as words."""
     return " ".join(NAMES.get(word, word) for word in str(key).split("_"))
 
 
 def results_table(metrics: Mapping) -> Html:
-    """The figures that decide, of every label and arm, and each difference that is told of them."""
-    arms, draws, head = metrics["arms"], metrics.get("draws") or 0, headline(metrics)
-    told = [key for key in _labelled(arms) if any(name in key for name in head)]
-    header = ["model", *(f"{spoken(key)} [95 %]" for key in head)]
-    header += [f"{spoken(key)} to *" for key in told]
-    rows: list[list[str] | Group] = []
-    for label in _labels(arms):
-        first = next((arm["figures"][label] for arm in arms.values() if _has(arm, label)), {})
+    """Return the main metrics of every label and row, with their differences."""
+    rows, draws, head = metrics["arms"], metrics.get("draws") or 0, headline(metrics)
+    differences = [key for key in _labelled(rows) if any(name in key for name in head)]
+    header = ["model", *(f"{heading(key)} [95 %]" for key in head)]
+    header += [f"{heading(key)} to *" for key in differences]
+    lines: list[list[str] | GroupRow] = []
+    for label in _labels(rows):
+        first = next((row["figures"][label] for row in rows.values() if _has(row, label)), {})
         counted = label != MACRO and {"positives", "known"} <= first.keys()
-        rows.append(
-            Group(
+        lines.append(
+            GroupRow(
                 label + (f", {first['positives']} of {first['known']} positive" if counted else "")
             )
         )
-        for title, arm in arms.items():
-            found = arm["figures"][label] if _has(arm, label) else {}
+        for title, row in rows.items():
+            found = row["figures"][label] if _has(row, label) else {}
             mark = " *" if title == metrics.get("reference") else ""
-            cells = [interval(found.get(key), draws) for key in head]
-            cells += [interval((arm.get(key) or {}).get(label), draws, "+") for key in told]
-            rows.append([title + mark, *cells])
-    return table(header, rows)
+            cells = [interval_cell(found.get(key), draws) for key in head]
+            cells += [
+                interval_cell((row.get(key) or {}).get(label), draws, "+") for key in differences
+            ]
+            lines.append([title + mark, *cells])
+    return table(header, lines)
 
 
 def further_table(metrics: Mapping) -> Html | None:
-    """All other figures, a line each, an arm a column; None where there are none."""
-    arms, head = metrics["arms"], headline(metrics)
-    shown = {key for key in _labelled(arms) if any(name in key for name in head)}
+    """Return all other metrics, a line each, a column for each row; None without any."""
+    rows, head = metrics["arms"], headline(metrics)
+    shown = {key for key in _labelled(rows) if any(name in key for name in head)}
     lines: dict[tuple[str, str], dict[str, object]] = {}
-    for title, arm in arms.items():
-        for label, figures in (arm.get("figures") or {}).items():
-            rest = {k: v for k, v in figures.items() if k not in {*head, *SAID}}
+    for title, row in rows.items():
+        for label, figures in (row.get("figures") or {}).items():
+            rest = {k: v for k, v in figures.items() if k not in {*head, *COUNTS}}
             _collect(lines, title, label, rest)
-        for key, value in arm.items():
+        for key, value in row.items():
             if key in ("figures", "end_to_end", *shown) or value is None:
                 continue
-            if key in _labelled(arms):
+            if key in _labelled(rows):
                 for label, each in value.items():
                     _collect(lines, title, label, {key: each})
             else:
                 _collect(lines, title, "", {key: value})
     if not lines:
         return None
-    draws, order = metrics.get("draws") or 0, _labels(arms)
-    rows = [
-        [label, name, *(_said(found.get(title), draws) for title in arms)]
+    draws, order = metrics.get("draws") or 0, _labels(rows)
+    cells = [
+        [label, name, *(_value_cell(found.get(title), draws) for title in rows)]
         for (label, name), found in sorted(
             lines.items(), key=lambda line: order.index(line[0][0]) if line[0][0] else len(order)
         )
     ]
-    return table(["label", "figure", *arms], rows, first=2)
+    return table(["label", "figure", *rows], cells, first=2)
 
 
 def split_table(metrics: Mapping) -> Html | None:
-    """What is told of the split beside its arms; None where nothing is."""
-    beside = {key: metrics[key] for key in metrics if key not in OF_ALL}
+    """Return the facts of the split beside its rows; None without any."""
+    beside = {key: metrics[key] for key in metrics if key not in SPLIT_KEYS}
     draws = metrics.get("draws") or 0
-    rows = [[name, _said(value, draws)] for name, value in pairs(beside)]
+    rows = [[name, _value_cell(value, draws)] for name, value in pairs(beside)]
     return table(["of the split", ""], rows) if rows else None
 
 
 def headline(metrics: Mapping) -> list[str]:
-    """Names of the first figures with an interval."""
+    """Return the names of the first metrics with an interval."""
     found: dict[str, None] = {}
-    for arm in metrics["arms"].values():
-        for figures in (arm.get("figures") or {}).values():
+    for row in metrics["arms"].values():
+        for figures in (row.get("figures") or {}).values():
             found |= {key: None for key, value in figures.items() if _is_interval(value)}
     return list(found)[:HEADLINE]
 
 
-def interval(found: Mapping | None, draws: int = 0, sign: str = "") -> str:
-    """`0.900 [0.848, 0.945]`; marked where it stands on few draws."""
+def interval_cell(found: Mapping | None, draws: int = 0, sign: str = "") -> str:
+    """Return `0.900 [0.848, 0.945]`; marked if it comes from few draws."""
     if not found:
         return ""
     ends = (math.nan if found.get(key) is None else found[key] for key in ("value", "low", "high"))
@@ -196,7 +198,7 @@ def interval(found: Mapping | None, draws: int = 0, sign: str = "") -> str:
 
 
 def _cell(text: str) -> str:
-    """Sentences may be broken into lines, numbers and names not."""
+    """Return a cell; long text may wrap, numbers and names not."""
     return f'<td class="text">{text}</td>' if len(text) > UNBROKEN else f"<td>{text}</td>"
 
 
@@ -204,24 +206,24 @@ def _is_interval(value: object) -> bool:
     return isinstance(value, Mapping) and INTERVAL - {"draws"} <= value.keys()
 
 
-def _labels(arms: Mapping) -> list[str]:
-    """Of all arms, their mean first."""
-    found = {label: None for arm in arms.values() for label in arm.get("figures") or {}}
+def _labels(rows: Mapping) -> list[str]:
+    """Return the labels of all rows, macro first."""
+    found = {label: None for row in rows.values() for label in row.get("figures") or {}}
     return sorted(found, key=lambda label: label != MACRO)
 
 
-def _has(arm: Mapping, label: str) -> bool:
-    return bool((arm.get("figures") or {}).get(label))
+def _has(row: Mapping, label: str) -> bool:
+    return bool((row.get("figures") or {}).get(label))
 
 
-def _labelled(arms: Mapping) -> list[str]:
-    """What is told of an arm label by label, beside its figures."""
-    labels = set(_labels(arms))
+def _labelled(rows: Mapping) -> list[str]:
+    """Return the keys of rows, beside their figures, whose values are given by label."""
+    labels = set(_labels(rows))
     return list(
         {
             key: None
-            for arm in arms.values()
-            for key, value in arm.items()
+            for row in rows.values()
+            for key, value in row.items()
             if key != "figures" and isinstance(value, Mapping) and value and value.keys() <= labels
         }
     )
@@ -232,10 +234,10 @@ def _collect(lines: dict, title: str, label: str, facts: Mapping) -> None:
         lines.setdefault((label, name), {})[title] = value
 
 
-def _said(value: object, draws: int) -> object:
-    """A figure of any kind in a cell."""
+def _value_cell(value: object, draws: int) -> object:
+    """Return a value of any kind as a cell."""
     if _is_interval(value):
-        return interval(value, draws)
+        return interval_cell(value, draws)
     if isinstance(value, list):
         if len(value) > LISTED or any(isinstance(each, (list, Mapping)) for each in value):
             return f"{len(value)} entries, in the JSON"

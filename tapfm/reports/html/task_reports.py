@@ -1,12 +1,12 @@
-"""The one table of how results are shown, by kind of report, which a task names as `Task.report`.
+"""How results are written, drawn and shown, by the kind of report that `Task.report` names.
 
     labels   labels of 0 and 1: ROC, precision and recall, calibration, operating points
     classes  the same of each class against the rest, and confusions
     values   predicted against true values
     times    Kaplan-Meier curves of the halves of higher and lower risk, log-rank test
 
-A kind needs of its task what its functions read: `values` only the labels, `classes` also the
-column and `one_vs_rest`, `times` the column of times and the horizon.
+A kind's functions read from the task: `values` only the labels, `classes` also the column and
+`one_vs_rest`, `times` the column of times and the horizon.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapfm.reports import example_slides
-from tapfm.reports.example_slides import Choice
+from tapfm.reports.example_slides import Examples
 from tapfm.reports.html import outcome_panels
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.report import write_results
@@ -24,18 +24,18 @@ from tapfm.reports.rows import ResultRow
 from tapfm.tasks import Task
 
 Groups = Mapping[str, Mapping[str, str]]
-"""Such as site -> slide_id or case_id -> its site."""
+"""Kind of group, such as site, to slide_id or case_id to its group."""
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What a kind of report consists of."""
+    """The functions of one kind of report."""
 
     write: Callable[[Path, str, Task, Sequence[ResultRow], Sequence[tuple[str, str]], Groups], str]
     """Write a split's files and return its table: folder, split, task, rows, skipped, groups."""
     curves: Callable[[Task, Sequence[ResultRow]], Iterator[str]]
-    """Return the curves of all rows, as parts of the page."""
-    choose: Callable[[Task, ResultRow, Mapping], Choice]
+    """Yield the curves of all rows, as parts of the page."""
+    choose: Callable[[Task, ResultRow, Mapping], Examples]
     """Return the example slides of a row, given its facts of metrics_<split>.json."""
 
 
