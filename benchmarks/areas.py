@@ -1,4 +1,4 @@
-"""What the tiles of a program cover of a cohort's slides, beside another's and beside the truth.
+"""Compares the areas that two programs' tiles cover of a cohort's slides, and the painted truth.
 
 Two lattices have no tile in common, so areas are compared, in cells of `CELL_UM` microns. A
 program's tiles are read from its own files by `slides.tiling.other_tools`.
@@ -24,20 +24,20 @@ CELL_UM = 4.0  # that of the demo cohort's truth
 
 @dataclass(frozen=True)
 class Areas:
-    """Of each slide, in the table's order: (h, w) bool."""
+    """Covered cells and tissue cells of each slide, (h, w) bool, in the table's order."""
 
     covered: list[np.ndarray]
     tissue: list[np.ndarray | None]
     """That was painted; None where no truth is known."""
 
     def shared(self, other: Areas) -> float:
-        """What both cover of what either does, over all slides."""
+        """Return the intersection over union of two covered areas, over all slides."""
         pairs = list(zip(self.covered, other.covered, strict=True))
         both, either = np.sum([((a & b).sum(), (a | b).sum()) for a, b in pairs], 0)
         return float(both / either)
 
     def against_truth(self) -> tuple[float, float]:
-        """How much of the tissue is covered, and how much of what is covered is tissue."""
+        """Return the shares of tissue that is covered, and of covered area that is tissue."""
         pairs = [(a, b) for a, b in zip(self.covered, self.tissue, strict=True) if b is not None]
         if not pairs:
             return float("nan"), float("nan")
@@ -46,7 +46,7 @@ class Areas:
 
 
 def read_areas(table: Path, folder: Path) -> Areas:
-    """The tiles that a program left in a folder, for every slide of a cohort table."""
+    """Return the covered area of every slide of a table, from the tiles in a folder."""
     found, known = [], []
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -60,7 +60,7 @@ def read_areas(table: Path, folder: Path) -> Areas:
 
 
 def covered(index: TileIndex) -> np.ndarray:
-    """Cells of a slide whose middle lies in a tile, (h, w) bool."""
+    """Return the cells of a slide whose centre lies in a tile, (h, w) bool."""
     step0 = round(CELL_UM / index.slide_mpp)
     cells = np.zeros((-(-index.height0 // step0), -(-index.width0 // step0)), bool)
     first = -(-(index.coords0 - step0 // 2) // step0)  # whose middle is the corner or behind it

@@ -1,4 +1,4 @@
-"""The last block's CLS row and tail against the block's own, under the timm installed.
+"""Compares the last block's CLS row and tail with the block's own, under the installed timm.
 
     python -m benchmarks.cls_row        a table row each: largest difference of each family
 
@@ -6,7 +6,7 @@ The row is what the tap reads, against the block's own attention matrix, in floa
 the last block computed for the CLS token alone: features, scores and the gradients of all
 parameters and of the tiles against those of the whole block, relative, in float64.
 
-Run it under each timm to be claimed, `pip install timm==1.0.15` and so on.
+Run it under each supported timm, `pip install timm==1.0.15` and so on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAMILIES = {  # as in the registry: UNI; H-optimus; UNI2-h; Virchow2; H0-mini; D
 
 
 def encoder_of(arch: str, kwargs: dict, tail: bool = True) -> Encoder:
-    """A tiny one, the same every time."""
+    """Return a tiny encoder, always the same."""
     torch.manual_seed(0)
     vit = timm.create_model(arch, num_classes=0, img_size=SIDE, **SIZE, **kwargs)
     for name, parameter in vit.named_parameters():
@@ -47,7 +47,7 @@ def encoder_of(arch: str, kwargs: dict, tail: bool = True) -> Encoder:
 
 
 def answers(encoder: Encoder) -> list[Tensor]:
-    """Features, scores, and the gradients of the tiles and of all parameters."""
+    """Return features, scores, and the gradients of the tiles and of all parameters."""
     encoder.double()
     tiles = known_tiles(3, SIDE).double().requires_grad_()
     z, score = encoder(tiles)
@@ -56,7 +56,7 @@ def answers(encoder: Encoder) -> list[Tensor]:
 
 
 def tail_difference(arch: str, kwargs: dict) -> float:
-    """Largest of the relative differences, over all that is compared."""
+    """Return the largest relative difference of everything compared."""
     tail, whole = (encoder_of(arch, kwargs, tail) for tail in (True, False))
     assert tail.tail is not None, tail.no_tail
     pairs = zip(answers(tail), answers(whole), strict=True)

@@ -1,4 +1,4 @@
-"""The last block for the CLS token alone, beside the whole block and the N x N hook: time, memory.
+"""Time and memory of the last block for the CLS token alone, beside the whole block and a hook.
 
     python -m benchmarks.cls_tail [--device cuda] [--repeats 9]
 
@@ -41,7 +41,7 @@ WIDTH, TILES, MIB = 1024, 2, 2**20
 
 
 def last_block(prefix: int, device: str) -> Encoder:
-    """A ViT-L of one block, the same every time."""
+    """Return a ViT-L of one block, always the same."""
     torch.manual_seed(0)
     vit = timm.create_model(
         "vit_large_patch16_224", num_classes=0, depth=1, init_values=0.1,
@@ -52,18 +52,18 @@ def last_block(prefix: int, device: str) -> Encoder:
 
 
 def tail(encoder: Encoder, x_CND: Tensor) -> tuple[Tensor, Tensor]:
-    """The CLS token alone."""
+    """Compute the CLS token alone."""
     with encoder.reading():
         return encoder.read(encoder.vit.norm(encoder.vit.blocks[-1](x_CND)))
 
 
 def tap(encoder: Encoder, x_CND: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole block, and one row."""
+    """Compute the whole block, and one row of attention."""
     return encoder.read(encoder.vit.norm(encoder.vit.blocks[-1](x_CND)))
 
 
 def hook(encoder: Encoder, x_CND: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole block, and all of its attention once more."""
+    """Compute the whole block, and all of its attention once more."""
     attn, matrices = encoder.vit.blocks[-1].attn, []
 
     def again(_attn, args: tuple[Tensor, ...], _out: Tensor) -> None:
@@ -82,13 +82,13 @@ WAYS = {"tail": tail, "tap": tap, "hook": hook}
 
 
 def forward_and_backward(way: Callable, encoder: Encoder, x_CND: Tensor) -> None:
-    """As of one chunk."""
+    """Run forward and backward of one chunk."""
     z_CD, score_C = way(encoder, x_CND)
     (z_CD.sum() + score_C.sum()).backward()
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """Of the processor that does the work."""
+    """Return seconds of processor time."""
     if not device.startswith("cuda"):
         began = time.process_time()
         work()
@@ -101,7 +101,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def measure(device: str, repeats: int) -> list[dict]:
-    """A row a size and way: median milliseconds, MiB a tile, and how far it is from the tap."""
+    """Return a row a size and way: median milliseconds, MiB a tile, difference from the tap."""
     rows = []
     for tokens, prefix in SIZES.items():
         encoder = last_block(prefix, device)
@@ -128,7 +128,7 @@ def measure(device: str, repeats: int) -> list[dict]:
 
 
 def table(found: dict) -> str:
-    """Markdown."""
+    """Return the table as Markdown."""
     said = found["facts"]
     lines = [
         f"**Last block of a ViT-L**, fp32, {TILES} tiles at once. {said['machine']}; "

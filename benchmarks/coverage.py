@@ -1,4 +1,4 @@
-"""How often a 95 % interval holds what it should: the case-clustered one, and others beside it.
+"""Measures how often 95 % intervals contain the true value: case-clustered ones, and others.
 
     python -m benchmarks.coverage
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def cohort(rng: np.random.Generator, cases: int, prevalence: float, auroc: float):
-    """Labels (N,), two scores (2, N) and cases (N,) of slides; both classes are there."""
+    """Return labels (N,), two scores (2, N) and cases (N,) of slides; both classes occur."""
     case_N = np.repeat(np.arange(cases), 1 + (rng.random(cases) < TWO_SLIDES))
     y_C = (rng.random(cases) < prevalence).astype(float)
     if y_C.min() == y_C.max():
@@ -76,7 +76,7 @@ def cohort(rng: np.random.Generator, cases: int, prevalence: float, auroc: float
 def simulate(
     cases: int, prevalence: float, auroc: float, simulations: int, draws: int
 ) -> dict[str, float]:
-    """Share of the intervals that hold the truth, and their mean width, by method."""
+    """Return the share of intervals that contain the truth, and their mean width, by method."""
     held, width = dict.fromkeys(METHODS, 0), dict.fromkeys(METHODS, 0.0)
     for seed in range(simulations):
         rng = np.random.default_rng([seed, cases, round(100 * prevalence), round(100 * auroc)])
@@ -105,7 +105,7 @@ def simulate(
 
 
 def bca(value: float, drawn_B: np.ndarray, without_C: np.ndarray) -> np.ndarray:
-    """Efron 1987: percentiles moved by bias and acceleration, the latter from cases left out."""
+    """Return the BCa interval (Efron 1987), with acceleration from left-out cases."""
     drawn_B, without_C = drawn_B[~np.isnan(drawn_B)], without_C[~np.isnan(without_C)]
     below = np.mean(drawn_B < value) + np.mean(drawn_B == value) / 2
     bias = norm.ppf(np.clip(below, 1 / len(drawn_B), 1 - 1 / len(drawn_B)))
@@ -117,7 +117,7 @@ def bca(value: float, drawn_B: np.ndarray, without_C: np.ndarray) -> np.ndarray:
 
 
 def table(result: dict) -> str:
-    """A row a kind of cohort; what misses `WANTED` is bold."""
+    """Return a row a kind of cohort; values that miss `WANTED` are bold."""
     lines = [["cases", "positive cases, about", "AUROC", *METHODS.values()]]
     for row in result["rows"]:
         cells = [str(row["cases"]), f"{row['cases'] * row['prevalence']:g}", f"{row['auroc']:g}"]

@@ -1,4 +1,4 @@
-"""The main job on several demo cohorts: does adapting the encoder beat freezing it, every time?
+"""The main job on several demo cohorts: does adapting the encoder beat freezing it on each?
 
     python -m benchmarks.demo_seeds --seeds 0 1 2
 
@@ -37,7 +37,7 @@ ARMS = (  # as published, the default, and its control
 
 
 def main() -> int:
-    """Run the seeds that are asked for; the table shows all that were ever run."""
+    """Run the seeds that are asked for; the table shows all seeds ever run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "demo_seeds")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def run_seed(seed: int, work: Path) -> dict:
-    """Paint, index, fit all rows side by side, test; figures and seconds of each stage."""
+    """Paint, index, fit all rows side by side, test; return figures and seconds of each stage."""
     about = facts("cpu")
     config, seconds = prepare(seed, work)
     run = ["--config", str(config), "--seed_everything", str(seed), "--run_dir", str(work / "runs")]
@@ -68,7 +68,7 @@ def run_seed(seed: int, work: Path) -> dict:
 
 
 def prepare(seed: int, work: Path) -> tuple[Path, dict[str, int]]:
-    """Paint and index a seed's cohort below `work`: its config, and the seconds of both."""
+    """Paint and index a seed's cohort below `work`; return its config and seconds of both."""
     config = yaml.safe_load(CONFIG.read_text())
     data = work / "data"
     for key, name in (("table", "cohort.csv"), ("index_dir", "index"), ("cache_dir", "cache")):
@@ -84,7 +84,7 @@ def prepare(seed: int, work: Path) -> tuple[Path, dict[str, int]]:
 
 
 def stage(title: str, *commands: list[str]) -> int:
-    """Commands of tapfm side by side, a core each where there are several: their seconds."""
+    """Run commands of tapfm side by side, one a core; return their seconds."""
     began = time.perf_counter()
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"} if len(commands) > 1 else None
     running = [subprocess.Popen([TAPFM, *command], env=one_core) for command in commands]
@@ -95,15 +95,15 @@ def stage(title: str, *commands: list[str]) -> int:
 
 
 def table(results: dict) -> str:
-    """A row a seed and model."""
-    arm = next(arm for result in results.values() for arm in result["arms"].values())
-    labels = [name for name in arm["figures"] if name != "macro"]
+    """Return a row a seed and model."""
+    row = next(row for result in results.values() for row in result["arms"].values())
+    labels = [name for name in row["figures"] if name != "macro"]
     lines = [["seed", "model", "macro AUROC [95 %]", *labels, "minus best frozen [95 %]",
               "tile AUROC"]]  # fmt: skip
     for seed, result in results.items():
-        for number, (name, arm) in enumerate(result["arms"].items()):
-            auroc = {label: arm["figures"][label]["auroc"] for label in ("macro", *labels)}
-            gain = (arm["auroc_difference"] or {}).get("macro")
+        for number, (name, row) in enumerate(result["arms"].items()):
+            auroc = {label: row["figures"][label]["auroc"] for label in ("macro", *labels)}
+            gain = (row["auroc_difference"] or {}).get("macro")
             run = name.removeprefix(END_TO_END).removeprefix(FROZEN_ENCODER)
             tile = result["tile_auroc"].get(run)
             lines.append(

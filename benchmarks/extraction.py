@@ -1,9 +1,9 @@
-"""Feature extraction against a plain timm loop on the same tiles: what our wrapping costs.
+"""Feature extraction beside a plain timm loop on the same tiles: the cost of our wrapping.
 
     python -m benchmarks.extraction --weights dinov2_vits14.safetensors
 
-Both read tiles that are in memory and write nothing. They take turns, and processor time of this
-process is compared, which other work on the machine hardly touches.
+Both read tiles from memory and write nothing. They take turns, and processor time of this process
+is compared, which other work on the machine hardly affects.
 """
 
 from __future__ import annotations

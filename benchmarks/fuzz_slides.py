@@ -1,4 +1,4 @@
-"""Damaged slides by the thousand: each a SlideError or the right pixels, never a crash or a hang.
+"""Thousands of damaged slides: each gives a SlideError or the right pixels, never a crash.
 
     python -m benchmarks.fuzz_slides --cases 2000
 
@@ -37,7 +37,7 @@ REGIONS = ((0, 0, 96, 96), (101, 57, 64, 64), (-9, -7, 50, 50), (280, 200, 90, 9
 
 
 def write_seeds(folder: Path) -> list[Path]:
-    """Small sound slides of several makes."""
+    """Write small sound slides of several formats."""
     import tifffile
 
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def write_seeds(folder: Path) -> list[Path]:
 
 
 def damaged(sound: bytes, spots: np.ndarray, seed: int) -> bytes:
-    """A file with something wrong; most of it at `spots`, where its tables lie."""
+    """Return a damaged copy of a file; most damage is at `spots`, where its tables lie."""
     rng = np.random.default_rng(seed)
     raw = bytearray(sound)
     for _ in range(rng.integers(1, 4)):
@@ -97,7 +97,7 @@ def damaged(sound: bytes, spots: np.ndarray, seed: int) -> bytes:
 
 
 def spots(path: Path, size: int) -> np.ndarray:
-    """Bytes of the file's header, and of its directories where it is a TIFF."""
+    """Return positions of the file's header, and of its directories if it is a TIFF."""
     found = [np.arange(min(size, 600))]
     tail = [reach for _, reach in directories(path)]
     for reach in tail:
@@ -106,7 +106,7 @@ def spots(path: Path, size: int) -> np.ndarray:
 
 
 def read_both_ways(path: Path) -> str:
-    """What became of a file: `right`, or the error's class; raises if anything else happens."""
+    """Return `right` or the error's class; raise if anything else happens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast, slow = _all_that_is_read(path, True), _all_that_is_read(path, False)
@@ -120,7 +120,7 @@ def read_both_ways(path: Path) -> str:
 
 
 def _all_that_is_read(path: Path, direct: bool) -> list:
-    """Facts, then regions, then tiles; the class of the fault in the end, if there is one."""
+    """Yield facts, then regions, then tiles, and at the end the class of an error."""
     answer = []
     with Slide(path, mpp=0.5, name="fuzz", direct=direct) as slide:
         try:
@@ -138,7 +138,7 @@ def _all_that_is_read(path: Path, direct: bool) -> list:
 
 
 def run_case(seeds: list[Path], case: int, folder: Path) -> str:
-    """Case number `case`: writes the damaged file, reads it, removes it if all is well."""
+    """Write damaged file number `case`, read it, and remove it if all is well."""
     seed = seeds[case % len(seeds)]
     raw = seed.read_bytes()
     path = folder / f"{case}{seed.suffix}"
@@ -194,7 +194,7 @@ def fuzz(cases: range, folder: Path, limit_s: float = LIMIT_S) -> tuple[dict, di
 
 
 def main() -> None:
-    """Print the outcomes."""
+    """Run the cases and print the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)

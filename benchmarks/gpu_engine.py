@@ -1,4 +1,4 @@
-"""The engine on one GPU: what fits, what it takes, how fast, against keeping every tile's graph.
+"""The engine on one GPU: largest bag, peaks and speed, beside keeping the graph of every tile.
 
     python -m benchmarks.gpu_engine                        five encoders, under a 23.3 GiB cap
     python -m benchmarks.gpu_engine --models uni --largest 20000
@@ -65,7 +65,7 @@ class Bench:
         self.total_gib = total / GIB
 
     def job(self, scheme: str, method: str = "two_pass") -> Job:
-        """One of `SCHEMES`, as the trainer would run it."""
+        """Return one of `SCHEMES` as the trainer would run it."""
         precision, optimizer, recompute = SCHEMES[scheme]
         return Job(
             method, 0, self.model, str(self.device), precision, recompute, CHUNK, None,
@@ -73,20 +73,20 @@ class Bench:
         )  # fmt: skip
 
     def limit(self, cap: bool) -> None:
-        """Let torch have the memory of a 24 GB card, or all of it."""
+        """Limit torch to the memory of a 24 GB card, or remove the limit."""
         if self.cuda:
             share = min(1.0, self.cap / self.total_gib) if cap and self.cap else 1.0
             torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def clear(self) -> None:
-        """Nothing of the step before stays."""
+        """Free everything of the previous step."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of one turn, the device's work done."""
+        """Return the seconds of one turn, including the device's work."""
         self.wait()
         began = time.perf_counter()
         work()
@@ -94,12 +94,12 @@ class Bench:
         return time.perf_counter() - began
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait for the device."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def trains(self, step: Step, tiles: int) -> float | None:
-        """Seconds of a step on so many tiles; None if they do not fit."""
+        """Return the seconds of a step on that many tiles; None if they do not fit."""
         try:
             return self.seconds(lambda: step(step.tiles(tiles), lambda _: nullcontext()))
         except torch.OutOfMemoryError:
@@ -112,7 +112,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def step(self, job: Job) -> Step | None:
-        """A model and its moments; None if these alone do not fit."""
+        """Return a model and its moments; None if these alone do not fit."""
         self.clear()
         try:
             step = Step(job)
@@ -122,7 +122,7 @@ class Bench:
 
 
 def measure(model: str, device: str, cap_gib: float | None, largest: int, tiles: int) -> dict:
-    """All figures of one encoder."""
+    """Return all figures of one encoder."""
     torch.manual_seed(0)
     bench = Bench(model, device, cap_gib)
     row = find(model)
@@ -159,7 +159,7 @@ def measure(model: str, device: str, cap_gib: float | None, largest: int, tiles:
 
 
 def most(bench: Bench, step: Step, largest: int) -> int:
-    """The largest bag that trains: doubled until it fails, then halved between."""
+    """Return the largest bag that trains, found by doubling, then halving."""
     fits, fails = 1, 2
     while fails <= largest and bench.trains(step, fails) is not None:
         fits, fails = fails, 2 * fails
@@ -173,7 +173,7 @@ def most(bench: Bench, step: Step, largest: int) -> int:
 
 
 def speed(bench: Bench, tiles: int) -> dict[str, float | None]:
-    """Tiles per second, the median of `REPEATS` turns after one to warm up."""
+    """Return tiles per second, the median of `REPEATS` turns after a warm-up."""
     ways = {
         "two passes": bench.job("master"),
         "two passes, recomputed under autocast": replace(bench.job("adamw, recompute"), keep=0),
@@ -199,13 +199,13 @@ def speed(bench: Bench, tiles: int) -> dict[str, float | None]:
 
 @torch.no_grad()
 def forwards(step: Step, tiles: int) -> None:
-    """The encoder's forward of a slide, and nothing else."""
+    """Run the encoder's forward on a slide, and nothing else."""
     for chunk in step.tiles(tiles).split(CHUNK):
         step.model.encode(chunk)
 
 
 def main() -> int:
-    """Measure encoder after encoder, each in a process of its own."""
+    """Measure each encoder in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--device", default="cuda")
@@ -229,7 +229,7 @@ def main() -> int:
 
 
 def tables(results: dict) -> str:
-    """What was found, as Markdown."""
+    """Return the results as Markdown."""
     lines = ["| encoder | largest bag, ours | official | seconds of ours |", "|---|---|---|---|"]
     for model, each in results.items():
         ours, official = each["bags"].get("ours", {"tiles": 0}), each["bags"]["official"]

@@ -1,4 +1,4 @@
-"""The peer of benchmarks/indexing.py: hs2p over the same table, one slide after the other.
+"""Runs hs2p over a cohort table slide by slide, for comparison in benchmarks/indexing.py.
 
     python -m benchmarks.hs2p_tiles TABLE TILE_PX MPP OUT
 

@@ -1,4 +1,4 @@
-"""How long `tapfm index` takes, and how much memory, on one core; and hs2p beside it.
+"""Time and memory of `tapfm index` on one core, beside hs2p.
 
     python -m benchmarks.indexing --demo data/demo/cohort.csv
 
@@ -59,7 +59,7 @@ print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 
 
 def write_large_slide(path: Path) -> Path:
-    """A BigTIFF pyramid whose tiles share their bytes; `path` is returned."""
+    """Write a BigTIFF pyramid whose tiles share their bytes; return `path`."""
     rng = np.random.default_rng(0)
     kinds = [
         jpeg(np.full((TILE, TILE, 3), (243, 242, 244), float) + rng.normal(0, 2, (TILE, TILE, 3)))
@@ -100,7 +100,7 @@ def write_large_slide(path: Path) -> Path:
 
 
 def kind_of_tiles(columns: int, rows: int, step: int, rng: np.random.Generator) -> np.ndarray:
-    """The kind of each tile, row by row: 0 is glass. Blocks in an ellipse are tissue."""
+    """Return the kind of each tile, row by row: 0 is glass; blocks in an ellipse are tissue."""
     x, y = np.meshgrid(np.arange(columns), np.arange(rows))
     x0, y0 = ((each * TILE * step // BLOCK + 0.5) * BLOCK for each in (x, y))
     inside = ((x0 / WIDTH0 - 0.5) / 0.36) ** 2 + ((y0 / HEIGHT0 - 0.5) / 0.32) ** 2 < 1
@@ -108,7 +108,7 @@ def kind_of_tiles(columns: int, rows: int, step: int, rng: np.random.Generator) 
 
 
 def stained(rng: np.random.Generator) -> np.ndarray:
-    """Pink with dark nuclei."""
+    """Return a pink tile with dark nuclei."""
     tile = np.full((TILE, TILE, 3), (214, 160, 200), float)
     tile[np.kron(rng.random((TILE // 8, TILE // 8)) < 0.3, np.ones((8, 8))) > 0] = (96, 62, 140)
     return tile + rng.normal(0, 6, tile.shape)
@@ -122,7 +122,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
 
 
 def tapfm_command(folder: Path, table: Path, tile_px: int) -> list[str]:
-    """`tapfm index`, with its configuration in the folder."""
+    """Return the `tapfm index` command, with its configuration in the folder."""
     config = folder / "config.yaml"
     data = {"table": str(table), "index_dir": str(folder), "workers": 0}
     data["tiles"] = {"tile_px": tile_px, "mpp": TARGET}
@@ -131,13 +131,13 @@ def tapfm_command(folder: Path, table: Path, tile_px: int) -> list[str]:
 
 
 def hs2p_command(folder: Path, table: Path, tile_px: int) -> list[str]:
-    """Its Python interface, called for slide after slide."""
+    """Return the command that calls hs2p for each slide."""
     arguments = [str(table), str(tile_px), str(TARGET), str(folder)]
     return [sys.executable, "-m", "benchmarks.hs2p_tiles", *arguments]
 
 
 def measure(command: list[str], folder: Path) -> dict:
-    """A command in a process of its own on one core."""
+    """Run a command in its own process on one core; return its figures."""
     began = time.perf_counter()
     used = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCH, *command],
@@ -161,7 +161,7 @@ def measure(command: list[str], folder: Path) -> dict:
 
 
 def large_table(folder: Path) -> Path:
-    """A table of one row: the large slide."""
+    """Write a table of one row: the large slide."""
     write_large_slide(folder / "large.tif")
     header = "case_id,slide_id,slide_path,split,mpp"
     (folder / "large.csv").write_text(f"{header}\nc,large,large.tif,train,{MPP}\n")
@@ -192,7 +192,7 @@ def table(rows: list[dict]) -> str:
 
 
 def programs() -> dict[str, Callable]:
-    """Name and version, and what makes its command: ours, and hs2p where it is installed."""
+    """Return name, version and command maker of tapfm, and of hs2p if installed."""
     found = {"tapfm": tapfm_command}
     if find_spec("hs2p"):
         found[f"hs2p {version('hs2p')}"] = hs2p_command
@@ -200,7 +200,7 @@ def programs() -> dict[str, Callable]:
 
 
 def one_round(source: Path, tile_px: int) -> list[dict]:
-    """Every program's command on a table, one after the other, and their areas beside ours."""
+    """Run every program on a table, one after the other; return figures and areas."""
     rows, ours = [], None
     for program, command in programs().items():
         with tempfile.TemporaryDirectory() as scratch:

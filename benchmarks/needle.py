@@ -1,4 +1,4 @@
-"""The needle cohort: real tissue, known tiles, real weights; five folds, frozen and end to end.
+"""The needle cohort: real tissue with known positive tiles, real weights; frozen and end to end.
 
     python -m benchmarks.needle            prepare, train every row on every fold, compare
     python -m benchmarks.needle --only full
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def write_table() -> None:
-    """The cohort's table in our columns; a case is the slides that share a tile."""
+    """Write the cohort's table in our columns; a case is the slides that share a tile."""
     with (DATA / "needle" / "slides.csv").open() as file:
         slides = list(csv.DictReader(file))
     case = {row["slide_id"]: row["slide_id"] for row in slides}
@@ -124,7 +124,7 @@ def write_table() -> None:
 
 
 def tile_aurocs(cells: Sequence[Cell]) -> dict[str, float]:
-    """Do tile weights find the planted tiles? Mean AUROC over all positive slides, by row."""
+    """Return the mean AUROC of tile weights for the planted tiles over positive slides, by row."""
     truth, found = defaultdict(dict), defaultdict(list)
     for row in truth_rows():
         truth[row["slide_id"]][int(row["x"]), int(row["y"])] = int(row["target"])
@@ -135,32 +135,32 @@ def tile_aurocs(cells: Sequence[Cell]) -> dict[str, float]:
             target = np.array([truth[path.stem][tuple(xy)] for xy in coords.tolist()], float)
             if target.any():
                 found[cell.row].append(auroc(target, weights))
-    return {arm: float(np.mean(each)) for arm, each in found.items()}
+    return {row: float(np.mean(each)) for row, each in found.items()}
 
 
 def truth_rows() -> list[dict[str, str]]:
-    """Every tile: slide, place, source, whether it is of the adenoma's head."""
+    """Return every tile: slide, place, source, and whether it is from the adenoma's head."""
     with (DATA / "needle" / "tiles.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def markdown(result: dict) -> str:
-    """A row a model."""
+    """Return a row a model."""
     lines = [
         "| model | seeds | AUROC, folds pooled [95 %] | mean of folds "
         "| minus frozen attention [95 %] | minus the best frozen [95 %] | tile AUROC |",
         "|---|---|---|---|---|---|---|",
     ]
-    for title, arm in result["arms"].items():
-        if not arm["seeds"]:
+    for title, row in result["arms"].items():
+        if not row["seeds"]:
             continue
-        gains = [arm["differences"].get(other) for other in (ATTENTION, result["reference"])]
+        gains = [row["differences"].get(other) for other in (ATTENTION, result["reference"])]
         over = (span(gain["pooled"][MACRO], sign="+") if gain else "" for gain in gains)
         tile = result["tile_auroc"].get(title)
         lines.append(
             f"| {title}{' (best frozen)' if title == result['reference'] else ''} "
-            f"| {len(arm['seeds'])} | {span(arm['figures']['pooled'][MACRO])} "
-            f"| {arm['figures']['within_folds'][MACRO].value:.3f} "
+            f"| {len(row['seeds'])} | {span(row['figures']['pooled'][MACRO])} "
+            f"| {row['figures']['within_folds'][MACRO].value:.3f} "
             f"| {' | '.join(over)} "
             f"| {f'{tile:.3f}' if tile else ''} |"
         )

@@ -1,4 +1,4 @@
-"""How far each way of keeping bfloat16 weights strays from fp32 AdamW at a fine-tuning rate.
+"""Deviation of each way of keeping bfloat16 weights from fp32 AdamW at a fine-tuning rate.
 
     python -m benchmarks.optimizers
 
@@ -26,7 +26,7 @@ from tapfm.engine.master_weights import SCHEMES, MasterAdamW
 
 UPDATES, LR, TILES = 200, 1e-6, 4
 BYTES = {"naive": 8, "master": 18, "offload": 6, "residual": 10.05}  # a parameter, gradient too
-SAID = {
+DESCRIPTIONS = {
     "naive": "bf16 weights and moments, no master weights",
     "master": "fp32 master weights on the same device",
     "offload": "fp32 master weights in host memory",
@@ -35,7 +35,7 @@ SAID = {
 
 
 class Rounded(torch.optim.AdamW):
-    """AdamW on bfloat16 weights themselves."""
+    """AdamW on the bfloat16 weights themselves."""
 
     def __init__(self, groups: list[dict]):
         for group in groups:
@@ -45,7 +45,7 @@ class Rounded(torch.optim.AdamW):
 
 
 def gradients(encoder: nn.Module, target_D: Tensor, draw: torch.Generator) -> list[Tensor]:
-    """Of a mean of squares, on tiles that no update before has seen."""
+    """Return the gradients of a mean of squares on tiles not used before."""
     side = encoder.tile_px
     tiles = torch.randint(0, 256, (TILES, 3, side, side), dtype=torch.uint8, generator=draw)
     z_TD, score_T = encoder(tiles)
@@ -65,13 +65,13 @@ def main() -> int:
     makers: dict[str, Callable] = {"naive": Rounded} | {
         name: lambda groups, name=name: MasterAdamW(groups, name) for name in SCHEMES
     }
-    arms = {name: arm(make, names, weights) for name, make in makers.items()}
+    runs = {name: scheme_run(make, names, weights) for name, make in makers.items()}
     reference = torch.optim.AdamW(groups_of(names, weights), fused=True)
     draw = torch.Generator().manual_seed(1)
     target_D = torch.randn(encoder.dim, generator=draw) / encoder.dim**0.5
     for _ in range(UPDATES):
         grads = gradients(encoder, target_D, draw)
-        for learns, optimizer, _ in arms.values():
+        for learns, optimizer, _ in runs.values():
             for parameter, grad in zip(learns, grads, strict=True):
                 parameter.grad = grad.to(parameter.dtype)
             optimizer.step()
@@ -80,7 +80,7 @@ def main() -> int:
     exact = torch.cat([p.detach().flatten() for p in weights])
     way = exact - start
     found = {}
-    for name, (_, _, read) in arms.items():
+    for name, (_, _, read) in runs.items():
         off = read() - exact
         found[name] = {
             "of the weights": float(off.norm() / exact.norm()),
@@ -97,8 +97,8 @@ def groups_of(names: list[str], parameters: list[nn.Parameter]) -> list[dict]:
     return parameter_groups(zip(names, parameters, strict=True), LR, 1e-4)
 
 
-def arm(make: Callable, names: list[str], weights: list[nn.Parameter]) -> tuple:
-    """Where to put gradients, the optimizer, and what reads the exact weights."""
+def scheme_run(make: Callable, names: list[str], weights: list[nn.Parameter]) -> tuple:
+    """Return a scheme's gradient holders, optimizer, and a function that reads exact weights."""
     mine = [nn.Parameter(p.detach().clone()) for p in weights]
     optimizer = make(groups_of(names, mine))
     if not isinstance(optimizer, MasterAdamW):
@@ -113,12 +113,12 @@ def arm(make: Callable, names: list[str], weights: list[nn.Parameter]) -> tuple:
 
 
 def table(result: dict) -> str:
-    """A row a scheme."""
+    """Return a row a scheme."""
     lines = ["| scheme | bytes a parameter | off, of the weights | off, of the way | cosine |"]
     lines.append("|---" * 5 + "|")
     for name, each in result["schemes"].items():
         lines.append(
-            f"| {SAID[name]} | {BYTES[name]} | {each['of the weights']:.1e} | "
+            f"| {DESCRIPTIONS[name]} | {BYTES[name]} | {each['of the weights']:.1e} | "
             f"{each['of the way']:.1e} | {each['cosine of the ways']:.4f} |"
         )
     lines.append(

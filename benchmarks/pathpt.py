@@ -32,7 +32,7 @@ END_TO_END = {"shots": [10], "strategy": "lora"}
 
 
 def main() -> int:
-    """Run the cohorts that are asked for; the table shows all that were ever run."""
+    """Run the cohorts that are asked for; the table shows all ever run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohorts", type=int, nargs="+", default=[0])
     parser.add_argument("--draws", type=int, default=3)
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def run_cohort(cohort: int, changes: dict, work: Path) -> dict:
-    """Paint, ask; figures and processor seconds."""
+    """Paint a cohort and run PathPT on it; return figures and processor seconds."""
     about, data = facts("cpu"), work / "data"
     config = yaml.safe_load((CONFIGS / "cohorts" / "demo.yaml").read_text())["data"]
     for key, name in (("table", "cohort.csv"), ("index_dir", "index"), ("cache_dir", "cache")):
@@ -69,16 +69,16 @@ def run_cohort(cohort: int, changes: dict, work: Path) -> dict:
 
 
 def table(results: dict) -> str:
-    """A row a cohort, number of shots and model."""
+    """Return a row a cohort, number of shots and model."""
     lines = [["cohort", "draws", "shots", "model", "balanced accuracy [95 %]",
               "weighted F1 [95 %]", "minus best frozen [95 %]"]]  # fmt: skip
     notes = []
     for name, result in results.items():
         cohort = name.partition(",")[0]
-        for shots, arms in result["shots"].items():
-            for arm, figures in arms.items():
+        for shots, models in result["shots"].items():
+            for model, figures in models.items():
                 gain = figures.get("minus_best_frozen", {}).get("balanced_accuracy")
-                cells = [cohort, str(result["draws"]), shots, arm]
+                cells = [cohort, str(result["draws"]), shots, model]
                 cells += [interval_cell(figures["balanced_accuracy"])]
                 cells += [interval_cell(figures["weighted_f1"]), interval_cell(gain, sign="+")]
                 if cells not in lines:  # both ways of asking have the frozen rows, and alike

@@ -94,7 +94,7 @@ class Step:
         self.model.round_weights()
 
     def tiles(self, count: int) -> torch.Tensor:
-        """A slide, (T, 3, S, S) uint8, in host memory as in training."""
+        """Return a slide, (T, 3, S, S) uint8, in host memory as in training."""
         side = self.model.model_config.tile_px
         return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
 
@@ -125,13 +125,13 @@ class Step:
             self.update(encoder)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step and clear."""
+        """Step the optimizers and clear gradients."""
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 class AutogradCounter:
-    """Peak bytes held by autograd in each phase."""
+    """A counter of the peak bytes held by autograd in each phase."""
 
     def __init__(self, held: SavedBytes):
         self.held, self.mib = held, {}
@@ -149,7 +149,7 @@ class AutogradCounter:
 
 
 def measure(job: Job) -> list[dict]:
-    """Rows of one slide by one method. Runs in a process of its own."""
+    """Return the rows of one slide by one method; runs in its own process."""
     torch.set_num_threads(cores())
     cuda = job.device.startswith("cuda")
     if cuda and job.cap_gib:
@@ -189,7 +189,7 @@ def measure(job: Job) -> list[dict]:
 
 
 def place(job: Job) -> dict:
-    """The columns that say which measurement a row is of."""
+    """Return the columns that identify a measurement."""
     return {
         "slide": f"random_{job.tiles}", "tiles": job.tiles, "method": job.method,
         "model": job.model, "precision": job.precision, "recompute": int(job.recompute),
@@ -202,7 +202,7 @@ def failed(job: Job) -> dict:
 
 
 def fresh_process(job: Job) -> list[dict]:
-    """`measure` in a process that has held nothing yet; one that the system killed ran out too."""
+    """Run `measure` in a new process; one that the system killed counts as out of memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure, job).result()
@@ -216,14 +216,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def quantities(rows: list[dict[str, str]]) -> list[tuple[str, str, float]]:
-    """What there is to show: column, title, and the factor to its unit."""
+    """Return the measured quantities: column, title, and factor to the unit."""
     if any(row["allocated_gib"] for row in rows):
         return [("allocated_gib", "allocated, GiB", 1.0), ("reserved_gib", "reserved, GiB", 1.0)]
     return [("autograd_mib", "held by autograd, MiB", 1.0), ("rss_mib", "resident, GiB", 1 / 1024)]
 
 
 def table(rows: list[dict[str, str]], picture: str) -> str:
-    """One device's table, as Markdown."""
+    """Return one device's table as Markdown."""
     shown, first = quantities(rows), rows[0]
     whole = {(int(r["tiles"]), r["method"]): r for r in rows if r["phase"] == "slide"}
     extra = ", blocks recomputed" if first["recompute"] == "1" else ""
@@ -258,7 +258,7 @@ def cell(row: dict[str, str] | None, column: str, factor: float) -> str:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Ours flat, the other linear; told apart by colour, marker and a label at the line."""
+    """Draw ours and the other, told apart by colour, marker and a label at the line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,7 +304,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def all_tables(results: Path) -> str:
-    """The tables of all results there are."""
+    """Return the tables of all results."""
     return "\n\n".join(
         table(read_csv(path), f"{results.name}/{path.stem}.png")
         for path in sorted(results.glob("peak_memory_*.csv"))

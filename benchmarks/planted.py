@@ -1,4 +1,4 @@
-"""Two checks that cannot be argued with: a planted signal is found, and noise is not.
+"""Two sanity checks: a planted signal is found, and a random label is not.
 
     python -m benchmarks.planted
 
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def plan(slides: int, seed: int = SEED) -> list[tuple[DemoSlide, tuple[int, int]]]:
-    """Slides with their PLANTED and NOISE; half of each split's cases have either, rounded up."""
+    """Return slides with PLANTED and NOISE; each is 1 for half of each split's cases."""
     rng, found = np.random.default_rng([seed, 7200]), []
     demo = plan_demo(seed, slides)
     for split in ("train", "val", "test"):
@@ -87,7 +87,7 @@ def plan(slides: int, seed: int = SEED) -> list[tuple[DemoSlide, tuple[int, int]
 
 
 def write_cohort(out: Path, slides: int) -> Path:
-    """Paint what is not there yet; the table is written last."""
+    """Paint missing slides; the table is written last."""
     planned = plan(slides)
     for folder in ("slides", "truth"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def write_cohort(out: Path, slides: int) -> Path:
 
 
 def train(label: str, table: Path, work: Path, epochs: int) -> dict:
-    """Fit and test on one label; the report's figures."""
+    """Fit and test on one label; return the report's figures."""
     runs, data = work / "runs" / label, table.parent
     report = runs / "report_test" / "metrics_test.json"
     config = work / f"{label}.yaml"
@@ -128,7 +128,7 @@ def train(label: str, table: Path, work: Path, epochs: int) -> dict:
 
 
 def verdicts(reports: dict[str, dict]) -> dict[str, bool]:
-    """Label -> whether the end-to-end row did as it must."""
+    """Return, for each label, whether the end-to-end row passed."""
     planted, noise = (
         reports[label]["arms"][f"end to end, {ARM}"]["figures"][label]["auroc"] for label in LABELS
     )
@@ -136,7 +136,7 @@ def verdicts(reports: dict[str, dict]) -> dict[str, bool]:
 
 
 def markdown(result: dict) -> str:
-    """A row a model."""
+    """Return a row a model."""
     lines = [
         "| model | " + " | ".join(f"{label} AUROC [95 %]" for label in LABELS) + " |",
         "|---|---|---|",

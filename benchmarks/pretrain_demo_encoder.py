@@ -43,7 +43,7 @@ TARGET = Path(__file__).parents[1] / "tapfm" / "encoders" / "weights" / "demo_vi
 
 
 def main():
-    """Paints, trains, saves."""
+    """Paint, train and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TARGET)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -77,7 +77,7 @@ def main():
 
 
 def painted_tiles(number: int) -> np.ndarray:
-    """All tissue tiles of one specimen, uint8 (T, 3, S, S); half are painted finer and reduced."""
+    """Return all tissue tiles of a specimen, uint8 (T, 3, S, S); half painted finer and reduced."""
     rng = np.random.default_rng([SEED, number])
     specimen = Specimen(
         seed=SEED * 1000 + number,
@@ -97,7 +97,7 @@ def painted_tiles(number: int) -> np.ndarray:
 
 
 def train(encoder: Encoder, tiles: Tensor, steps: int) -> None:
-    """Minimises NT-Xent between two views of each tile; prints the loss."""
+    """Minimise NT-Xent between two views of each tile; print the loss."""
     dim = encoder.dim
     project = nn.Sequential(nn.Linear(dim, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, 64))
     named = [*encoder.named_parameters(), *project.named_parameters()]
@@ -125,7 +125,7 @@ def train(encoder: Encoder, tiles: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def standardise(encoder: Encoder, tiles: Tensor) -> None:
-    """Folds into the last norm that each feature has mean 0 and deviation 1 over these tiles.
+    """Fold mean 0 and deviation 1 of each feature over these tiles into the last norm.
 
     A contrastive encoder's features share a large mean, and differ by little beside it: a new head
     would take as long to see past it as the whole demo trains.
@@ -139,7 +139,7 @@ def standardise(encoder: Encoder, tiles: Tensor) -> None:
 
 
 def nt_xent(p_2BD: Tensor) -> Tensor:
-    """Each view must pick out its partner among all the others."""
+    """Return the NT-Xent loss: each view must identify its partner among all others."""
     p_2BD = F.normalize(p_2BD, dim=1)
     n = len(p_2BD)
     logits = p_2BD @ p_2BD.T / TEMPERATURE
@@ -148,7 +148,7 @@ def nt_xent(p_2BD: Tensor) -> Tensor:
 
 
 def view(tiles_BP: Tensor) -> Tensor:
-    """A random view of each tile, 0 to 255: crop, orientation, stain, focus."""
+    """Return a random view of each tile, 0 to 255: crop, orientation, stain, focus."""
     n = len(tiles_BP)
     zoom, tilt = 0.6 + 0.4 * torch.rand(n), torch.randint(0, 4, (n,)) * (np.pi / 2)
     mirror = torch.randint(0, 2, (n,)) * 2 - 1

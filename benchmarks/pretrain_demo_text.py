@@ -98,7 +98,7 @@ WORDS = sorted(
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, and what it claims."""
+    """A sentence, and the facts it claims."""
 
     text: str
     tissue: int
@@ -108,7 +108,7 @@ class Caption:
 
 
 def main():
-    """Paints, encodes, trains, saves."""
+    """Paint, encode, train and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -157,7 +157,7 @@ def main():
 
 
 def painted_tiles(number: int) -> tuple[np.ndarray, list[int], tuple[int, ...]]:
-    """Tiles of one tissue each, uint8 (T, 3, S, S), which tissue, and the specimen's traits."""
+    """Return tiles of one tissue each, uint8 (T, 3, S, S), the tissue, the specimen's traits."""
     rng = np.random.default_rng([SEED, number])
     state = tuple(int(s) for s in rng.integers(0, 2, 3))
     specimen = Specimen(
@@ -185,7 +185,7 @@ def painted_tiles(number: int) -> tuple[np.ndarray, list[int], tuple[int, ...]]:
 
 
 def named(shares_F: np.ndarray) -> int:
-    """The one tissue that a tile is of; 0 if there is no saying."""
+    """Return the one tissue of a tile; 0 if it is mixed."""
     share = dict(zip(COMPARTMENTS, shares_F, strict=True))
     if share["tumour"] >= TUMOUR_FROM:
         return COMPARTMENTS.index("tumour")
@@ -197,7 +197,7 @@ def named(shares_F: np.ndarray) -> int:
 
 
 def draw_caption(rng: np.random.Generator) -> Caption:
-    """A sentence that is true of some tiles."""
+    """Return a sentence that is true of some tiles."""
     claim, traits = rng.random(), (-1, -1, -1)
     if claim < 0.2:
         tissue, said = -1, rng.choice(NORMAL)
@@ -219,7 +219,7 @@ def draw_caption(rng: np.random.Generator) -> Caption:
 
 
 def fits(captions: list[Caption], tissue_B: Tensor, traits_BR: Tensor) -> Tensor:
-    """Whether each caption is true of each tile, (B, Q)."""
+    """Return whether each caption is true of each tile, (B, Q)."""
     tumour = COMPARTMENTS.index("tumour")
     claim_Q = torch.tensor([c.tissue for c in captions])
     normal_B = tissue_B != tumour
@@ -231,7 +231,7 @@ def fits(captions: list[Caption], tissue_B: Tensor, traits_BR: Tensor) -> Tensor
 def train(
     text: WordTower, head: nn.Module, z_ND: Tensor, tissue_N: Tensor, traits_NR: Tensor, steps: int
 ) -> Tensor:
-    """Minimises the two-way contrastive loss; prints it. Returns the logarithm of its scale."""
+    """Minimise and print the two-way contrastive loss; return the logarithm of its scale."""
     log_scale = nn.Parameter(torch.tensor(10.0).log())
     parameters = [*text.parameters(), *head.parameters(), log_scale]
     optimizer = torch.optim.AdamW(parameters, LR, weight_decay=0.05)
@@ -264,7 +264,7 @@ def train(
 
 
 def several_right(logits_BQ: Tensor, right_BQ: Tensor) -> Tensor:
-    """Cross-entropy of each row that has a right answer, its right answers sharing the target."""
+    """Return the cross-entropy of rows with a right answer; right answers share the target."""
     rows_B = right_BQ.any(1)
     target_BQ = right_BQ[rows_B].float()
     return F.cross_entropy(logits_BQ[rows_B], target_BQ / target_BQ.sum(1, keepdim=True))
@@ -272,7 +272,7 @@ def several_right(logits_BQ: Tensor, right_BQ: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge(text: WordTower, head: nn.Module, z_ND, tissue_N, traits_NR) -> str:
-    """How often the right sentence is nearest, balanced: normal or tumour; each trait."""
+    """Return the balanced accuracy of the nearest sentence: normal or tumour; each trait."""
     v_Nd = F.normalize(head(z_ND), dim=-1)
 
     def share(phrases: list[str], truth_N: Tensor, rows_N: Tensor) -> float:

@@ -49,7 +49,7 @@ DRAWS = 2000
 
 
 def prepare() -> None:
-    """The tiles' table: a block is a case, and a compartment is cut along its longer side."""
+    """Write the tiles' table: a block is a case; a compartment is cut along its longer side."""
     with (DATA / "tiles" / "tiles.csv").open() as file:
         rows = list(csv.DictReader(file))
     blocks = defaultdict(list)
@@ -75,7 +75,7 @@ def prepare() -> None:
 
 
 def fit(strategy: str, seed: int, epochs: int, run: Path) -> float:
-    """One cell; returns its processor seconds: the machine may be busy."""
+    """Fit one cell; return its processor seconds, since the machine may be busy."""
     began = time.process_time()
     arguments = ["fit-tiles", "--config", str(CONFIG), "--model.weights", str(WEIGHTS),
                  "--model.strategy", strategy, "--name", f"{strategy}_{seed}",
@@ -89,7 +89,7 @@ def fit(strategy: str, seed: int, epochs: int, run: Path) -> float:
 
 
 def trainable(strategy: str) -> int:
-    """Parameters of the encoder that learn."""
+    """Return the number of trained parameters of the encoder."""
     from tapfm.adapt.strategies import make_strategy
     from tapfm.encoders import backbones
 
@@ -99,7 +99,7 @@ def trainable(strategy: str) -> int:
 
 
 def summary(seeds: dict[str, list[int]], run: Path) -> dict:
-    """What the table is of: every row's figures, a strategy's as means over its seeds.
+    """Return every row's figures; a strategy's are means over its seeds.
 
     Args:
         seeds: of each strategy, those that are done.
@@ -129,7 +129,7 @@ def summary(seeds: dict[str, list[int]], run: Path) -> dict:
 
 
 def _predictions(run: Path, strategy: str, seed: int, title: str) -> tuple:
-    """Cases, true classes, names and probabilities of the test part."""
+    """Return cases, true classes, names and probabilities of the test part."""
     path = run / f"{strategy}_{seed}" / "report_test" / "predictions_test.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -140,7 +140,7 @@ def _predictions(run: Path, strategy: str, seed: int, title: str) -> tuple:
 
 
 def table(result: dict) -> str:
-    """A row a model."""
+    """Return a row a model."""
     lines = [["model", "macro F1 [95 %]", "each seed", "minus probe [95 %]", "balanced accuracy",
               "trained parameters", "processor s a run"]]  # fmt: skip
     for title, row in result["rows"].items():

@@ -1,4 +1,4 @@
-"""Where benchmark scripts leave what they found, and where, when and with what they found it.
+"""Files of benchmark results, with machine, date and commit; tables in README.md.
 
 Raw figures go to `results/`; a script's tables stand in README.md between two markers of its name,
 <!-- name:begin --> and <!-- name:end -->, and everything else there is written by hand.
@@ -39,7 +39,7 @@ def rewrite(name: str, tables: str, readme: Path | None = None) -> None:
 def write_rows(
     path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None
 ) -> None:
-    """Raw figures, numbers to four digits; the columns are the first row's unless they are said."""
+    """Write raw figures, numbers to four digits; columns default to those of the first row."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
@@ -49,7 +49,7 @@ def write_rows(
 
 
 def facts(device: str) -> dict[str, str]:
-    """Machine, date, commit and versions."""
+    """Return machine, date, commit and versions."""
     machine = f"{processor()}, {cores()} cores"
     if device.startswith("cuda"):
         import torch  # here, since cuCIM hangs in a process that has it
@@ -62,7 +62,7 @@ def facts(device: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The one that is checked out; `-dirty` where more than benchmarks' own outcomes differ."""
+    """Return the checked-out commit; `-dirty` if more than benchmark results differ."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         command = ["git", "-C", str(HERE.parent), *arguments]
@@ -75,18 +75,18 @@ def commit() -> str:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Return processor seconds of this process and of its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor() -> str:
-    """Its name."""
+    """Return the name of the processor."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:

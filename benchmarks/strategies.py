@@ -1,4 +1,4 @@
-"""Every strategy on several demo cohorts: what it reaches, how much of the model learns, its price.
+"""Every strategy on several demo cohorts: its AUROC, share of trained parameters, and price.
 
     python -m benchmarks.strategies --seeds 0 1 2 --jobs 2
 
@@ -63,7 +63,7 @@ MIB = 2**20
 
 
 def main() -> int:
-    """Run the cells that are asked for and not there yet; 1 if any failed."""
+    """Run the missing cells that are asked for; return 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME[@LR]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def read_results(path: Path, epochs: int) -> dict:
-    """What is there.
+    """Return the existing results.
 
     Raises:
         SystemExit: cells of another number of epochs, which would be another comparison.
@@ -123,19 +123,19 @@ def read_results(path: Path, epochs: int) -> dict:
 
 
 def learning_rate(name: str) -> float:
-    """Of a cell's encoder; StrategyError where there is no such strategy."""
+    """Return the learning rate of a cell's encoder; raise StrategyError for an unknown strategy."""
     strategy, _, given = name.partition("@")
     own = make_strategy(strategy).lr
     return float(given or OWN_MATRICES.get(strategy, own))
 
 
 def folder_of(name: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """Where a cell leaves its files."""
+    """Return the folder of a cell."""
     return arguments.work.absolute() / f"{arguments.epochs}_epochs" / str(seed) / name
 
 
 def start_cell(name: str, seed: int, arguments: argparse.Namespace) -> dict:
-    """A cell in a process of its own.
+    """Start a cell in its own process.
 
     Raises:
         RuntimeError: it failed; the message says where its output is.
@@ -159,7 +159,7 @@ def start_cell(name: str, seed: int, arguments: argparse.Namespace) -> dict:
 
 
 def run_cell(name: str, seed: int, arguments: argparse.Namespace) -> int:
-    """One cell, its figures in cell.json."""
+    """Run one cell; its figures go to cell.json."""
     cohort, folder = arguments.cohorts / str(seed), folder_of(name, seed, arguments)
     about = facts("cpu")
     config = prepare(seed, cohort)[0] if name == BASELINES else cohort / "config.yaml"
@@ -176,7 +176,7 @@ def run_cell(name: str, seed: int, arguments: argparse.Namespace) -> int:
 
 
 def measure_frozen(run: Sequence[str], folder: Path) -> dict:
-    """The baselines of `tapfm test`; their predictions stay in `folder`."""
+    """Run the baselines of `tapfm test`; their predictions stay in `folder`."""
     first = read_config([*run, "--model.strategy", "full"])
     arms = frozen_rows(first, folder, "test", "cpu")
     labels = first.datamodule.label_names
@@ -184,7 +184,7 @@ def measure_frozen(run: Sequence[str], folder: Path) -> dict:
 
 
 def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
-    """Fit, predict the test split, count.
+    """Fit, predict the test split, and count.
 
     Args:
         name: the cell's.
@@ -224,13 +224,13 @@ def measure(name: str, run: Sequence[str], folder: Path, frozen: Path) -> dict:
 
 
 def figures(labels: Sequence[str], arm: ResultRow) -> dict[str, dict]:
-    """AUROC with its interval, macro and of each label."""
+    """Return AUROC with its interval, macro and of each label."""
     found = evaluate(labels, arm.y_NK, arm.p_NK, arm.case_ids)
     return {label: asdict(each["auroc"]) for label, each in found.items()}
 
 
 def gain(task: Task, arm: ResultRow, frozen: Path) -> dict[str, dict]:
-    """AUROC above the best frozen baseline's, on the same slides and the same draws."""
+    """Return AUROC minus that of the best frozen baseline, on the same slides and draws."""
     labels = list(task.labels)
     arms = [
         read_result_row(path.parent.name, path, task, end_to_end=False)
@@ -243,20 +243,20 @@ def gain(task: Task, arm: ResultRow, frozen: Path) -> dict[str, dict]:
 
 
 def held_mib(model: SlideModel, tiles_CP: torch.Tensor) -> float:
-    """What autograd holds for the backward of one chunk, but for the parameters themselves."""
+    """Return what autograd holds for the backward of one chunk, without parameters, in MiB."""
     model.train()
     return saved_bytes(lambda: model.encode(tiles_CP), model.encoder.parameters()) / MIB
 
 
 def peak(memory_csv: Path) -> float | None:
-    """Of the process's resident memory in all training steps, GiB."""
+    """Return the peak resident memory of all training steps, GiB."""
     with memory_csv.open(newline="") as file:
         cells = [row[f"{phase}_rss_gib"] for row in csv.DictReader(file) for phase in PHASES]
     return max((float(cell) for cell in cells if cell), default=None)
 
 
 def table(results: dict) -> str:
-    """A row a strategy, AUROC by seed; the baselines first."""
+    """Return a row a strategy, AUROC by seed; the baselines first."""
     seeds = dict(sorted(results["seeds"].items(), key=lambda item: int(item[0])))
     rows = [cells[BASELINES]["arms"] for cells in seeds.values() if BASELINES in cells]
     baselines = dict.fromkeys(title for arms in rows for title in arms)
@@ -305,7 +305,7 @@ def table(results: dict) -> str:
 
 
 def row(before: list[str], found: list[dict | None], behind: list[str]) -> str:
-    """Of the table: AUROC with its interval of each seed that is there, and their mean."""
+    """Return a row of the table: AUROC with interval of each seed, and their mean."""
     macro = [each and each[MACRO] for each in found]
     middle = mean(each["value"] for each in macro if each)
     cells = [interval_cell(each) for each in macro]

@@ -1,4 +1,4 @@
-"""Whether reading keeps up: a consumer that takes 100 tiles/s, fed by two cores.
+"""Does reading keep up? A consumer that takes 100 tiles/s, fed by two cores.
 
     python -m benchmarks.streaming --demo data/demo/cohort.csv
 
@@ -58,13 +58,13 @@ class TileSource:
         self.index_dir = index_dir
 
     def __call__(self, row: SlideRow) -> tuple[Slide, TileIndex]:
-        """As `tapfm.data.datamodule.TileSource`."""
+        """Return a slide's tiles, as `slides.streaming.tile_source.TileSource` does."""
         index = read_index(index_path(self.index_dir, GRID, row.slide_id), GRID, TISSUE)
         return Slide(row.path, row.mpp, row.slide_id), index
 
 
 def prepare(folder: Path, demo: Path) -> tuple[list[SlideRow], list[SlideRow]]:
-    """The first slides of the demo cohort, and copies of a large one; all indexed."""
+    """Return the first slides of the demo cohort and copies of a large one, all indexed."""
     rows = list(read_cohort(demo).rows)[:SLIDES]
     path = write_large_slide(folder / "large.tif")
     large = []
@@ -79,14 +79,14 @@ def prepare(folder: Path, demo: Path) -> tuple[list[SlideRow], list[SlideRow]]:
 def bags(
     rows: list[SlideRow], tile_source: TileSource, passes: int = 1, **options
 ) -> Iterator[Iterable]:
-    """Each slide's tiles, read ahead, as often as they are asked for."""
+    """Yield each slide's tiles, read ahead, as often as asked for."""
     dataset = BagDataset(rows, tile_source, augment=Augment(colour=0.1), **options)
     for bag in SlideLoader(dataset, SlideSampler(len(rows)), WORKERS):
         yield (chunk for _ in range(passes) for chunk in bag.tiles.split(CHUNK))
 
 
 def streamed(rows: list[SlideRow], tile_source: TileSource) -> Iterator[Iterable]:
-    """Each slide's tiles, the next one's read while this one's are taken."""
+    """Yield each slide's tiles, while the next one's are read."""
     prefetcher = Prefetcher(WORKERS)
     slides = [
         SlideTiles(StreamedSlide.of(partial(tile_source, row), tile_source(row)[1]), prefetcher)
@@ -98,7 +98,7 @@ def streamed(rows: list[SlideRow], tile_source: TileSource) -> Iterator[Iterable
 
 
 def consume(slides: Iterator[Iterable[Tensor]]) -> dict:
-    """Take all tiles at the rate; how long it took, and how much of it was waiting."""
+    """Take all tiles at the rate; return the time, and the share of waiting."""
     count = tiles = 0
     waited = worked = 0.0
     cpu, start = cpu_seconds(), time.perf_counter()

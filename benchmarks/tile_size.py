@@ -1,4 +1,4 @@
-"""How many level-0 pixels a tile should have, and how many it is given: arithmetic, no slide.
+"""Level-0 pixels that a tile should have and is given, by several rules: arithmetic, no slide.
 
     python -m benchmarks.tile_size
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def ours(mpp: float, true: float) -> str:
-    """What tapfm reads."""
+    """Return the level-0 pixels that tapfm reads."""
     try:
         found = off(GRID.size0(mpp), true)
     except TooCoarseError:
@@ -44,7 +44,7 @@ def ours(mpp: float, true: float) -> str:
 
 
 def off(found: int, true: float) -> str:
-    """A side, and its distance from the nearest whole pixel to what it should be."""
+    """Return a side, and its distance from the nearest whole pixel to the exact size."""
     pixels = found - round(true)
     return f"{found} ({pixels:+d} px, {pixels / true:+.1%})" if pixels else f"{found} (0 px)"
 

@@ -51,7 +51,7 @@ SEED = 0
 
 
 def spots(slide: Slide, task: str, count: int, tile: tuple[int, int]) -> list[tuple[int, ...]]:
-    """x0, y0, width, height and the side of the tile wanted."""
+    """Yield x0, y0, width, height and the side of the wanted tile."""
     rng = np.random.default_rng(SEED)
     if task == "aligned":
         columns, rows = slide.width0 // tile[0], slide.height0 // tile[1]
@@ -70,7 +70,7 @@ def spots(slide: Slide, task: str, count: int, tile: tuple[int, int]) -> list[tu
 
 
 def reduced(rgb: np.ndarray, size: int) -> np.ndarray:
-    """As `Slide.region` reduces: for readers that only decode."""
+    """Return a tile reduced as `Slide.region` does, for readers that only decode."""
     if rgb.shape[1] == size:
         return rgb
     image = Image.fromarray(rgb)
@@ -78,7 +78,7 @@ def reduced(rgb: np.ndarray, size: int) -> np.ndarray:
 
 
 def readers(path: Path) -> dict[str, tuple[str, Callable]]:
-    """Name: package whose version counts, and tile(x0, y0, width, height, size)."""
+    """Return, by name, the package with the version, and tile(x0, y0, width, height, size)."""
     direct._cache.clear()
     ours, plain = Slide(path, mpp=0.5), openslide.OpenSlide(path)
     plain.set_cache(openslide.OpenSlideCache(64 << 20))  # as much as ours has
@@ -121,7 +121,7 @@ def fastslide(path: Path) -> Callable:
 
 
 def cucim(path: Path) -> Callable:
-    """On the CPU. Its cache is the process's: a new one for this round, as large as ours."""
+    """Return cuCIM's reader on the CPU, with a new process-wide cache as large as ours."""
     from cucim import CuImage  # hangs in a process that has torch
 
     CuImage.cache("per_process", memory_capacity=64)
@@ -130,7 +130,7 @@ def cucim(path: Path) -> Callable:
 
 
 def hs2p(path: Path) -> Callable:
-    """Its OpenSlide reader; with cuCIM it would take that."""
+    """Return hs2p's OpenSlide reader; with cuCIM it would use that."""
     from hs2p.wsi.reader import open_slide
 
     slide = open_slide(path, backend="openslide")
@@ -146,7 +146,7 @@ OTHERS = {  # name: package whose version counts, and what opens a slide: decode
 
 
 def bare_decode(path: Path, slide: Slide) -> Callable | None:
-    """A file's own tile from its bytes in memory, by libjpeg-turbo: the least anyone can take."""
+    """Return a file's own tile decoded from memory by libjpeg-turbo: the lower bound."""
     import simplejpeg
 
     file = JpegDecoder(path, slide.vendor, slide.facts.level_sizes)
@@ -166,7 +166,7 @@ def bare_decode(path: Path, slide: Slide) -> Callable | None:
 
 
 def measure(path: Path, task: str, count: int, rounds: int) -> list[dict]:
-    """Rows of one task on one slide, a reader each."""
+    """Return the rows of one task on one slide, one for each reader."""
     slide = Slide(path, mpp=0.5)
     grid = JpegDecoder(path, slide.vendor, slide.facts.level_sizes).levels[0]
     tile = (grid.tile_width, grid.tile_height) if grid else (256, 256)
@@ -213,7 +213,7 @@ def installed(package: str) -> str:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A table a slide, as Markdown."""
+    """Return a table a slide, as Markdown."""
     parts = []
     for slide in dict.fromkeys(row["slide"] for row in rows):
         mine = [row for row in rows if row["slide"] == slide]

@@ -123,7 +123,7 @@ def insert(
             linear.lora_dropout = nn.Dropout(dropout)
             if magnitude:
                 norm_O = torch.linalg.vector_norm(linear.weight.detach(), dim=1)
-                linear.lora_magnitude_vector = nn.Parameter(take(linear, norm_O))
+                linear.lora_magnitude_vector = nn.Parameter(select_rows(linear, norm_O))
             linear.register_forward_hook(_dora if magnitude else _lora)
 
 
@@ -132,13 +132,13 @@ def adapted(vit: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, m) for name, m in vit.named_modules() if hasattr(m, "lora_A"))
 
 
-def take(linear: nn.Linear, rows: Tensor) -> Tensor:
+def select_rows(linear: nn.Linear, rows: Tensor) -> Tensor:
     """Return the chosen rows of all O rows."""
     parts = zip(rows.split([size for size, _ in linear.lora_parts]), linear.lora_parts, strict=True)
     return torch.cat([each for each, (_, learns) in parts if learns])
 
 
-def spread(linear: nn.Linear, rows: Tensor) -> Tensor:
+def scatter_rows(linear: nn.Linear, rows: Tensor) -> Tensor:
     """Return all O rows: the chosen ones at their places, 0 elsewhere."""
     if all(learns for _, learns in linear.lora_parts):
         return rows
@@ -186,7 +186,7 @@ def _chosen(
 def _change(linear: nn.Linear) -> Tensor:
     """Return the change (alpha / r) B A, (O, I)."""
     with torch.autocast(linear.weight.device.type, enabled=False):
-        b_OR = spread(linear, linear.lora_B.weight)
+        b_OR = scatter_rows(linear, linear.lora_B.weight)
         return linear.lora_scaling * (b_OR @ linear.lora_A.weight)
 
 
@@ -194,18 +194,18 @@ def _stretch(linear: nn.Linear) -> Tensor:
     """Return magnitude / norm of W + (alpha / r) B A for each row (O,); exactly 1 at the start."""
     with torch.no_grad():
         norm_O = torch.linalg.vector_norm(linear.weight + _change(linear), dim=1)
-    stretch = linear.lora_magnitude_vector / take(linear, norm_O)
-    return 1 + spread(linear, stretch - 1)  # rows that were not chosen stay
+    stretch = linear.lora_magnitude_vector / select_rows(linear, norm_O)
+    return 1 + scatter_rows(linear, stretch - 1)  # rows that were not chosen stay
 
 
 def _lora(linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     h_R = linear.lora_A(linear.lora_dropout(args[0])) * linear.lora_scaling
-    return out + F.linear(h_R, spread(linear, linear.lora_B.weight))
+    return out + F.linear(h_R, scatter_rows(linear, linear.lora_B.weight))
 
 
 def _dora(linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     stretch_O = _stretch(linear)
     product = out if linear.bias is None else out - linear.bias
     h_R = linear.lora_A(linear.lora_dropout(args[0])) * linear.lora_scaling
-    change = F.linear(h_R, spread(linear, linear.lora_B.weight))
+    change = F.linear(h_R, scatter_rows(linear, linear.lora_B.weight))
     return out + ((stretch_O - 1) * product + stretch_O * change).to(out.dtype)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slides.files import replacing
-from tapfm.adapt.lowrank import PARTS, adapted, spread, take
+from tapfm.adapt.lowrank import PARTS, adapted, scatter_rows, select_rows
 from tapfm.adapt.surgery import StrategyError
 
 PREFIX = "base_model.model."
@@ -55,12 +55,12 @@ def write_peft(vit: nn.Module, strategy: Any, folder: Path) -> None:
     state, dora = {}, False
     for name, linear in layers.items():
         state[f"{PREFIX}{name}.lora_A.weight"] = linear.lora_A.weight
-        state[f"{PREFIX}{name}.lora_B.weight"] = spread(linear, linear.lora_B.weight)
+        state[f"{PREFIX}{name}.lora_B.weight"] = scatter_rows(linear, linear.lora_B.weight)
         if hasattr(linear, MAGNITUDE):
             dora = True
             norm_O = torch.linalg.vector_norm(linear.weight, dim=1)
-            ours = spread(linear, linear.lora_magnitude_vector)
-            chosen = spread(linear, torch.ones_like(linear.lora_magnitude_vector)) > 0
+            ours = scatter_rows(linear, linear.lora_magnitude_vector)
+            chosen = scatter_rows(linear, torch.ones_like(linear.lora_magnitude_vector)) > 0
             state[f"{PREFIX}{name}.{MAGNITUDE}"] = torch.where(chosen, ours, norm_O)
     config = {
         "peft_type": "LORA",
@@ -136,7 +136,7 @@ def read_peft(vit: nn.Module, folder: Path) -> None:
         )
     with torch.no_grad():
         for key, (parameter, linear) in wanted.items():
-            parameter.copy_(take(linear, state[key]) if linear else state[key])
+            parameter.copy_(select_rows(linear, state[key]) if linear else state[key])
 
 
 def _shape(parameter: Tensor, linear: nn.Linear | None) -> torch.Size:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tapfm.encoders.attention import ClsTap, NoClsAttentionError
 from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
-from tapfm.encoders.compiled import compile_blocks, padded
+from tapfm.encoders.compiled import compile_blocks, pad_chunks
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
 
@@ -119,9 +119,7 @@ class Encoder(nn.Module):
         # None: no CLS token, no score; such a model is trained with learned attention
         self.tap = ClsTap(vit) if row.prefix_tokens else None
         self.tail: ClsTail | None = None
-        self.no_tail = (
-            f"the feature is {row.feature}" if row.feature != "cls" else "it was not asked for"
-        )
+        self.no_tail = f"the feature is {row.feature}" if row.feature != "cls" else "not asked for"
         if self.tap and row.feature == "cls" and tail:
             self.tail, self.no_tail = find_tail(vit, self.tap)
         mean, std = (torch.tensor(each).view(3, 1, 1) * 255 for each in row.stats)
@@ -163,7 +161,7 @@ class Encoder(nn.Module):
 
     def sized(self, encode: Encode, chunk: int) -> Encode:
         """Return `encode`, with chunks filled up to `chunk` tiles if blocks are compiled."""
-        return padded(encode, chunk) if self.compiled else encode
+        return pad_chunks(encode, chunk) if self.compiled else encode
 
     def autocast(self, precision: str) -> torch.autocast:
         """Return a new autocast context; one is made for each call.
@@ -294,9 +292,7 @@ def load(
         if row.source != "package" and weights is not None:
             print(f"{row.key}: {row.terms}", file=sys.stderr)
         state = read_weights(row, weights)
-    vit = build(
-        row, tile_px, drop_path_rate=drop_path
-    )  # given even if 0: some models have a default
+    vit = build(row, tile_px, drop_path_rate=drop_path)  # even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
     encoder = Encoder(vit, row, recompute=recompute, compiled=compiled)
@@ -328,9 +324,7 @@ def load_state(vit: nn.Module, row: Backbone, state: Mapping[str, Tensor]) -> No
     Raises:
         BackboneError: the weights belong to another model; the message names differences.
     """
-    timms = sys.modules[
-        type(vit).__module__
-    ].checkpoint_filter_fn  # each family of timm has its own
+    timms = sys.modules[type(vit).__module__].checkpoint_filter_fn  # each timm family has its own
     patch = "patch_embed.proj.weight"
     try:
         plain = {k: v.float() for k, v in _parts(bare(state), row).items()}

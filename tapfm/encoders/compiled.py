@@ -5,7 +5,7 @@ to the full number of tiles and the fillers' results are dropped; tiles do not s
 the results of the others stay the same.
 
     compile_blocks(vit)                 before the first call; no hooks may be added afterwards
-    padded(encode, chunk)(tiles)        features and scores of the given tiles
+    pad_chunks(encode, chunk)(tiles)        features and scores of the given tiles
 
 All blocks but the last are compiled one by one; being alike, they share the compiled code. The
 last is cheap (`encoders.tail`), and its q and k are read while it runs. Whatever strategies insert
@@ -70,7 +70,7 @@ def need_compiler(device: torch.device) -> None:
         ) from error
 
 
-def padded(encode: Callable[[Tensor], Encoded], size: int) -> Callable[[Tensor], Encoded]:
+def pad_chunks(encode: Callable[[Tensor], Encoded], size: int) -> Callable[[Tensor], Encoded]:
     """Return `encode` with chunks filled up to `size` tiles by repeating the first tile."""
 
     def encode_full(tiles_CP: Tensor) -> Encoded:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from tapfm.tasks import Task
 
 FINISHED, RUN = "finished.json", "run"
-OF_CELL = {
-    f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)
-}  # titles of a cell's own row in its report
+OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # a cell's own row
 
 
 def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
@@ -111,19 +109,15 @@ def _text(
             continue
         pooled, deviation = row["figures"]["pooled"], row["deviation_of_seeds"]
         gains = [row["differences"].get(other) for other in (best, first)]
-        table.append(
-            [
-                title + mark,
-                span(pooled[found.head], undefined=undefined),
-                *(_number(pooled[name].value) for name in found.groups),
-            ]
-            + [_number(row["figures"]["within_folds"][found.head].value)]
-            + [f"{len(row['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else "")]
-            + [
-                span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
-                for gain in gains
-            ]
-        )
+        table.append([
+            title + mark,
+            span(pooled[found.head], undefined=undefined),
+            *(_number(pooled[name].value) for name in found.groups),
+            _number(row["figures"]["within_folds"][found.head].value),
+            f"{len(row['seeds'])}" + (f", {deviation:.3f}" if deviation == deviation else ""),
+            *(span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
+              for gain in gains),
+        ])  # fmt: skip
     dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
     over = f"; macro: {', '.join(found.averaged) or 'none is defined'}" if found.groups else ""
     notes = [

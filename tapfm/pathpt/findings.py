@@ -1,4 +1,4 @@
-"""What `tapfm pathpt` leaves behind: table, calls, losses, and pictures of tile classes.
+"""Files that `tapfm pathpt` writes: table, predictions, losses, and pictures of tile classes.
 
 Shapes: N tiles, K classes of a tile, S test slides, R draws.
 """
@@ -15,7 +15,7 @@ from slides.tiling.index_file import TileIndex
 from slides.wsi.reader import Slide
 from tapfm.inference.heatmap import overlay_png, write_geojson
 from tapfm.pathpt.question import Question
-from tapfm.pathpt.scores import difference, evaluate
+from tapfm.pathpt.scores import score_difference, score_subtypes
 from tapfm.pathpt.tiles import EncodedSlide
 from tapfm.reports.plain_table import markdown, span
 
@@ -27,24 +27,24 @@ def draw_classes(
     names: Sequence[str],
     p_NK: np.ndarray,
     called: int,
-    said: str = "",
+    suffix: str = "",
 ) -> None:
-    """Probability of the called subtype on the thumbnail; of all classes as QuPath objects.
+    """Draw the called subtype's probability on the thumbnail; write all classes for QuPath.
 
     Args:
         folder: for `<slide>.png` and `<slide>.geojson`.
-        slide: open.
+        slide: an open slide.
         index: its tiles.
-        names: of the K classes.
+        names: names of the K classes.
         p_NK: their probabilities.
-        called: the slide's subtype, 0 to C - 1.
-        said: what the title says behind it.
+        called: the slide's predicted subtype, 0 to C - 1.
+        suffix: end of the title.
     """
     name, where = names[called + 1], (index.coords0, index.size0)
     thumbnail, downsample = slide.thumbnail(max_side=1600)
     overlay_png(
         thumbnail, downsample, *where, p_NK[:, called + 1], folder / f"{slide.name}.png",
-        scale="linear", label=f"p({name})", title=f"{slide.name}: called {name}{said}",
+        scale="linear", label=f"p({name})", title=f"{slide.name}: called {name}{suffix}",
     )  # fmt: skip
     measured = {f"p({n})": p_NK[:, k] for k, n in enumerate(names)}
     write_geojson(folder / f"{slide.name}.geojson", *where, measured, index.bounds0, slide.name)
@@ -53,7 +53,7 @@ def draw_classes(
 def write_calls(
     path: Path, question: Question, test: Sequence[EncodedSlide], answer: Mapping[str, list[int]]
 ) -> None:
-    """A row a test slide: what it is and what each arm calls it."""
+    """Write a row a test slide: its subtype and each model's prediction."""
     names = question.names[1:]
     rows = [
         [each.row.slide_id, each.row.case_id, names[each.subtype]]
@@ -64,7 +64,7 @@ def write_calls(
 
 
 def write_losses(path: Path, losses: Sequence[float]) -> None:
-    """A row an epoch."""
+    """Write the loss of each epoch."""
     write_csv(path, ["epoch", "loss"], ((n, f"{loss:.6f}") for n, loss in enumerate(losses)))
 
 
@@ -76,40 +76,41 @@ def write_report(
     frozen: Collection[str],
     seed: int,
 ) -> str:
-    """`report.md` and `scores.json`; returns the table.
+    """Write `report.md` and `scores.json`; return the table.
 
     Args:
         out: folder.
-        question: what was asked.
+        question: classes and settings.
         test: S slides.
-        called: by shots and model, each draw's calls.
-        frozen: the models that are baselines.
-        seed: of the bootstrap.
+        called: predictions of each draw, by shots and model.
+        frozen: names of the baselines.
+        seed: seed of the bootstrap.
     """
-    truth_S = np.array([each.subtype for each in test])
+    subtype_S = np.array([each.subtype for each in test])
     cases_S = [each.row.case_id for each in test]
     lines = [["shots", "model", "balanced accuracy [95 %]", "weighted F1 [95 %]",
               "minus best frozen [95 %]"]]  # fmt: skip
     scores: dict = {
-        "subtypes": {n: int((truth_S == s).sum()) for s, n in enumerate(question.names[1:])},
+        "subtypes": {n: int((subtype_S == s).sum()) for s, n in enumerate(question.names[1:])},
         "slides": len(test), "cases": len(set(cases_S)), "draws": question.draws, "shots": {},
     }  # fmt: skip
-    for shots, arms in called.items():
+    for shots, calls_of in called.items():
         found = {
-            arm: evaluate(truth_S, np.array(calls), cases_S, seed) for arm, calls in arms.items()
+            model: score_subtypes(subtype_S, np.array(calls), cases_S, seed)
+            for model, calls in calls_of.items()
         }
-        best = max(frozen, key=lambda arm: found[arm]["balanced_accuracy"].value)
-        told = scores["shots"][str(shots)] = {}
-        for arm, figures in found.items():
-            told[arm] = dict(figures)
+        best = max(frozen, key=lambda model: found[model]["balanced_accuracy"].value)
+        models = scores["shots"][str(shots)] = {}
+        for model, figures in found.items():
+            models[model] = dict(figures)
             gain = None
-            if arm not in frozen:
-                gains = difference(
-                    truth_S, np.array(arms[arm]), np.array(arms[best]), cases_S, seed
+            if model not in frozen:
+                gains = score_difference(
+                    subtype_S, np.array(calls_of[model]), np.array(calls_of[best]), cases_S, seed
                 )
-                told[arm]["minus_best_frozen"] = gains
+                models[model]["minus_best_frozen"] = gains
                 gain = gains["balanced_accuracy"]
-            title = arm + (" (best frozen)" if arm == best else "")
+            title = model + (" (best frozen)" if model == best else "")
             cells = [span(figures[m]) for m in ("balanced_accuracy", "weighted_f1")]
             lines.append([str(shots), title, *cells, span(gain, sign="+")])
     counts = ", ".join(f"{count} {name}" for name, count in scores["subtypes"].items())

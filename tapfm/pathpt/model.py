@@ -1,10 +1,10 @@
-"""The model that names tiles: mixer, class vectors, and the cosine between them.
+"""PathPT's model: logits of tiles from the mixer, the class vectors, and the cosine between them.
 
-Saved as one safetensors file whose header is the model_config. It holds the class vectors that the
-prompts came to, so that no text tower is needed to use it.
+Saved as one safetensors file with the model_config in its header. It holds the class vectors that
+the prompts gave, so using it needs no text tower.
 
 Source: PathPT (arXiv 2508.15904): logits are 10 times the cosine of mixed tile and class vector.
-Differs: features of a vision-only encoder, which are no unit vectors, are standardised first, by
+Differs: features of a vision-only encoder, which are not unit vectors, are first standardised with
     the training slides.
 
 Shapes: N tiles, K classes of a tile, d width.
@@ -27,43 +27,43 @@ from torch import Tensor, nn
 from slides.files import replacing
 from tapfm import __version__
 from tapfm.pathpt.spatial import Mixer
-from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.text.prompts import ClassPrompts
 from tapfm.slide_model.model import CheckpointError
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What a saved model is, apart from its weights."""
+class PathPTConfig:
+    """The configuration of a saved model: everything but its weights."""
 
     classes: tuple[str, ...]
     """Names of the K classes, normal tissue first."""
     dim: int
-    """d."""
+    """Joint width d."""
     scale: float
-    """Of the cosines."""
+    """Factor on the cosines."""
     towers: Mapping[str, str | None]
-    """Which they were: `Question.towers`."""
+    """The towers, as in `Question.towers`."""
     fingerprint: str
-    """Of the image tower as published."""
+    """Fingerprint of the image tower as published."""
     strategy: Mapping[str, Any] | None
-    """What of the image tower was trained; None: nothing."""
+    """How the image tower was trained; None if it was frozen."""
     tiles: Mapping[str, Any]
-    """Their geometry and tissue: `tapfm.config.TileSettings` as it is written."""
+    """Tile geometry and tissue settings, as `slides.streaming.settings.TileSettings` fields."""
     stain: str | None
-    """How stains were normalised."""
+    """Method of stain normalisation."""
 
 
 class PathPT(nn.Module):
-    """Tiles of a slide to logits (N, K)."""
+    """The model from a slide's tiles to logits (N, K)."""
 
-    def __init__(self, dim: int, prompts: Prompts | None, scale: float = 10.0):
+    def __init__(self, dim: int, prompts: ClassPrompts | None, scale: float = 10.0):
         super().__init__()
         self.mixer, self.prompts, self.scale = Mixer(dim), prompts, scale
         self.register_buffer("mean_d", torch.zeros(dim))
         self.register_buffer("std_d", torch.ones(dim))
 
     def standardise(self, slides: Sequence[Tensor]) -> None:
-        """Take mean and deviation of features (N, d) from these slides, each counting the same."""
+        """Set mean and deviation of features (N, d) from these slides, weighted equally."""
         mean_d = torch.stack([z_Nd.double().mean(0) for z_Nd in slides]).mean(0)
         spread = [(z_Nd.double() - mean_d).square().mean(0) for z_Nd in slides]
         std_d = torch.stack(spread).mean(0).sqrt()
@@ -71,26 +71,26 @@ class PathPT(nn.Module):
         self.std_d.copy_(torch.where(std_d > 1e-6, std_d, torch.ones_like(std_d)))
 
     def forward(self, z_Nd: Tensor, places_N2: Tensor, classes_Kd: Tensor) -> Tensor:
-        """Logits of a slide's tiles at their places, against unit class vectors."""
+        """Return logits of a slide's tiles at their places, against unit class vectors."""
         z_Nd = F.normalize((z_Nd - self.mean_d) / self.std_d, dim=-1)
         return self.scale * F.normalize(self.mixer(z_Nd, places_N2), dim=-1) @ classes_Kd.T
 
 
-def save(
+def save_pathpt(
     path: Path,
     model: PathPT,
     classes_Kd: Tensor,
-    model_config: ModelConfig,
+    model_config: PathPTConfig,
     image: Mapping[str, Tensor],
 ) -> None:
-    """Write a model; `path` is whole or not there.
+    """Write a model to one file, atomically.
 
     Args:
         path: the file.
-        model: its prompts are not written, but what they came to is.
-        classes_Kd: that.
-        model_config: what it is.
-        image: what of the image tower was trained, by name; may be empty.
+        model: the model; its prompts are not written.
+        classes_Kd: the class vectors that the prompts gave.
+        model_config: its configuration.
+        image: trained weights of the image tower, by name; may be empty.
     """
     state = {f"mixer.{key}": value for key, value in model.mixer.state_dict().items()}
     state |= {"mean_d": model.mean_d, "std_d": model.std_d, "classes_Kd": classes_Kd}
@@ -102,7 +102,7 @@ def save(
 
 
 def is_pathpt(path: Path) -> bool:
-    """Whether a file is one of these; one that cannot be read is not."""
+    """Return whether a file is a saved PathPT model; False if it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             return "pathpt" in (file.metadata() or {})
@@ -110,22 +110,23 @@ def is_pathpt(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> tuple[PathPT, Tensor, ModelConfig, dict[str, Tensor]]:
-    """Model in eval mode, class vectors, model_config, and the image tower's trained weights.
+def load_pathpt(path: Path) -> tuple[PathPT, Tensor, PathPTConfig, dict[str, Tensor]]:
+    """Return model (eval mode), class vectors, configuration, and trained image-tower weights.
 
     Raises:
-        CheckpointError: no such file, or not one of these.
+        CheckpointError: no such file, or not a saved PathPT model.
     """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["pathpt"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        known = {k: header[k] for k in ModelConfig.__dataclass_fields__}
+        known = {k: header[k] for k in PathPTConfig.__dataclass_fields__}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error})."
+            f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error}). "
+            "Give a pathpt.safetensors."
         ) from error
-    model_config = ModelConfig(**{**known, "classes": tuple(known["classes"])})
+    model_config = PathPTConfig(**{**known, "classes": tuple(known["classes"])})
     image = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
     model, classes_Kd = PathPT(model_config.dim, None, model_config.scale), state["classes_Kd"]
     own = {k: v for k, v in state.items() if not k.startswith("image.") and k != "classes_Kd"}

@@ -1,13 +1,13 @@
-"""A saved PathPT model on slides of no cohort: `tapfm predict` and `tapfm heatmap`.
+"""A saved PathPT model on slides outside a cohort: `tapfm predict` and `tapfm heatmap`.
 
     <out>/predictions.csv         slide_id, case_id, called, p_<subtype> each, normal, model; rows
-                                  of other slides that are there stay
+                                  of other slides are kept
     <out>/<slide>_tiles.h5        probabilities (N, K) of the classes in its attributes, coords
-    <out>/<slide>.png, .geojson   drawn: of the called subtype; of all classes, for QuPath
+    <out>/<slide>.png, .geojson   with `draw`: the predicted subtype; all classes, for QuPath
 
-A subtype's probability is its share of the votes that decided (`tapfm.pathpt.vote`), and `normal`
-the share of tiles without a vote in the first count. Class vectors are saved, so no text tower is
-loaded; the image tower is, from where it came from, and it is checked to be the same.
+A subtype's probability is its share of the deciding votes (`tapfm.pathpt.vote`), and `normal` the
+share of tiles without a vote in the first count. Class vectors are saved, so no text tower is
+loaded; the image tower is loaded from its own source and checked to be the same.
 
 Price: one forward pass a tile; in memory a few chunks of pixels and the vectors of one slide.
 
@@ -36,7 +36,7 @@ from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import BackboneError
 from tapfm.pathpt.findings import draw_classes
-from tapfm.pathpt.model import ModelConfig, PathPT, load
+from tapfm.pathpt.model import PathPT, PathPTConfig, load_pathpt
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.text.towers import TextError
 from tapfm.pathpt.tiles import Towers, encode_slide, load_towers
@@ -44,7 +44,7 @@ from tapfm.pathpt.vote import ballot
 from tapfm.slide_model.model import CheckpointError
 
 
-def predict_slides(
+def name_slides(
     path: Path,
     rows: Sequence[SlideRow],
     out: Path,
@@ -59,13 +59,13 @@ def predict_slides(
 ) -> int:
     """Name slides and their tiles; a bad slide is reported and the others go on.
 
-    Takes what `tapfm.inference.predict.predict_slides` takes, and a pathpt.safetensors for `path`.
-    The slides of a `case` are named as one: all their tiles have a vote, and with a slide that
-    cannot be read nothing is said of it. Returns 0, or 2 if any slide failed.
+    Arguments as in `tapfm.inference.predict.predict_slides`, with a pathpt.safetensors as `path`.
+    The slides of a `case` are named as one: all their tiles vote, and a slide that cannot be read
+    leaves the case without prediction. Returns 0, or 2 if any slide failed.
 
     Raises:
-        CheckpointError: the file is damaged, or the image tower cannot be had or is another one.
-        WriteError: predictions of other columns are there.
+        CheckpointError: the file is damaged, or the image tower is unavailable or another.
+        WriteError: `predictions.csv` exists with other columns.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, classes_Kd, model_config, towers = load_whole(path, device)
@@ -74,7 +74,7 @@ def predict_slides(
     )
     tiles, names, votes = tiles_as_trained(trained, mpp, masks), model_config.classes, []
     table = out / "predictions.csv"
-    rows_there(table, header_of(names))  # refused now, not behind all slides
+    rows_there(table, vote_columns(names))  # refused now, not after all slides
     with new_slides(rows, tiles, workers, model_config.stain) as (tile_source, left, failed):
         left = [] if case and failed else left
         for row, each in tqdm(tile_source.streamed(left, workers), total=len(left), unit=" slides"):
@@ -94,7 +94,7 @@ def predict_slides(
                 continue
             votes.append((row.slide_id, row.case_id, logits_NK))
     if case and failed:
-        print(f"tapfm: {case}: a slide of it failed, and nothing is said of it", file=sys.stderr)
+        print(f"tapfm: {case}: one of its slides failed, so it is not predicted", file=sys.stderr)
         votes = []
     elif case:
         votes = [(case, case, torch.cat([logits_NK for *_, logits_NK in votes]))]
@@ -106,7 +106,7 @@ def predict_slides(
 def write_votes(
     path: Path, names: Sequence[str], votes: Sequence[tuple[str, str, torch.Tensor]], model: str
 ) -> None:
-    """A row a slide, from its id, its case's, and its tiles' logits (N, K); printed as well."""
+    """Write and print a row a slide, from slide id, case id and its tiles' logits (N, K)."""
     rows = []
     for slide_id, case_id, logits_NK in votes:
         called, share_C = ballot(logits_NK)
@@ -114,22 +114,22 @@ def write_votes(
         shares = [f"{share:.6f}" for share in (*share_C, normal)]
         rows.append([slide_id, case_id, names[called + 1], *shares, model])
         print(f"{slide_id}: {len(logits_NK)} tiles; {names[called + 1]}, by {max(share_C):.3f}")
-    join_csv(path, header_of(names), rows)
+    join_csv(path, vote_columns(names), rows)
 
 
-def header_of(names: Sequence[str]) -> list[str]:
-    """Columns of `write_votes`; the first of the names is normal tissue."""
+def vote_columns(names: Sequence[str]) -> list[str]:
+    """Return the columns of `write_votes`; the first name is normal tissue."""
     shares = [f"p_{name}" for name in names[1:]]
     return ["slide_id", "case_id", "called", *shares, "normal", "model"]
 
 
-def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, ModelConfig, Towers]:
-    """Model, class vectors, model_config, and the image tower as it was trained, on their device.
+def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, PathPTConfig, Towers]:
+    """Return model, class vectors, configuration and trained image tower, on the device.
 
     Raises:
-        CheckpointError: as `predict_slides`.
+        CheckpointError: as in `name_slides`.
     """
-    model, classes_Kd, model_config, image = load(path)
+    model, classes_Kd, model_config, image = load_pathpt(path)
     tower = model_config.towers["images"] or model_config.towers["teacher"]
     needs = f"{path}: needs the image tower {tower} that it was trained with"
     try:
@@ -138,7 +138,7 @@ def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, ModelConf
         raise CheckpointError(f"{needs}: {error}") from error
     if towers.mark() != model_config.fingerprint:
         raise CheckpointError(
-            f"{needs} (fingerprint {model_config.fingerprint}), and there is another one now "
+            f"{needs} (fingerprint {model_config.fingerprint}), and the one found is another "
             f"({towers.mark()}). Put back the weights that it was trained with."
         )
     if model_config.strategy:
@@ -150,7 +150,7 @@ def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, ModelConf
 
 
 def write_tiles(path: Path, names: Sequence[str], p_NK: np.ndarray, index: TileIndex) -> None:
-    """Tile probabilities beside their corners (N, 2), level-0 pixels."""
+    """Write tile probabilities and their corners (N, 2), level-0 pixels, as h5."""
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["probabilities"] = p_NK
         file["probabilities"].attrs["classes"] = list(names)

@@ -1,15 +1,15 @@
-"""Tile labels that nobody drew: zero-shot classes, held against what is known of the slide.
+"""Pseudo-labels of tiles: zero-shot classes, restricted by the known subtype of the slide.
 
 1. Each class has many prompts: templates times synonyms. A random classifier takes one for each
    class and calls the few training slides by their tiles' vote; of many such classifiers the half
    with the best balanced accuracy is kept, and each class's kept prompts are averaged.
-2. A tile whose nearest class is normal, or the slide's own, is taken at its word. A tile that is
-   called by another subtype's name cannot be: it is a candidate, normal or the slide's own.
+2. A tile whose nearest class is normal or the slide's own gets that label. A tile nearest to
+   another subtype cannot be right: it is a candidate, either normal or the slide's own.
 
 Source: PathPT (arXiv 2508.15904): 200 classifiers, 100 kept, averaged, fixed for the run; labels as
     above, without a confidence threshold.
-Differs: balanced accuracy counts the classes among the training slides; of equals the earlier drawn
-    classifier is kept.
+Differs: balanced accuracy counts the classes among the training slides; of equally good
+    classifiers the earlier drawn is kept.
 
 Shapes: N tiles, S slides, P prompts of a class, K classes of a tile, d joint width.
 """
@@ -27,7 +27,7 @@ from tapfm.pathpt.vote import vote
 DRAWS, KEPT = 200, 100
 
 
-def select(
+def select_prompts(
     prompts: Sequence[Tensor],
     slides: Sequence[Tensor],
     subtypes: Sequence[int],
@@ -35,15 +35,15 @@ def select(
     draws: int = DRAWS,
     kept: int = KEPT,
 ) -> Tensor:
-    """The zero-shot classifier (K, d), chosen on a few slides.
+    """Return the zero-shot classifier (K, d), chosen on a few slides.
 
     Args:
-        prompts: for each class its prompts' unit vectors (P, d).
-        slides: of each training slide the tiles' unit vectors (N, d).
-        subtypes: of each training slide, 0 to C - 1.
-        seed: of the draws.
-        draws: random classifiers.
-        kept: how many of them are averaged.
+        prompts: unit vectors (P, d) of each class's prompts.
+        slides: unit vectors (N, d) of each training slide's tiles.
+        subtypes: subtype of each training slide, 0 to C - 1.
+        seed: seed of the draws.
+        draws: number of random classifiers.
+        kept: number of classifiers that are averaged.
     """
     generator = torch.Generator().manual_seed(seed)
     choice_RK = torch.stack(
@@ -63,16 +63,16 @@ def select(
 
 
 def tile_labels(z_Nd: Tensor, classifier_Kd: Tensor, subtype: int) -> Tensor:
-    """Labels (N,) of a slide's tiles: 0 normal, s + 1 its subtype s, -(s + 1) one of these two."""
+    """Return labels (N,): 0 normal, s + 1 subtype s, -(s + 1) either normal or subtype s."""
     own = subtype + 1
     called_N = (z_Nd @ classifier_Kd.T).argmax(1)
     return torch.where((called_N == 0) | (called_N == own), called_N, -own)
 
 
-def balanced_accuracy(truth: Sequence[int], called: Sequence[int]) -> float:
-    """Mean over the classes of `truth` of the share that is called right."""
+def balanced_accuracy(targets: Sequence[int], called: Sequence[int]) -> float:
+    """Return the mean, over the classes of `targets`, of the share that is called right."""
     shares = []
-    for label in sorted(set(truth)):
-        right = [c == label for t, c in zip(truth, called, strict=True) if t == label]
+    for label in sorted(set(targets)):
+        right = [c == label for t, c in zip(targets, called, strict=True) if t == label]
         shares.append(sum(right) / len(right))
     return sum(shares) / len(shares)

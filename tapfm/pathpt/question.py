@@ -1,8 +1,8 @@
-"""What is asked of PathPT, as YAML: classes with their names, prompts, and how it is trained.
+"""The settings of a PathPT run, from YAML: classes with their names, prompts, and training.
 
-Each subtype says by `where` which of the cohort's label columns are 1 and 0 for its slides; the
-first class is normal tissue and has none. A slide that no subtype fits, or whose labels are unknown
-where it matters, takes no part; one that two fit is a fault of the question.
+Each subtype names by `where` which of the cohort's label columns are 1 and 0 for its slides; the
+first class is normal tissue and has none. A slide that no subtype fits, or with a deciding label
+unknown, is left out; a slide that two subtypes fit is an error.
 
 Source: PathPT (arXiv 2508.15904): shots, draws, prompts, epochs, rate and scale, by default.
 Differs: `images` without a text tower and `strategy`, end to end, are our additions.
@@ -19,14 +19,15 @@ import yaml
 
 from slides.cohort.table import SlideRow
 from slides.cohort.targets import named_as_mean
+from slides.errors import SettingsError
 from tapfm.pathpt.text.prompts import MODES
 
 TEACHERS = ("demo", "keep")
 INITS = ("template", "random")
 
 
-class QuestionError(ValueError):
-    """A question cannot be asked, or not of this cohort."""
+class QuestionError(SettingsError):
+    """A question is invalid, or does not fit this cohort."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,16 @@ class TileClass:
     """One class of tiles."""
 
     name: str
-    """In prompts and reports."""
+    """Name in prompts and reports."""
     synonyms: tuple[str, ...] = ()
     """Further names, for zero-shot prompts."""
     where: Mapping[str, int] = field(default_factory=dict)
-    """Label columns and what they are for slides of this subtype."""
+    """Label columns and their values for slides of this subtype."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Classes and settings."""
+    """Classes and settings of a PathPT run."""
 
     classes: tuple[TileClass, ...]
     """Normal tissue, then the subtypes."""
@@ -52,35 +53,35 @@ class Question:
     teacher: str = "demo"
     """The vision-language model: `demo` or `keep`."""
     weights: str | None = None
-    """Of the teacher: KEEP's folder, or `hub`."""
+    """The teacher's weights: KEEP's folder, or `hub`."""
     images: str | None = None
     """Key of a vision-only encoder that learns from the teacher's tile labels; None: the teacher's
     own image tower."""
     image_weights: str | None = None
-    """Of that encoder, as in model.weights."""
+    """Weights of that encoder, as in model.weights."""
     shots: tuple[int, ...] = (1, 5, 10)
     """Training slides of each subtype."""
     draws: int = 10
-    """How often they are drawn anew."""
+    """Number of draws of training slides."""
     mode: str = "token"
-    """Of the prompts: `token`, `embedding` or `both`; vision-only encoders take `embedding`."""
+    """Kind of prompts: `token`, `embedding` or `both`; vision-only encoders: `embedding`."""
     init: str = "template"
-    """Of their context: `template` or `random`."""
+    """Initial context of the prompts: `template` or `random`."""
     context: int = 32
     """Context tokens of each class."""
     epochs: int = 20
     trust_from: int = 10
-    """Epoch (from 0) from which candidates that the model calls are taken at its word."""
+    """Epoch (from 0) from which candidates get the model's own label."""
     lr: float = 1e-4
-    """Adam's, of prompts and mixer."""
+    """Learning rate of Adam for prompts and mixer."""
     scale: float = 10.0
-    """What cosines are multiplied by."""
+    """Factor on the cosines."""
     double_softmax: bool = False
-    """The release's loss, for comparison."""
+    """Use the loss of the release, for comparison."""
     strategy: str | Mapping[str, Any] | None = None
-    """What of the image tower learns too, end to end; None: nothing."""
+    """Strategy of the image tower, trained end to end; None keeps it frozen."""
     encoder_lr: float | None = None
-    """Its learning rate; None is the strategy's own."""
+    """Learning rate of the image tower; None is the strategy's own."""
 
     def __post_init__(self):
         subtypes = self.classes[1:]
@@ -115,22 +116,22 @@ class Question:
 
     @property
     def names(self) -> list[str]:
-        """Of the K classes."""
+        """Return the names of the K classes."""
         return [each.name for each in self.classes]
 
     @property
     def columns(self) -> list[str]:
-        """Label columns that decide."""
+        """Return the label columns that decide."""
         return list(dict.fromkeys(key for each in self.classes for key in each.where))
 
     @property
     def towers(self) -> dict[str, str | None]:
-        """What `tiles.load_towers` loads."""
+        """Return the arguments of `tiles.load_towers`."""
         names = ("teacher", "weights", "images", "image_weights")
         return {name: getattr(self, name) for name in names}
 
     def sentences(self) -> list[list[str]]:
-        """Every prompt of each class: templates times names."""
+        """Return every prompt of each class: templates times names."""
         return [
             [template.format(name) for name in (each.name, *each.synonyms)
              for template in self.templates]
@@ -139,13 +140,13 @@ class Question:
 
 
 def read_question(path: Path) -> Question:
-    """From YAML.
+    """Return a question from YAML.
 
     Raises:
-        QuestionError: no such file, not YAML, unknown or missing keys, or all that is wrong.
+        QuestionError: no such file, not YAML, unknown or missing keys, or invalid settings.
     """
     if not path.is_file():
-        raise QuestionError(f"{path}: there is no such question")
+        raise QuestionError(f"{path}: there is no such question. Correct --question.")
     try:
         found = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -169,10 +170,10 @@ def read_question(path: Path) -> Question:
 def subtypes(
     question: Question, labels: Sequence[str], rows: Iterable[SlideRow]
 ) -> dict[str, int | None]:
-    """Each slide's subtype, 0 to C - 1; None where none fits or a label that matters is unknown.
+    """Return each slide's subtype, 0 to C - 1; None if none fits or a deciding label is unknown.
 
     Args:
-        question: whose subtypes.
+        question: the question.
         labels: names of the rows' labels.
         rows: slides.
 
@@ -190,13 +191,13 @@ def subtypes(
         if len(fit) > 1:
             both = " and ".join(question.classes[1 + n].name for n in fit[:2])
             raise QuestionError(
-                f"{row.slide_id}: {both} fit it both. Say in their `where` what tells them apart."
+                f"{row.slide_id}: {both} fit it both. Make their `where` exclude each other."
             )
         found[row.slide_id] = fit[0] if fit else None
     return found
 
 
-def _known(path: Path, what: str, kind: type, given: Sequence[Mapping[str, Any]]) -> None:
+def _known(path: Path, part: str, kind: type, given: Sequence[Mapping[str, Any]]) -> None:
     names = {each.name for each in fields(kind)}
     needed = {
         each.name
@@ -206,7 +207,8 @@ def _known(path: Path, what: str, kind: type, given: Sequence[Mapping[str, Any]]
     for each in given:
         unknown, missing = sorted(each.keys() - names), sorted(needed - each.keys())
         if unknown or missing:
-            said = [f"{w} {', '.join(k)}" for w, k in (("unknown", unknown), ("no", missing)) if k]
+            pairs = (("unknown", unknown), ("no", missing))
+            faults = [f"{word} {', '.join(keys)}" for word, keys in pairs if keys]
             raise QuestionError(
-                f"{path}: {what}: {'; '.join(said)}. There are {', '.join(sorted(names))}."
+                f"{path}: {part}: {'; '.join(faults)}. There are {', '.join(sorted(names))}."
             )

@@ -1,13 +1,13 @@
-"""`tapfm pathpt`: a question about subtypes, answered from few slides, beside frozen baselines.
+"""`tapfm pathpt`: predict subtypes from few training slides, beside frozen baselines.
 
 For each number of shots and each draw of that many training slides a subtype: choose zero-shot
-prompts on them, label their tiles, train, and call every test slide. The frozen baselines get the
-same image features and the same slides, and choose rate and epoch on the whole val split, which
-PathPT does not look at. Pictures of tile classes are of the first draw with the most shots.
+prompts on them, label their tiles, train, and predict every test slide. The frozen baselines get
+the same image features and slides, and choose rate and epoch on the whole val split, which PathPT
+does not use. Tile classes are drawn for the first draw with the most shots.
 
     <out>/report.md, scores.json                    the table, with intervals
     <out>/<shots>_shots/draw_<n>/pathpt.safetensors    and predictions.csv, pathpt_losses.csv
-    <out>/tile_classes/<slide>.png, .geojson        what each tile is called, for people and QuPath
+    <out>/tile_classes/<slide>.png, .geojson        predicted tile classes, for people and QuPath
 
 Source: PathPT (arXiv 2508.15904): shots, draws and a fixed test set.
 Differs: intervals by test case and paired differences to the frozen rows are ours.
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from slides.cohort.table import SlideRow, read_cohort
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
+from slides.tiling.index_file import TileIndex
 from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_optimizer, make_strategy, strategy_spec
 from tapfm.config import read_data, read_source
@@ -36,9 +37,9 @@ from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.few import draw_slides
 from tapfm.pathpt.findings import draw_classes, write_calls, write_losses, write_report
-from tapfm.pathpt.model import ModelConfig, PathPT, save
+from tapfm.pathpt.model import PathPT, PathPTConfig, save_pathpt
 from tapfm.pathpt.question import Question, QuestionError, read_question, subtypes
-from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.text.prompts import ClassPrompts
 from tapfm.pathpt.tiles import (
     EncodedSlide,
     Towers,
@@ -46,7 +47,7 @@ from tapfm.pathpt.tiles import (
     load_towers,
     read_slides,
 )
-from tapfm.pathpt.train import ImageTower, LabelledSlide, train
+from tapfm.pathpt.train import ImageTower, LabelledSlide, train_pathpt
 from tapfm.pathpt.vote import vote
 from tapfm.tasks.multilabel import Multilabel
 
@@ -70,21 +71,21 @@ def run_pathpt(
     drawn: int = 4,
     device: str | None = None,
 ) -> int:
-    """Answer a question of a cohort. Returns 0.
+    """Train and test a question on a cohort; return 0.
 
     Args:
-        configs: YAML with a data part, the cohort's.
+        configs: YAML files with the cohort's data part.
         question_file: YAML of the question.
         out: folder.
-        seed: of draws, training and bootstrap.
+        seed: seed of draws, training and bootstrap.
         chunk: tiles on the device at once.
         drawn: test slides whose tile classes are drawn.
-        device: where to; None is CUDA where there is one.
+        device: device to run on; None is CUDA if there is one.
 
     Raises:
-        QuestionError: the question, or that it cannot be asked of this cohort.
-        TextError, BackboneError: a tower that cannot be had.
-        SlideError: a slide that cannot be read, where the config does not say to skip it.
+        QuestionError: the question is invalid or does not fit the cohort.
+        TextError, BackboneError: a tower is unavailable.
+        SlideError: a slide cannot be read and the config does not skip such slides.
     """
     question = read_question(question_file)
     data = read_data(configs)
@@ -95,7 +96,7 @@ def run_pathpt(
     towers = load_towers(device, **question.towers)
     subtype = subtypes(question, question.columns, cohort.rows)
     rows = [row for row in cohort.rows if subtype[row.slide_id] is not None]
-    few_of(question, rows, subtype, seed)  # what cannot be asked is said before hours of work
+    few_of(question, rows, subtype, seed)  # faults are reported before hours of work
     print(f"{len(rows)} of {len(cohort.rows)} slides have one of the subtypes")
     slides = read_slides(source, rows, subtype, towers, out, chunk)
     few = few_of(question, [each.row for each in slides.values()], subtype, seed)
@@ -110,8 +111,8 @@ def run_pathpt(
             chosen = [slides[name] for name in ids]
             answer = one_draw(question, towers, source, prompts, chosen, slides, here, seed + n,
                               chunk, show)  # fmt: skip
-            for arm, calls_S in answer.items():
-                called[shots].setdefault(arm, []).append(calls_S)
+            for name, calls_S in answer.items():
+                called[shots].setdefault(name, []).append(calls_S)
             write_calls(here / "predictions.csv", question, test, answer)
     print(write_report(out, question, test, called, BASELINES, seed))
     return 0
@@ -120,10 +121,10 @@ def run_pathpt(
 def few_of(
     question: Question, rows: Sequence[SlideRow], subtype: Mapping[str, int | None], seed: int
 ) -> dict[int, list[list[str]]]:
-    """Ids of the training slides, by shots and draw.
+    """Return ids of the training slides, by shots and draw.
 
     Raises:
-        QuestionError: there are too few slides in any split.
+        QuestionError: a split has too few slides.
     """
     for split, fewest in (("test", 2), ("val", 1)):
         there = {subtype[row.slide_id] for row in rows if row.split == split}
@@ -154,59 +155,67 @@ def one_draw(
     chunk: int,
     drawn: int,
 ) -> dict[str, list[int]]:
-    """What each arm calls each test slide, from these training slides."""
+    """Return each model's prediction of each test slide, trained on these slides."""
     test = [each for each in slides.values() if each.row.split == "test"]
-    zero_Kd = pseudo.select(
+    zero_Kd = pseudo.select_prompts(
         prompts, [each.joint_Nd for each in chosen], [each.subtype for each in chosen], seed
     )
     answer = {ZERO: [vote(each.joint_Nd @ zero_Kd.T) for each in test]}
     answer |= baselines(question, chosen, slides, seed)
     tile_source, mark = TileSource.of(source), towers.mark()
-    arms = [PATHPT] + [JOINED] * (question.strategy is not None)
-    for arm in arms:
-        joined = arm == JOINED
+    models = [PATHPT] + [JOINED] * (question.strategy is not None)
+    for name in models:
+        joined = name == JOINED
         few = [
             LabelledSlide(
-                each.z_Nd,
-                each.places_N2,
-                pseudo.tile_labels(each.joint_Nd, zero_Kd, each.subtype),
-                each.subtype,
+                each.z_Nd, each.places_N2,
+                pseudo.tile_labels(each.joint_Nd, zero_Kd, each.subtype), each.subtype,
                 tile_source.tiles(each.row) if joined else None,
             )
             for each in chosen
-        ]
+        ]  # fmt: skip
         own = load_towers(towers.device, **question.towers) if joined else towers
         image = image_tower(question, own, chunk) if joined else None
         model, losses = fit(question, own, few, seed, image)
         with torch.no_grad():
             classes_Kd = model.prompts(own.teacher.text)
         stem = "pathpt_end_to_end" if joined else "pathpt"
-        vit = own.encoder.vit  # where it is not trained, all of it is frozen
+        vit = own.encoder.vit  # all of it is frozen unless it is trained
         trained = {name: p for name, p in vit.named_parameters() if p.requires_grad}
-        model_config = ModelConfig(
+        model_config = PathPTConfig(
             tuple(question.names), classes_Kd.shape[1], question.scale, question.towers, mark,
             strategy_spec(make_strategy(question.strategy)) if joined else None,
             asdict(source.tiles), source.stain,
         )  # fmt: skip
-        save(here / f"{stem}.safetensors", model, classes_Kd, model_config, trained)
+        save_pathpt(here / f"{stem}.safetensors", model, classes_Kd, model_config, trained)
         write_losses(here / f"{stem}_losses.csv", losses)
-        answer[arm] = []
+        answer[name] = []
         tuned = tile_source.streamed([each.row for each in test] if joined else [], source.workers)
         z_by_slide = {row.slide_id: encode_slide(own, tiles, chunk) for row, tiles in tuned}
         for number, each in enumerate(test):
             with torch.no_grad():
                 z_Nd = z_by_slide.get(each.row.slide_id, each.z_Nd)
                 logits_NK = model(z_Nd, each.places_N2, classes_Kd)
-            answer[arm].append(vote(logits_NK))
-            if number < drawn and arm == arms[-1]:
-                row, index = each.row, tile_source.index(each.row)
-                p_NK, is_ = logits_NK.softmax(1).cpu().numpy(), question.names[each.subtype + 1]
-                with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-                    draw_classes(
-                        here.parent.parent / "tile_classes", slide, index, question.names, p_NK,
-                        answer[arm][-1], f", is {is_}",
-                    )  # fmt: skip
+            answer[name].append(vote(logits_NK))
+            if number < drawn and name == models[-1]:
+                folder, index = here.parent.parent / "tile_classes", tile_source.index(each.row)
+                draw_tile_classes(folder, question, each, index, logits_NK, answer[name][-1])
     return answer
+
+
+def draw_tile_classes(
+    folder: Path,
+    question: Question,
+    test: EncodedSlide,
+    index: TileIndex,
+    logits_NK: Tensor,
+    called: int,
+) -> None:
+    """Draw the tile classes of a test slide, its true subtype in the title."""
+    row, p_NK = test.row, logits_NK.softmax(1).cpu().numpy()
+    true = f", is {question.names[test.subtype + 1]}"
+    with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
+        draw_classes(folder, slide, index, question.names, p_NK, called, true)
 
 
 def fit(
@@ -216,25 +225,26 @@ def fit(
     seed: int,
     image: ImageTower | None,
 ) -> tuple[PathPT, list[float]]:
-    """A trained model, and each epoch's loss."""
+    """Return a trained model, and the loss of each epoch."""
     text = towers.teacher.text if question.mode != "embedding" else None
     dim = few[0].z_Nd.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        prompts = Prompts(question.names, dim, text, question.mode, question.init, question.context)
+        how = question.mode, question.init, question.context
+        prompts = ClassPrompts(question.names, dim, text, *how)
         model = PathPT(dim, prompts, question.scale).to(towers.device)
     if towers.student:
         model.standardise([each.z_Nd for each in few])
-    return model, train(model, text, few, question, seed, image)
+    return model, train_pathpt(model, text, few, question, seed, image)
 
 
 def image_tower(question: Question, towers: Towers, chunk: int) -> ImageTower:
-    """The image tower with the question's strategy in it."""
+    """Return the image tower with the question's strategy applied."""
     strategy, vit = make_strategy(question.strategy), towers.encoder.vit
     strategy.prepare(vit)
     lr = strategy.lr if question.encoder_lr is None else question.encoder_lr
     optimizer = make_optimizer(strategy, strategy.parameters(vit, lr, 0.0))
-    towers.encoder.train()  # for a strategy's dropout; `encode_slide` ends it
+    towers.encoder.train()  # for a strategy's dropout; `encode_slide` sets eval mode
     return ImageTower(towers.encode, optimizer, torch.device(towers.device), chunk)
 
 
@@ -244,7 +254,7 @@ def baselines(
     slides: Mapping[str, EncodedSlide],
     seed: int,
 ) -> dict[str, list[int]]:
-    """The frozen slide models' calls, from the same slides; val chooses rate and epoch."""
+    """Return the frozen slide models' predictions from the same slides, chosen on val."""
     names = question.names[1:]
 
     def frozen(each: EncodedSlide) -> FrozenSlide:
@@ -256,7 +266,7 @@ def baselines(
     test = [frozen(each) for each in slides.values() if each.row.split == "test"]
     few, answer = [frozen(each) for each in chosen], {}
     task = Multilabel.learn(tuple(names), (), torch.stack([each.target_Y for each in few]).numpy())
-    for arm, fitted in BASELINES.items():
+    for name, fitted in BASELINES.items():
         model = fitted(few, val, task, seed=seed)
-        answer[arm] = [int(model.predict(each)[0].argmax()) for each in test]
+        answer[name] = [int(model.predict(each)[0].argmax()) for each in test]
     return answer

@@ -1,13 +1,13 @@
-"""Tiles look at their neighbours on the slide, then at the whole slide: the mixer of PathPT.
+"""PathPT's mixer: tiles attend to their neighbours on the slide, then to the whole slide.
 
     z <- z + mix(sum_k relu(norm(conv_k(z))))     k = 3, 5, 7 tiles wide, on the tiles' own grid
     z <- z + attention(norm(z))                   every tile to every other
 
 Convolutions are depth-wise and two-dimensional on the tiles' true places, so the order in which
-tiles come does not matter, and a tile without neighbours has zeros around it. Rows and columns of
-the grid that hold no tile are drawn together to what a kernel can reach across, which changes no
-number and keeps far-apart sections cheap. Both additions start at 0: the mixer is the identity, and
-what a zero-shot classifier says before training is what it said without the mixer.
+tiles come does not matter, and a tile without neighbours has zeros around it. Empty rows and
+columns of the grid are shortened to just more than a kernel can reach, which changes no number and
+keeps far-apart sections cheap. Both additions start at 0: at first the mixer is the identity, and
+zero-shot predictions are those without it.
 
 Price: d x (4 d + d + 83) + 7 d numbers, 2.9 M at d = 768; memory grows with the grid and, since
     attention is never held as a matrix, linearly with the tiles.
@@ -34,16 +34,16 @@ REACH = max(KERNELS) // 2
 
 
 class PlaceError(ValueError):
-    """Tiles do not lie on a grid as they should."""
+    """Tiles do not lie on a regular grid."""
 
 
 class Mixer(nn.Module):
-    """Tile vectors (N, d) at their places, mixed.
+    """A module that mixes tile vectors (N, d) over neighbours and over the slide.
 
     Args:
         dim: d.
-        heads: of the attention; they divide d.
-        dropout: of what attention adds.
+        heads: heads of the attention, a divisor of d.
+        dropout: dropout rate of the attention's output.
     """
 
     def __init__(self, dim: int, heads: int = 8, dropout: float = 0.1):
@@ -61,18 +61,18 @@ class Mixer(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, z_Nd: Tensor, places_N2: Tensor) -> Tensor:
-        """Mixed tiles (N, d), in the order they came in.
+        """Return mixed tiles (N, d), in the given order.
 
         Args:
             z_Nd: tiles.
-            places_N2: row and column of each on the grid, as `places` gives them; no two the same.
+            places_N2: row and column of each on the grid, from `places`; all distinct.
         """
         z_Nd = z_Nd + self.neighbours(z_Nd, places_N2)
         return z_Nd + self.slide(z_Nd)
 
     def neighbours(self, z_Nd: Tensor, places_N2: Tensor) -> Tensor:
-        """What the convolutions add."""
-        row_N, column_N = drawn_together(places_N2).unbind(1)
+        """Return what the convolutions add, (N, d)."""
+        row_N, column_N = compact(places_N2).unbind(1)
         map_YXd = z_Nd.new_zeros(int(row_N.max()) + 1, int(column_N.max()) + 1, z_Nd.shape[1])
         map_YXd = map_YXd.index_put((row_N, column_N), z_Nd)
         map_1dYX = map_YXd.permute(2, 0, 1)[None]
@@ -80,7 +80,7 @@ class Mixer(nn.Module):
         return self.mix(sum(F.relu(self.near(each_Nd)) for each_Nd in seen))
 
     def slide(self, z_Nd: Tensor) -> Tensor:
-        """What the attention adds."""
+        """Return what the attention adds, (N, d)."""
         q, k, v = self.qkv(self.far(z_Nd)).unflatten(1, (3, self.heads, -1)).unbind(1)
         q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
         seen_Nd = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
@@ -88,14 +88,14 @@ class Mixer(nn.Module):
 
 
 def places(coords0: np.ndarray, step0: float) -> Tensor:
-    """Row and column (N, 2) of tiles, int64, from their corners (N, 2), columns x0, y0.
+    """Return row and column (N, 2) of tiles, int64, from their corners (N, 2), columns x0, y0.
 
     Args:
-        coords0: level-0 pixels; sections may lie off each other's lattice.
+        coords0: level-0 pixels; sections need not share a lattice.
         step0: distance between neighbours, level-0 pixels. Corners are rounded to it.
 
     Raises:
-        PlaceError: two tiles would be at one place: the step is too long for these corners.
+        PlaceError: two tiles have the same place: the step is too long for these corners.
     """
     offset_N2 = np.asarray(coords0, float) - np.min(coords0, axis=0)
     places_N2 = np.floor(offset_N2 / step0 + 0.5).astype(np.int64)[:, ::-1]
@@ -108,8 +108,8 @@ def places(coords0: np.ndarray, step0: float) -> Tensor:
     return torch.from_numpy(places_N2.copy())
 
 
-def drawn_together(places_N2: Tensor) -> Tensor:
-    """Places with every empty stretch of rows or columns as short as no kernel can see across."""
+def compact(places_N2: Tensor) -> Tensor:
+    """Return places with every empty stretch shortened to just more than a kernel can reach."""
     kept = []
     for axis_N in places_N2.unbind(1):
         values, back_N = torch.unique(axis_N, return_inverse=True)

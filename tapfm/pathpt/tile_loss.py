@@ -1,10 +1,10 @@
-"""What PathPT minimises on the tiles of one slide.
+"""PathPT's loss of the tiles of one slide.
 
-    1.0  labelled tiles: cross-entropy, the mean of each class averaged over the classes there are
-    0.1  candidates: minus the log of the chance that they are normal or the slide's subtype
-    0.5  candidates, once the model knows something: those it calls one of the two, as labelled
+    1.0  labelled tiles: cross-entropy, averaged by class, then over the classes present
+    0.1  candidates: minus log of the probability that they are normal or the slide's subtype
+    0.5  candidates, from a later epoch on: those predicted as one of the two, as if labelled
 
-Given true tile labels, which leave no candidates, it is the first line alone.
+With true tile labels there are no candidates, and only the first line remains.
 
 Source: PathPT (arXiv 2508.15904).
 Differs: logits go in as they are. The release takes the softmax twice, which keeps the loss from
@@ -31,14 +31,14 @@ def tile_loss(
     trust: bool,
     double_softmax: bool = False,
 ) -> Tensor:
-    """The loss of a slide.
+    """Return the loss of a slide.
 
     Args:
         logits_NK: scaled cosines.
-        labels_N: as `pseudo.tile_labels` gives them; negative for candidates.
-        subtype: of the slide, 0 to C - 1.
-        trust: whether the third line counts yet.
-        double_softmax: as released.
+        labels_N: labels from `pseudo.tile_labels`; negative for candidates.
+        subtype: the slide's subtype, 0 to C - 1.
+        trust: whether the third term is used.
+        double_softmax: use the loss of the release.
     """
     if double_softmax:
         logits_NK = logits_NK.softmax(1)
@@ -58,7 +58,7 @@ def tile_loss(
 
 
 def balanced_nll(log_p_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """Mean over the classes there are of the mean over their tiles; 0 where there is no tile."""
+    """Return the mean over present classes of the mean over their tiles; 0 without tiles."""
     if not len(labels_N):
         return log_p_NK.sum()
     each_N = F.nll_loss(log_p_NK, labels_N, reduction="none")

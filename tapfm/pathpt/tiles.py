@@ -1,7 +1,7 @@
-"""The slides of a question as PathPT sees them: features, places, pixels when they are asked for.
+"""The slides of a question: features, places, and pixels if asked for.
 
-Features are those files of `tapfm features` that are there, or are written so; the teacher's head
-takes them into the joint space. With a student, an encoder of its own, both are kept.
+Features are read from files of `tapfm features`, or written there; the teacher's head maps them to
+the joint space. With a student (another encoder) both encoders' features are kept.
 
 Price: one forward pass a tile, once; the features of all the question's slides in memory.
 
@@ -42,31 +42,31 @@ class EncodedSlide:
     joint_Nd: Tensor
     """Tiles in the teacher's joint space."""
     z_Nd: Tensor
-    """Tiles as the learning image tower has them: the same, or another encoder's features."""
+    """Tiles of the learning image tower: the same, or another encoder's features."""
     places_N2: Tensor
 
 
 @dataclass(frozen=True)
 class Towers:
-    """The teacher, and the encoder that learns from it where that is another."""
+    """The teacher, and the student: the encoder that learns from it, if another."""
 
     teacher: VisionLanguage | None
-    """None beside a student that has learned."""
+    """None beside a trained student."""
     student: backbones.Encoder | None
     device: str
 
     @property
     def encoder(self) -> backbones.Encoder:
-        """The image tower that features are of."""
+        """Return the image tower of the features."""
         return self.student or self.teacher.encoder
 
     def encode(self, tiles_CP: Tensor) -> Tensor:
-        """Tiles to what the model is trained on."""
+        """Return the model's input vectors of tiles."""
         z_CD = self.encoder.encode(tiles_CP)[0]
         return z_CD if self.student else self.teacher.joint(z_CD)
 
     def mark(self) -> str:
-        """Fingerprint of the encoder as it is now."""
+        """Return the fingerprint of the encoder's present weights."""
         vit = self.encoder.vit
         return state_fingerprint(self.encoder.row, vit.state_dict(), self.encoder.tile_px)
 
@@ -79,12 +79,12 @@ def load_towers(
     image_weights: str | None,
     learned: bool = False,
 ) -> Towers:
-    """Teacher and student, as a question names them, frozen, on their device.
+    """Return a question's teacher and student, frozen, on their device.
 
-    Where all has been `learned`, there is no text tower, and no teacher beside a student.
+    For a trained model (`learned`) no text tower is loaded, and no teacher beside a student.
 
     Raises:
-        TextError, BackboneError: a tower that cannot be had.
+        TextError, BackboneError: a tower is unavailable.
     """
     student, pair = None, None
     if images:
@@ -104,10 +104,10 @@ def read_slides(
     out: Path,
     chunk: int,
 ) -> dict[str, EncodedSlide]:
-    """Features of every slide, from files of `tapfm features`' layout or written so.
+    """Return every slide with its features, from files of `tapfm features` or written so.
 
     Raises:
-        QuestionError: tiles of another size than the image tower takes.
+        QuestionError: the tiles do not have the size that the image tower takes.
         SlideError: with `on_error: stop`, the first slide's fault; otherwise it is printed.
     """
     _, failed = index_and_cache(source)
@@ -115,8 +115,8 @@ def read_slides(
     for encoder in (towers.teacher.encoder, *([towers.student] if towers.student else [])):
         if encoder.tile_px != grid.size:
             raise QuestionError(
-                f"tiles of {grid.size} px, and {encoder.row.key} takes {encoder.tile_px}: set "
-                "data.tiles.tile_px"
+                f"data.tiles.tile_px: tiles have {grid.size} px, and {encoder.row.key} takes "
+                f"{encoder.tile_px}: set it to {encoder.tile_px}"
             )
         mark = state_fingerprint(encoder.row, encoder.vit.state_dict(), encoder.tile_px)
         name = f"{encoder.row.key}_{mark[:8]}"
@@ -144,7 +144,7 @@ def read_slides(
 
 
 def encode_slide(towers: Towers, tiles: Tiles, chunk: int) -> Tensor:
-    """All tiles of a slide by the image tower as it is now."""
+    """Return the vectors of all tiles of a slide by the image tower's present weights."""
     towers.encoder.eval()
 
     def encode(tiles_CP: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
-"""Training PathPT: a slide a step with all its tiles, on frozen features or into the image tower.
+"""Training of PathPT: a slide a step with all its tiles, on frozen features or end to end.
 
-On frozen features a step is one backward pass. End to end it is the engine's two: tile vectors
-without a graph, chunk by chunk; the tile loss on a graph of its own, which leaves dL/dz; the chunks
-again, with a graph, each given its rows of dL/dz. That is the gradient of one joint graph, whatever
-the number of tiles (`engine.chunked`).
+On frozen features a step is one backward pass. End to end it is the engine's two passes: tile
+vectors without a graph, chunk by chunk; the tile loss on its own graph, which gives dL/dz; the
+chunks again, with a graph, each with its rows of dL/dz. That is the gradient of one joint graph,
+whatever the number of tiles (`engine.chunked`).
 
-A plain loop, as for the frozen baselines: there are a few slides, many draws of them, and nothing
-to stop and resume.
+A plain loop, as for the frozen baselines: runs are short, so nothing is resumed.
 
 Source: PathPT (arXiv 2508.15904): Adam without weight decay, 20 epochs, warm-up over a tenth of
     them and then a cosine, the last epoch kept.
@@ -40,25 +39,25 @@ class LabelledSlide:
     """One training slide."""
 
     z_Nd: Tensor
-    """Its tiles as the frozen image tower has them."""
+    """Its tiles, by the frozen image tower."""
     places_N2: Tensor
     labels_N: Tensor
-    """As `pseudo.tile_labels` gives them, or true ones."""
+    """Labels from `pseudo.tile_labels`, or true ones."""
     subtype: int
     tiles: Tiles | None = None
-    """Its pixels, for end to end."""
+    """Its pixels, for training end to end."""
 
 
 @dataclass(frozen=True)
 class ImageTower:
-    """What end to end trains, and how."""
+    """The image tower and its optimizer, for training end to end."""
 
     encode: Callable[[Tensor], Tensor]
-    """Tiles (C, 3, H, W) to (C, d)."""
+    """Maps tiles (C, 3, H, W) to (C, d)."""
     optimizer: torch.optim.Optimizer
     device: torch.device
     chunk: int = 16
-    """Tiles at once; it changes the memory and nothing else."""
+    """Tiles at once; affects only memory."""
 
 
 def step(
@@ -71,7 +70,7 @@ def step(
     image: ImageTower | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Adds one slide's gradient to the model's `.grad`, and to the image tower's if it is given.
+    """Add one slide's gradient to the model's `.grad`, and to a given image tower's.
 
     Returns:
         The slide's loss.
@@ -95,7 +94,7 @@ def step(
     return loss.detach()
 
 
-def train(
+def train_pathpt(
     model: PathPT,
     text: TextTower | None,
     slides: Sequence[LabelledSlide],
@@ -106,15 +105,15 @@ def train(
     """Train in place; the model is in eval mode afterwards.
 
     Args:
-        model: prompts and mixer, all of which learns.
-        text: the frozen tower; None where class vectors are free.
-        slides: the few.
+        model: prompts and mixer, all trainable.
+        text: the frozen text tower; None if class vectors are free.
+        slides: the training slides.
         question: epochs, rates and loss.
-        seed: of order and dropout.
+        seed: seed of order and dropout.
         image: the image tower, to be trained end to end.
 
     Returns:
-        Each epoch's mean loss.
+        Mean loss of each epoch.
     """
     optimizers = [torch.optim.Adam(model.parameters(), question.lr)]
     optimizers += [image.optimizer] if image else []

@@ -45,18 +45,8 @@ from tapfm.engine.memory import saved_bytes as autograd_bytes
 GIB = 2**30
 CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces, fragmentation
 GRADIENT = 4  # bytes a parameter that learns: summed in fp32
-KEPT = {
-    "adamw": 8,
-    "master": 12,
-    "residual": 4.03,
-    "offload": 0,
-}  # bytes a trained parameter, by optimizer
-AT_ONCE = {
-    "adamw": 0,
-    "master": 0,
-    "residual": 40,
-    "offload": 0,
-}  # temporary bytes of an update, per number of the largest tensor
+KEPT = {"adamw": 8, "master": 12, "residual": 4.03, "offload": 0}  # likewise, by the optimizer
+AT_ONCE = {"adamw": 0, "master": 0, "residual": 40, "offload": 0}  # a number of the largest tensor
 BAG_TILES, BAG_COPIES = 1000, 6  # a training bag; features, gate, their gradients
 PHASES = ("encode", "aggregate", "adapt", "step")
 

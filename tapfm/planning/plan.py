@@ -3,8 +3,8 @@
     tapfm plan --model h_optimus_0 --gpu 24
 
 `planning.footprint` counts the memory of each setup; here the largest chunk that fits is found for
-each, and the first setup that fits is chosen in this order: exact before approximate, no
-recomputation before recomputation, all parameters before some. `tapfm fit` on a GPU prints the same
+each, and the first setup that fits is chosen in this order: exact before approximate, without
+recomputation before with it, all parameters before some. `tapfm fit` on a GPU prints the same
 forecast for its own settings, and at the end the measured peaks beside it.
 
 Condition: tiles/s are the counted work over an assumed rate, not a measured one (`CARDS`).
@@ -28,7 +28,7 @@ GOOD_CHUNK = 8  # fewer tiles at once leave a GPU idle: recomputing blocks costs
 CARDS = {"H200": 420, "RTX 4090": 105, "RTX 3090": 42, "A10G": 40}  # sustained TFLOP/s, assumed
 LAST = 4  # last-n is shown for a quarter of the blocks
 HOST_BYTES = 12  # host memory a parameter: master and moments
-DESCRIPTIONS = {
+SCHEMES = {
     "adamw": "fp32 weights and autocast",
     "master": "bf16 weights with fp32 masters on the card",
     "offload": "bf16 weights, exact AdamW in host memory",
@@ -169,9 +169,7 @@ def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[O
     choice = (large or full or fitting)[0]
     setup = choice.setup
     least = f"{choice.good_gib if choice.chunk >= good else choice.least_gib:.1f} GiB at chunk "
-    reason = (
-        f"{DESCRIPTIONS[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
-    )
+    reason = f"{SCHEMES[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
     reason += f"{usable:.1f} are usable"
     if not choice.full:
         return choice, f"training every parameter does not fit; {choice.name} does. {reason}."

@@ -18,15 +18,8 @@ from dataclasses import asdict
 import numpy as np
 
 from tapfm.reports.plain_table import markdown, span
+from tapfm.stats import calibration
 from tapfm.stats.bootstrap import interval, mean_of, with_point
-from tapfm.stats.calibration import (
-    Scaling,
-    brier,
-    ece,
-    fit_platt,
-    fit_temperature,
-    reliability,
-)
 from tapfm.stats.delong import delong, delong_difference
 from tapfm.stats.metrics import MACRO, auroc_draws
 from tapfm.stats.thresholds import FIGURES, RULES, choose_threshold, figures_at
@@ -111,23 +104,24 @@ def _operating_points(labels, y_NK, p_NK, validation: Validation, times_BN) -> d
 
 def _calibration(labels, y_NK, p_NK, validation: Validation | None, times_BN) -> dict[str, dict]:
     fits: dict[str, Callable | None] = {
-        "raw": None, "temperature": fit_temperature, "platt": fit_platt
+        "raw": None, "temperature": calibration.fit_temperature,
+        "platt": calibration.fit_platt,
     }  # fmt: skip
     found: dict[str, dict] = {label: {} for label in [*labels, MACRO]}
     for name, fit in fits.items():
         drawn = {}
         for k, label in enumerate(labels):
-            y_N, scaling = y_NK[:, k], Scaling()
+            y_N, scaling = y_NK[:, k], calibration.Scaling()
             if fit is not None:
                 scaling = validation and fit(validation[0][:, k], validation[1][:, k])
             if scaling is None or np.isnan(y_N).all():
                 found[label][name] = None
                 continue
             p_N = scaling(p_NK[:, k])
-            bins, off_B = reliability(y_N, p_N), brier(y_N, p_N, times_BN)
-            drawn[label] = ece(bins), off_B
+            bins, off_B = calibration.reliability(y_N, p_N), calibration.brier(y_N, p_N, times_BN)
+            drawn[label] = calibration.ece(bins), off_B
             found[label][name] = {
-                **asdict(scaling), "ece": ece(bins), "brier": interval(off_B),
+                **asdict(scaling), "ece": calibration.ece(bins), "brier": interval(off_B),
                 "bins": [asdict(each) for each in bins],
             }  # fmt: skip
         if not drawn:

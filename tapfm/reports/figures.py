@@ -178,9 +178,7 @@ def row_styles(rows: Sequence[ResultRow]) -> list[dict]:
         dash, width = ("-", 2.2) if row.end_to_end else (DASHES[nth % len(DASHES)], 1.5)
         colour, marker = colours[nth % len(colours)], MARKERS[nth % len(MARKERS)]
         look = {"color": colour, "linestyle": dash, "linewidth": width}
-        styles.append(
-            look | {"marker": marker, "markersize": 0}
-        )  # shown by a size where there are few points
+        styles.append(look | {"marker": marker, "markersize": 0})  # sized where points are few
     return styles
 
 

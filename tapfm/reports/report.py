@@ -154,16 +154,14 @@ def _table(labels, rows, figures, gains, reference, draws) -> list[list[str]]:
             count = "" if label == MACRO else f"{found['positives']}/{found['known']}"
             mark = " *" if reference is not None and row.title == reference.title else ""
             gain = gains.get(row.title)
-            table.append(
-                [
-                    label if first else "",
-                    count if first else "",
-                    row.title + mark,
-                    span(found["auroc"], draws, undefined=ONE_CLASS),
-                    span(found["auprc"], draws, undefined=ONE_CLASS),
-                    span(gain and gain[label], draws, "+", ONE_CLASS),
-                ]
-            )
+            table.append([
+                label if first else "",
+                count if first else "",
+                row.title + mark,
+                span(found["auroc"], draws, undefined=ONE_CLASS),
+                span(found["auprc"], draws, undefined=ONE_CLASS),
+                span(gain and gain[label], draws, "+", ONE_CLASS),
+            ])  # fmt: skip
     return table
 
 
@@ -184,12 +182,8 @@ def _notes(result: dict, rows, figures, reference) -> list[str]:
         )
     else:
         notes.append("No row without end-to-end training to compare with: no differences.")
-    intervals = [
-        found[name]
-        for each in figures.values()
-        for found in each.values()
-        for name in ("auroc", "auprc")
-    ]
+    found = [each for groups in figures.values() for each in groups.values()]
+    intervals = [each[name] for each in found for name in ("auroc", "auprc")]
     fewest = min((i.draws for i in intervals if not math.isnan(i.value)), default=0)
     if fewest < FEW_DRAWS * result["draws"]:
         notes.append(
@@ -198,8 +192,8 @@ def _notes(result: dict, rows, figures, reference) -> list[str]:
         )
     if any(i.value == i.low == i.high == 1 for i in intervals):
         notes.append(
-            "[1.000, 1.000] is what resampling a perfect ranking gives: there are too few slides to "
-            "see errors, which does not mean that there are none."
+            "[1.000, 1.000] is what resampling a perfect ranking gives: there are too few slides "
+            "to see errors, which does not mean that there are none."
         )
     return notes
 

@@ -132,9 +132,8 @@ def aligned_rows(
         found.append(replace(row, slide_ids=shared, case_ids=cases, y_NK=y_NK, p_NK=p_NK))
     for row in found[1:]:
         same_N = np.array([a == b for a, b in zip(row.case_ids, found[0].case_ids, strict=True)])
-        same_N &= ((row.y_NK == found[0].y_NK) | np.isnan(row.y_NK) & np.isnan(found[0].y_NK)).all(
-            1
-        )
+        both_NK = np.isnan(row.y_NK) & np.isnan(found[0].y_NK)
+        same_N &= ((row.y_NK == found[0].y_NK) | both_NK).all(1)
         if not same_N.all():
             slide = shared[int(np.argmin(same_N))]
             raise ResultRowError(

@@ -52,9 +52,7 @@ def choose_threshold(y_N: np.ndarray, p_N: np.ndarray, rule: str) -> float:
     found = _figures(np.stack([below_G2, count_2 - below_G2], axis=2))
     if rule == "specificity_90":
         passes_G = found["specificity"] >= SPECIFICITY - 1e-12
-        return float(
-            thresholds_G[passes_G][-1]
-        )  # the highest threshold calls none positive and always passes
+        return float(thresholds_G[passes_G][-1])  # calling no slide positive always passes
     value_G = found["f1" if rule == "f1" else "balanced_accuracy"]
     return float(thresholds_G[np.argmax(value_G >= value_G.max() - 1e-12)])
 

@@ -9,14 +9,14 @@ from tapfm.verbs import Do, at_least, config_flag, later
 
 
 def demo(verb: ArgumentParser) -> Do:
-    """`tapfm demo`."""
+    """Add the flags of `tapfm demo`; return its action."""
     add = verb.add_argument
     add("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     add("--seed", type=int, default=0, help="another seed is another cohort")
     add("--workers", type=at_least(0), default=2, help="processes (%(default)s)")
 
     def do(out: Path, seed: int, workers: int) -> int:
-        marker = out / "seed.txt"  # written last: a cohort that has it is whole
+        marker = out / "seed.txt"  # written last: it marks a complete cohort
         if marker.exists() and marker.read_text().strip() == str(seed):
             print(f"{out}: the demo cohort is there already; delete the folder to repaint it")
             return 0
@@ -32,7 +32,7 @@ def demo(verb: ArgumentParser) -> Do:
 
 
 def labels(verb: ArgumentParser) -> Do:
-    """`tapfm labels`."""
+    """Add the flags of `tapfm labels`; return its action."""
     add = verb.add_argument
     add("--mutations", type=Path, required=True,
         help="MAF, cBioPortal matrix or GigaPath's table; or .gz")  # fmt: skip
@@ -47,7 +47,7 @@ def labels(verb: ArgumentParser) -> Do:
     add("--out", type=Path, help="the table; with a manifest, the config's")
     add("--on-error", choices=("stop", "skip"), default="stop",
         help="at a missing or damaged slide (%(default)s)")  # fmt: skip
-    deal_flags(verb)
+    split_flags(verb)
 
     def do(mutations, against, profiled, genes, rule, manifest, slides, config, out, on_error,
            **deal) -> int:  # fmt: skip
@@ -60,7 +60,7 @@ def labels(verb: ArgumentParser) -> Do:
         folder = data.get("slides_dir")
         if bool(manifest) != bool(slides or (manifest and folder)):
             raise SettingsError(
-                "labels: a manifest and its folder go together: --manifest and --slides"
+                "labels: --manifest and --slides go together and only one is given: give both"
             )
         slides = slides or (Path(folder) if folder else None)
         if manifest and data:  # the config's table has a row a slide, so takes a manifest
@@ -75,7 +75,7 @@ def labels(verb: ArgumentParser) -> Do:
 
 
 def split(verb: ArgumentParser) -> Do:
-    """`tapfm split`."""
+    """Add the flags of `tapfm split`; return its action."""
     add = verb.add_argument
     add("--table", type=Path, required=True, help="the cohort's")
     add("--out", type=Path, required=True, help="a .csv, or a folder for several")
@@ -89,12 +89,12 @@ def split(verb: ArgumentParser) -> Do:
     add("--fold", type=int, default=0, help="of a Patho-Bench file (%(default)s)")
     add("--format", nargs="+", default=["table"], dest="formats", help="what to write: any of "
         "these", choices=("table", "clam", "clam-bool", "patho-bench"))  # fmt: skip
-    deal_flags(verb)
+    split_flags(verb)
     return later("slides.cohort.resplit:run_split")
 
 
-def deal_flags(verb: ArgumentParser) -> None:
-    """How cases are dealt to train, val and test."""
+def split_flags(verb: ArgumentParser) -> None:
+    """Add the flags of the split of cases into train, val and test."""
     add = verb.add_argument
     add("--fractions", type=float, nargs=3, default=(0.6, 0.2, 0.2), metavar="SHARE",
         help="of the cases in train, val, test (%(default)s)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Verbs that read slides: `tapfm index`, `predict`, `heatmap`, `features`; beside it `export`."""
+"""Verbs that read slides (`tapfm index`, `predict`, `heatmap`, `features`), and `export`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def index(verb: ArgumentParser) -> Do:
-    """`tapfm index`."""
+    """Add the flags of `tapfm index`; return its action."""
     add = verb.add_argument
     source_flags(verb, "the config's; 224 and 0.5")
     add("--out", type=Path, default=Path("data/index"), help="folder (%(default)s)")
@@ -32,7 +32,7 @@ def index(verb: ArgumentParser) -> Do:
         from slides.tiling.tissue import Tissue
 
         source = source_of("index", out, TileSettings, **given)
-        if coords:  # in place of what finds tissue
+        if coords:  # instead of tissue detection
             tissue = Tissue(coords=str(coords), masks=given["masks"])
             source = replace(source, tiles=replace(source.tiles, tissue=tissue))
         source = replace(source, on_error=on_error or source.on_error)
@@ -47,7 +47,7 @@ def index(verb: ArgumentParser) -> Do:
 
 
 def predict(verb: ArgumentParser, draw: bool = False) -> Do:
-    """`tapfm predict`; drawn, `tapfm heatmap`."""
+    """Add the flags of `tapfm predict`, or with `draw` of `tapfm heatmap`; return its action."""
     add = verb.add_argument
     add("slides", nargs="+", type=Path, help="slides")
     add("--model", type=Path, required=True, dest="path",
@@ -65,25 +65,25 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
         out, masks = given["out"], given["masks"]
         if draw and masks and out.resolve() == Path(masks).resolve():
             raise SettingsError(
-                f"heatmap: {out} is the folder of the masks, and pictures and outlines of the "
-                "same names would take their place. Give another --out."
+                f"heatmap: --out {out} is the folder of the masks, and pictures and outlines of "
+                "the same names would overwrite them. Give another --out."
             )
         if is_pathpt(given["path"]):
-            from tapfm.pathpt.new_slides import predict_slides
+            from tapfm.pathpt.new_slides import name_slides as predict_slides
         else:
             from tapfm.inference.predict import predict_slides
-        return predict_slides(rows=loose_rows(slides, slide_mpp), draw=draw, **given)
+        return predict_slides(rows=rows_of_files(slides, slide_mpp), draw=draw, **given)
 
     return do
 
 
 def heatmap(verb: ArgumentParser) -> Do:
-    """`tapfm heatmap`."""
+    """Add the flags of `tapfm heatmap`; return its action."""
     return predict(verb, draw=True)
 
 
 def features(verb: ArgumentParser) -> Do:
-    """`tapfm features`."""
+    """Add the flags of `tapfm features`; return its action."""
     add = verb.add_argument
     source_flags(verb, "the config's or model's own")
     encoder_flags(verb)
@@ -106,20 +106,20 @@ def features(verb: ArgumentParser) -> Do:
 
 
 def export(verb: ArgumentParser) -> Do:
-    """`tapfm export`."""
+    """Add the flags of `tapfm export`; return its action."""
     encoder_flags(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder")
     return later("tapfm.inference.export:run_export")
 
 
 def encoder_flags(verb: ArgumentParser) -> None:
-    """An encoder, as published or adapted."""
+    """Add the flags of an encoder, published or adapted."""
     verb.add_argument("--model", required=True, help="a model's key, or best.safetensors of a run")
     verb.add_argument("--weights", help="of a key, as in model.weights")
 
 
 def tile_flags(verb: ArgumentParser, otherwise: str) -> None:
-    """How far apart the tiles are, and where tissue is."""
+    """Add the flags of resolution and tissue masks."""
     add = verb.add_argument
     add("--mpp", type=float, help=f"microns per tile pixel; {otherwise}")
     add("--slide-mpp", type=float, help="where slides do not say")
@@ -127,7 +127,7 @@ def tile_flags(verb: ArgumentParser, otherwise: str) -> None:
 
 
 def source_flags(verb: ArgumentParser, otherwise: str) -> None:
-    """What `source_of` takes."""
+    """Add the flags that `source_of` takes."""
     add = verb.add_argument
     add("slides", nargs="*", type=Path, help="slides, where there is no --config")
     config_flag(verb)
@@ -147,9 +147,9 @@ def source_of(
     workers: int | None,
     **asked: float | None,
 ) -> Source:
-    """Slides and tiles of a config, or loose ones, of which a bad one never stops the others.
+    """Return slides and tiles of a config, or of single slides, where a bad one stops no other.
 
-    The flags are the last; `out` is loose slides' index folder, `tiles` theirs where no flag says.
+    `out` is the index folder of single slides, `tiles` their tile settings, before flags.
     """
     from dataclasses import replace
 
@@ -162,7 +162,7 @@ def source_of(
     if config:
         source = read_source(config)
     else:
-        source = Source(loose_rows(slides, slide_mpp), out, None, tiles(), "skip", 2)
+        source = Source(rows_of_files(slides, slide_mpp), out, None, tiles(), "skip", 2)
     changes = {key: value for key, value in asked.items() if value is not None}
     if masks:
         changes["tissue"] = replace(source.tiles.tissue, masks=masks)
@@ -170,11 +170,11 @@ def source_of(
     return replace(source, tiles=replace(source.tiles, **changes), workers=workers)
 
 
-def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
-    """Slides without a table, as rows of one: named by their files, nothing known of them.
+def rows_of_files(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
+    """Return slides without a table as rows of one, named by their files, labels unknown.
 
     Raises:
-        SettingsError: two have one name.
+        SettingsError: two slides have the same name.
     """
     from slides.cohort.table import SlideRow
     from slides.errors import SettingsError
@@ -184,8 +184,8 @@ def loose_rows(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     for path in paths:
         if (other := named.setdefault(slide_stem(path), path)) is not path:
             raise SettingsError(
-                f"{slide_stem(path)}: {other} and {path} are both called so, and what is written "
-                "of one would take the other's place. Rename one, or run them apart, each with "
+                f"{slide_stem(path)}: {other} and {path} both have this name, and the files of one "
+                "would overwrite those of the other. Rename one, or run them apart, each with "
                 "its own --out."
             )
     return [SlideRow(name, name, path, "test", mpp, "", "", ()) for name, path in named.items()]

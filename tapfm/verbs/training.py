@@ -9,7 +9,7 @@ from tapfm.verbs import Do, config_flag, device_flags, later
 
 
 def plan(verb: ArgumentParser) -> Do:
-    """`tapfm plan`."""
+    """Add the flags of `tapfm plan`; return its action."""
     add = verb.add_argument
     add("--model", default="h_optimus_0", help="foundation model (%(default)s)")
     add("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
@@ -18,7 +18,7 @@ def plan(verb: ArgumentParser) -> Do:
 
 
 def probe(verb: ArgumentParser) -> Do:
-    """`tapfm probe`."""
+    """Add the flags of `tapfm probe`; return its action."""
     add = verb.add_argument
     config_flag(verb, dest="configs", required=True)
     add("--out", type=Path, default=Path("probe"), help="folder (%(default)s)")
@@ -28,7 +28,7 @@ def probe(verb: ArgumentParser) -> Do:
 
 
 def test(verb: ArgumentParser) -> Do:
-    """`tapfm test`."""
+    """Add the flags of `tapfm test`; return its action."""
     add = verb.add_argument
     run_flags(verb)
     add("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
@@ -37,7 +37,7 @@ def test(verb: ArgumentParser) -> Do:
 
 
 def study(verb: ArgumentParser) -> Do:
-    """`tapfm study`."""
+    """Add the flags of `tapfm study`; return its action."""
     add = verb.add_argument
     add("study", nargs="?", type=Path, help="YAML with the keys below; flags win")
     add("--config", action="append", help="the cohort's, and others behind it")
@@ -59,13 +59,13 @@ def study(verb: ArgumentParser) -> Do:
 
 
 def report(verb: ArgumentParser) -> Do:
-    """`tapfm report`."""
+    """Add the flags of `tapfm report`; return its action."""
     run_flags(verb)
     return later("tapfm.reports.html.page:run_report")
 
 
 def pathpt(verb: ArgumentParser) -> Do:
-    """`tapfm pathpt`."""
+    """Add the flags of `tapfm pathpt`; return its action."""
     add = verb.add_argument
     config_flag(verb, dest="configs", required=True)
     add("--question", type=Path, required=True, dest="question_file", metavar="YAML",
@@ -78,14 +78,14 @@ def pathpt(verb: ArgumentParser) -> Do:
 
 
 def doctor(verb: ArgumentParser) -> Do:
-    """`tapfm doctor`."""
+    """Add the flags of `tapfm doctor`; return its action."""
     verb.add_argument("--model", help="foundation model to check")
     verb.add_argument("--weights", help="its weights, as in model.weights")
     return later("tapfm.planning.doctor:run_doctor")
 
 
 def run_flags(verb: ArgumentParser) -> None:
-    """A cohort's runs, and which split of it."""
+    """Add the flags of a cohort's runs and the split to report."""
     add = verb.add_argument
     add("--run", type=Path, required=True, help="folder of the cohort's runs")
     add("--split", choices=("val", "test"), default="test", help="(%(default)s)")

@@ -1,8 +1,8 @@
-"""The contract of a strategy, held by every one on four makes of encoder.
+"""The contract of every strategy, tested on four kinds of encoder.
 
-What it lists is what learns; the first output is the base encoder's (or the stated start); the two
-passes give the one-graph gradient; a checkpoint holds what was trained and gives it back; the
-merged export is the adapted model. A new strategy is a row of `CASES`.
+The listed parameters are those that learn; the first output is the base encoder's (or the stated
+start); the two passes give the one-graph gradient; a checkpoint holds the trained parameters and
+restores them; the merged export is the adapted model. A new strategy is a row of `CASES`.
 """
 
 import copy
@@ -42,9 +42,7 @@ FUSED_BIAS = {
     **MAKES["Eva, RoPE"],
     "arch": "vit_small_patch16_dinov3_qkvb",
 }  # qkv is never called there
-TEXT = vectors_to_text(
-    np.random.default_rng(0).standard_normal((2, 7)).astype("float32")
-)  # two, of width 7
+TEXT = vectors_to_text(np.random.default_rng(0).standard_normal((2, 7)).astype("float32"))
 CASES = {
     "full": {"name": "full"},
     "full, decay": {"name": "full", "layer_decay": 0.5},
@@ -70,7 +68,7 @@ each_make = pytest.mark.parametrize("make", MAKES)
 
 
 def adapted(case, make="plain", moved=True, **extra):
-    """A tiny encoder with a strategy in it, and the strategy; `moved` is away from the start."""
+    """Return a tiny encoder with a strategy applied, and the strategy; `moved` leaves the start."""
     encoder = tiny_encoder(**{**MAKES.get(make, FUSED_BIAS), **extra})
     strategy = make_strategy(CASES[case])
     strategy.prepare(encoder.vit)
@@ -80,7 +78,7 @@ def adapted(case, make="plain", moved=True, **extra):
 
 
 def move(encoder, seed=3):
-    """As if it had learned: every trained number is another, frozen ones are as they were."""
+    """Change every trained number, as if it had learned; frozen ones stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -100,7 +98,7 @@ def test_every_strategy_has_a_case():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_an_encoder_of_stages_is_adapted_or_refused(name):
-    """Which has neither one row of blocks nor a CLS token."""
+    """A Swin has neither one sequence of blocks nor a CLS token."""
     encoder, strategy = tiny_swin(), make_strategy(name)
     if name not in ("full", "bitfit", "norm_only", "frozen"):
         with pytest.raises(StrategyError, match=f"{name} needs a ViT with a CLS.*SwinTransformer"):
@@ -347,7 +345,7 @@ def test_a_strategys_own_dropout_is_replayed(case):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_frozen_blocks_are_out_of_the_graph(recompute):
-    """What autograd holds does not grow with the depth in front of the last n blocks."""
+    """Autograd's memory does not grow with the depth in front of the last n blocks."""
 
     def held(depth, spec):
         slide = Slide("5 prefix", depth=depth, recompute=recompute)
@@ -435,7 +433,7 @@ def test_prompts_stay_behind_the_prefix_and_leave_before_pooling(make):
 
 @pytest.mark.parametrize("make", ["5 prefix", "qk norm", "rope"])
 def test_the_score_leaves_prompts_out(make):
-    """From the block's own attention matrix: prompt columns dropped, the rest renormalised."""
+    """Reference: the block's own attention matrix, prompt columns dropped, renormalised."""
     encoder = tiny_encoder(make)
     prefix, tiles = encoder.vit.num_prefix_tokens, random_tiles(3)
     make_strategy({"name": "vpt_deep", "n": 3}).prepare(encoder.vit)
@@ -458,7 +456,7 @@ def test_the_score_leaves_prompts_out(make):
 @each_make
 @each_case
 def test_merged_export_is_the_adapted_model(case, make):
-    """As a plain timm model, loaded strictly: float32, 1e-5."""
+    """Loaded strictly into a plain timm model: float32, 1e-5."""
     encoder, strategy = adapted(case, make, dtype=torch.float32)
     encoder.eval()
     if strategy_spec(strategy)["name"] in NO_EXPORT:
@@ -516,7 +514,7 @@ def test_a_small_checkpoint_is_small(tmp_path):
 
 @pytest.fixture
 def local_base(tmp_path):
-    """Weights in a file of the user's, and a LoRA trained from them."""
+    """Write weights to a local file, and a LoRA trained from them."""
     torch.manual_seed(4)
     weights = tmp_path / "mine" / "base.safetensors"
     weights.parent.mkdir()
@@ -563,7 +561,7 @@ def test_another_base_is_refused(local_base):
 
 
 def test_a_base_of_random_weights_is_saved_whole(tmp_path):
-    """It can be had nowhere else."""
+    """Random weights cannot be loaded from anywhere else."""
     model = demo_model("lora", "random").eval()
     models.save(model, tmp_path / "best.safetensors")
     again = models.load(tmp_path / "best.safetensors")
@@ -669,7 +667,7 @@ def test_autocast_keeps_small_changes():
 
 @each_case
 def test_bfloat16_weights_run_and_train(case):
-    """As `model.precision: bf16-true` has them: every parameter, and no buffer."""
+    """With `model.precision: bf16-true` every parameter is bfloat16, and no buffer."""
     encoder = tiny_encoder("rope", dtype=torch.float32)
     make_strategy(CASES[case]).prepare(encoder.vit)
     for parameter in encoder.parameters():

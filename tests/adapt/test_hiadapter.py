@@ -1,4 +1,4 @@
-"""HiAdapter's two parts against their formulas in plain torch; what a tile gets is of it alone.
+"""HiAdapter's two parts against their formulas in plain torch; each tile is processed alone.
 
 The contract that every strategy holds (start, gradients, checkpoint, counts) is in test_adapt.py.
 """
@@ -30,7 +30,7 @@ def adapted(make="5 prefix", moved=True, **options):
 
 
 def inputs_of_blocks(encoder, tiles):
-    """What each block is given, behind the strategy's hooks."""
+    """Return the inputs of every block, behind the strategy's hooks."""
     seen, handles = [], []
     for block in encoder.vit.blocks:
         handles += [block.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))]

@@ -1,4 +1,4 @@
-"""PathoTune-style prompts: where each kind stands, what renews it, and what a tile says of itself.
+"""PathoTune-style prompts: positions of each kind, renewal, and the tile's own prompts.
 
 The contract that every strategy holds (gradients, checkpoint, counts) is in test_adapt.py.
 """
@@ -38,7 +38,7 @@ def adapted(make="5 prefix", moved=True, **options):
 
 
 def trace(encoder, tiles):
-    """What every block is given and what it makes of it, and what the last norm is given."""
+    """Return the inputs and outputs of every block, and the input of the last norm."""
     given, made, last = [], [], []
     for block in encoder.vit.blocks:
         block.register_forward_pre_hook(lambda _m, args: given.append(args[0]))

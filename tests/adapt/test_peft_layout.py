@@ -1,4 +1,4 @@
-"""An adapter of ours is one of peft's, and the other way round: same file, same features.
+"""Adapters to and from peft's files: same file, same features.
 
 The parity tests need the peft library (`pip install peft`), and are skipped without it.
 """

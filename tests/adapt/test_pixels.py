@@ -1,4 +1,4 @@
-"""What adapters see of a tile: its own colours, the stains it was painted with, and no other tile.
+"""Pixels as adapters get them: a tile's own colours, its painted stains, and no other tile.
 
 Reference: tiles painted by Beer and Lambert's law from known amounts of stain.
 """

@@ -1,4 +1,4 @@
-"""The benchmark of strategies: what is done is not done again, and the table is what was found."""
+"""The benchmark of strategies: finished cells are not run again, and the table has their values."""
 
 import json
 import sys
@@ -81,7 +81,7 @@ def test_the_table_has_seeds_side_by_side_in_the_packages_order(bench):
 
 
 def test_a_cell_fits_and_tests_beside_the_baselines(bench, monkeypatch, tmp_path):
-    """On a cohort of a few tiny slides, in this process."""
+    """Runs in this process, on a cohort of a few tiny slides."""
     cohort = tmp_path / "cohorts" / "5"
     config = write_cohort(cohort)
     monkeypatch.setattr(bench, "prepare", lambda seed, work: (work / "config.yaml", {}))

@@ -45,7 +45,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.key)
 def test_row_is_the_model(row):
-    """On the meta device: no memory, no download."""
+    """Build on the meta device: no memory, no download."""
     if not timm.is_model(row.arch):
         pytest.skip(f"timm {timm.__version__} does not have {row.arch}")
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def test_wrong_kwargs_show_in_the_count():
 
 
 def test_a_timm_that_reads_rates_off_a_tensor_builds_on_the_meta_device(monkeypatch):
-    """As timm 1.0.15 to 1.0.20 do; under torch 2.15 a tensor on the meta device has no numbers."""
+    """Like timm 1.0.15 to 1.0.20; under torch 2.15 a tensor on the meta device has no numbers."""
     create, rates = timm.create_model, []
 
     def create_as_of_old(*args, **kwargs):
@@ -136,7 +136,7 @@ def test_wrong_names_are_listed_and_left_out_ones_explained():
     ],
 )
 def test_a_name_is_one_feature(name, dim, feature):
-    """Where toolkits disagree, each meaning has a name of its own and the row says who differs."""
+    """If toolkits disagree, each meaning has its own name and the row says who differs."""
     row = find(name)
     assert (row.dim, row.feature) == (dim, feature)
     assert row.note
@@ -264,7 +264,7 @@ def test_folder_round_trip_and_other_tile_sizes(tmp_path):
 
 
 def test_pickle_free_checkpoints_of_every_wrapping(tmp_path):
-    """What trainers wrap around a state dict does not matter; what can run code is not opened."""
+    """A trainer's wrapping of a state dict does not matter; files that can run code are refused."""
     encoder = load("demo_vit")
     state = encoder.vit.state_dict()
     head = {"head.weight": torch.zeros(7, 128), "head.bias": torch.zeros(7)}
@@ -325,7 +325,7 @@ def test_another_patch_size_is_refused_though_timm_would_resize(tmp_path):
 
 
 class Hub:
-    """Stands for the hub: says what it was asked, and gives the files it was made with."""
+    """A stand-in for the hub: records requests, and returns the files it was made with."""
 
     def __init__(self, monkeypatch, token=None, **files):
         self.asked, self.files = [], files

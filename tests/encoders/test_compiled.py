@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tapfm.cli import main
 from tapfm.encoders import compiled
-from tapfm.encoders.compiled import CompilerError, need_compiler, padded
+from tapfm.encoders.compiled import CompilerError, need_compiler, pad_chunks
 from tests.adapt.test_adapt import adapted, move
 from tests.cohorts import write_cohort
 from tests.engine.test_chunked import CPU, Slide, difference
@@ -89,7 +89,7 @@ def test_chunks_are_filled_up_and_cut_again(tiles):
         return tiles_CP.flatten(1).double(), tiles_CP.double().mean((1, 2, 3))
 
     given = random_tiles(tiles)
-    z, score = padded(encode, 4)(given)
+    z, score = pad_chunks(encode, 4)(given)
     assert len(seen[0]) == max(4, tiles)
     assert torch.equal(z, given.flatten(1).double())
     assert len(score) == tiles

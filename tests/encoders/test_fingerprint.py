@@ -1,4 +1,4 @@
-"""A fingerprint is of what an encoder computes, and of nothing else."""
+"""A fingerprint depends on what an encoder computes, and on nothing else."""
 
 import torch
 
@@ -23,7 +23,7 @@ def test_fingerprint_is_of_the_weights_and_not_of_the_arithmetic():
 
 
 def test_fingerprint_is_taken_in_float64():
-    """In float32 a number near the edge of its rounding would differ between machines."""
+    """In float32, a number near the edge of rounding would differ between machines."""
     encoder = tiny_encoder(dtype=torch.float32).eval()
     fingerprint(encoder)
     assert {p.dtype for p in encoder.parameters()} == {torch.float64}
@@ -51,7 +51,7 @@ def test_known_tiles_are_the_same_everywhere():
 
 
 def test_of_plain_weights_at_the_tile_size_they_are_for():
-    """As the loaded model's own, and neither the weights nor anyone's random numbers change."""
+    """It equals the loaded model's; weights and random state do not change."""
     row, vit = find("demo_vit"), load("demo_vit", tile_px=48).vit
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_the_feature_shows():
 
 
 def test_an_encoder_that_was_named_is_as_it_was():
-    """The name is taken in float64, of the encoder itself; its weights come back to the bit."""
+    """The encoder is turned to float64 and back; its weights come back bit for bit."""
     encoder, _, name = load_encoder("demo_vit")
     plain = load("demo_vit").eval()
     assert name == fingerprint(load("demo_vit").eval())

@@ -44,7 +44,7 @@ EVERY = {
 
 
 def encoders(of, **extra):
-    """Two with the same weights: one with the tail, one with the whole block."""
+    """Return two encoders with the same weights: one with the tail, one with the whole block."""
     kwargs = {**of, **extra}
     separate, gate = kwargs.pop("qkv_bias_separate", None), kwargs.pop("gate", None)
     pair = [tiny_encoder(**kwargs, tail=tail) for tail in (True, False)]
@@ -62,7 +62,7 @@ def encoders(of, **extra):
 
 
 def move_all(encoder):
-    """Norms, biases and scales are not 1 and 0 any more."""
+    """Move norms, biases and scales away from 1 and 0."""
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -71,7 +71,7 @@ def move_all(encoder):
 
 
 def answer(encoder, seed=None):
-    """Features, scores and the gradients of all that learns and of the tiles."""
+    """Return features, scores, and the gradients of the tiles and of all that learns."""
     encoder.zero_grad()
     tiles = random_tiles(TILES).double().requires_grad_()
     torch.manual_seed(seed or 0)
@@ -194,7 +194,7 @@ def test_work_that_is_left_counted_by_hand():
 
 
 class Other(Block):
-    """Of timm's manner, not of timm's making."""
+    """A block with timm's interface that is not timm's."""
 
 
 def test_another_make_takes_the_whole_block_and_says_why(monkeypatch, capsys):

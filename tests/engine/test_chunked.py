@@ -146,7 +146,7 @@ def test_memory_is_that_of_one_chunk_whatever_the_slide(recompute):
 
 
 def test_a_kept_graph_takes_the_place_of_the_chunk_in_work():
-    """One kept chunk, all of both passes: no more than one chunk is held at any time."""
+    """One chunk kept, then all of both passes: never is more than one chunk held."""
     slide = Slide(chunk=4)
 
     def step(keep):

@@ -1,4 +1,4 @@
-"""However a slide is computed, its gradient is that of one graph over all its tiles.
+"""Whichever way a slide is computed, its gradient is that of one graph over all its tiles.
 
 The reference is plain autograd: all tiles in one forward, every block whole, nothing compiled,
 recomputed, cut off or kept. Bounds are of the norm of the difference: 1e-12 of the gradient's in
@@ -33,7 +33,7 @@ LEARNS = {"all": "full", "last 2": {"name": "last_n", "n": 2}}
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
-    """Traced, padded and run as by inductor; no code is made, so no compiler is needed."""
+    """Return a traced and padded encode, run as by inductor; no compiler is needed."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
 
 
@@ -66,7 +66,7 @@ def one_graph(learns, dtype, tail=False):
 
 
 def two_passes(encoder, chunk, boundary=False, score_weight=1.0):
-    """As `SlideModule` does it."""
+    """Run both passes as `SlideModule` does."""
     encode, tiles = encoder.encode, random_tiles(TILES)
     if boundary:
         cut = find_frozen_prefix(encoder)
@@ -105,7 +105,7 @@ def test_in_float32_the_tail_is_as_near_to_the_truth_as_the_whole_block():
 
 
 def graph_of_copies(encoder, chunk):
-    """One graph, each chunk with copies of the weights; gradients summed in float64."""
+    """Return the gradient of one graph, each chunk with its copies of the weights, in float64."""
     learn = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     rows, copies = [], []
     for tiles in random_tiles(TILES).split(chunk):

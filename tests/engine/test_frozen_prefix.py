@@ -1,4 +1,4 @@
-"""What is frozen in front of the first block that learns is computed once; nothing else changes."""
+"""Frozen blocks in front of the first that learns are computed once; nothing else changes."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_tile_costs_one_forward_of_the_frozen_part():
 
 
 def test_noise_in_front_of_the_boundary_is_the_same_in_both_passes():
-    """With no room and with room for one chunk, drop-path in the frozen blocks is drawn alike."""
+    """Drop-path in the frozen blocks draws the same with no room and with room for one chunk."""
     results = []
     for budget in (8.0, 0.0, 1.5e-5):
         encoder = encoder_of("5 prefix", drop_path_rate=0.5).train()

@@ -18,7 +18,7 @@ def start(seed=0):
 
 
 def trajectory(make, lr, steps=200):
-    """The weights after some updates on noisy gradients of widely different sizes."""
+    """Return the weights after some updates on noisy gradients of widely different sizes."""
     weight = nn.Parameter(start())
     optimizer = make([{"params": [weight], "lr": lr, "weight_decay": 1e-4}])
     (learns,) = optimizer.param_groups[0]["params"]
@@ -38,7 +38,7 @@ def trajectory(make, lr, steps=200):
 
 
 def naive(groups):
-    """What `bf16` without masters is: the weights are rounded after every step."""
+    """Train bfloat16 weights without masters: they are rounded after every step."""
     for group in groups:
         for weight in group["params"]:
             weight.data = weight.data.bfloat16()

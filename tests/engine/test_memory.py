@@ -197,7 +197,7 @@ class TestBenchmark:
 
 
 def test_the_gpu_benchmark_runs_through_on_a_cpu(monkeypatch):
-    """So that a GPU's time is not spent on its faults. The figures are of the wrong machine."""
+    """Finds its faults before it takes GPU time; the figures mean nothing on a CPU."""
     import benchmarks.gpu_engine as bench
 
     monkeypatch.setattr(bench, "CHUNK", 2)

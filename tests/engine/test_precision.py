@@ -1,6 +1,6 @@
 """Traps of mixed precision: what the naive version does wrong, and that ours does not.
 
-Sums of bfloat16 gradients and updates too small for bfloat16 have theirs in test_masters.py.
+Sums of bfloat16 gradients and updates too small for bfloat16 have theirs in test_master_weights.py.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from tests.tiny import random_tiles, tiny_encoder
 
 
 def moved(encoder):
-    """All weights changed in place, as an optimizer changes them."""
+    """Change all weights in place, as an optimizer does."""
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.ones_like(parameter))
@@ -44,7 +44,7 @@ def test_casts_do_not_outlive_an_update():
 
 
 def test_the_trainers_own_mixed_precision_is_refused(tmp_path, capsys):
-    """It is one such region around both passes and the update between them."""
+    """It would be one autocast region around both passes and the update between them."""
     fit = ["fit", "--config", str(write_cohort(tmp_path)), "--trainer.precision", "bf16-mixed"]
     assert main(fit) == 2
     assert "set model.precision: bf16" in capsys.readouterr().err
@@ -91,7 +91,9 @@ def test_buffers_stay_fp32_where_weights_do_not():
 
 
 def jump(encoder, size):
-    """How far features move when every weight moves by `size`, to the side a gradient points to."""
+    """Return how far features move if every weight moves by `size`, each in its gradient's
+    direction.
+    """
     tiles, signs = random_tiles(4), torch.Generator().manual_seed(1)
     with torch.no_grad():
         before, _ = encoder.encode(tiles, "bf16")

@@ -82,7 +82,7 @@ def test_chosen_tiles(size):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tokens_that_lie_on_either_side_are_brought_together():
-    """Those that found room wait on the host, the others come from the GPU."""
+    """Kept tokens wait on the host, the others come from the GPU."""
     chunks = [torch.ones(4, 17, 64, device=device) for device in ("cpu", "cuda", "cuda")]
     together = chosen(chunks, torch.ones(12, device="cuda"))
     assert (together.device.type, len(together)) == ("cpu", 12)
@@ -109,7 +109,7 @@ def test_the_encoders_gradient_is_that_of_the_weighed_tiles():
 
 
 def test_cosine_of_what_was_taken_and_given_back():
-    """Against torch's, of all parameters as one vector; one has no gradient."""
+    """Compared with torch's, of all parameters as one vector; one has no gradient."""
     draw = torch.Generator().manual_seed(0)
     shapes = (5, 7), (3,), (2, 2)
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]

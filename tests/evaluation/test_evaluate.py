@@ -1,4 +1,4 @@
-"""`tapfm test` compares what is comparable, and knows where the tumour was."""
+"""`tapfm test` compares comparable runs, and measures whether tile weights find the tumour."""
 
 import json
 import re
@@ -26,7 +26,7 @@ VAL = ["s7", "s8", "s9"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two short runs of a tiny cohort, tested; the first has prompts in its encoder."""
+    """Return two short runs of a tiny cohort, tested; the first has prompts in its encoder."""
     folder = tmp_path_factory.mktemp("cohort")
     config = write_cohort(folder)
     for arm, strategy in (("tapfm", "vpt_deep"), ("tapfm_gated", "full")):
@@ -71,7 +71,7 @@ def test_frozen_features_are_the_base_encoders_whatever_the_strategy(run):
 
 
 def test_frozen_features_are_kept_and_not_reused_for_other_weights(run):
-    """In the layout of `tapfm features`, under the fingerprint of their weights."""
+    """They are in the layout of `tapfm features`, under the fingerprint of their weights."""
     kept = run / "frozen" / "20x_32px_0px_overlap"
     (feature,) = kept.glob("features_demo_vit_*/s0.h5")
     before = feature.stat().st_mtime_ns

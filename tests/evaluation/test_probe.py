@@ -1,4 +1,4 @@
-"""`tapfm probe`: gradients as of one graph, drift by linear CKA, the rule as it is printed."""
+"""`tapfm probe`: gradients equal those of one graph, drift is linear CKA, the rule as printed."""
 
 import csv
 import math
@@ -32,7 +32,7 @@ def features(seed, width):
 
 
 def hsic_cka(x_ND, y_NE):
-    """From the two Gram matrices and the centring matrix, as HSIC has it."""
+    """Return linear CKA from the two Gram matrices and the centring matrix (HSIC)."""
     centre_NN = torch.eye(N, dtype=torch.float64) - 1 / N
     k_NN, l_NN = x_ND @ x_ND.T, y_NE @ y_NE.T
 
@@ -64,7 +64,7 @@ class TestCka:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A tiny cohort, and the user's own weights."""
+    """Return the config of a tiny cohort with the user's own weights."""
     folder = tmp_path_factory.mktemp("probe")
     path = write_cohort(folder / "cohort")
     settings = yaml.safe_load(path.read_text())

@@ -1,4 +1,4 @@
-"""A study runs every cell once, goes on where it stopped, and names what failed.
+"""A study runs every cell once, continues where it stopped, and names failed cells.
 
 The first test is the real thing: two strategies on a tiny cohort, fit and test in this process (the
 commands are those that are else run as processes of their own). The others put a small program in

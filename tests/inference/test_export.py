@@ -1,4 +1,4 @@
-"""What is exported is the adapted model, and loads by the lines that its README says."""
+"""The exported model is the adapted one, and loads by the lines in its README."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Tiles are painted where they are, and QuPath gets level-0 pixels less the slide's bounds.
+"""Tiles are painted at their places, and QuPath gets level-0 pixels minus the slide's bounds.
 
 The painting is checked against a loop over pixels; the GeoJSON by reading it back.
 """
@@ -27,7 +27,7 @@ SIZE0 = 448
 
 
 def painted_by_pixels(shape, downsample, coords0, size0, values):
-    """The mean of the tiles that hold each pixel's centre."""
+    """Return the mean of the tiles that contain each pixel's centre."""
     found = np.full(shape, np.nan)
     for y in range(shape[0]):
         for x in range(shape[1]):
@@ -75,7 +75,7 @@ def test_rank_percentile_is_the_mean_rank(values):
 
 
 def colours_of(path, shape, values, **options):
-    """Mean colour of each quadrant's middle in the right panel of an overlay of four tiles."""
+    """Return the mean colour of each quadrant's middle in the right panel of an overlay."""
     thumbnail = np.full((*shape, 3), 255, np.uint8)
     coords0 = np.array([[0, 0], [500, 0], [0, 500], [500, 500]])
     overlay_png(thumbnail, 10.0, coords0, 500, values, path, title="", **options)

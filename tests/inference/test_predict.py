@@ -1,4 +1,4 @@
-"""`predict` and `heatmap` take any slide, hold few chunks, and name what they cannot read."""
+"""`predict` and `heatmap` take any slide, hold few chunks, and name unreadable slides."""
 
 import gc
 import json
@@ -33,7 +33,7 @@ TILE = 32
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model with random weights, saved as a run saves it."""
+    """Return a model with random weights, saved as a run saves it."""
     torch.manual_seed(0)
     model_config = models.ModelConfig("demo_vit", "tapfm_gated", LABELS, TILE, 0.5)
     model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=TILE))
@@ -168,7 +168,7 @@ def test_bad_slides_are_named_and_the_others_done(saved, slide, tmp_path, capsys
 
 
 def test_slide_after_slide_the_table_grows(saved, slide, tmp_path, capsys):
-    """By a loop of the shell, say; a slide that is predicted again has one row, the new one."""
+    """As in a shell loop; a slide predicted again has one row, the new one."""
     other = write_pyramid(tmp_path / "two.svs", stained_picture(461, 603, seed=1), 0.25)
     (tmp_path / "text.svs").write_text("no slide")
     out = tmp_path / "out"
@@ -205,7 +205,7 @@ def test_two_slides_of_one_name_are_refused(saved, slide, tmp_path, capsys):
     other = tmp_path / "other" / "one.tif"
     assert main(["predict", str(slide), str(other), "--model", str(saved)]) == 2
     said = capsys.readouterr().err
-    assert f"one: {slide} and {other} are both called so" in said
+    assert f"one: {slide} and {other} both have this name" in said
     assert "--out" in said
 
 

@@ -269,7 +269,7 @@ def test_without_a_manifest_a_row_a_case(tmp_path, capsys):
     ("options", "message"),
     [
         (["--genes", "EGFR", "--profiled", "all"], "a matrix already states who was sequenced"),
-        (["--genes", "EGFR", "--slides", "."], "a manifest and its folder go together"),
+        (["--genes", "EGFR", "--slides", "."], "--manifest and --slides go together"),
         (["--genes", "EGFR", "EGFR:hotspot"], "name each gene once"),
         ([], "name each gene once"),
         (["--genes", "EGFR", "--manifest", "m.txt", "--slides", "."], "no readable manifest"),

@@ -1,4 +1,4 @@
-"""KEEP's layout: a tiny random model, written as its publisher writes, gives what its parts give.
+"""KEEP's layout: a tiny random model in its publisher's format gives what its parts give.
 
 Without `transformers` only the messages are tested.
 """
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tapfm import cli
-from tapfm.pathpt.model import load
+from tapfm.pathpt.model import load_pathpt
 from tapfm.pathpt.text.keep import load_keep
-from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.text.prompts import ClassPrompts
 from tapfm.pathpt.text.towers import TextError
 from tests.cohorts import write_cohort
 
@@ -32,7 +32,7 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "image", "of", 
 
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory):
-    """The folder, and its parts as they were written."""
+    """Return the folder, and its parts as they were written."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("keep")
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_both_towers_give_what_their_parts_give(keep):
 
 def test_prompts_learn_through_its_text_tower_and_dropout_stays_off(keep):
     pair = load_keep(str(keep[0])).train()
-    prompts = Prompts(["normal tissue", "tumour"], 24, pair.text, context=5)
+    prompts = ClassPrompts(["normal tissue", "tumour"], 24, pair.text, context=5)
     one, other = prompts(pair.text), prompts(pair.text)
     assert torch.equal(one, other)
     one[:, 0].sum().backward()
@@ -100,7 +100,7 @@ def test_a_question_is_answered_with_it(keep, tmp_path, capsys, monkeypatch):
     assert cli.main(["pathpt", *(str(each) for each in given)]) == 0
     assert "hf-hub:Astaxanthin/KEEP, licence MIT" in capsys.readouterr().err
     model = tmp_path / "out" / "1_shots" / "draw_0" / "pathpt.safetensors"
-    *_, model_config, _ = load(model)
+    *_, model_config, _ = load_pathpt(model)
     assert (model_config.towers["teacher"], model_config.dim) == ("keep", 24)
 
     # what is saved names tiles without the text tower, and so without `transformers`

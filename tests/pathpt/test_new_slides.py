@@ -1,4 +1,4 @@
-"""`predict` and `heatmap` of a PathPT run: on slides of no cohort it says what the run said."""
+"""`predict` and `heatmap` of a PathPT run, outside a cohort, give what the run gave."""
 
 import csv
 import json
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tapfm.cli import main
-from tapfm.pathpt.model import load, save
-from tapfm.pathpt.new_slides import load_whole, predict_slides
+from tapfm.pathpt.model import load_pathpt, save_pathpt
+from tapfm.pathpt.new_slides import load_whole, name_slides
 from tapfm.pathpt.vote import ballot
-from tapfm.verbs.reading import loose_rows
+from tapfm.verbs.reading import rows_of_files
 from tests.cohorts import write_cohort
 from tests.conftest import stained_picture, write_pyramid
 from tests.pathpt.test_run import ask
@@ -43,7 +43,7 @@ def tell(verb, model, out, *slides, **flags):
 
 
 def measurements(path):
-    """Of a GeoJSON's tiles, (N, K)."""
+    """Return the measurements of a GeoJSON's tiles, (N, K)."""
     tiles = json.loads(path.read_text())["features"]
     return np.array([list(each["properties"]["measurements"].values()) for each in tiles])
 
@@ -52,7 +52,7 @@ def measurements(path):
     ("stem", "arm"), [("pathpt", "PathPT"), ("pathpt_end_to_end", "PathPT, end to end")]
 )
 def test_loose_slides_are_called_as_the_run_called_them(ran, stem, arm, tmp_path, capsys):
-    """And their tiles: stains, tissue, places and what was trained of the image tower are kept."""
+    """So are their tiles: stains, tissue, places and the trained image tower are kept."""
     folder, draw = ran
     slides = [folder / "slides" / name for name in ("s12.tif", "s13.svs")]
     code, rows = tell("heatmap", draw / f"{stem}.safetensors", tmp_path, *slides, workers=0)
@@ -84,9 +84,9 @@ def test_what_was_trained_of_the_image_tower_counts(ran, tmp_path):
     """The same file without its LoRA says something else of the tiles."""
     folder, draw = ran
     path, less = draw / "pathpt_end_to_end.safetensors", tmp_path / "less.safetensors"
-    model, classes_Kd, model_config, _ = load(path)
+    model, classes_Kd, model_config, _ = load_pathpt(path)
     assert model_config.strategy["rank"] == 2
-    save(less, model, classes_Kd, replace(model_config, strategy=None), {})
+    save_pathpt(less, model, classes_Kd, replace(model_config, strategy=None), {})
     found = []
     for each in (path, less):
         assert tell("predict", each, tmp_path, folder / "slides" / "s12.tif", workers=0)[0] == 0
@@ -98,9 +98,9 @@ def test_what_was_trained_of_the_image_tower_counts(ran, tmp_path):
 
 def test_a_case_is_named_by_all_its_tiles_or_not_at_all(ran, tmp_path, capsys):
     folder, draw = ran
-    slides = loose_rows([folder / "slides" / name for name in ("s12.tif", "s13.svs")], None)
+    slides = rows_of_files([folder / "slides" / name for name in ("s12.tif", "s13.svs")], None)
     path = draw / "pathpt.safetensors"
-    assert predict_slides(path, slides, tmp_path, case="P1", workers=0) == 0
+    assert name_slides(path, slides, tmp_path, case="P1", workers=0) == 0
     (row,) = csv.DictReader((tmp_path / "predictions.csv").open())
     assert row["slide_id"] == row["case_id"] == "P1"
     p_NK = []
@@ -112,10 +112,10 @@ def test_a_case_is_named_by_all_its_tiles_or_not_at_all(ran, tmp_path, capsys):
     shares = [float(row[f"p_{name}"]) for name in NAMES[1:]]
     assert shares == pytest.approx(share_C.tolist(), abs=1e-6)
 
-    gone = loose_rows([tmp_path / "gone.svs"], None)
-    assert predict_slides(path, [*slides, *gone], tmp_path / "out", case="P1", workers=0) == 2
+    gone = rows_of_files([tmp_path / "gone.svs"], None)
+    assert name_slides(path, [*slides, *gone], tmp_path / "out", case="P1", workers=0) == 2
     assert not (tmp_path / "out").exists(), "no slide is read in vain, and nothing written"
-    assert "P1: a slide of it failed" in capsys.readouterr().err
+    assert "P1: one of its slides failed" in capsys.readouterr().err
 
 
 def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):
@@ -145,14 +145,14 @@ def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):
 def test_another_image_tower_or_file_is_refused(ran, tmp_path, capsys):
     folder, draw = ran
     slide, path = folder / "slides" / "s12.tif", tmp_path / "model.safetensors"
-    model, classes_Kd, model_config, image = load(draw / "pathpt.safetensors")
+    model, classes_Kd, model_config, image = load_pathpt(draw / "pathpt.safetensors")
 
     def said(**changes):
-        save(path, model, classes_Kd, replace(model_config, **changes), image)
+        save_pathpt(path, model, classes_Kd, replace(model_config, **changes), image)
         assert tell("predict", path, tmp_path, slide)[0] == 2
         return capsys.readouterr().err
 
-    assert "another one" in said(fingerprint="0" * 16)
+    assert "is another" in said(fingerprint="0" * 16)
     keep = {**model_config.towers, "teacher": "keep", "weights": str(tmp_path / "gone")}
     assert "needs the image tower keep that it was trained with" in said(towers=keep)
     for verb in ("features", "export"):

@@ -10,13 +10,13 @@ from tapfm.adapt.strategies import make_strategy
 from tapfm.pathpt import pseudo
 from tapfm.pathpt.model import PathPT
 from tapfm.pathpt.question import Question, TileClass
-from tapfm.pathpt.scores import difference, evaluate
-from tapfm.pathpt.spatial import KERNELS, Mixer, PlaceError, drawn_together, places
-from tapfm.pathpt.text.prompts import Prompts
+from tapfm.pathpt.scores import score_difference, score_subtypes
+from tapfm.pathpt.spatial import KERNELS, Mixer, PlaceError, compact, places
+from tapfm.pathpt.text.prompts import ClassPrompts
 from tapfm.pathpt.text.towers import TextError, VisionLanguage, tokenise
 from tapfm.pathpt.text.words import WordTower
 from tapfm.pathpt.tile_loss import balanced_nll, tile_loss
-from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train
+from tapfm.pathpt.train import ImageTower, LabelledSlide, step, train_pathpt
 from tapfm.pathpt.vote import ballot, vote
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -43,7 +43,7 @@ def tower(seed=0):
 
 
 def scattered(seed=0):
-    """Tiles of two far-apart sections with holes, in no order: widths (23, 16) and places."""
+    """Return tiles of two far-apart sections with holes, unordered: vectors (23, 16) and places."""
     generator = torch.Generator().manual_seed(seed)
     cells = [(r, c) for r in range(5) for c in range(4)] + [(1000, 700), (1001, 700), (1004, 707)]
     places_N2 = torch.tensor(cells)[torch.randperm(len(cells), generator=generator)]
@@ -51,7 +51,7 @@ def scattered(seed=0):
 
 
 def awake(mixer):
-    """A mixer whose additions are not 0."""
+    """Return a mixer whose additions are not 0."""
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return mixer
@@ -63,7 +63,7 @@ def awake(mixer):
 def test_a_prompt_that_has_learned_nothing_is_the_sentence_it_was_made_of():
     """Context, name and full stop are what the tower would make of the words themselves."""
     text = tower()
-    prompts = Prompts(NAMES, 64, text, context=8)
+    prompts = ClassPrompts(NAMES, 64, text, context=8)
     said = "a histopathology image of " * 2
     ids_KL, mask_KL = tokenise(text, [f"{said}{name} ." for name in NAMES])
     expected = F.normalize(text(text.table(ids_KL), mask_KL), dim=-1)
@@ -72,9 +72,9 @@ def test_a_prompt_that_has_learned_nothing_is_the_sentence_it_was_made_of():
 
 def test_padding_to_the_longest_class_changes_no_class():
     text = tower()
-    together = Prompts(NAMES, 64, text, context=5)
+    together = ClassPrompts(NAMES, 64, text, context=5)
     for k, name in enumerate(NAMES):
-        alone = Prompts([name], 64, text, context=5)
+        alone = ClassPrompts([name], 64, text, context=5)
         with torch.no_grad():
             alone.context_KnW.copy_(together.context_KnW[k : k + 1])
         torch.testing.assert_close(alone(text)[0], together(text)[k], rtol=0, atol=1e-12)
@@ -82,7 +82,7 @@ def test_padding_to_the_longest_class_changes_no_class():
 
 def test_only_context_and_free_vectors_learn_and_each_class_has_its_own():
     text = tower()
-    prompts = Prompts(NAMES, 64, text, "both", "random", context=6).double()
+    prompts = ClassPrompts(NAMES, 64, text, "both", "random", context=6).double()
     assert {n: tuple(p.shape) for n, p in prompts.named_parameters()} == {
         "vectors_Kd": (3, 64),
         "context_KnW": (3, 6, 64),
@@ -95,20 +95,20 @@ def test_only_context_and_free_vectors_learn_and_each_class_has_its_own():
 
 def test_both_is_the_sum_made_unit_and_embedding_needs_no_tower():
     text = tower()
-    both = Prompts(NAMES, 64, text, "both", context=6).double()
-    token = Prompts(NAMES, 64, text, "token", context=6).double()
+    both = ClassPrompts(NAMES, 64, text, "both", context=6).double()
+    token = ClassPrompts(NAMES, 64, text, "token", context=6).double()
     expected = F.normalize(token(text) + both.vectors_Kd, dim=-1)
     torch.testing.assert_close(both(text), expected, rtol=0, atol=1e-12)
-    free = Prompts(NAMES, 7, None, "embedding")
+    free = ClassPrompts(NAMES, 7, None, "embedding")
     assert not list(free.buffers())
     torch.testing.assert_close(free(None), F.normalize(free.vectors_Kd, dim=-1))
 
 
 def test_a_prompt_longer_than_the_tower_and_an_unknown_word_are_named():
     with pytest.raises(TextError, match=r"'tumour with vacuoles': its prompt has 66 tokens, 60 of"):
-        Prompts(NAMES[2:], 64, tower(), context=60)
+        ClassPrompts(NAMES[2:], 64, tower(), context=60)
     with pytest.raises(TextError, match="does not know pleural"):
-        Prompts(["pleural tumour"], 64, tower())
+        ClassPrompts(["pleural tumour"], 64, tower())
     with pytest.raises(TextError, match="the text tower takes 64"):
         tokenise(tower(), ["tumour " * 63])
 
@@ -142,7 +142,7 @@ def test_the_order_of_tiles_does_not_matter():
 
 
 def test_neighbours_are_those_of_a_plain_loop_over_true_places():
-    """Each tile, each kernel, each offset; far sections and holes included."""
+    """The loop goes over each tile, kernel and offset; far sections and holes are included."""
     z_Nd, places_N2 = scattered()
     mixer = awake(Mixer(16)).double().eval()
     at = {tuple(place): z for place, z in zip(places_N2.tolist(), z_Nd, strict=True)}
@@ -185,7 +185,7 @@ def test_places_of_rounded_corners_and_of_corners_that_collide():
 
 
 def test_empty_stretches_are_drawn_together_and_no_closer_than_a_kernel_reaches():
-    drawn = drawn_together(torch.tensor([[0, 5], [3, 6], [7, 900], [8, 5]]))
+    drawn = compact(torch.tensor([[0, 5], [3, 6], [7, 900], [8, 5]]))
     assert drawn.tolist() == [[0, 0], [3, 1], [7, 5], [8, 0]]
 
 
@@ -212,7 +212,7 @@ def test_tile_labels_follow_the_truth_table():
     ],
 )
 def test_vote_by_hand(logits, expected, thirds):
-    """Whom the slide is given to, and everyone's share of the votes that decided."""
+    """Checks the slide's subtype, and every subtype's share of the deciding votes."""
     logits_NK = torch.tensor(logits, dtype=torch.float32)
     called, share_C = ballot(logits_NK)
     assert called == vote(logits_NK) == expected
@@ -220,13 +220,13 @@ def test_vote_by_hand(logits, expected, thirds):
 
 
 def test_prompts_that_call_the_slides_wrong_are_left_out():
-    """Each subtype has one right prompt and one that says the other's; half of a draw is right."""
+    """Each subtype has one right prompt and one that names the other; half of a draw is right."""
     eye = torch.eye(3)
     prompts = [eye[:1], eye[[1, 2]], eye[[2, 1]]]
     slides = [eye[[0, 1, 1]], eye[[0, 2, 2]]]
-    chosen = pseudo.select(prompts, slides, [0, 1], seed=3, draws=40, kept=8)
+    chosen = pseudo.select_prompts(prompts, slides, [0, 1], seed=3, draws=40, kept=8)
     torch.testing.assert_close(chosen, eye)
-    everything = pseudo.select(prompts, slides, [0, 1], seed=3, draws=40, kept=40)
+    everything = pseudo.select_prompts(prompts, slides, [0, 1], seed=3, draws=40, kept=40)
     assert (everything - eye).abs().max() > 0.3
 
 
@@ -295,7 +295,7 @@ def test_end_to_end_is_the_one_graph_gradient():
         for name, parameter in encoder.vit.named_parameters():  # VisionLanguage froze everything
             parameter.requires_grad_("lora" in name or ".down" in name or ".up" in name)
         torch.manual_seed(2)
-        model = PathPT(64, Prompts(NAMES, 64, text, context=4)).double()
+        model = PathPT(64, ClassPrompts(NAMES, 64, text, context=4)).double()
         awake(model.mixer)
         for parameter in encoder.vit.parameters():
             if parameter.requires_grad:
@@ -347,9 +347,9 @@ def test_training_lowers_the_loss_is_repeatable_and_leaves_the_tower_alone():
 
     def trained(seed):
         torch.manual_seed(0)
-        model = PathPT(64, Prompts(NAMES, 64, text, "both", context=4)).double()
+        model = PathPT(64, ClassPrompts(NAMES, 64, text, "both", context=4)).double()
         torch.manual_seed(99)
-        losses = train(model, text, slides, question, seed)
+        losses = train_pathpt(model, text, slides, question, seed)
         drawn = torch.rand(1)
         return model, losses, drawn
 
@@ -376,7 +376,7 @@ def test_scores_are_scikit_learns_on_slides_counted_as_often_as_drawn():
     rng = np.random.default_rng(0)
     truth_S, called_RS = rng.integers(0, 3, 40), rng.integers(0, 3, (2, 40))
     cases = [f"c{n // 2}" for n in range(40)]
-    found = evaluate(truth_S, called_RS, cases)
+    found = score_subtypes(truth_S, called_RS, cases)
     for name, reference in (
         ("balanced_accuracy", balanced_accuracy_score),
         ("weighted_f1", lambda t, c: f1_score(t, c, average="weighted")),
@@ -384,7 +384,7 @@ def test_scores_are_scikit_learns_on_slides_counted_as_often_as_drawn():
         expected = np.mean([reference(truth_S, called_S) for called_S in called_RS])
         assert found[name].value == pytest.approx(expected, abs=1e-12)
         assert found[name].low < expected < found[name].high
-    same = difference(truth_S, called_RS, called_RS, cases)["weighted_f1"]
+    same = score_difference(truth_S, called_RS, called_RS, cases)["weighted_f1"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -393,5 +393,5 @@ def test_a_case_is_drawn_with_all_its_slides():
     truth_S = np.array([0, 1] * 10)
     called_S = np.array([0, 1] * 5 + [1, 0] * 5)
     cases = ["right"] * 10 + ["wrong"] * 10
-    found = evaluate(truth_S, called_S[None], cases)["balanced_accuracy"]
+    found = score_subtypes(truth_S, called_S[None], cases)["balanced_accuracy"]
     assert (found.low, found.value, found.high) == (0, 0.5, 1)

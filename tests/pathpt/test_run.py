@@ -1,4 +1,4 @@
-"""`tapfm pathpt` from slides to table, and what a question may not be."""
+"""`tapfm pathpt` from slides to table, and invalid questions."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ from tapfm import cli
 from tapfm.adapt.strategies import make_strategy
 from tapfm.config import read_source
 from tapfm.pathpt.few import draw_slides
-from tapfm.pathpt.model import load
+from tapfm.pathpt.model import load_pathpt
 from tapfm.pathpt.question import Question, QuestionError, TileClass, read_question, subtypes
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.text.words import load_demo
@@ -88,11 +88,11 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
 
     # what was saved gives the picture's numbers without a text tower
     here = out / "2_shots" / "draw_0"
-    model, classes_Kd, model_config, image = load(here / "pathpt_end_to_end.safetensors")
+    model, classes_Kd, model_config, image = load_pathpt(here / "pathpt_end_to_end.safetensors")
     assert model_config.classes == tuple(each["name"] for each in SMALL["classes"])
     assert image
     assert all("lora" in name for name in image)
-    _, _, _, untouched = load(here / "pathpt.safetensors")
+    _, _, _, untouched = load_pathpt(here / "pathpt.safetensors")
     assert not untouched
     drawn = json.loads((out / "tile_classes" / "s12.geojson").read_text())["features"]
     p_NK = np.array([list(each["properties"]["measurements"].values()) for each in drawn])
@@ -111,13 +111,15 @@ def test_the_whole_job_end_to_end_training_included(cohort, capsys):
 
 
 def test_a_vision_only_encoder_learns_from_the_teachers_labels(cohort, capsys):
-    """Its own features, standardised, with free class vectors; the teacher's files are reused."""
+    """Its features are standardised, with free class vectors; the teacher's files are reused."""
     _, out = ask(cohort, "first", draws=1, shots=[1])
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")}
     code, _ = ask(cohort, "student", draws=1, shots=[2], images="demo_vit", mode="embedding")
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.h5")} == before
-    model, classes_Kd, model_config, image = load(out / "2_shots" / "draw_0" / "pathpt.safetensors")
+    model, classes_Kd, model_config, image = load_pathpt(
+        out / "2_shots" / "draw_0" / "pathpt.safetensors"
+    )
     assert model_config.dim == classes_Kd.shape[1] == load_demo().encoder.dim
     assert (model.std_d != 1).all()
     assert not image

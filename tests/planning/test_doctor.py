@@ -1,4 +1,4 @@
-"""`tapfm.planning.doctor` finds a sound installation sound, and each fault it is for a fault."""
+"""`tapfm.planning.doctor` passes a sound installation, and reports each fault."""
 
 from dataclasses import replace
 

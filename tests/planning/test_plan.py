@@ -1,4 +1,4 @@
-"""`tapfm.planning.plan` says what fits before a run, from what `tapfm.planning.footprint` counts.
+"""`tapfm.planning.plan` tells before a run what fits, from the counts of `planning.footprint`.
 
 Three anchors: our own earlier table of activations and peaks (measured with a separate script on
 the same timm models), what a real forward and backward on the CPU really hold and compute, and
@@ -39,7 +39,7 @@ TABLE = {  # tile autocast, tile bf16-true, GFLOP, adamw, adamw recompute, maste
 
 @functools.cache
 def footprint(model, tail=True):
-    """Counting takes seconds for a large model, and is the same for every card."""
+    """Return a cached Footprint: counting takes seconds for a large model."""
     return Footprint(find(model), tail=tail)
 
 
@@ -128,7 +128,7 @@ def test_activations_are_those_of_the_earlier_table(model):
 
 
 def test_attention_is_counted_as_fused(monkeypatch):
-    """Where there is no GPU torch would take the kernel that keeps every map: 45 % more for UNI."""
+    """Without a GPU torch would choose the kernel that keeps every map: 45 % more for UNI."""
     monkeypatch.setattr(counting, "FusedAttention", _nothing)
     tile, _ = Footprint(find("uni")).saved_bytes(Setup("bf16"))
     assert tile / MIB > 1.3 * TABLE["uni"][0]
@@ -156,7 +156,7 @@ REAL = {
 
 @pytest.mark.parametrize("case", REAL)
 def test_a_real_step_holds_and_computes_what_was_counted(case):
-    """All six blocks of a real model on the CPU, against two and three on fake tensors."""
+    """Compares six real blocks on the CPU with two and three on fake tensors."""
     strategy, recompute = REAL[case]
     row, tiles = find("demo_vit"), 5
     setup = Setup("fp32", recompute=recompute, strategy=strategy)
@@ -192,7 +192,7 @@ def test_the_last_quarter_costs_less_than_two_forwards():
 
 
 def test_strategies_and_recomputation_differ():
-    """So that the test above can fail."""
+    """Shows that the test above can fail."""
     held = [
         footprint("demo_vit").saved_bytes(Setup("fp32", recompute=recompute, strategy=strategy))[0]
         for strategy, recompute in REAL.values()
@@ -211,7 +211,7 @@ def test_a_run_of_a_strategy_that_looks_at_pixels_is_foretold(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_on_a_gpu_is_foretold_whatever_learns(strategy, capsys):
-    """Where nothing does there is no pass 2, and nothing to foretell."""
+    """If nothing learns there is no pass 2, and nothing to forecast."""
     task, how = {"name": "multilabel"}, {"strategy": strategy, "tile_px": 112}
     module = SlideModule(["EGFR"], task, weights="random", **how)
     expected = foretell(module)

@@ -1,4 +1,4 @@
-"""What stands behind a row: taken from validation, reported on test, and small groups unsaid."""
+"""Details of a row: chosen on validation, reported on test, without small groups."""
 
 import math
 

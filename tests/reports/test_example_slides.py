@@ -1,4 +1,4 @@
-"""The surest slides are chosen by hand's rules, and their pictures are of the right places."""
+"""Example slides follow rules checked by hand, and their pictures show the right places."""
 
 import h5py
 import numpy as np
@@ -100,7 +100,7 @@ def listed(examples):
 
 @pytest.fixture
 def run(tmp_path):
-    """A slide of 9 x 8 tiles with weights that rise from left to right, then down."""
+    """Return a run with a slide of 9 x 8 tiles whose weights rise from left to right, then down."""
     blocks = np.random.default_rng(5).integers(40, 255, (33, 39, 3))  # every place looks its own
     picture = np.kron(blocks, np.ones((8, 8, 1)))[:263, :311].astype(np.uint8)
     write_pyramid(tmp_path / "s.tif", picture, 0.5, levels=2)

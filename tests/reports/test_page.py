@@ -1,4 +1,4 @@
-"""The page is one sound file that says what the run's files say, looked at in a real browser.
+"""The page is one sound file with the content of the run's files, checked in a real browser.
 
 What HTML alone can tell (`Page`, with Python's parser) is always checked; how it is drawn, where
 there is a Chromium. Every instrument is first shown a page on which it must find something.
@@ -29,7 +29,7 @@ SLIDES, SIDE = 12, 32
 
 
 def write_run(folder):
-    """What `tapfm fit` and `tapfm test` leave of two runs and a baseline, and their slides."""
+    """Write the files of `tapfm fit` and `tapfm test` for two runs and a baseline, and slides."""
     rng, names = np.random.default_rng(2), [f"s{n:02d}" for n in range(SLIDES)]
     (folder / "slides").mkdir(parents=True)
     index = folder / "index" / "20x_32px_0px_overlap"
@@ -113,7 +113,7 @@ def metrics(run):
 
 
 def intervals(metrics):
-    """Every interval of the file, as the page writes it."""
+    """Return every interval of the file, as the page writes it."""
     for arm in metrics["arms"].values():
         figures = [each[key] for each in arm["figures"].values() for key in ("auroc", "auprc")]
         for sign, group in (("", figures), ("+", (arm["auroc_difference"] or {}).values())):
@@ -204,7 +204,7 @@ def test_what_is_missing_is_said_and_what_is_new_is_shown(run, metrics, tmp_path
     (bare / "report_test" / "metrics_test.json").write_text(json.dumps(metrics))
     assert main(["report", "--run", str(bare)]) == 0
     page = Page((bare / "report_test" / "report.html").read_text())
-    for said in ("no curves", "no training curves", "memory and time are not known", "no ledger",
+    for said in ("no curves", "no training curves", "memory and time are unknown", "no ledger",
                  "0.07031", "1.594"):  # fmt: skip
         assert said in page.text
     assert {cell for row in page.rows for cell in row} >= set(intervals(metrics))

@@ -1,4 +1,4 @@
-"""Tables as text: what a cell says of an interval, bars in Markdown, columns in line."""
+"""Tables as text: cells with intervals, bars in Markdown, aligned columns."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""Pooled: scikit-learn's on the folds together. Within folds: on pairs of one fold.
+"""Pooled figures equal scikit-learn's on all folds; within folds, pairs of one fold count.
 
-Of values, around each fold's own mean; of times, of pairs of which it is known who was first.
+For values, spreads around each fold's own mean; for times, pairs with a known order.
 """
 
 import math
@@ -25,7 +25,7 @@ DRAWS = 53
 
 
 def runs(seeds=(0, 1), folds=3, slides=60, shift=0.0):
-    """Two rows; each fold's scores may lie on a scale of their own. Two slides a case."""
+    """Return two rows; each fold's scores may have their own scale; two slides a case."""
     rng = np.random.default_rng(0)
     y = (rng.random((slides, 2)) < 0.4).astype(float)
     fold_of = np.arange(slides) // 2 % folds
@@ -59,7 +59,7 @@ def test_pooled_is_the_aurocs_of_the_seeds_averaged_not_of_their_mean_score():
 
 
 def test_within_folds_compares_pairs_of_one_fold():
-    """By hand; and a shift between the folds' scores, which ruins the pooled, does not touch it."""
+    """A shift between the folds' scores lowers the pooled figure and not this one."""
     found, flat, y, fold_of, _ = runs(seeds=(0,))
     wins = pairs = 0
     p = flat["a", 0][:, 0]
@@ -92,7 +92,7 @@ def test_differences_are_paired_on_the_same_draws():
 
 
 def folds_of(y_NY, p_NP, folds=3):
-    """One row of one seed, slides dealt in turn; each is its own case."""
+    """Return one row of one seed, slides assigned in turn; each is its own case."""
     fold_N = np.arange(len(y_NY)) % folds
     arms = {}
     for fold in range(folds):

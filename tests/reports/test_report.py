@@ -1,4 +1,4 @@
-"""The report says what the numbers say: rows compared on the same slides, against the right row.
+"""The report has the figures of `stats.metrics`: rows on the same slides, against the right row.
 
 Figures in the table, the JSON and the CSV are checked against `stats.metrics` called directly.
 """
@@ -24,7 +24,7 @@ SLIDES, DRAWS = 37, 101
 
 
 def arms(seed=0, unknown=True):
-    """A weak and a middling frozen row, and two end-to-end ones; slides in different orders."""
+    """Return a weak and a middling frozen row, and two end-to-end ones; slides in other orders."""
     rng = np.random.default_rng(seed)
     y = (rng.random((SLIDES, 2)) < (0.3, 0.5)).astype(float)
     truth = y.copy()
@@ -52,7 +52,7 @@ def in_order(arm):
 
 
 def cells(text, label, title):
-    """The interval cells of one row of the table."""
+    """Return the interval cells of one row of the table."""
     block = re.split(r"\n-+\n", text)
     (lines,) = [part.splitlines() for part in block if part.startswith(label)]
     (line,) = [line for line in lines if re.search(rf"\s{re.escape(title)}( \*)?  ", line)]

@@ -1,4 +1,4 @@
-"""Whatever is in a metrics_<split>.json is on the page, once, and as text."""
+"""Everything in a metrics_<split>.json is on the page, once, and as text."""
 
 import json
 import re
@@ -49,7 +49,9 @@ def interval(value, low=None, high=None, draws=2000):
 
 @pytest.fixture
 def metrics():
-    """Two arms of one label, with every kind of further key that another version might write."""
+    """Return two rows of one label, with every kind of further key that another version might
+    write.
+    """
     return {
         "split": "test", "slides": 40, "cases": 31, "draws": 2000, "seed": 0,
         "reference": "frozen, <MLP>",

@@ -1,4 +1,4 @@
-"""The page of each task has what its reader expects, sound and legible in a real browser."""
+"""Each task's page has its expected parts, sound and legible in a real browser."""
 
 import json
 import os
@@ -26,7 +26,7 @@ TASKS = {
 
 
 def target_of(task, v):
-    """What is known of slides of which a number v is large or small; one is unknown."""
+    """Return targets of slides for which a number v is large or small; one is unknown."""
     if isinstance(task, Multiclass):
         y = np.digitize(v, [-0.5, 0.5])[:, None].astype(float)
     elif isinstance(task, Regression):
@@ -38,7 +38,7 @@ def target_of(task, v):
 
 
 def said_of(task, v):
-    """What a model says that sees v."""
+    """Return the predictions of a model that knows v."""
     if isinstance(task, Multiclass):
         e = np.exp(-2 * np.square(v[:, None] - [-1, 0, 1]))
         return e / e.sum(1, keepdims=True)
@@ -66,7 +66,7 @@ def slides(tmp_path_factory):
 
 
 def write_run(folder, slides, task, of_cases=False):
-    """What `tapfm fit` and `tapfm test` leave of a run and two baselines."""
+    """Write the files of `tapfm fit` and `tapfm test` for a run and two baselines."""
     rng = np.random.default_rng(5)
     v = rng.standard_normal(SLIDES)
     names = [f"s{n:02d}" for n in range(SLIDES)]

@@ -1,4 +1,4 @@
-"""Bins, ECE and Brier are the libraries'; temperature and Platt's undo a known harm."""
+"""Bins, ECE and Brier equal the libraries'; temperature and Platt undo a known distortion."""
 
 import math
 
@@ -24,7 +24,7 @@ from tapfm.stats.calibration import (
 
 
 def drawn(slides=997, seed=0, slope=1.0, shift=0.0):
-    """Labels of true probabilities, and what a model says that is off by slope and shift."""
+    """Return labels of true probabilities, and predictions distorted by slope and shift."""
     rng = np.random.default_rng(seed)
     u = 1.5 * rng.standard_normal(slides)
     y = (rng.random(slides) < expit(u)).astype(float)

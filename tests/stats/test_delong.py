@@ -24,7 +24,7 @@ def cohort(slides=61, scores=2, seed=0, levels=9):
 
 
 def placements(y, p):
-    """Definition: psi(x, y) = 1, 1/2, 0 for all pairs, and its means."""
+    """Return means of psi(x, y) = 1, 1/2, 0 over all pairs, by definition."""
     x, z = p[y == 1], p[y == 0]
     psi = np.array([[1.0 if a > b else 0.5 if a == b else 0.0 for b in z] for a in x])
     return psi.mean(1), psi.mean(0), psi.mean()
@@ -36,7 +36,7 @@ def delong_1988(y, p):
 
 
 def obuchowski_1997(y, p, cases):
-    """One score: her S10, S01 and S11, case by case."""
+    """Return one score's S10, S01 and S11, case by case."""
     v10, v01, value = placements(y, p)
     positive, negative = cases[y == 1], cases[y == 0]
     names = sorted(set(positive) | set(negative))

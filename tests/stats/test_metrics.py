@@ -39,7 +39,7 @@ def cohort(slides=53, labels=2, cases=31, seed=0, levels=11, unknown=0.2):
 
 
 def reference_draws(y, p, cases, score):
-    """One case after another, as a textbook has it; nan for a draw of one class."""
+    """Return AUROC draws made case by case; nan for a draw of one class."""
     cases = np.asarray(cases)
     found = []
     for times in bootstrap_cases(cases, DRAWS, SEED):
@@ -62,7 +62,7 @@ def test_point_values_are_scikit_learns_with_ties_and_unknowns():
 
 
 def test_known_values():
-    """By hand: positives at .8 and .4, negatives at .4 and .1: 3.5 of 4 pairs; 1/2 + 1/2 * 2/3."""
+    """Positives at .8 and .4, negatives at .4 and .1: 3.5 of 4 pairs; 1/2 + 1/2 * 2/3."""
     y, p = np.array([1, 1, 0, 0, np.nan]), np.array([0.8, 0.4, 0.4, 0.1, 0.9])
     assert auroc(y, p) == 3.5 / 4
     assert auprc(y, p) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
@@ -148,7 +148,7 @@ def test_every_draw_takes_whole_cases_and_as_many_as_there_are():
 
 
 def test_draws_of_one_class_are_left_out_and_counted():
-    """One positive case of seven: about a third of the draws miss it."""
+    """With one positive case of seven, about a third of the draws miss it."""
     y = np.array([[1, 0]] + [[0, n % 2] for n in range(6)], float)
     p = np.random.default_rng(0).random(y.shape)
     cases = [str(n) for n in range(7)]

@@ -1,4 +1,4 @@
-"""`stats.outcomes` says what scikit-learn and scipy say, and what pairs counted one by one say.
+"""`stats.outcomes` equals scikit-learn and scipy, and pairs counted one by one.
 
 A draw is weights; the figure of a draw must be that of the slides repeated as often.
 """
@@ -30,7 +30,7 @@ def once(y):
 
 
 def outcomes(seed, slides=37):
-    """Times, events, risks and classes with many ties."""
+    """Return times, events, risks and classes with many ties."""
     rng = np.random.default_rng(seed)
     time = rng.integers(0, 12, slides).astype(float)
     event = (rng.random(slides) < 0.6).astype(float)
@@ -39,7 +39,7 @@ def outcomes(seed, slides=37):
 
 
 def pairs_by_hand(time, event, risk):
-    """Harrell's C, a pair at a time."""
+    """Return Harrell's C, counted pair by pair."""
     wins = pairs = 0
     for i in range(len(time)):
         for j in range(len(time)):
@@ -51,7 +51,7 @@ def pairs_by_hand(time, event, risk):
 
 
 def chance_of_staying(time, event, until):
-    """Kaplan-Meier of being censored; whose event comes at the same time is no longer at risk."""
+    """Return Kaplan-Meier of being censored; events at the same time are no longer at risk."""
     chance = 1.0
     for t in sorted(set(time[event == 0])):
         if t <= until:
@@ -88,7 +88,7 @@ PUBLISHED = {  # seed: concordance_index_censored, cumulative_dynamic_auc at thr
 
 
 def test_times_as_scikit_survival_says():
-    """What scikit-survival 0.28.0 gave for the slides of `outcomes`."""
+    """The expected values are those of scikit-survival 0.28.0 for the slides of `outcomes`."""
     for seed, (c, aucs) in PUBLISHED.items():
         time, event, risk = outcomes(seed)
         assert concordance(time, event, risk, once(time))[0] == pytest.approx(c, **TIGHT)

@@ -73,9 +73,8 @@ class TextPrompts(nn.Module):
         super().__init__()
         like = placed(vit)
         vectors_PE = torch.from_numpy(text_PE).to(**like)
-        self.register_buffer(
-            "vectors_PE", vectors_PE, persistent=False
-        )  # the model_config holds it
+        # not saved: the model_config holds it
+        self.register_buffer("vectors_PE", vectors_PE, persistent=False)
         self.project = nn.Linear(text_PE.shape[1], vit.embed_dim, **like)
         _silence(self.project)
 
@@ -116,7 +115,7 @@ class InstancePrompts(nn.Module):
         self.prompts_C2D = None  # free it with its graph
 
 
-class Prompts(nn.Module):
+class PromptTokens(nn.Module):
     """All prompts of a model, and the hooks that insert them."""
 
     def __init__(self, vit: nn.Module, kinds: Iterable[tuple[str, nn.Module, int]], renew: set):
@@ -188,7 +187,7 @@ class PathoTune(Inserted):
         """
         need_vit(vit, "pathotune")
         vit.requires_grad_(False)
-        vit.pathotune = Prompts(vit, self._kinds(vit), set(self.renew))
+        vit.pathotune = PromptTokens(vit, self._kinds(vit), set(self.renew))
 
     def _kinds(self, vit: nn.Module) -> Iterable[tuple[str, nn.Module, int]]:
         """Yield name, module and number of tokens of each kind of prompt."""

@@ -1,4 +1,4 @@
-"""KEEP, a vision-language model of pathology under the MIT licence, as its publisher keeps it.
+"""KEEP, a vision-language model of pathology (MIT licence), read from its publisher's files.
 
     config.json          sizes of both towers
     model.safetensors    visual.* (timm's ViT-L/16), visual_head.* (Linear, GELU, Linear), text.*
@@ -34,7 +34,7 @@ from tapfm.pathpt.text.towers import TextError, VisionLanguage
 
 REPOSITORY = "Astaxanthin/KEEP"
 FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json")
-LONGEST = 256  # tokens, as its publisher cuts texts
+LONGEST = 256  # tokens at which its publisher truncates texts
 _SIZES = (  # timm's argument, KEEP's key, the published value
     ("patch_size", "patch_size", 16),
     ("embed_dim", "hidden_size", 1024),
@@ -59,24 +59,24 @@ class BertText(nn.Module):
         )
 
     def ids(self, text: str) -> list[int]:
-        """Word pieces; a word of no known piece becomes the tower's [UNK]."""
+        """Return word pieces; a word without known pieces becomes [UNK]."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def table(self, ids: Tensor) -> Tensor:
-        """Word vectors, before positions are added."""
+        """Return word vectors, before positions are added."""
         return self.bert.embeddings.word_embeddings(ids)
 
     def forward(self, x_BLW: Tensor, mask_BL: Tensor) -> Tensor:
-        """The pooled output (B, d)."""
+        """Return the pooled output (B, d)."""
         return self.bert(inputs_embeds=x_BLW, attention_mask=mask_BL.long()).pooler_output
 
 
 def load_keep(weights: str | None, text: bool = True) -> VisionLanguage:
-    """KEEP from a folder with its files, or from the publisher.
+    """Return KEEP from a folder with its files, or from the publisher.
 
     Args:
         weights: the folder, or `hub`.
-        text: whether its text tower is wanted, for which `transformers` is.
+        text: whether to load its text tower, which needs `transformers`.
 
     Raises:
         TextError: no folder, files missing, or `transformers` is not installed.
@@ -114,7 +114,7 @@ def _text(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) 
     _fill(bert, _below(state, "text."), folder, "text")
     settings = folder / "tokenizer_config.json"
     lower = json.loads(settings.read_text()).get("do_lower_case", True)
-    # its constructor took the file in transformers 4 and takes what is in it in 5: this reads both
+    # the constructor takes the file in transformers 4 and its content in 5: this reads both
     return BertText(bert, BertTokenizerFast.from_pretrained(folder, do_lower_case=lower))
 
 
@@ -124,7 +124,7 @@ def _folder(weights: str | None) -> Path:
 
         try:
             return Path(snapshot_download(REPOSITORY, allow_patterns=list(FILES)))
-        except Exception as error:  # of many undocumented kinds
+        except Exception as error:  # many undocumented kinds
             why = str(error).strip().partition("\n")[0]
             raise TextError(
                 f"keep: {REPOSITORY} cannot be fetched ({type(error).__name__}: {why}). Give a "
@@ -149,12 +149,12 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _timms(key: str) -> str:
-    """KEEP's scales of its layers are called weight, timm's gamma."""
+    """Return timm's name of a key: KEEP names layer scales weight, timm gamma."""
     return key.replace("ls1.weight", "ls1.gamma").replace("ls2.weight", "ls2.gamma")
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], folder: Path, part: str) -> None:
-    """Load strictly, but for numbers of positions, which older files keep and newer ones do not."""
+    """Load strictly, except for position ids, which only older files have."""
     state = {k: v.to(torch.float32) for k, v in state.items() if not k.endswith("position_ids")}
     try:
         module.load_state_dict(state)

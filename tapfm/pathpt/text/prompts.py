@@ -1,17 +1,17 @@
 """Class vectors from prompts that learn: context tokens of each class through a frozen text tower.
 
 A class's prompt is `[begin] context x n, its name, "." [end]`. The context is free vectors in the
-tower's token space, a set for each class; name, full stop and the tower's own marks are taken from
-its frozen token table once and held as buffers. The gradient goes through the whole tower at every
-step, so the tower is given at every call, and is no part of what is saved.
+tower's token space, a set for each class; name, full stop and special tokens are looked up once in
+its frozen token table and kept as buffers. The gradient goes through the whole tower at every step,
+so the tower is an argument of every call, and is not saved.
 
-Modes: `token` is that. `embedding` is a free vector for each class in the feature space, with no
-tower at all, for image towers that have none. `both` is their sum.
+Modes: `token` is the above. `embedding` is a free vector for each class in the feature space,
+without a tower, for image towers that have none. `both` is their sum.
 
 Price: n x W numbers a class (24,576 at n = 32, W = 768) and one pass through the tower a step.
 
-Source: PathPT (arXiv 2508.15904); Zhou et al. 2022 (CoOp, arXiv 2109.01134), a context
-    of each class's own.
+Source: PathPT (arXiv 2508.15904); Zhou et al. 2022 (CoOp, arXiv 2109.01134), a separate
+    context for each class.
 Differs: prompts are padded to the longest of the classes, not to the tower's length, and padding is
     masked; the tower stays in eval mode. Words of the initial context are the tower's own tokens
     of the phrase, as many as needed, rather than words counted before they are cut into tokens.
@@ -28,29 +28,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapfm.pathpt.text.towers import TextError, TextTower, padded
+from tapfm.pathpt.text.towers import TextError, TextTower, pad_rows
 
 PHRASE = "a histopathology image of"
 MODES = ("token", "embedding", "both")
-TOKEN_STD, VECTOR_STD = 0.02, 0.01  # of context drawn at random, and of free class vectors
+TOKEN_STD, VECTOR_STD = 0.02, 0.01  # of random context, and of free class vectors
 
 Mode = Literal["token", "embedding", "both"]
 Init = Literal["template", "random"]
 
 
-class Prompts(nn.Module):
+class ClassPrompts(nn.Module):
     """The K class vectors, of length 1.
 
     Args:
-        names: of the K classes, the first of their synonyms.
+        names: names of the K classes.
         dim: d, for free vectors.
         text: the frozen tower; None only in mode `embedding`.
         mode: `token`, `embedding` or `both`.
-        init: of the context: `template` repeats `PHRASE`, `random` draws it.
+        init: initial context: `template` repeats `PHRASE`, `random` draws it.
         context: n, context tokens.
 
     Raises:
-        TextError: a prompt is longer than the tower takes, or has a word it does not know.
+        TextError: a prompt is too long for the tower, or has an unknown word.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Prompts(nn.Module):
         if mode != "token":
             self.vectors_Kd = nn.Parameter(torch.randn(len(names), dim) * VECTOR_STD)
         if mode != "embedding":
-            rows = [_behind(text, name, context) for name in names]
-            ids_KS, mask_KS = padded(rows, text.pad)
+            rows = [_name_ids(text, name, context) for name in names]
+            ids_KS, mask_KS = pad_rows(rows, text.pad)
             device = next(text.parameters()).device
             with torch.no_grad():
                 self.register_buffer("before_FW", text.table(_ids(text.first, device)))
@@ -78,7 +78,7 @@ class Prompts(nn.Module):
             self.context_KnW = nn.Parameter(_context(text, len(names), context, init))
 
     def forward(self, text: TextTower | None) -> Tensor:
-        """Class vectors (K, d); `text` is the tower they were made with."""
+        """Return class vectors (K, d); `text` is the tower they were made with."""
         if self.mode == "embedding":
             return F.normalize(self.vectors_Kd, dim=-1)
         before_KFW = self.before_FW.expand(len(self.context_KnW), -1, -1)
@@ -89,8 +89,8 @@ class Prompts(nn.Module):
         return F.normalize(named_Kd + self.vectors_Kd, dim=-1)
 
 
-def _behind(text: TextTower, name: str, context: int) -> list[int]:
-    """Ids of what stands behind the context."""
+def _name_ids(text: TextTower, name: str, context: int) -> list[int]:
+    """Return the token ids that follow the context."""
     ids = [*text.ids(f"{name}."), *text.last]
     length = len(text.first) + context + len(ids)
     if length > text.longest:
@@ -102,7 +102,7 @@ def _behind(text: TextTower, name: str, context: int) -> list[int]:
 
 
 def _context(text: TextTower, classes: int, context: int, init: Init) -> Tensor:
-    """(K, n, W) at the start."""
+    """Return the initial context (K, n, W)."""
     weight = next(text.parameters())
     if init == "random":
         return torch.randn(classes, context, text.width, device=weight.device) * TOKEN_STD

@@ -1,11 +1,11 @@
-"""An image tower and a text tower with one joint space, as PathPT asks for them.
+"""The interface of a vision-language model: an image and a text tower with one joint space.
 
 `VisionLanguage` is the pair: tiles and sentences become unit vectors of the same width, and their
-cosine says how well they fit. Both towers are frozen; the text tower stays in eval mode whatever
-its owner is put in, since dropout in a frozen tower is noise that nothing learns from.
+cosine measures how well they fit. Both towers are frozen; the text tower stays in eval mode
+whatever mode its owner is in, since dropout in a frozen tower is only noise.
 
-The image side is an `Encoder` and a projection of its feature, so files of `tapfm features` serve
-as they are: `joint` takes them the rest of the way.
+The image side is an `Encoder` and a projection of its feature, so files of `tapfm features` can be
+used as they are: `joint` projects them.
 
 Shapes: C tiles of a chunk, B texts, L tokens of a text, W their width, D features, d joint width.
 """
@@ -19,46 +19,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slides.errors import SettingsError
 from tapfm.encoders.backbones import Encoder
 
 
-class TextError(ValueError):
-    """A text cannot be read by this text tower, or the tower cannot be had."""
+class TextError(SettingsError):
+    """A text is unusable for this text tower, or the tower is unavailable."""
 
 
 class TextTower(Protocol):
-    """What prompts ask of a text tower; an `nn.Module`."""
+    """The interface of a text tower; an `nn.Module`."""
 
     width: int
-    """W, of a token."""
+    """Width W of a token."""
     longest: int
-    """Tokens it takes, `first` and `last` among them."""
+    """Most tokens it takes, including `first` and `last`."""
     first: tuple[int, ...]
     """Ids in front of every text."""
     last: tuple[int, ...]
     """Ids behind every text."""
     pad: int
-    """Id that fills shorter texts up; it is masked."""
+    """Id that pads shorter texts; it is masked."""
 
     def ids(self, text: str) -> list[int]:
-        """Of a text alone, without `first` and `last`."""
+        """Return the token ids of a text, without `first` and `last`."""
 
     def table(self, ids: Tensor) -> Tensor:
-        """Their input vectors (..., W), without positions."""
+        """Return input vectors (..., W) of ids, without positions."""
 
     def forward(self, x_BLW: Tensor, mask_BL: Tensor) -> Tensor:
-        """Input vectors, True where there is a token, to joint vectors (B, d) of any length."""
+        """Return joint vectors (B, d) of any length, from input vectors and a mask of tokens."""
 
 
 class VisionLanguage(nn.Module):
-    """Both towers.
+    """An image and a text tower with one joint space, frozen.
 
     Args:
-        name: for messages and files.
+        name: name in messages and files.
         encoder: the image tower.
-        head: its feature (C, D) to the joint space (C, d).
-        text: the text tower; None where nothing is left to be said.
-        logit_scale: what cosines were multiplied by in its own training.
+        head: maps its feature (C, D) to the joint space (C, d).
+        text: the text tower; None if no text is needed any more.
+        logit_scale: factor on cosines in its own training.
     """
 
     def __init__(
@@ -75,25 +76,25 @@ class VisionLanguage(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> VisionLanguage:
-        """The image tower follows `mode`, for a strategy's dropout; the frozen rest does not."""
+        """Set the image tower's mode, for a strategy's dropout; the rest stays in eval mode."""
         super().train(False)
         self.encoder.train(mode)
         return self
 
     def joint(self, z_CD: Tensor) -> Tensor:
-        """The image tower's features as unit vectors (C, d) of the joint space."""
+        """Return the image tower's features as unit vectors (C, d) of the joint space."""
         return F.normalize(self.head(z_CD), dim=-1)
 
     def encode_image(self, tiles_CP: Tensor, precision: str = "fp32") -> Tensor:
-        """uint8 tiles from anywhere to unit vectors (C, d)."""
+        """Return unit vectors (C, d) of uint8 tiles on any device."""
         return self.joint(self.encoder.encode(tiles_CP, precision)[0])
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Sentences to unit vectors (B, d).
+        """Return unit vectors (B, d) of sentences.
 
         Raises:
-            TextError: a text is too long, or has words that the tower does not know.
+            TextError: a text is too long, or has unknown words.
         """
         ids_BL, mask_BL = tokenise(self.text, texts)
         device = next(self.text.parameters()).device
@@ -102,7 +103,7 @@ class VisionLanguage(nn.Module):
 
 
 def tokenise(tower: TextTower, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) padded to the longest text, and where there are tokens.
+    """Return ids (B, L) padded to the longest text, and a mask of tokens.
 
     Raises:
         TextError: a text is too long, or has words that the tower does not know.
@@ -114,11 +115,11 @@ def tokenise(tower: TextTower, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
                 f"{text!r}: {len(row)} tokens, and the text tower takes {tower.longest}. "
                 "Shorten it."
             )
-    return padded(rows, tower.pad)
+    return pad_rows(rows, tower.pad)
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (B, L), filled up behind to the longest; True where there is an id."""
+def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return rows of ids padded to the longest (B, L), and a mask that is True at ids."""
     length = max(len(row) for row in rows)
     ids_BL = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
     mask_BL = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])

@@ -4,10 +4,10 @@ It stands in for a real text tower (KEEP's PubMedBERT) so that PathPT runs witho
 weights are in the package; benchmarks/pretrain_demo_text.py made them from captions of painted
 tissue, and they hold the image head too.
 
-Limits: it knows the words of those captions and refuses others; it was told, in captions, of the
-very traits that the demo cohort asks for (on other patients, sites and stains), as a real
-vision-language model has read of the subtypes that it is asked for. So what it gives without
-training is no surprise, and its figures compare with others on the same features only.
+Limits: it knows only the words of those captions; they describe the very traits that the demo
+cohort asks for (on other patients, sites and stains), as a real vision-language model has read of
+the subtypes it is asked for. So its zero-shot results are no surprise, and its figures can be
+compared only with others on the same features.
 
 Shapes: B texts, L tokens, W width, d joint width.
 """
@@ -33,7 +33,7 @@ WIDTH, BLOCKS, HEADS, LONGEST, JOINT = 64, 2, 4, 64, 64
 
 
 class WordTower(nn.Module):
-    """Words to a joint vector.
+    """A text tower over whole words, to a joint vector.
 
     Args:
         words: the vocabulary, lower case, the full stop among them.
@@ -52,10 +52,10 @@ class WordTower(nn.Module):
         nn.init.normal_(self.table.weight, std=0.05)
 
     def ids(self, text: str) -> list[int]:
-        """Words and full stops to their numbers.
+        """Return the numbers of words and full stops.
 
         Raises:
-            TextError: a word it does not know; those it knows are listed.
+            TextError: an unknown word; the known ones are listed.
         """
         words = re.findall(r"[a-z0-9]+|\.", text.lower())
         unknown = sorted(set(words) - self.numbers.keys())
@@ -68,7 +68,7 @@ class WordTower(nn.Module):
         return [self.numbers[word] for word in words]
 
     def forward(self, x_BLW: Tensor, mask_BL: Tensor) -> Tensor:
-        """Input vectors to (B, d), read off the first token."""
+        """Return joint vectors (B, d), read off the first token."""
         x_BLW = x_BLW + self.positions_LW[: x_BLW.shape[1]]
         for block in self.blocks:
             x_BLW = block(x_BLW, mask_BL[:, None, None])
@@ -76,7 +76,7 @@ class WordTower(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on its normalised input and added to it."""
+    """A transformer block: attention and MLP, each with pre-norm and residual."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BLW: Tensor, mask_B11L: Tensor) -> Tensor:
-        """Tokens that are there look at tokens that are there."""
+        """Return tokens after attention among unmasked tokens and the MLP."""
         q, k, v = self.qkv(self.norm1(x_BLW)).unflatten(-1, (3, HEADS, -1)).unbind(-3)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L)
@@ -96,12 +96,12 @@ class Block(nn.Module):
 
 
 def image_head(dim: int) -> nn.Sequential:
-    """The demo encoder's feature to the joint space."""
+    """Return the projection from the demo encoder's feature to the joint space."""
     return nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, JOINT))
 
 
 def load_demo() -> VisionLanguage:
-    """The demo encoder with its text tower, from the package."""
+    """Return the demo encoder with its text tower, from the package."""
     encoder = backbones.load("demo_vit")
     with safe_open(FILE, "pt") as file:
         facts = file.metadata()

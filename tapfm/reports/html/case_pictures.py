@@ -117,12 +117,8 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
         "count": len(weights_T),
         "effective": effective_tiles(weights_T),
         "tiles": [
-            {
-                "x0": int(coords0[row, 0]),
-                "y0": int(coords0[row, 1]),
-                "weight": float(weights_T[row]),
-            }
-            for row in top
+            {"x0": int(x0), "y0": int(y0), "weight": float(weights_T[n])}
+            for n, (x0, y0) in zip(top, coords0[top], strict=True)
         ],
     }
 

@@ -17,29 +17,12 @@ from tapfm.reports import plain_table
 from tapfm.stats.bootstrap import Interval
 from tapfm.stats.metrics import MACRO
 
-NAMES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "ece": "ECE",
-    "delong": "DeLong",
-    "f1": "F1",
-    "r2": "R²",
-    "sha256": "SHA-256",
-}
+NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "delong": "DeLong", "f1": "F1",
+         "r2": "R²", "sha256": "SHA-256"}  # fmt: skip
 INTERVAL = {"value", "low", "high", "draws"}
 COUNTS = {"positives", "known", "labels"}  # shown in the table of results already
-SPLIT_KEYS = {
-    "split",
-    "task",
-    "slides",
-    "cases",
-    "draws",
-    "seed",
-    "reference",
-    "arms",
-    "skipped",
-    "notes",
-}
+SPLIT_KEYS = {"split", "task", "slides", "cases", "draws", "seed", "reference", "arms", "skipped",
+              "notes"}  # fmt: skip
 HEADLINE = 2  # metrics in the table of results: AUROC and AUPRC for labels of 0 or 1
 LISTED = 6  # longest list that is written out; longer ones are curves, and stay in the JSON
 UNBROKEN = 60  # characters of a cell that stay on one line
