@@ -28,7 +28,7 @@ class Areas:
 
     covered: list[np.ndarray]
     tissue: list[np.ndarray | None]
-    """That was painted; None where no truth is known."""
+    """Painted tissue; None where unknown."""
 
     def shared(self, other: Areas) -> float:
         """Return the intersection over union of two covered areas, over all slides."""

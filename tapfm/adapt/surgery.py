@@ -29,7 +29,7 @@ class Inserted:
     name: ClassVar[str]
     """Name that users give."""
     adds: ClassVar[str]
-    """What it inserts, for messages."""
+    """Name of the inserted parts, for messages."""
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return groups of all inserted parameters; prompts, biases, norms without weight decay."""

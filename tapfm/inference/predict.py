@@ -43,6 +43,7 @@ from tapfm.inference.prediction import (
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.feature_encoder import need_encoder
+from tapfm.tasks import Task
 
 
 def predict_slides(
@@ -80,51 +81,74 @@ def predict_slides(
         CheckpointError: the model predicts tiles, or was not trained for cases.
         WriteError: `predictions.csv` exists with other columns.
     """
-    need_encoder(path, models.read_model_config(path)[0].features)
-    model = models.load(path)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model_config, facts = model.model_config, models.read_model_config(path)[1]
-    if name_of(model_config.aggregator) == TILES:
-        raise models.CheckpointError(
-            f"{path}: was trained on labelled tiles and cannot predict a slide. Use its encoder "
-            "with `tapfm features` or `tapfm export`."
-        )
+    model, facts = load_slide_model(path, device)
     pool = pool_of(path, facts) if case else None
-    table = out / "predictions.csv"
-    rows_there(table, [*header_of(model.task), "model"])  # refused now, not after all slides
-    trained = TileSettings(
-        model_config.tile_px, model_config.mpp, tissue=Tissue(**facts.get("tissue", {}))
-    )
-    tiles = tiles_as_trained(trained, mpp, masks)
-    width, names, predictions = model.task.width, model.task.predictions, []
-    rows = [replace(row, case_id=case or row.case_id, labels=(math.nan,) * width) for row in rows]
+    rows_there(table := out / "predictions.csv", [*header_of(model.task), "model"])  # refused now
+    tiles = tiles_as_trained(trained_tiles(model, facts), mpp, masks)
+    predictions, nan = [], (math.nan,) * model.task.width
+    rows = [replace(row, case_id=case or row.case_id, labels=nan) for row in rows]
     with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
         bags = group_by_case(left, ()) if pool == "union" else left
         for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
-                whole = predict_bag(model, new_slide_bag(row, each, width, indices), chunk)
-                parts = slide_by_slide(whole, row.slides, [*map(len, indices)])
-                for slide, part, index in zip(row.slides, parts, indices, strict=True):
-                    write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
-                    if draw:
-                        draw_slide(out, slide, index, part, _values(names, part))
+                predictions.append(predict_row(model, row, each, indices, chunk, out, draw))
             except SlideError as fault:
                 tqdm.write(f"tapfm: {fault}", file=sys.stderr)
                 failed[row.slide_id] = str(fault)
-                continue
-            predictions.append(whole)
-            tqdm.write(f"{row.slide_id}: {each.count} tiles; {_values(names, whole)}")
     if case and failed:
         print(f"tapfm: {case}: one of its slides failed, so it is not predicted", file=sys.stderr)
-        predictions = []
-    elif case and pool != "union":
+        return 2
+    if case and pool != "union":
         predictions = pool_cases(predictions, model.task, pool, group_by_case(rows, ()))
-        print(f"{case}: {pool} of {len(rows)} slides; {_values(names, predictions[0])}")
+        print(f"{case}: {pool} of {len(rows)} slides; {_values(model.task, predictions[0])}")
     if predictions:
         write_predictions(table, model.task, predictions, file_fingerprint(path))
     return 2 if failed else 0
+
+
+def load_slide_model(path: Path, device: str | None) -> tuple[models.SlideModel, Mapping]:
+    """Return a saved model on its device, and the facts of its training.
+
+    Raises:
+        CheckpointError: it predicts tiles, or has no encoder.
+    """
+    need_encoder(path, models.read_model_config(path)[0].features)
+    model = models.load(path)
+    if name_of(model.model_config.aggregator) == TILES:
+        raise models.CheckpointError(
+            f"{path}: was trained on labelled tiles and cannot predict a slide. Use its encoder "
+            "with `tapfm features` or `tapfm export`."
+        )
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, models.read_model_config(path)[1]
+
+
+def trained_tiles(model: models.SlideModel, facts: Mapping) -> TileSettings:
+    """Return the tile settings that a model was trained with."""
+    config, tissue = model.model_config, Tissue(**facts.get("tissue", {}))
+    return TileSettings(config.tile_px, config.mpp, tissue=tissue)
+
+
+def predict_row(
+    model: models.SlideModel,
+    row: SlideRow,
+    tiles: SlideTiles | JoinedTiles,
+    indices: Sequence[TileIndex],
+    chunk: int,
+    out: Path,
+    draw: bool,
+) -> Prediction:
+    """Return a row's prediction; print it and write its slides' tile weights, or pictures too."""
+    whole = predict_bag(model, new_slide_bag(row, tiles, model.task.width, indices), chunk)
+    parts = slide_by_slide(whole, row.slides, [*map(len, indices)])
+    for slide, part, index in zip(row.slides, parts, indices, strict=True):
+        write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
+        if draw:
+            draw_slide(out, slide, index, part, _values(model.task, part))
+    tqdm.write(f"{row.slide_id}: {tiles.count} tiles; {_values(model.task, whole)}")
+    return whole
 
 
 def pool_of(path: Path, facts: Mapping) -> str:
@@ -154,16 +178,16 @@ def new_slide_bag(
 
     Args:
         row: the slide or case.
-        tiles: of all its slides.
-        labels: how many unknown numbers its target has.
-        indices: of each of its slides.
+        tiles: tiles of all its slides.
+        labels: number of values of its unknown target.
+        indices: index of each of its slides.
     """
     unknown_K = torch.full((labels,), torch.nan)
     return Bag(row.slide_id, row.case_id, tiles, places_of(indices), unknown_K, seed=0)
 
 
-def _values(names: Sequence[str], prediction: Prediction) -> str:
-    pairs = zip(names, prediction.probs_K, strict=True)
+def _values(task: Task, prediction: Prediction) -> str:
+    pairs = zip(task.predictions, prediction.probs_K, strict=True)
     return ", ".join(f"{name.removeprefix('p_')} {value:.3f}" for name, value in pairs)
 
 
