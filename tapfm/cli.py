@@ -5,13 +5,12 @@ A fault that the user can mend is printed as one error, without a traceback, and
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from tapfm.verbs import cohorts, later, reading, training
+from tapfm.verbs import Parser, cohorts, later, reading, training
 
 VERBS = {
     "demo": (cohorts.demo, "write the demo cohort: slides, table, truth masks"),
@@ -39,7 +38,7 @@ LIGHTNINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code."""
+    """Run a verb and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in LIGHTNINGS:  # the arguments are Lightning's to read
@@ -55,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
-    """All verbs, each with its flags and, as `do`, what is done with them."""
-    top = argparse.ArgumentParser(prog="tapfm", description=__doc__.splitlines()[0])
+def parser() -> Parser:
+    """Return the parser of all verbs; `do` of what it reads is the verb's function."""
+    top = Parser(prog="tapfm", description=__doc__.splitlines()[0])
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (flags, text) in VERBS.items():
         verb = verbs.add_parser(name, help=text, add_help=flags is not None)
@@ -67,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def explain_config(argv: Sequence[str], error: Exception) -> None:
-    """A cohort that is not there yet: what its config says to put where."""
+    """Print what a config says to put where, for a cohort that is not there yet."""
     from slides.errors import CohortError
     from tapfm.config import preamble
 
     configs = [Path(value) for key, value in pairwise(argv) if key == "--config"]
-    if isinstance(error, CohortError) and configs:
-        print(f"\n{configs[0]} says:\n{preamble(configs[0])}", file=sys.stderr)
+    if isinstance(error, CohortError) and configs and (says := preamble(configs[0])):
+        print(f"\n{configs[0]} says:\n{says}", file=sys.stderr)

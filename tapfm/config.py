@@ -1,11 +1,12 @@
-"""What `tapfm index` needs of a config, read without torch or Lightning.
+"""Reads the `data` of a config without torch or Lightning, as `tapfm index` needs it.
 
-`tapfm fit` reads the same YAML through Lightning's CLI, which knows every key; here the keys of
-`data` that say which slides and which tiles are enough.
+`tapfm fit` reads the same YAML through Lightning's CLI, which checks every value; here those that
+say which slides and which tiles are checked.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,30 +17,32 @@ from slides.errors import SettingsError
 from slides.streaming.settings import Source, TileSettings
 from slides.streaming.stain import METHODS
 from slides.tiling.tissue import Tissue
+from tapfm.settings import did_you_mean, refuse
 
 
 def read_source(configs: Sequence[Path]) -> Source:
-    """The cohort and its tiles, from one or more YAML files; later ones win.
+    """Return the cohort and its tiles, from one or more YAML files; later ones win.
 
     Raises:
-        SettingsError: a file is missing or damaged, or a key of `data.tiles` is unknown.
+        SettingsError: all missing files, unknown keys and values that cannot be.
         CohortError: all the faults of the table.
     """
-    data = read_data(configs)
-    tiles = _keys(data.get("tiles"), "data.tiles")
-    where = "data.tiles.tissue"
-    tissue = _checked(Tissue, _keys(tiles.pop("tissue", None), where), where)
-    settings = _checked(TileSettings, {**tiles, "tissue": tissue}, "data.tiles")
+    data, faults = _read_data(configs)
+    where = "data.tiles"
+    tiles = _keys(data.get("tiles"), where)
+    tissue = _keys(tiles.pop("tissue", None), f"{where}.tissue")
+    faults += [*_faults(Tissue, tissue, f"{where}.tissue"), *_faults(TileSettings, tiles, where)]
     folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
     if stain not in (None, *METHODS):
-        raise SettingsError(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
+        faults.append(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     labels, on_error = data.get("labels"), data.get("on_error", "stop")
     if labels is not None and not isinstance(labels, list):
-        raise SettingsError(f"data.labels: {labels!r} is no list: write [{labels}]")
+        faults.append(f"data.labels: {labels!r} is no list: write [{labels}]")
     if on_error not in ("stop", "skip"):
-        raise SettingsError(f"data.on_error: {on_error!r} is neither stop nor skip")
+        faults.append(f"data.on_error: {on_error!r} is neither stop nor skip")
     workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
-    _numbers({"workers": workers, "cache_gb": 0 if cache_gb is None else cache_gb}, "data")
+    faults += _no_numbers({"workers": workers, "cache_gb": cache_gb or 0}, "data")
+    refuse(faults, ", ".join(map(str, configs)))
     return Source(
         read_cohort(
             Path(data["table"]),
@@ -49,7 +52,7 @@ def read_source(configs: Sequence[Path]) -> Source:
         ).rows,
         Path(data.get("index_dir", "data/index")),
         Path(cache) if cache else None,
-        settings,
+        TileSettings(**tiles, tissue=Tissue(**tissue)),
         on_error,
         int(workers),
         stain,
@@ -58,21 +61,40 @@ def read_source(configs: Sequence[Path]) -> Source:
 
 
 def read_data(configs: Sequence[Path]) -> dict[str, Any]:
-    """The keys below `data` of one or more YAML files, as they stand; later files win.
+    """Return the keys below `data` of one or more YAML files, as they stand; later files win.
 
     Raises:
-        SettingsError: a file is missing or damaged, or none names a table.
+        SettingsError: a file is missing or damaged, a key is unknown, or none names a table.
     """
-    data: dict[str, Any] = {}
-    for config in configs:
-        data = _merged(data, _keys(read_yaml(config).get("data"), f"{config}: data"))
-    if not data.get("table"):
-        raise SettingsError(f"{configs[-1]}: data.table is missing: give the cohort's table")
+    data, faults = _read_data(configs)
+    refuse(faults, ", ".join(map(str, configs)))
     return data
 
 
+def _read_data(configs: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
+    data: dict[str, Any] = {}
+    for config in configs:
+        data = _merged(data, _keys(read_yaml(config).get("data"), f"{config}: data"))
+    known = data_keys()
+    faults = [
+        f"data.{key}: there is no such key.{did_you_mean(key, known)}"
+        for key in data.keys() - known
+    ]
+    if not data.get("table"):
+        faults.append(f"{configs[-1]}: data.table is missing: give the cohort's table")
+    return data, sorted(faults)
+
+
+def data_keys() -> set[str]:
+    """Return what `SlideData` takes, from its text: importing it would import torch."""
+    tree = ast.parse((Path(__file__).parent / "data" / "datamodule.py").read_text())
+    made = next(node for node in tree.body if getattr(node, "name", "") == "SlideData")
+    init = next(node for node in made.body if getattr(node, "name", "") == "__init__")
+    return {argument.arg for argument in init.args.args[1:]}
+
+
 def preamble(config: Path) -> str:
-    """The comment a config opens with: what it is for, and what it expects where."""
+    """Return the comment that a config opens with: its purpose, and what it expects where."""
     lines = []
     for line in config.read_text().splitlines():
         if not line.startswith("#"):
@@ -82,10 +104,10 @@ def preamble(config: Path) -> str:
 
 
 def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
-    """A YAML file's keys and values; `what` it is to be called.
+    """Return the keys and values of a YAML file, called `what` in errors.
 
     Raises:
-        SettingsError: it is missing, or something else.
+        SettingsError: there is no such file, or it is something else.
     """
     import yaml
 
@@ -114,17 +136,20 @@ def _keys(values: Any, where: str) -> dict[str, Any]:
     return dict(values or {})
 
 
-def _checked(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass of what a config says; a value whose default is a number must be one."""
+def _faults(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
+    """Return unknown keys of a dataclass, and values that are no numbers where it has some."""
     known = {each.name: each.default for each in fields(cls)}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise SettingsError(f"{where}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
-    _numbers({key: v for key, v in values.items() if isinstance(known[key], int | float)}, where)
-    return cls(**values)
+    faults = [
+        f"{where}: unknown {key}; there are {', '.join(known)}.{did_you_mean(key, known)}"
+        for key in sorted(values.keys() - known.keys())
+    ]
+    numbers = {key: v for key, v in values.items() if isinstance(known.get(key), int | float)}
+    return faults + _no_numbers(numbers, where)
 
 
-def _numbers(values: Mapping[str, Any], where: str) -> None:
-    for key, value in values.items():
-        if not isinstance(value, int | float) or value < 0:
-            raise SettingsError(f"{where}.{key}: {value!r} is no number from 0 on")
+def _no_numbers(values: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}.{key}: {value!r} is no number from 0 on"
+        for key, value in values.items()
+        if not isinstance(value, int | float) or value < 0
+    ]

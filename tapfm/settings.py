@@ -6,18 +6,18 @@ Strategies, aggregators, regularisers and bag transforms are all named in a conf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Any
 
 from slides.errors import SettingsError, refuse
 
-__all__ = ["SettingsError", "choose", "did_you_mean", "refuse", "spec_of"]
+__all__ = ["SettingsError", "below", "choose", "did_you_mean", "faults_of", "refuse", "spec_of"]
 
 Spec = str | Mapping[str, Any]
 """A name, or a name and options: `lora`, or `{name: lora, rank: 16}`."""
-_KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text",
+KINDS = {int: "a whole number", float: "a number", tuple: "a list", str: "text",
           bool: "true or false"}  # fmt: skip
 
 
@@ -25,6 +25,26 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the closest of the known words, or an empty string."""
     near = get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def faults_of(*calls: Callable[[], object]) -> list[str]:
+    """Return the messages of the errors that calls raise for what is wrong with their settings."""
+    faults = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def below(settings: Mapping[str, Any], least: Mapping[str, float], where: str = "") -> list[str]:
+    """Return a fault for each number that is less than the least it may be; None is no number."""
+    return [
+        f"{where}{'.' * bool(where)}{key} must be {least_:g} or more, got {settings[key]}"
+        for key, least_ in least.items()
+        if settings[key] is not None and not settings[key] >= least_
+    ]
 
 
 def choose(
@@ -58,10 +78,10 @@ def choose(
     for key, value in options.items():
         kind = type(defaults.get(key))
         fits = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
-        if kind not in _KINDS or key not in defaults:
+        if kind not in KINDS or key not in defaults:
             continue
         if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
-            faults.append(f"{where}: {name}: {key} must be {_KINDS[kind]}, got {value!r}")
+            faults.append(f"{where}: {name}: {key} must be {KINDS[kind]}, got {value!r}")
         else:
             options[key] = kind(value)
     refuse(faults, where, error)
@@ -69,7 +89,7 @@ def choose(
 
 
 def spec_of(kinds: Mapping[str, type], chosen: Any) -> dict[str, Any]:
-    """Return the name and every option: what `choose` makes the same of."""
+    """Return the name and every option, of which `choose` makes the same again."""
     name = next(name for name, kind in kinds.items() if kind is type(chosen))
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(chosen).items()}
     return {"name": name, **options}

@@ -29,6 +29,7 @@ from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.encoders.compiled import compile_blocks, pad_chunks
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
+from tapfm.settings import did_you_mean
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -81,13 +82,12 @@ def find(key: str) -> Backbone:
     Raises:
         BackboneError: no such model; the message says why, or lists those there are.
     """
-    row = NAMES.get(_plain(key))
-    if row is not None:
+    if row := NAMES.get(_plain(key)):
         return row
-    for name, reason in LEFT_OUT.items():
-        if _plain(name) == _plain(key):
-            raise BackboneError(f"model: {key} is known and left out: {reason}. Choose another.")
-    raise BackboneError(f"model: {key!r} is none of {', '.join(BACKBONES)}")
+    if reason := {_plain(name): why for name, why in LEFT_OUT.items()}.get(_plain(key)):
+        raise BackboneError(f"model: {key} is known and left out: {reason}. Choose another.")
+    near = did_you_mean(key, BACKBONES)
+    raise BackboneError(f"model: {key!r} is none of {', '.join(BACKBONES)}.{near}")
 
 
 class Encoder(nn.Module):

@@ -11,28 +11,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from slides.files import replacing
+from slides.grid import Grid
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders import backbones
+from tapfm.encoders.backbones import find
 from tapfm.encoders.fingerprint import state_fingerprint
-from tapfm.settings import SettingsError
+from tapfm.settings import SettingsError, faults_of
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
 from tapfm.tile_training.baselines import Probe, features, fit_probe
 from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileArm, write_tile_results
+from tapfm.training.alternating import check_drop_path, check_precision
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
-from tapfm.training.fit import Cli, prepare_folder, program, read_config
+from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, program, read_config
+from tapfm.training.optim import Steps
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 
@@ -42,9 +46,10 @@ class TileCli(Cli):
 
     kinds = TileModule, TileData
     verb = "fit-tiles"
+    least: ClassVar = {"batch": 1, "colour": 0, "stain_jitter": 0, "workers": 0}
 
     def add_arguments_to_parser(self, parser):
-        """Those of any run; classes and tile geometry come from the data."""
+        """Add those of any run; take classes and tile geometry from the data."""
         self.add_run_arguments(parser)
         parser.link_arguments("data.tile_px", "model.tile_px")
         parser.link_arguments("data.mpp", "model.mpp")
@@ -56,6 +61,26 @@ class TileCli(Cli):
         """The run's own."""
         name = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         return Path(self.config.run_dir) / (self.config.name or name)
+
+    def model_faults(self, model) -> list[str]:
+        """Return what is wrong with `model`."""
+        faults = faults_of(
+            lambda: find(model.model),
+            lambda: make_strategy(model.strategy),
+            lambda: Steps(**vars(model.steps)),
+        )
+        if model.steps.warm_start:
+            faults.append(
+                "model.steps.warm_start is of slides. A classifier of tiles begins as the linear "
+                "probe with model.head: probe."
+            )
+        faults += check_drop_path(model.drop_path)
+        return faults + check_precision(model.precision, model.optimizer)
+
+    def data_faults(self, data) -> list[str]:
+        """Return what is wrong with `data`."""
+        faults = faults_of(lambda: Grid(data.tile_px, data.mpp))
+        return [f"data: {fault}" for fault in faults]
 
 
 class TileLog(RunLog):
@@ -75,14 +100,9 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
     """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
 
     Raises:
-        SettingsError: several processes were asked for, or a warm start, which is of slides.
+        SettingsError: several processes were asked for.
     """
     cli = read_config(arguments, TileCli)
-    if cli.model.steps.warm_start:
-        raise SettingsError(
-            "model.steps.warm_start is of slides. A classifier of tiles begins as the linear probe "
-            "with model.head: probe."
-        )
     if cli.trainer.world_size > 1:
         raise SettingsError(
             f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "
@@ -135,7 +155,7 @@ def train(cli: TileCli, frozen: FrozenArm) -> None:
     )
     if module.head == "probe":
         module.start_head(*frozen.probe.linear())
-    trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    add_tensorboard(trainer, folder)
     trainer.callbacks += [
         TileLog(folder),
         BestWeights(folder, "f1"),

@@ -10,6 +10,8 @@
     encode_once.py  a frozen encoder's features, made before the first epoch
     warm_start.py   before the first slide: the slide model is fitted to frozen features
     fit.py          `tapfm fit`: config to run folder
+    arguments.py    what is wrong with its arguments, all at once
+    old_keys.py     keys of version 0.1, and of runs that were begun with them
 
 Read `module.py` first.
 """

@@ -19,7 +19,7 @@ from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
-from tapfm.settings import SettingsError
+from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.model import SlideModel
 from tapfm.training.optim import Steps, warmup_cosine
 
@@ -129,19 +129,12 @@ class AlternatingModule(L.LightningModule):
                 epochs to lay the rates over.
             CompilerError: blocks are to be compiled, and there is no compiler.
         """
-        if self.trainer.precision != "32-true":
-            raise SettingsError(
-                f"trainer.precision is {self.trainer.precision}: it would keep casts of weights "
-                "over both passes and the update between them. Leave it out, and set "
-                "model.precision: bf16."
+        trainer = self.trainer
+        refuse(
+            check_trainer(
+                trainer.precision, trainer.max_epochs, trainer.max_steps, trainer.fast_dev_run
             )
-        counted = self.trainer.max_steps == -1 or self.trainer.fast_dev_run
-        if (self.trainer.max_epochs or 0) < 1 or not counted:
-            raise SettingsError(
-                "the schedule is over trainer.max_epochs: give it 1 or more (it is "
-                f"{self.trainer.max_epochs}), and leave trainer.max_steps out (it is "
-                f"{self.trainer.max_steps})"
-            )
+        )
         if self.slide_model.encoder.compiled:
             need_compiler(self.device)
         unwrap(self)
@@ -167,6 +160,25 @@ class AlternatingModule(L.LightningModule):
 def parameters_of(optimizer) -> list[nn.Parameter]:
     """Return all parameters that an optimizer steps."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_trainer(
+    precision: str | int | None, max_epochs: int | None, max_steps: int, fast_dev_run: bool | int
+) -> list[str]:
+    """Return what is wrong with the trainer's precision and length of a run."""
+    faults = []
+    if precision not in (None, 32, "32", "32-true"):
+        faults.append(
+            f"trainer.precision is {precision}: it would keep casts of weights over both passes "
+            "and the update between them. Leave it out, and set model.precision: bf16."
+        )
+    counted = max_steps == -1 or fast_dev_run
+    if (max_epochs or 0) < 1 or not counted:
+        faults.append(
+            "the schedule is over trainer.max_epochs: give it 1 or more (it is "
+            f"{max_epochs}), and leave trainer.max_steps out (it is {max_steps})"
+        )
+    return faults
 
 
 def check_drop_path(drop_path: float) -> list[str]:

@@ -13,32 +13,45 @@ import subprocess
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from slides.errors import SettingsError
 from slides.files import write_text
+from slides.grid import Grid
+from slides.tiling.tissue import Tissue
 from tapfm import __version__
 from tapfm.adapt.strategies import make_strategy, strategy_spec
+from tapfm.bag_transforms import BAG_TRANSFORMS
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
+from tapfm.regularisers import REGULARISERS
+from tapfm.settings import SettingsError, below, choose, did_you_mean, faults_of, refuse
 from tapfm.slide_model.aggregators import aggregator_options, name_of
 from tapfm.tasks import validation_figures
+from tapfm.training.alternating import check_drop_path, check_precision, check_trainer
+from tapfm.training.arguments import argument_faults
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
-from tapfm.training.module import SlideModule
+from tapfm.training.module import SlideModule, check_counts
+from tapfm.training.old_keys import changed_keys, rename_old_keys
+from tapfm.training.optim import Steps
 from tapfm.training.warm_start import WarmStart
 
 CONFIG = "config.yaml"
+SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
 DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
 
 
@@ -47,9 +60,13 @@ class Cli(LightningCLI):
 
     kinds = SlideModule, SlideData
     verb = "fit"
+    least: ClassVar = {
+        "tiles_per_slide": 1, "colour": 0, "stain_jitter": 0, "host_gb": 0, "workers": 0
+    }  # fmt: skip
+    """The least value of numbers of `data`."""
 
     def add_arguments_to_parser(self, parser):
-        """`run_dir`, `name`, `resume_every`; labels and tile geometry come from the data."""
+        """Add `run_dir`, `name`, `resume_every`; take labels and tile geometry from the data."""
         self.add_run_arguments(parser)
         parser.link_arguments("data.tiles.tile_px", "model.tile_px")
         parser.link_arguments("data.tiles.mpp", "model.mpp")
@@ -58,7 +75,7 @@ class Cli(LightningCLI):
         parser.link_arguments("data.features_spec", "model.features", apply_on="instantiate")
 
     def add_run_arguments(self, parser) -> None:
-        """What every task has."""
+        """Add what slides' and tiles' runs have both."""
         parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
         parser.add_argument(
             "--name", default=None, help="folder of this run; None: aggregator, strategy"
@@ -89,17 +106,107 @@ class Cli(LightningCLI):
         name += f"_{strategy}" if strategy != "full" else ""
         return Path(self.config.run_dir) / (self.config.name or name)
 
+    def parse_arguments(self, parser, args) -> None:
+        """Read the arguments, once nothing is wrong with them; say old keys' new names.
+
+        Raises:
+            SettingsError: all unknown keys, wrong types and missing files.
+        """
+        refuse(argument_faults(parser, args), self.verb)
+        super().parse_arguments(parser, args)
+        for line in rename_old_keys(self.config.model):
+            rank_zero_only(print)(line)
+
     def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated with an unknown model or strategy; features stay frozen."""
-        find(self.config.model.model)
+        """Refuse what is wrong with the settings, before a slide or a model is looked at.
+
+        An encoder whose features are given stays frozen.
+
+        Raises:
+            SettingsError: all that can be known by now.
+        """
+        config = self.config
+        faults = [*self.model_faults(config.model), *self.data_faults(config.data)]
+        faults += below(config.data, self.least, "data") + below(config, {"resume_every": 0})
+        faults += check_trainer(**{key: config.trainer[key] for key in SCHEDULE})
+        faults += below(config.trainer, {"check_val_every_n_epoch": 1}, "trainer")
+        faults += check_accelerator(config.trainer.accelerator)
+        refuse(faults, self.verb)
         strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         if self.config.data.get("features_dir") and strategy == "full":
             self.config.model.strategy = "frozen"
-        aggregator_options(self.config.model.aggregator)
+
+    def model_faults(self, model) -> list[str]:
+        """Return what is wrong with `model`."""
+        chosen = ((REGULARISERS, "regularisers"), (BAG_TRANSFORMS, "bag_transforms"))
+        return [
+            *faults_of(
+                lambda: find(model.model),
+                lambda: aggregator_options(model.aggregator),
+                lambda: make_strategy(model.strategy),
+                lambda: Steps(**vars(model.steps)),
+                *(
+                    partial(choose, kinds, spec, f"model.{key}")
+                    for kinds, key in chosen
+                    for spec in model[key] or ()
+                ),
+            ),
+            *check_counts(model.chunk, model.keep_chunks, model.backward_tiles, model.cosine_every),
+            *check_drop_path(model.drop_path),
+            *check_precision(model.precision, model.optimizer),
+        ]
+
+    def data_faults(self, data) -> list[str]:
+        """Return what is wrong with `data`, alone or beside `model`."""
+        tiles = data.tiles
+        faults = faults_of(
+            lambda: Grid(tiles.tile_px, tiles.mpp, tiles.overlap),
+            lambda: Tissue(**vars(tiles.tissue)),
+        )
+        faults = [f"data.tiles: {fault}" for fault in faults]
+        if name_of(self.config.model.aggregator) == "hierarchical" and data.bags != "case":
+            faults.append(
+                "model.aggregator hierarchical weighs the slides of a case, and data.bags is "
+                f"{data.bags}: set data.bags: case, or take tapfm_gated."
+            )
+        return faults
+
+    def instantiate_trainer(self, **kwargs) -> L.Trainer:
+        """Make the trainer, without our progress bar where none is wanted.
+
+        Raises:
+            SettingsError: what Lightning finds wrong with `trainer`.
+        """
+        if self.config.trainer.enable_progress_bar is False:
+            self.trainer_defaults = {}
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            what = " ".join(str(error).split())
+            raise SettingsError(f"trainer: {what} Correct that key, or leave it out.") from error
+
+
+def check_accelerator(name: object) -> list[str]:
+    """Return what is wrong with a device by name: there is no such kind, or none here."""
+    kinds = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if isinstance(name, str) and name not in kinds:
+        near = did_you_mean(name, kinds)
+        return [f"trainer.accelerator: {name!r} is none of {', '.join(kinds)}.{near}"]
+    there = torch.cuda.is_available() or (name == "gpu" and torch.backends.mps.is_available())
+    if name in ("gpu", "cuda") and not there:
+        return [
+            f"trainer.accelerator is {name}, and PyTorch finds no GPU on this machine. Leave it "
+            "out, or set cpu."
+        ]
+    return []
 
 
 def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
-    """Model, data and trainer as the arguments say."""
+    """Return model, data and trainer as the arguments say.
+
+    Raises:
+        SettingsError: all that is wrong with the arguments.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and what we print ourselves
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():  # Lightning's CLI against newer jsonargparse: not the user's
@@ -111,8 +218,10 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
             save_config_callback=None,
             trainer_defaults={"callbacks": [Progress()]},
             seed_everything_default=0,
-            parser_kwargs={"prog": f"tapfm {kind.verb}", "default_env": False},
-        )
+            parser_kwargs={
+                "prog": f"tapfm {kind.verb}", "default_env": False, "exit_on_error": False
+            },
+        )  # fmt: skip
 
 
 def run_fit(arguments: Sequence[str]) -> int:
@@ -123,11 +232,6 @@ def run_fit(arguments: Sequence[str]) -> int:
     resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
     model_config = module.slide_model.model_config
-    if name_of(model_config.aggregator) == "hierarchical" and data.bags != "case":
-        raise SettingsError(
-            "model.aggregator hierarchical weighs the slides of a case, and data.bags is slide: "
-            "set data.bags: case, or take tapfm_gated."
-        )
     if trainer.is_global_zero:
         prepare_folder(cli)
         print(
@@ -135,7 +239,7 @@ def run_fit(arguments: Sequence[str]) -> int:
             f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
             f"chunks of {module.chunk} tiles in {model_config.precision}"
         )
-    trainer.loggers = [TensorBoardLogger(folder, name="", version="tensorboard")]
+    add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     trainer.callbacks += [
         RunLog(folder, list(validation_figures(module.task)), module.columns),
@@ -168,8 +272,14 @@ def encoder_of(module: SlideModule) -> str:
     return f"{config.model}, {what} at {module.encoder_lr:g}"
 
 
+def add_tensorboard(trainer: L.Trainer, folder: Path) -> None:
+    """Log to TensorBoard in the run's folder, beside the loggers that the user asked for."""
+    board = TensorBoardLogger(folder, name="", version="tensorboard")
+    trainer.loggers = [board, *trainer.loggers]
+
+
 def foretell(module: SlideModule) -> dict[str, float] | None:
-    """What the run will take of the GPU, said before it begins.
+    """Return the GPU memory that the run will take by phase, in GiB, and print the peak.
 
     None for models of other blocks, and for an encoder of which nothing learns.
     """
@@ -190,11 +300,10 @@ def prepare_folder(cli: Cli) -> None:
         SettingsError: the folder holds a run with another config.
     """
     folder, text = cli.folder, cli.parser.dump(cli.config, skip_unset=False)
-    now = yaml.safe_load(text)
-    if (folder / CONFIG).exists():
-        then = yaml.safe_load((folder / CONFIG).read_text())
-        changed = [key for part in DESCRIBES_RUN for key in _changed(then[part], now[part], part)]
-        if changed and (folder / RESUME).exists():
+    if (folder / RESUME).exists() and (folder / CONFIG).exists():
+        then, now = yaml.safe_load((folder / CONFIG).read_text()), yaml.safe_load(text)
+        then, now = ({key: each[key] for key in DESCRIBES_RUN} for each in (then, now))
+        if changed := changed_keys(then, now, cli.parser.get_defaults()):
             raise SettingsError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}). "
                 "Give another --name or --run_dir, or delete that folder to start anew."
@@ -203,7 +312,7 @@ def prepare_folder(cli: Cli) -> None:
 
 
 def provenance(data: SlideData) -> dict[str, Any]:
-    """What a saved model says of its making."""
+    """Return what a saved model says of its making."""
     return {
         "cohort_sha256": data.cohort.sha256,
         "tissue": asdict(data.tiles.tissue),
@@ -215,7 +324,7 @@ def provenance(data: SlideData) -> dict[str, Any]:
 
 
 def program() -> dict[str, Any]:
-    """Commit and versions of what is running."""
+    """Return commit and versions of what is running."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -223,10 +332,3 @@ def program() -> dict[str, Any]:
         "versions": {"tapfm": __version__, "torch": torch.__version__,
                      "lightning": L.__version__, "python": platform.python_version()},
     }  # fmt: skip
-
-
-def _changed(then: Any, now: Any, key: str) -> list[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = sorted(then.keys() | now.keys())
-        return [c for k in keys for c in _changed(then.get(k), now.get(k), f"{key}.{k}")]
-    return [] if then == now else [f"{key} was {then}, is {now}"]

@@ -43,7 +43,6 @@ class Steps:
 
     def __post_init__(self):
         if self.head_start is not None:
-            print("model.steps.head_start is now model.steps.warm_start")
             object.__setattr__(self, "warm_start", self.head_start)
             object.__setattr__(self, "head_start", None)
         faults = [

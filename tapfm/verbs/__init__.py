@@ -10,12 +10,65 @@ is imported before it runs.
 
 from __future__ import annotations
 
+import argparse
+import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 
 Do = Callable[..., int]
+
+
+class Parser(ArgumentParser):
+    """Reads flags, and raises one error for all that is wrong with them, without the usage."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.faults: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Read what is known; refuse the rest, as `parse_args` does.
+
+        Raises:
+            SettingsError: all unknown flags, wrong types and unknown choices.
+        """
+        namespace, unknown = super().parse_known_args(args, namespace)
+        flags = [word for word in unknown if word.startswith("-")]
+        for word in flags or unknown:
+            self.faults.append(f"unrecognized argument {word}.{self._near(word)}")
+        self._refuse(self.faults)
+        return namespace, []
+
+    def error(self, message: str):
+        """Raise a settings error in place of the usage."""
+        self._refuse([*self.faults, message])
+
+    def _get_value(self, action, arg_string):
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            self.faults.append(str(error))
+            return None
+
+    def _check_value(self, action, value) -> None:
+        try:
+            if value is not None:
+                super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            self.faults.append(f"{error}.{self._near(value, action.choices)}")
+            if action.nargs == argparse.PARSER:  # no verb, no flags
+                self._refuse(self.faults)
+
+    def _near(self, word: str, known=None) -> str:
+        from tapfm.settings import did_you_mean
+
+        return did_you_mean(word.partition("=")[0], known or self._option_string_actions)
+
+    def _refuse(self, faults: list[str]) -> None:
+        from tapfm.settings import refuse
+
+        refuse(faults, self.prog)
 
 
 def later(where: str) -> Do:
@@ -35,6 +88,21 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def device(text: str) -> str:
+    """Return the name of a device of this machine: cpu, cuda or cuda:1."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise ArgumentTypeError(f"{text!r} is no device: give cpu, cuda or cuda:1")
+    if text.startswith("cuda"):
+        import torch
+
+        if int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise ArgumentTypeError(
+                f"PyTorch finds {torch.cuda.device_count()} GPUs here, and {text} is none of them: "
+                "leave it out, or give cpu"
+            )
+    return text
+
+
 def config_flag(verb: ArgumentParser, dest: str = "config", required: bool = False) -> None:
     """Add `--config`, which may be repeated; later files take precedence."""
     verb.add_argument("--config", type=Path, action="append", dest=dest, required=required,
@@ -44,4 +112,4 @@ def config_flag(verb: ArgumentParser, dest: str = "config", required: bool = Fal
 def device_flags(verb: ArgumentParser) -> None:
     """Add the flags of the device and the number of tiles at once."""
     verb.add_argument("--chunk", type=at_least(1), default=16, help="tiles at once (%(default)s)")
-    verb.add_argument("--device", help="cuda or cpu; cuda where there is one")
+    verb.add_argument("--device", type=device, help="cuda or cpu; cuda where there is one")

@@ -297,10 +297,33 @@ def test_other_settings_are_refused_by_name(finished, capsys):
 
 def test_unknown_key_is_named(finished, capsys):
     _, config = finished
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", str(config), "--model.chunks", "4"])
-    assert caught.value.code == 2
-    assert "chunks" in capsys.readouterr().err
+    assert main(["fit", "--config", str(config), "--model.chunks", "4"]) == 2
+    assert (
+        "model.chunks: there is no such key. Did you mean model.chunk?" in capsys.readouterr().err
+    )
+
+
+def test_a_users_logger_stays_beside_tensorboard(tmp_path):
+    config = write_cohort(tmp_path)
+    further = tmp_path / "logger.yaml"
+    where = {"save_dir": str(tmp_path), "name": "csv", "version": "mine"}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": where}
+    further.write_text(yaml.safe_dump({"trainer": {"max_epochs": 1, "logger": logger}}))
+    assert main(["fit", "--config", str(config), "--config", str(further)]) == 0
+    run = tmp_path / "runs" / "tapfm_gated"
+    assert list(run.glob("tensorboard/events*"))
+    logged = pd.read_csv(tmp_path / "csv" / "mine" / "metrics.csv")
+    ours = pd.read_csv(run / "metrics.csv")
+    for name in ("train/loss", "val/loss"):
+        one, other = (table[name].dropna().tolist() for table in (logged, ours))
+        assert one == pytest.approx(other)
+        assert len(one) == {"train/loss": 7, "val/loss": 1}[name]
+
+
+def test_a_run_without_a_progress_bar(tmp_path, capsys):
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(write_cohort(tmp_path)), *quiet]) == 0
+    assert "Epoch 0" not in capsys.readouterr().out
 
 
 def test_checkpoint_of_another_model_is_refused(finished):

@@ -92,10 +92,6 @@ def with_temperature(spec: Spec, temperature: float | None) -> dict[str, Any]:
                 f"model.temperature is of the CLS score, and {name} does not look at it. Leave it "
                 "out, or take tapfm_gated."
             )
-        print(
-            "model.temperature is now an option of the aggregator: "
-            f"model.aggregator: {{name: {name}, temperature: {temperature}}}"
-        )
         options = replace(options, temperature=temperature)
     return spec_of(AGGREGATORS, options)
 
