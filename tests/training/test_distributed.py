@@ -84,8 +84,8 @@ def test_two_processes_are_one_that_takes_two_slides_an_update(tmp_path, options
         if key.endswith("qkv.bias"):  # softmax does not see k's: AdamW turns its rounding to steps
             value, shared[key] = (torch.cat(each.chunk(3)[::2]) for each in (value, shared[key]))
         if "bf16-true" not in options:
-            taught = "gate" in key and "--model.steps.warm_start" in options  # 50 epochs more
-            assert torch.allclose(value, shared[key], rtol=0, atol=2e-5 if taught else 1e-6), key
+            attention = "gate" in key and "--model.steps.warm_start" in options  # 50 epochs more
+            assert torch.allclose(value, shared[key], rtol=0, atol=2e-5 if attention else 1e-6), key
         else:  # a hair decides how bfloat16 is rounded, and then all that follows
             step = 2**-7 if value.dtype == torch.bfloat16 else 0.05
             near = torch.isclose(value, shared[key], rtol=step, atol=1e-6)

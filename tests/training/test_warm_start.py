@@ -203,3 +203,13 @@ def test_slides_that_never_vary_are_seen_once_and_as_they_are(tmp_path, capsys):
         seen = {bag.slide_id: next(iter(bag.tiles.split(99))) for bag in data.seen_in_training(1)}
         for bag in data.streamed(data.rows("train")):
             assert torch.equal(next(iter(bag.tiles.split(99))), seen[bag.slide_id]) == alike
+
+
+def test_a_model_without_a_linear_head_is_trained_and_not_solved(tmp_path, capsys):
+    config = write_cohort(tmp_path, turns=False, colour=0.0, tiles_per_slide=None)
+    start = ["--model.steps.warm_start", "true", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", str(config), "--model.aggregator", "dsmil", *start]) == 0
+    printed = capsys.readouterr().out
+    assert "warm start: 7 views of slides; attention trained on them, lr " in printed
+    assert "linear probe" not in printed
+    assert ", which begins the run" in printed
