@@ -1,10 +1,10 @@
-"""What the processes of one run tell each other: a GPU each, a slide each, one set of weights.
+"""Communication between the processes of one run: a GPU each, a slide each, the same weights.
 
 Gradients are averaged once an update, and not at every backward as torch's DistributedDataParallel
 does: pass 2 has a backward for every chunk. So Lightning's wrapper is taken off (`unwrap`) once it
-has given all processes the same weights, and its buffers, as large as the gradient, go with it.
+has given all processes the same weights, and its buffers, as large as the gradient, are freed.
 
-One process: nothing happens.
+In a run of one process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 
 def several() -> bool:
-    """Whether this process trains with others."""
+    """Return whether this process trains with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """The number of this one."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if several() else 0
 
 
 def world() -> int:
-    """How many there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if several() else 1
 
 
@@ -42,9 +42,9 @@ def unwrap(module: L.LightningModule) -> None:
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of their gradients over all processes, in place; who has none gives 0.
+    """Replace gradients by their mean over all processes; a missing one counts as 0.
 
-    What has a gradient in no process has none afterwards.
+    A parameter without a gradient in any process has none afterwards.
     """
     parameters = list(parameters)
     if not several() or not parameters:
@@ -63,7 +63,7 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gather(mine: T) -> list[T]:
-    """What each process gives, in their order, to all of them."""
+    """Return the values that all processes give, by their number."""
     if not several():
         return [mine]
     found: list = [None] * world()
@@ -72,9 +72,9 @@ def gather(mine: T) -> list[T]:
 
 
 def part() -> None:
-    """The end of what is common: all wait for the slowest, then each goes its own way.
+    """Wait for all processes, then close the connections between them.
 
-    A process that ends with the others' connections still open may be aborted by them.
+    A process that ended while others' connections are open could be aborted by them.
     """
     if several():
         dist.barrier()

@@ -76,7 +76,8 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     """
     folders = finished_runs(run)
     # the baselines' encoder is the published one, whatever the run's strategy inserts into it
-    first = read_config(["--config", str(folders[0] / CONFIG), "--model.strategy", "full"])
+    plain = ["--model.strategy", "full", "--trainer.logger", "false", "--trainer.callbacks", "null"]
+    first = read_config(["--config", str(folders[0] / CONFIG), *plain])
     data = first.datamodule
     if not data.cohort.split(split):
         there = sorted({row.split for row in data.cohort.rows})

@@ -1,4 +1,4 @@
-"""Labelled tiles to batches.
+"""Reads labelled tiles into batches.
 
 Order, augmentation and dropout depend on (seed, epoch, tile) alone, so that a run that was stopped
 goes on as if it had not been. A tile is turned and mirrored, and coloured if asked to, each by its
@@ -70,7 +70,7 @@ class TileDataset(Dataset):
         return TileBatch(tiles_CP, labels_C, seed, turn)
 
     def read(self, row: TileRow, epoch: int) -> Tensor:
-        """One tile, (1, 3, S, S)."""
+        """Return one tile, shape (1, 3, S, S), uint8."""
         tile_1P = torch.from_numpy(read_tile(row.path, self.side))[None]
         if self.how is None:
             return tile_1P
@@ -79,7 +79,7 @@ class TileDataset(Dataset):
 
 
 class TileData(L.LightningDataModule):
-    """Labelled tiles as Lightning asks for them.
+    """Data module of labelled tiles.
 
     Args:
         source: a table (path, label, case_id, split) or a folder, [part/]class/[case/]picture; see
@@ -123,16 +123,16 @@ class TileData(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the K classes."""
+        """Return the names of the K classes."""
         return list(self.tiles.classes)
 
     @property
     def class_weight(self) -> list[float]:
-        """Of each class in the loss, from the training part alone."""
+        """Return the weight of each class in the loss, from the training part alone."""
         return self.tiles.class_weights() if self.balance else [1.0] * len(self.tiles.classes)
 
     def train_dataloader(self) -> SlideLoader:
-        """Batches in a new order each epoch."""
+        """Return batches in a new order each epoch."""
         rows = self.tiles.part("train")
         batches = TileDataset(
             rows, self.tiles.classes, self.tile_px, self.batch, self.seed, self.augment
@@ -143,14 +143,14 @@ class TileData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> SlideLoader:
-        """The val part as it is."""
+        """Return the val part, not augmented."""
         return self.loader(self.tiles.part("val"))
 
     def loader(self, rows: Sequence[TileRow]) -> SlideLoader:
-        """Tiles as they are, in their order."""
+        """Return tiles in their order, not augmented."""
         batches = TileDataset(rows, self.tiles.classes, self.tile_px, self.batch)
         return SlideLoader(batches, workers=self.workers)
 
     def trained(self, turn: Turn) -> None:
-        """A batch's step is done: resuming begins after it."""
+        """Note that a batch's step is done: a resumed run begins after it."""
         self.sampler.trained(Turn(*turn))

@@ -97,7 +97,7 @@ class TileLog(RunLog):
 
 
 def run_fit_tiles(arguments: Sequence[str]) -> int:
-    """Fit the baselines, train, report on val and, where there is one, test. Returns 0.
+    """Fit the baselines, train, report on val and, where there is one, test; return 0.
 
     Raises:
         SettingsError: several processes were asked for.
@@ -118,7 +118,7 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class FrozenArm:
-    """A baseline and what it says of every tile."""
+    """A baseline and its predictions for every tile."""
 
     probe: Probe
     p_NK: np.ndarray
@@ -126,7 +126,7 @@ class FrozenArm:
 
 
 def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenArm]:
-    """The frozen baselines, fitted on train and chosen on val."""
+    """Return the frozen baselines, fitted on train and chosen on val."""
     data, found = cli.datamodule, {}
     y_N = np.array([data.tiles.classes.index(row.label) for row in data.tiles.rows])
     part_N = np.array([row.part for row in data.tiles.rows])
@@ -140,7 +140,7 @@ def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenArm]:
 
 
 def train(cli: TileCli, frozen: FrozenArm) -> None:
-    """To the last epoch, from where an earlier call came to."""
+    """Train to the last epoch, from where an earlier call stopped."""
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
     model_config = module.slide_model.model_config
@@ -168,7 +168,7 @@ def train(cli: TileCli, frozen: FrozenArm) -> None:
 
 
 def report(cli: TileCli, probes: dict[str, FrozenArm], device: str) -> None:
-    """The best weights beside the frozen baselines, on val and test."""
+    """Report the best weights beside the frozen baselines, on val and test."""
     data, folder = cli.datamodule, cli.folder
     model = models.load(folder / BEST).to(device)
     for split in ("val", "test"):
@@ -186,16 +186,16 @@ def report(cli: TileCli, probes: dict[str, FrozenArm], device: str) -> None:
 
 @torch.no_grad()
 def predict_tiles(model: SlideModel, data: TileData, split: str) -> np.ndarray:
-    """Probabilities (N, K) of a part's tiles, in their order."""
+    """Return probabilities (N, K) of a part's tiles, in their order."""
     batches = tqdm(data.loader(data.tiles.part(split)), desc=split, unit=" batches")
     logits = [model.aggregator(model.encode(batch.tiles_CP)[0]).float() for batch in batches]
     return torch.cat(logits).double().softmax(1).cpu().numpy()
 
 
 def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
-    """Of every tile, in the table's order; kept in the cohort's folder for its other runs.
+    """Return frozen features of every tile, in the table's order, kept for the cohort's other runs.
 
-    Pictures that were exported anew, under whatever names, are encoded anew.
+    Pictures that were exported anew, even under the same names, are encoded anew.
     """
     data, model_config = cli.datamodule, cli.model.slide_model.model_config
     encoder = backbones.load(

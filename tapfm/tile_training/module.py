@@ -109,12 +109,12 @@ class TileModule(AlternatingModule):
 
     @torch.no_grad()
     def start_head(self, weight_KD: Tensor, bias_K: Tensor) -> None:
-        """Let the classifier begin as another."""
+        """Set the classifier's weights to those of another."""
         self.slide_model.aggregator.head.weight.copy_(weight_KD)
         self.slide_model.aggregator.head.bias.copy_(bias_K)
 
     def training_step(self, batch: TileBatch, index: int) -> dict[str, Tensor]:
-        """One batch: encode, classify, update head and encoder."""
+        """Encode and classify one batch, update head and encoder; return its figures."""
         head_optimizer, encoder_optimizer = self.optimizers()
         labels_C = batch.labels_C.to(self.device)
         try:
@@ -148,15 +148,15 @@ class TileModule(AlternatingModule):
 
     @torch.no_grad()
     def classify(self, tiles_CP: Tensor) -> Tensor:
-        """Logits (C, K): the forward path of validation and prediction."""
+        """Return logits (C, K): the forward path of validation and prediction."""
         return self.slide_model.aggregator(self.slide_model.encode(tiles_CP)[0])
 
     def validation_step(self, batch: TileBatch, index: int) -> None:
-        """The tiles as they are."""
+        """Classify a batch that is not augmented."""
         self.validated.append((batch.labels_C.cpu(), self.classify(batch.tiles_CP).cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Weighed loss, macro F1, which the best weights are chosen by, and balanced accuracy."""
+        """Log weighted loss, macro F1, by which the best weights are chosen, balanced accuracy."""
         labels_N, logits_NK = (torch.cat(each) for each in zip(*self.validated, strict=True))
         self.validated.clear()
         loss = F.cross_entropy(logits_NK, labels_N, self.class_weight_K.cpu())

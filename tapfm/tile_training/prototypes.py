@@ -1,4 +1,4 @@
-"""HiAdapter's prototype loss: features of a class gather round its prototype, away from others'.
+"""HiAdapter's prototype loss: pulls features to their class's prototype, away from others'.
 
 With f a tile's feature, y its class, p_c the prototype of class c and s_c the cosine of f and p_c,
 averaged over tiles:
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 
 class PrototypeLoss(nn.Module):
-    """What is added to the cross-entropy of labelled tiles.
+    """Loss added to the cross-entropy of labelled tiles.
 
     Args:
         classes: K.
@@ -60,7 +60,7 @@ class PrototypeLoss(nn.Module):
         self.register_buffer("prototypes_KD", nn.init.kaiming_normal_(torch.empty(classes, dim)))
 
     def forward(self, features_CD: Tensor, labels_C: Tensor) -> Tensor:
-        """One number.
+        """Return the loss of a batch.
 
         Args:
             features_CD: features of the tiles.

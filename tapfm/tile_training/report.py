@@ -1,4 +1,4 @@
-"""The result of a run on labelled tiles: the table, the numbers behind it, the confusions.
+"""Writes the results of a run on labelled tiles: table, figures, confusion tables.
 
     predictions_<split>.csv   a row a tile: path, case_id, label, and p_<class> (<row>)
     metrics_<split>.json      every figure, with intervals, draws and counts
@@ -47,7 +47,7 @@ def write_tile_results(
     draws: int = 2000,
     seed: int = 0,
 ) -> str:
-    """Evaluate, compare, write all files.
+    """Evaluate, compare, and write all files.
 
     Args:
         folder: where to; made.

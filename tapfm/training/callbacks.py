@@ -1,4 +1,4 @@
-"""What a run leaves on disk while it trains: metrics, memory, the best weights, a point to resume.
+"""Files that a run writes while it trains: metrics, memory, best weights, resume point.
 
 A run killed at any moment and resumed ends with the same weights and the same metrics.csv as one
 never killed: the resume point remembers how many rows each file had, and later rows are dropped.
@@ -34,7 +34,7 @@ class CsvLog:
         self.path, self.columns, self.rows = path, columns, 0
 
     def start(self, keep: int = 0) -> None:
-        """Keep the header and the first `keep` rows of what is there."""
+        """Write the header, and keep the first `keep` rows of the file there is."""
         lines = self.path.read_text().splitlines(keepends=True)[1 : keep + 1] if keep else []
         with replacing(self.path) as partial:
             partial.write_text(",".join(self.columns) + "\n" + "".join(lines))
@@ -49,10 +49,10 @@ class CsvLog:
 
 
 class RunLog(Callback):
-    """Two files that grow while a run trains.
+    """Writes metrics.csv and memory.csv, a row a slide.
 
-    metrics.csv says what it learned, and is the same whenever the run is repeated; memory.csv what
-    it cost, a row a slide, and never is.
+    metrics.csv holds losses and figures, the same whenever the run is repeated; memory.csv holds
+    seconds and memory, which differ.
     """
 
     def __init__(self, folder: Path, figures: list[str], further: Sequence[str] = ()):
@@ -80,11 +80,11 @@ class RunLog(Callback):
         self.memory.start(self.keep["memory"])
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """The clock of tiles per second."""
+        """Start the clock of tiles per second."""
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        """A row in each file, the same figures to TensorBoard, tiles/s to the progress bar."""
+        """Write a row in each file, the same to all loggers, and tiles/s to the progress bar."""
         if not outputs:
             return  # the slide was skipped
         figures = {name: float(value) for name, value in outputs.items()}
@@ -113,47 +113,46 @@ class RunLog(Callback):
         module.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=1)
 
     def on_validation_end(self, trainer, module) -> None:
-        """The epoch's row."""
+        """Write the epoch's row."""
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         step = module.slides_seen * trainer.world_size
         if trainer.is_global_zero:
             self.metrics.write({"step": step, "epoch": trainer.current_epoch, **figures})
 
     def on_fit_end(self, trainer, module) -> None:
-        """skipped.json: what was left out, and why."""
+        """Write skipped.json: the slides left out, and why."""
         skipped = {k: v for each in gather(trainer.datamodule.skipped) for k, v in each.items()}
         if trainer.is_global_zero:
             path = self.metrics.path.with_name("skipped.json")
             path.write_text(json.dumps(skipped, indent=1))
 
     def state_dict(self) -> dict[str, int]:
-        """How many rows stand when a resume point is saved."""
+        """Return the number of rows of each file when a resume point is saved."""
         return {"metrics": self.metrics.rows, "memory": self.memory.rows}
 
     def load_state_dict(self, state) -> None:
-        """See `state_dict`."""
+        """Note how many rows to keep."""
         self.keep = state
 
 
 class BestWeights(Callback):
-    """best.safetensors: the model of the best validation figure so far, such as macro AUROC.
+    """Writes best.safetensors, the model of the best validation figure, such as macro AUROC.
 
-    A small split is soon ranked perfectly, by weights that are not yet sure of it: of two models
-    with the same figure the one of lower loss is better.
+    On a small split several epochs may reach the same figure; the lower loss decides then.
     """
 
     def __init__(self, folder: Path, figure: str = "auroc"):
         self.path, self.best, self.figure = folder / BEST, (-math.inf, -math.inf), figure
 
     def on_validation_end(self, trainer, module) -> None:
-        """Save when better."""
+        """Save the model if it is the best so far."""
         found = trainer.callback_metrics
         figure, loss = (float(found.get(f"val/{name}", math.nan)) for name in (self.figure, "loss"))
         if trainer.is_global_zero:
             self.offer(module, figure, loss, trainer.current_epoch)
 
     def offer(self, module, figure: float, loss: float, epoch: int) -> None:
-        """Save the model as it is, if this is better; `epoch` -1 is before the first."""
+        """Save the model if its figure is the best so far; `epoch` -1 is before the first."""
         score = tuple(-math.inf if math.isnan(value) else value for value in (figure, -loss))
         if score > self.best or not self.path.exists():
             self.best = max(self.best, score)
@@ -166,25 +165,25 @@ class BestWeights(Callback):
             models.save(module.slide_model, self.path, **facts)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The score to beat."""
+        """Return the best figure, and its loss, negated."""
         return {"best": list(self.best)}
 
     def load_state_dict(self, state) -> None:
-        """See `state_dict`."""
+        """Put back the best figure."""
         self.best = tuple(state["best"])
 
 
 class ResumePoint(Checkpoint):
-    """last.ckpt, every few slides and at each epoch's end; whole, or the one before it.
+    """Writes last.ckpt every few slides and at each epoch's end.
 
-    It is saved between updates only, so that no half-summed gradient is lost.
+    It is written between updates only, so that no half-summed gradient is lost.
     """
 
     def __init__(self, folder: Path, every: int):
         self.path, self.every = folder / RESUME, every
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        """The last slide of an epoch is left to `on_train_epoch_end`, after validation."""
+        """Save if it is time; an epoch's last slide is left to `on_train_epoch_end`."""
         if not outputs:
             return  # the slide was skipped
         trainer.datamodule.trained(batch.turn)
@@ -194,11 +193,11 @@ class ResumePoint(Checkpoint):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        """Each epoch's end."""
+        """Save at each epoch's end."""
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Whole, or the one before it stays."""
+        """Write the file under another name first: a crash leaves the one before it."""
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.path, weights_only=False)  # waits for the one that writes
             return
@@ -210,7 +209,7 @@ class Progress(TQDMProgressBar):
     """Lightning's bar without the version number."""
 
     def get_metrics(self, trainer, module):
-        """Loss, tiles/s, the validation figure that the best weights are chosen by."""
+        """Return loss, tiles/s, and the figure by which the best weights are chosen."""
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
         return metrics

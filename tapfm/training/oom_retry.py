@@ -1,4 +1,4 @@
-"""Running out of memory is not an end: what does not fit is done in halves, and exactly.
+"""Retries a chunk in halves when GPU memory runs out, with exactly the same gradient.
 
 Backward adds to `.grad` parameter by parameter, so a chunk that fails half-way leaves some
 parameters with its gradient and others without. `OomRetry` notes which, and gives the others theirs
@@ -9,9 +9,9 @@ from the chunk's halves: every parameter receives every tile once, and nothing i
     retry.fits                             tiles that fitted at once, if memory ran out
 
 Condition: an encoder without noise. Halves would draw other dropout and drop-path than the chunk
-did in pass 1, and the gradient would be of a slide that nobody saw.
+did in pass 1, and the gradient would belong to other features.
 
-Price: a hook a parameter; nothing is kept or copied.
+Cost: a hook a parameter; nothing is kept or copied.
 
 Shapes: C tiles of a chunk, D features.
 """
@@ -59,7 +59,7 @@ class OomRetry:
         kept: list[Encoded],
         left: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        """One chunk.
+        """Add the gradient of one chunk.
 
         Args:
             encode: the encoder.
@@ -88,7 +88,7 @@ class OomRetry:
 
 
 def _attempt(encode, tiles_CP, grads_C, kept, left) -> torch.OutOfMemoryError | None:
-    """The fault, if memory ran out, without its traceback, which holds all that filled it."""
+    """Return the error if memory ran out, without its traceback, which would keep the memory."""
     try:
         backward_chunk(encode, tiles_CP, grads_C, kept, left)
     except torch.OutOfMemoryError as fault:

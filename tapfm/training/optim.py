@@ -1,4 +1,4 @@
-"""Learning rates over a run.
+"""Settings of the two optimizers, and the learning rates over a run.
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184): AdamW, weight decay 1e-4, LR 1e-6 (encoder)
     and 1e-5 (head), cosine.
@@ -20,7 +20,7 @@ END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e
 
 @dataclass(frozen=True)
 class Steps:
-    """How large the two alternating updates are."""
+    """Learning rates and their schedule, for encoder and head."""
 
     encoder_lr: float | None = None
     """Peak learning rate of the foundation model; None is the strategy's own (full: 1e-6)."""
@@ -63,7 +63,7 @@ class Steps:
 
 
 def warmup_cosine(done: float, warmup: float) -> float:
-    """Share of the peak learning rate when a share `done` (0 to 1) of the run is over."""
+    """Return the share of the peak rate when a share `done` (0 to 1) of the run is over."""
     if done < warmup:
         return done / warmup
     after = min((done - warmup) / (1 - warmup), 1.0)

@@ -1,4 +1,4 @@
-"""The two passes over a slide as a run makes them, for better and for worse.
+"""The two passes over a slide as a run makes them.
 
     passes = Passes(slide_model, chunk=16)
     encoded = passes.encode(bag)          pass 1: encoded.tiles, leaves of a graph
@@ -31,7 +31,7 @@ from tapfm.training.oom_retry import OomRetry
 
 
 class ChunkError(RuntimeError):
-    """Memory ran out, and fewer tiles at once are no way out."""
+    """Memory ran out, and fewer tiles at once do not help."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Passes:
         self.boundary = find_frozen_prefix(self.model.encoder, self.model.model_config.precision)
 
     def encode(self, bag: Bag, *, adapting: bool = True) -> EncodedTiles:
-        """Pass 1; once more, one graph kept or half the chunk, if memory runs out.
+        """Return a slide encoded by pass 1; if memory runs out, repeat with less at once.
 
         Args:
             bag: the slide.
@@ -105,7 +105,7 @@ class Passes:
                 self.keep = 1
 
     def adapt(self, encoded: EncodedTiles) -> None:
-        """Pass 2, of all tiles that have a gradient, or of a few that are drawn by it.
+        """Run pass 2 for all tiles with a gradient, or for a few drawn by its size.
 
         Raises:
             ChunkError: not even one tile fits, or halves would not be exact.
@@ -126,7 +126,7 @@ class Passes:
         self._adapt(bag, grad_z_TD, grad_score_T, encoded.kept)
 
     def compare(self, encoded: EncodedTiles, parameters: list[nn.Parameter]) -> Tensor:
-        """Pass 2 as ever; and of all tiles, for the cosine of the two gradients."""
+        """Run pass 2; return the cosine of its gradient and that of all tiles."""
         before = taken(parameters)
         self.adapt(encoded)
         drawn = taken(parameters)
@@ -139,7 +139,7 @@ class Passes:
 
     @property
     def noisy(self) -> bool:
-        """Whether a chunk's features depend on random numbers."""
+        """Return whether a chunk's features depend on random numbers."""
         modules = self.model.encoder.modules()
         rates = (
             module.p if isinstance(module, nn.Dropout) else module.drop_prob
@@ -149,7 +149,7 @@ class Passes:
         return any(rate > 0 for rate in rates)
 
     def _chunk(self, chunk: Tensor, most: int | None = None) -> Encoded:
-        """Features and raw scores of a chunk of tiles, or of their tokens at the boundary.
+        """Return features and raw scores of a chunk of tiles, or of tokens of the frozen prefix.
 
         `most` tiles fit at once, where that is fewer than a chunk.
         """
@@ -160,7 +160,7 @@ class Passes:
     def _adapt(
         self, bag: Bag, grad_z_TD: Tensor, grad_score_T: Tensor | None, kept: list[Encoded]
     ) -> None:
-        """`adapt_bag`; in half chunks where memory runs out, unless there is noise."""
+        """Run `adapt_bag`, in half chunks where memory runs out, unless there is noise."""
         if not len(grad_z_TD):
             return  # no tile was drawn, since none has a gradient
         with OomRetry(p for p in self.model.encoder.parameters() if p.requires_grad) as retry:
@@ -181,10 +181,10 @@ class Passes:
             self._shrink(retry.fits)
 
     def _shrink(self, tiles: int, fault: Exception | None = None) -> None:
-        """Go on with fewer tiles at once.
+        """Continue with fewer tiles at once.
 
         Raises:
-            ChunkError: there is no going on.
+            ChunkError: not even one tile fits, or halves would not be exact.
         """
         if tiles < 1:
             way_out = "Set model.recompute, model.precision: bf16, or a strategy that trains less"
