@@ -139,7 +139,7 @@ def test_bad_slides_are_named_and_the_others_done(ran, tmp_path, capsys):
     assert [row["slide_id"] for row in both] == ["s12", "s13"]
     (tmp_path / "out" / "predictions.csv").write_text("slide_id,case_id,EGFR,p_EGFR\n")
     assert tell("predict", model, tmp_path / "out", slide) == (2, [])
-    assert "has the columns slide_id, case_id, EGFR, p_EGFR, and" in capsys.readouterr().err
+    assert "has the columns slide_id, case_id, EGFR, p_EGFR, but" in capsys.readouterr().err
 
 
 def test_another_image_tower_or_file_is_refused(ran, tmp_path, capsys):

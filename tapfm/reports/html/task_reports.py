@@ -1,4 +1,4 @@
-"""How results are written, drawn and shown, by the kind of report that `Task.report` names.
+"""Functions that write, draw and show results, by the kind of report that `Task.report` names.
 
     labels   labels of 0 and 1: ROC, precision and recall, calibration, operating points
     classes  the same of each class against the rest, and confusions
