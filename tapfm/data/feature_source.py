@@ -105,11 +105,12 @@ class FeatureSource:
     @property
     def spec(self) -> dict[str, Any]:
         """Return what a model on these features must know of them; see `ModelConfig.features`."""
-        without = [name for name, each in self.slides.items() if each.score_T is None]
-        made_by = sorted({each.encoder for each in self.slides.values()} - {""})
+        slides = self.slides.values()
+        made_by = sorted({each.encoder for each in slides} - {""})
         return {
             "dim": self.dim,
-            "scores": not without,
+            "scores": all(each.score_T is not None for each in slides),
+            "coords": all(each.coords0 is not None for each in slides),
             "encoder": ", ".join(made_by),
             "folder": str(self.folder),
         }

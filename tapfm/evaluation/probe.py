@@ -82,6 +82,11 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
     )  # fmt: skip
     module: SlideModule = cli.model
     data: SlideData = cli.datamodule
+    if data.features:
+        raise BlockProbeError(
+            "tapfm probe: it looks at the blocks of an encoder, and with data.features_dir there "
+            "is none. Leave features_dir out."
+        )
     model = module.slide_model.to(cli.trainer.strategy.root_device)
     need_vit(model.encoder.vit, "last_n")
     model.round_weights()  # before the comparison, so that rounding does not count as drift

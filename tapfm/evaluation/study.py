@@ -103,7 +103,8 @@ def run_study(study: Study) -> int:
     if todo:
         first = out / "folds" / "index.yaml"
         first.write_text(yaml.safe_dump({"data": {"table": str(tables[0])}}))
-        index_and_cache(read_source([*map(Path, study.config), first]))  # once, for all cells
+        if not data.get("features_dir"):
+            index_and_cache(read_source([*map(Path, study.config), first]))  # once, for all cells
     failed = {}
     with ThreadPoolExecutor(study.jobs) as pool_of_jobs:
         for cell, fault in zip(todo, pool_of_jobs.map(lambda c: run_cell(c, out), todo),

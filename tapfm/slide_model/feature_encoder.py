@@ -42,6 +42,19 @@ class FeatureEncoder(nn.Module):
                 "which keeps scores, or take model.aggregator: gated."
             )
 
+    def require_coords(self, asked_by: str) -> None:
+        """Refuse an aggregator of coordinates where features come without.
+
+        Raises:
+            SettingsError: they do.
+        """
+        if not self.features["coords"]:
+            raise SettingsError(
+                f"{asked_by} looks at where tiles lie, and the features in "
+                f"{self.features['folder']} have no coordinates. Give files with coordinates, or "
+                "take model.aggregator: gated."
+            )
+
     def encode(self, tiles_CP: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
         """Fail: there is no encoder.
 

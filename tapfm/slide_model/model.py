@@ -66,7 +66,7 @@ class ModelConfig:
     task: Mapping[str, Any] = field(default_factory=lambda: {"name": "multilabel"})
     """What is predicted, with what came from the training split: `tapfm.tasks.task_config`."""
     features: Mapping[str, Any] | None = None
-    """Of a model on features: `dim`, `scores` (whether there are), `encoder`, `folder`."""
+    """Of a model on features: `dim`; whether there are `scores`, `coords`; `encoder`, `folder`."""
 
     def __post_init__(self):
         if isinstance(self.aggregator, str):
@@ -95,14 +95,15 @@ class SlideModel(nn.Module):
         self.task = make_task(model_config.task, model_config.labels)
         self.strategy = make_strategy(model_config.strategy)
         self.strategy.prepare(encoder.vit)
-        self.aggregator = make_aggregator(
-            model_config.aggregator, encoder.dim, len(model_config.labels)
-        )
+        spec = model_config.aggregator
+        self.aggregator = make_aggregator(spec, encoder.dim, len(model_config.labels))
         if self.aggregator.uses_score:
-            encoder.require_score(f"aggregator {model_config.aggregator['name']}")
+            encoder.require_score(f"aggregator {spec['name']}")
+        if self.aggregator.uses_coords and model_config.features:
+            encoder.require_coords(f"aggregator {spec['name']}")
         if self.task.loss_has_memory and self.aggregator.loss_calls > 1:
             raise SettingsError(
-                f"model.aggregator {model_config.aggregator['name']} with data.task survival, "
+                f"model.aggregator {spec['name']} with data.task survival, "
                 "loss: cox: Cox's loss remembers one risk of each slide, and this aggregator has "
                 f"{self.aggregator.loss_calls} that learn. Take loss: hazard, or tapfm_gated."
             )
@@ -177,8 +178,7 @@ def build(
     """
     if config.features:
         return SlideModel(config, FeatureEncoder(config.features))
-    weights = config.weights
-    if weights not in (None, "hub", "random"):
+    if (weights := config.weights) not in (None, "hub", "random"):
         weights = str(Path(weights).resolve())
     encoder = backbones.load(
         config.model,

@@ -12,6 +12,7 @@ import yaml
 
 from tapfm.cli import main
 from tapfm.encoders.backbones import Encoder
+from tapfm.evaluation import study
 from tapfm.slide_model import model as models
 from tapfm.training import fit
 from tapfm.training.callbacks import RunLog
@@ -83,6 +84,7 @@ def each_epoch(monkeypatch):
 MANY = [
     ["--model.aggregator", "tapfm_gated"],
     ["--model.aggregator", "tapfm"],
+    ["--model.aggregator", "transmil"],
     ["--model.aggregator", "gated", "--model.regularisers", "[{name: aem, weight: 0.1}]",
      "--model.bag_transforms", "[{name: tile_dropout, share: 0.5}]"],
     ["--model.aggregator", "hierarchical", "--data.bags", "case"],
@@ -214,6 +216,8 @@ def test_features_without_scores_and_without_coordinates(cohort, tmp_path, capsy
         assert "have no scores. Extract them with `tapfm features`" in said
     assert run(config, "spread", *here, "--data.sampling", "spatial") == 2
     assert "have no coordinates. Take data.sampling: uniform" in capsys.readouterr().err
+    assert run(config, "transmil", *here, "--model.aggregator", "transmil") == 2
+    assert "aggregator transmil looks at where tiles lie" in capsys.readouterr().err
     gated = ["--model.aggregator", "gated"]
     assert run(config, "gated", *here, *gated) == 0
     assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "1"]) == 0
@@ -232,7 +236,7 @@ def test_features_without_scores_and_without_coordinates(cohort, tmp_path, capsy
         np.testing.assert_array_equal(file["scores"][:], was)
 
 
-def test_what_is_of_pixels_or_of_an_encoder_is_refused_by_name(cohort, capsys):
+def test_what_is_of_pixels_or_of_an_encoder_is_refused_by_name(cohort, tmp_path, capsys):
     _, config, features = cohort
     here = ["--data.features_dir", str(features)]
     pixels = ["--data.colour", "0.1", "--data.stain", "macenko", "--data.cache_dir", "cache"]
@@ -246,6 +250,11 @@ def test_what_is_of_pixels_or_of_an_encoder_is_refused_by_name(cohort, capsys):
     said = capsys.readouterr().err
     assert "model.strategy lora trains an encoder" in said
     assert "model.compile, model.drop_path: options of an encoder" in said
+    probe = tmp_path / "probe.yaml"
+    probe.write_text(yaml.safe_dump({"data": {"features_dir": str(features)}}))
+    both = ["--config", str(config), "--config", str(probe), "--out", str(tmp_path)]
+    assert main(["probe", *both]) == 2
+    assert "blocks of an encoder, and with data.features_dir there" in capsys.readouterr().err
     assert run(config, "no", "--data.features_dir", "nowhere") == 2
     assert "data.features_dir: there is no folder nowhere" in capsys.readouterr().err
 
@@ -295,3 +304,14 @@ def test_a_run_on_features_resumes_where_it_was(cohort, tmp_path, monkeypatch):
     assert run(config, "broken", *here, "--data.host_gb", "0") == 0
     whole, broken = (tmp_path / "runs" / name / "metrics.csv" for name in ("whole", "broken"))
     assert whole.read_text() == broken.read_text()
+
+
+def test_a_study_on_features_needs_no_index(cohort, tmp_path, monkeypatch, capsys):
+    _, config, features = cohort
+    known = tmp_path / "known.yaml"
+    known.write_text(yaml.safe_dump({"data": {"features_dir": str(features)}}))
+    monkeypatch.setattr(study, "index_and_cache", lambda *_: pytest.fail("slides were indexed"))
+    monkeypatch.setattr(study, "run_cell", lambda *_: "not run here")
+    both = ["--config", str(config), "--config", str(known), "--out", str(tmp_path / "out")]
+    assert main(["study", *both]) == 2
+    assert "not run here" in capsys.readouterr().out
