@@ -161,6 +161,7 @@ def plan_cells(study: Study, tables: Sequence[Path]) -> list[Cell]:
         if not is_config:
             model["strategy"] = strategy if isinstance(strategy, str) else dict(strategy)
         changes = {"seed_everything": seed, "run_dir": str(folder), "name": RUN,
+                   "features": str(Path(study.out) / "frozen"),
                    "model": model, "data": {"table": str(table)}}  # fmt: skip
         configs = (*study.config, *([strategy] if is_config else []))
         cells.append(Cell(fold, seed, row, folder, changes, configs))

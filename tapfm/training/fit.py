@@ -68,6 +68,9 @@ class Cli(LightningCLI):
     def add_arguments_to_parser(self, parser):
         """Add `run_dir`, `name`, `resume_every`; take labels and tile geometry from the data."""
         self.add_run_arguments(parser)
+        parser.add_argument(
+            "--features", default=None, help="frozen features of all runs; None: <run_dir>/frozen"
+        )
         parser.link_arguments("data.tiles.tile_px", "model.tile_px")
         parser.link_arguments("data.tiles.mpp", "model.mpp")
         parser.link_arguments("data.label_names", "model.labels", apply_on="instantiate")
@@ -247,7 +250,9 @@ def run_fit(arguments: Sequence[str]) -> int:
         ResumePoint(folder, cli.config.resume_every),
     ]
     if splits := splits_to_encode(module, data):
-        trainer.callbacks.insert(0, EncodeOnce(folder.parent / "frozen", splits))
+        trainer.callbacks.insert(
+            0, EncodeOnce(Path(cli.config.features or folder.parent / "frozen"), splits)
+        )
     if module.steps.warm_start:
         trainer.callbacks.append(WarmStart(best))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None

@@ -70,7 +70,7 @@ values = {k: v for k, v in zip(rest, rest[1:])}
 if verb == "fit":
     configs = [yaml.safe_load(pathlib.Path(p).read_text()) for k, p in zip(rest, rest[1:])
                if k == "--config"]
-    folder, data = pathlib.Path(configs[-1]["run_dir"]), configs[0]["data"]
+    folder, data = pathlib.Path(configs[-1]["run_dir"]), configs[0]["stand_in"]
     rows = [row for row in csv.DictReader(open(configs[-1]["data"]["table"]))]
     draw = random.Random(str(folder.relative_to(folder.parents[3])))
     for name, noise in (("run", 1), ("frozen/frozen_probe", 4)):
@@ -88,7 +88,7 @@ else:
     run = pathlib.Path(values["--run"])
     report = run / "report_test"
     report.mkdir(exist_ok=True)
-    spec = yaml.safe_load((run.parents[3] / "config.yaml").read_text())["data"]["spec"]
+    spec = yaml.safe_load((run.parents[3] / "config.yaml").read_text())["stand_in"]["spec"]
     arms = {"frozen, probe": {"end_to_end": False}, "end to end, run": {"end_to_end": True}}
     (report / "metrics_test.json").write_text(json.dumps({"task": spec, "arms": arms}))
 """
@@ -219,9 +219,9 @@ def test_every_task_is_dealt_and_has_its_own_figure(quick, kind, capsys):
         grade, months = "high" if v > 0 else "low", 10 + 3 * v
         lines.append(f"c{n},s{n},s{n}.svs,train,{grade},{v:.6f},{months:.4f},{int(n % 3 > 0)}")
     (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
-    data = {"table": str(folder / "cohort.csv"), "task": task, "labels": labels,
-            "spec": spec, "truth": truth, "said": said}  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    data = {"table": str(folder / "cohort.csv"), "task": task, "labels": labels}
+    stand_in = {"spec": spec, "truth": truth, "said": said}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data, "stand_in": stand_in}))
     assert cli.main(["study", str(quick), "--strategies", "full", "lora"]) == 0
     text = capsys.readouterr().out
     assert title in text
