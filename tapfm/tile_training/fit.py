@@ -32,7 +32,7 @@ from tapfm.slide_model.model import SlideModel
 from tapfm.tile_training.baselines import Probe, features, fit_probe
 from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
-from tapfm.tile_training.report import TileArm, write_tile_results
+from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
 from tapfm.training.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
 from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, program, read_config
@@ -117,7 +117,7 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class FrozenArm:
+class FrozenProbe:
     """A baseline and its predictions for every tile."""
 
     probe: Probe
@@ -125,7 +125,7 @@ class FrozenArm:
     """Probabilities, in the table's order."""
 
 
-def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenArm]:
+def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenProbe]:
     """Return the frozen baselines, fitted on train and chosen on val."""
     data, found = cli.datamodule, {}
     y_N = np.array([data.tiles.classes.index(row.label) for row in data.tiles.rows])
@@ -134,12 +134,12 @@ def fit_probes(cli: TileCli, frozen: dict[str, Tensor]) -> dict[str, FrozenArm]:
         z_ND = frozen[name].numpy()
         parts = ((z_ND[part_N == part], y_N[part_N == part]) for part in ("train", "val"))
         probe = fit_probe(*parts, len(data.tiles.classes), data.class_weight)
-        found[title] = FrozenArm(probe, probe.predict(z_ND))
+        found[title] = FrozenProbe(probe, probe.predict(z_ND))
         print(f"{title}: {probe.describe()}")
     return found
 
 
-def train(cli: TileCli, frozen: FrozenArm) -> None:
+def train(cli: TileCli, frozen: FrozenProbe) -> None:
     """Train to the last epoch, from where an earlier call stopped."""
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
@@ -167,7 +167,7 @@ def train(cli: TileCli, frozen: FrozenArm) -> None:
     print(f"{folder / BEST}: the weights of the best validation macro F1")
 
 
-def report(cli: TileCli, probes: dict[str, FrozenArm], device: str) -> None:
+def report(cli: TileCli, probes: dict[str, FrozenProbe], device: str) -> None:
     """Report the best weights beside the frozen baselines, on val and test."""
     data, folder = cli.datamodule, cli.folder
     model = models.load(folder / BEST).to(device)
@@ -175,8 +175,8 @@ def report(cli: TileCli, probes: dict[str, FrozenArm], device: str) -> None:
         rows_N = [n for n, row in enumerate(data.tiles.rows) if row.part == split]
         if not rows_N:
             continue
-        arms = [TileArm(title, frozen.p_NK[rows_N]) for title, frozen in probes.items()]
-        arms.append(TileArm(f"adapted, {folder.name}", predict_tiles(model, data, split)))
+        arms = [TileResult(title, frozen.p_NK[rows_N]) for title, frozen in probes.items()]
+        arms.append(TileResult(f"adapted, {folder.name}", predict_tiles(model, data, split)))
         tiles = [data.tiles.rows[n] for n in rows_N]
         where, known = folder / f"report_{split}", data.tiles.cases_known
         classes = data.tiles.classes

@@ -27,7 +27,7 @@ HEADER = ("model", "macro F1 [95 %]", "balanced accuracy [95 %]", "macro AUROC [
 
 
 @dataclass(frozen=True)
-class TileArm:
+class TileResult:
     """One row of the table."""
 
     title: str
@@ -40,7 +40,7 @@ def write_tile_results(
     split: str,
     classes: Sequence[str],
     tiles: Sequence[TileRow],
-    arms: Sequence[TileArm],
+    arms: Sequence[TileResult],
     reference: str,
     *,
     cases_known: bool,
@@ -82,15 +82,9 @@ def write_tile_results(
         "draws": draws,
         "seed": seed,
         "reference": reference,
-        "arms": {
-            arm.title: {**figures[arm.title], "difference": gains.get(arm.title)} for arm in arms
-        },
+        "arms": {t: {**each, "difference": gains.get(t)} for t, each in figures.items()},
     }
-    lines = [HEADER]
-    for arm in arms:
-        found, gain = figures[arm.title], gains.get(arm.title)
-        cells = [span(found[name], draws) for name in ("f1", "balanced_accuracy", "auroc")]
-        lines.append((arm.title, *cells, span(gain["f1"], draws, "+") if gain else ""))
+    lines = [HEADER, *(_line(t, each, gains.get(t), draws) for t, each in figures.items())]
     notes = _notes(result, figures)
     by_class = [_by_class(arm.title, figures[arm.title], draws) for arm in arms]
     tables = [_confusion(arm.title, classes, figures[arm.title]["confusion"]) for arm in arms[1:]]
@@ -99,6 +93,12 @@ def write_tile_results(
     write_json(folder / f"metrics_{split}.json", result)
     _write_predictions(folder / f"predictions_{split}.csv", classes, tiles, arms)
     return "\n".join([*aligned(lines), "", *notes])
+
+
+def _line(title: str, figures: dict, gain: dict | None, draws: int) -> tuple[str, ...]:
+    """Return a row of the table: title, three figures, and the gain in F1 over the reference."""
+    cells = [span(figures[name], draws) for name in ("f1", "balanced_accuracy", "auroc")]
+    return title, *cells, span(gain["f1"], draws, "+") if gain else ""
 
 
 def _notes(result: dict, figures: dict[str, dict]) -> list[str]:
@@ -141,7 +141,7 @@ def _confusion(title: str, classes: Sequence[str], table_KK: list[list[int]]) ->
 
 
 def _write_predictions(
-    path: Path, classes: Sequence[str], tiles: Sequence[TileRow], arms: Sequence[TileArm]
+    path: Path, classes: Sequence[str], tiles: Sequence[TileRow], arms: Sequence[TileResult]
 ) -> None:
     names = [f"p_{name} ({arm.title})" for arm in arms for name in classes]
     p_NX = np.concatenate([arm.p_NK for arm in arms], axis=1)

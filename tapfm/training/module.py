@@ -20,10 +20,8 @@ from torch import Tensor
 
 from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.strategies import make_strategy, strategy_spec
-from tapfm.bag_transforms import make_bag_transforms
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
 from tapfm.distributed import gather
-from tapfm.regularisers import make_regularisers
 from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
@@ -37,7 +35,7 @@ from tapfm.training.alternating import (
     check_precision,
     parameters_of,
 )
-from tapfm.training.objective import Objective
+from tapfm.training.objective import make_objective
 from tapfm.training.optim import Steps
 from tapfm.training.passes import Passes
 
@@ -127,29 +125,20 @@ class SlideModule(AlternatingModule):
         of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
                       "weights": weights, "precision": precision != "fp32",
                       "backward_tiles": backward_tiles}  # fmt: skip
-        refuse(
-            [
-                *check_counts(chunk, keep_chunks, backward_tiles, cosine_every),
-                *check_drop_path(drop_path),
-                *check_precision(precision, optimizer),
-                *check_features(features, strategy["name"], **of_encoder),
-            ],
-            "model",
-        )
+        faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every)
+        faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
+        refuse([*faults, *check_features(features, strategy["name"], **of_encoder)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
             tile_px, mpp, precision, strategy, weights, task, features,
         )  # fmt: skip
         super().__init__(build(config, **how), steps, optimizer)
         self.task = self.slide_model.task
-        learner = self.slide_model.aggregator
-        transforms = make_bag_transforms(bag_transforms or [], learner)
-        self.objective = Objective(
-            self.task.loss(), transforms, make_regularisers(regularisers or [], learner)
+        self.objective = make_objective(
+            self.task.loss(), self.slide_model.aggregator, bag_transforms, regularisers
         )
-        self.passes = Passes(
-            self.slide_model, chunk, keep_chunks, backward_tiles, skip=len(transforms) > 0
-        )
+        skip = len(self.objective.transforms) > 0
+        self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
         self.cosine_every, self.recompute = cosine_every, recompute
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 

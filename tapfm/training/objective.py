@@ -11,12 +11,16 @@ Shapes: Y numbers of a target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tapfm.bag_transforms import make_bag_transforms
 from tapfm.data.bag import Moment
+from tapfm.regularisers import make_regularisers
+from tapfm.settings import Spec
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 
@@ -70,3 +74,18 @@ class Objective(nn.Module):
                 loss = loss + weight * term
             figures |= {f"train/{name}": value.detach() for name, value in own.items()}
         return Outcome(loss, output, figures)
+
+
+def make_objective(
+    task_loss: nn.Module,
+    aggregator: Aggregator,
+    bag_transforms: Sequence[Spec] | None,
+    regularisers: Sequence[Spec] | None,
+) -> Objective:
+    """Return the objective of a run, its transforms and regularisers named as in a config.
+
+    Raises:
+        SettingsError: one of them cannot be, or cannot serve with this aggregator.
+    """
+    transforms = make_bag_transforms(bag_transforms or [], aggregator)
+    return Objective(task_loss, transforms, make_regularisers(regularisers or [], aggregator))

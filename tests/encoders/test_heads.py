@@ -118,5 +118,5 @@ def test_export_says_that_timm_has_no_such_head(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(backbones, "find", lambda key: row)
     out = ["--weights", str(tmp_path), "--out", str(tmp_path / "out")]
     assert cli.main(["export", "--model", "keep", *out]) == 2
-    assert "a head which timm does not have" in capsys.readouterr().err
+    assert "a head that timm does not have" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -287,9 +287,9 @@ def test_its_report_has_files_curves_and_slides(known, tmp_path):
     assert list(facts) == ["frozen", "end to end"]
     assert "<figure" in "".join(report.curves(task, rows))
     choice = report.choose(task, rows[1], facts["end to end"])
-    assert choice.cases
-    assert {case.kind for case in choice.cases} <= set(choice.kinds)
-    assert {case.slide_id for case in choice.cases} <= set(slides) - {"s3"}
+    assert choice.slides
+    assert {case.kind for case in choice.slides} <= set(choice.kinds)
+    assert {case.slide_id for case in choice.slides} <= set(slides) - {"s3"}
 
 
 def test_a_new_task_trains_and_is_reported(tmp_path):
