@@ -12,20 +12,23 @@ Shapes: N slides, Y numbers of a target, C cases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from slides.cohort.targets import Columns
 
 Strata = dict[str, np.ndarray]
 """Label -> (N,) 1.0, 0.0 or nan."""
 
 
+class Stratified(Protocol):
+    """Label columns, which say how cases are stratified over them."""
+
+    strata: Callable[..., Strata]
+
+
 def stratify(
-    columns: Columns | type[Columns],
+    columns: Stratified | type[Stratified],
     names: Sequence[str],
     classes: Sequence[str],
     case_ids: Sequence[str],
