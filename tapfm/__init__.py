@@ -1,6 +1,6 @@
 """tapfm adapts pathology foundation models to slide-level questions, end to end, on one GPU.
 
-Rooms, each of which lists its files in its own docstring, in the order of a run:
+Packages in the order of a run; each lists its files in its own docstring:
 
     data/            slides to bags: the data module and the batch
     encoders/        foundation models: which there are, loading, a tile's feature and score

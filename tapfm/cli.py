@@ -66,7 +66,7 @@ def parser() -> Parser:
 
 
 def explain_config(argv: Sequence[str], error: Exception) -> None:
-    """Print what a config says to put where, for a cohort that is not there yet."""
+    """Print a config's opening comment if its cohort cannot be read."""
     from slides.errors import CohortError
     from tapfm.config import preamble
 

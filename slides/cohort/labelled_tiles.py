@@ -238,7 +238,7 @@ def _cases_by_name(source: Path, rows: list[TileRow], pattern: str) -> list[Tile
     if lost:
         raise CohortError(
             f"{source}: {len(lost)} of {len(rows)} file names do not match data.case_pattern "
-            f"{pattern!r}, the first is {lost[0]}"
+            f"{pattern!r}, the first is {lost[0]}. Correct the pattern, or rename the files."
         )
     return [replace(row, case_id=match.group(1)) for row, match in zip(rows, found, strict=True)]
 

@@ -196,7 +196,8 @@ def _parquet_lines(table: Path) -> list[list[str]]:
     try:
         frame = pandas.read_parquet(table)
     except (ValueError, OSError, ImportError) as error:
-        raise CohortError(f"{table}: not a readable Parquet file ({error}).") from error
+        why = f"not a readable Parquet file ({error}). Write it again, or save it as .csv."
+        raise CohortError(f"{table}: {why}") from error
 
     def text(value) -> str:
         if pandas.isna(value):

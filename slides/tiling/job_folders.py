@@ -78,4 +78,5 @@ def coordinates_sha256(path: Path) -> str:
     try:
         return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     except OSError as error:
-        raise CoordinatesError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        why = error.strerror or error
+        raise CoordinatesError(f"{path}: cannot be read: {why}. Copy it again.") from error

@@ -235,4 +235,5 @@ def _read_bytes(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise MaskError(f"{name}: its mask {path} cannot be read: {error}.") from error
+        why = f"its mask {path} cannot be read: {error}"
+        raise MaskError(f"{name}: {why}. Copy it again, or leave this slide out.") from error

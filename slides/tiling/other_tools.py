@@ -59,7 +59,7 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     """
     path = Path(path)
     if not path.is_file():
-        raise CoordinatesError(f"{slide.name}: there are no coordinates at {path}.")
+        raise CoordinatesError(f"{slide.name}: no coordinates at {path}. Correct the path.")
     with damage_as(lambda why: CoordinatesError(_damaged(slide.name, path, why))):
         found = _hs2p(path) if path.suffix in (".npz", ".json") else _h5(path, slide)
     grid = _grid(found, slide, path)
@@ -171,7 +171,10 @@ def _damaged(name: str, path: Path, why: str) -> str:
 def _grid(found: _Found, slide: Slide, path: Path) -> Grid:
     """Return the grid on which our reader gives exactly these tiles."""
     if found.size < 1 or found.size0 < 1:
-        raise CoordinatesError(f"{slide.name}: {path} has tiles of {found.size0} pixels.")
+        raise CoordinatesError(
+            f"{slide.name}: {path} says its tiles are {found.size0} level-0 pixels made into "
+            f"{found.size}; both must be 1 or more. Make the file again."
+        )
     mpp = found.size0 * slide.mpp / found.size
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise CoordinatesError(
@@ -201,5 +204,6 @@ def _of_this_slide(found: _Found, slide: Slide, path: Path) -> None:
     if outside:
         raise CoordinatesError(
             f"{slide.name}: {outside} of the {len(found.coords0)} tiles in {path} lie outside the "
-            f"slide's {here[0]} x {here[1]} pixels: they are of another slide, or of another level."
+            f"slide's {here[0]} x {here[1]} pixels: they are of another slide or level. Give this "
+            "slide's, in level-0 pixels."
         )

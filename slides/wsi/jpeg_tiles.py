@@ -65,7 +65,7 @@ class Level:
 
 
 class JpegDecoder:
-    """JpegDecoder JPEG decoding for the levels of one file. Use in one process; thread-safe.
+    """A JPEG decoder for the levels of one file. Use in one process; thread-safe.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Which tiles, or what of them, the aggregator is given in training: one file a transform.
+"""Transforms of the tiles that the aggregator is given in training: one file each.
 
     contract.py      what a bag transform is given and returns
     tile_dropout.py  a share of the tiles is left out, and not encoded again

@@ -1,4 +1,4 @@
-"""What a bag transform is: it changes which tiles, or what of them, the aggregator is given.
+"""The interface of bag transforms, which change the tiles that the aggregator is given.
 
 It acts on the leaves of the slide model's graph, in training alone. A tile that it leaves out gets
 no gradient, and pass 2 does not encode it again: train/skipped_tiles counts those.

@@ -23,7 +23,7 @@ class Tiles(Protocol):
 
 
 class SkippedBag(Exception):
-    """A slide turned out unreadable while it was streamed, and is to be left out.
+    """The signal that a slide is unreadable while streamed and is left out.
 
     Raised by `Tiles.split` where the run was told to skip such slides; whoever gave the tiles has
     noted the slide and its fault.
@@ -32,7 +32,7 @@ class SkippedBag(Exception):
 
 @contextmanager
 def too_late_to_skip() -> Iterator[None]:
-    """Raise a slide's fault after all, where something has learned from the slide."""
+    """Raise a skipped slide's own fault, since training has used the slide."""
     try:
         yield
     except SkippedBag as skipped:
@@ -76,7 +76,7 @@ class Places:
 
     @classmethod
     def unknown(cls, count: int, mpp: float = 0.5) -> Places:
-        """Return the places of the tiles of one slide that says nothing of where they lie."""
+        """Return the places of one slide's tiles whose coordinates are unknown."""
         slide_of_T = torch.zeros(count, dtype=torch.int64)
         return cls(coords0_T2=None, slide_of_T=slide_of_T, grid_px0_T=None, mpp=mpp)
 
@@ -97,7 +97,7 @@ class Places:
         return yx_T2
 
     def take(self, rows_T: Tensor) -> Self:
-        """Return the same of some tiles, chosen by a mask or by numbers on the CPU."""
+        """Return the places of some tiles, chosen by a mask or row numbers."""
         tensors = {
             each.name: value[rows_T.to(value.device)]
             for each in fields(self)
@@ -108,7 +108,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a run is, for schedules and random numbers of what a step minimises."""
+    """A run's progress and seed, for regularisers and bag transforms."""
 
     progress: float
     """Share of the run that is over, 0 to 1."""
@@ -119,7 +119,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Features:
-    """A bag that was encoded before, by an encoder that stays as it is."""
+    """A bag's features and scores by an encoder that stays frozen."""
 
     z_TD: Tensor
     score_T: Tensor

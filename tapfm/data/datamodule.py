@@ -142,21 +142,21 @@ class SlideData(L.LightningDataModule):
 
     @property
     def source(self) -> Source:
-        """What `tapfm index` would be asked to prepare."""
+        """Return slides and settings for `tapfm index`."""
         how = self.tile_source
         where = self.cohort.rows, how.index_dir, how.cache_dir
         return Source(*where, self.tiles, self.on_error, self.workers, how.stain, how.cache_gb)
 
     @cached_property
     def weighted_task(self) -> Task:
-        """What is predicted, with what it takes from the training split."""
+        """Return the task, with statistics of the training split."""
         cohort = self.cohort
         target_NY = targets(self.gathered(cohort.split("train")), len(cohort.rows[0].labels))
         return learn_task(self.asked, cohort.labels, cohort.classes, target_NY)
 
     @property
     def task(self) -> Task:
-        """The same as the run has it: a draw that is balanced already is not weighed again."""
+        """Return the run's task, its loss unweighted if slides are drawn balanced."""
         return self.weighted_task.unweighted() if self.balanced else self.weighted_task
 
     @property
@@ -171,7 +171,7 @@ class SlideData(L.LightningDataModule):
 
     @property
     def features_spec(self) -> dict[str, Any] | None:
-        """What a model in whose encoder's place features stand must know of them."""
+        """Return what a model on features must know of them; None on slides."""
         return self.features and self.features.spec
 
     def known(self, rows: Sequence[SlideRow]) -> FeatureSource | None:
@@ -195,7 +195,7 @@ class SlideData(L.LightningDataModule):
         self.skipped.update(failed)
 
     def gathered(self, rows: Sequence[SlideRow]) -> list[SlideRow]:
-        """A row a bag: the slides, or their cases."""
+        """Return a row a bag: slides, or cases."""
         return group_by_case(rows, self.cohort.labels) if self.bags == "case" else list(rows)
 
     def rows(self, split: str) -> list[SlideRow]:
@@ -230,7 +230,7 @@ class SlideData(L.LightningDataModule):
         return SlideLoader(bags, self.sampler, workers, PREFETCH, pin_memory=pin)
 
     def training_bags(self, rows: list[SlideRow]) -> BagDataset:
-        """Turns to slides as a step takes them: tiles drawn, augmented, in memory."""
+        """Return a dataset of training bags: tiles drawn, augmented, in memory."""
         drawn = {"budget": self.tiles_per_slide, "seed": self.seed, "sampling": self.sampling}
         if features := self.known(rows):
             return FeatureBags(rows, features, **drawn)
@@ -238,7 +238,7 @@ class SlideData(L.LightningDataModule):
         return BagDataset(rows, self.tile_source, **drawn, **how, workers=self.streaming_workers)
 
     def seen_in_training(self, epochs: int) -> Iterator[Bag]:
-        """The slides of the train split as the first epochs show them; each process its share."""
+        """Yield this process's share of the training bags of the first epochs."""
         rows, (rank, world) = self.rows("train"), self.place
         turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
         workers = 0 if self.known(rows) else self.workers
@@ -249,12 +249,12 @@ class SlideData(L.LightningDataModule):
 
     @property
     def varies(self) -> bool:
-        """Whether a slide looks otherwise from epoch to epoch."""
+        """Return whether a slide's bag differs by epoch."""
         few = self.tiles_per_slide is not None
         return few or any(vars(self.augment).values())
 
     def hold(self, rows: list[SlideRow]) -> int:
-        """Tiles of a training slide that are held in memory; says so where that is not all."""
+        """Return how many tiles of a slide are kept in memory; print a note if not all."""
         bags = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
         slides = bags * max(len(row.slides) for row in rows)
         hold = tiles_to_hold(self.budget, self.tiles.tile_px, slides)
@@ -275,19 +275,19 @@ class SlideData(L.LightningDataModule):
 
     @property
     def streaming_workers(self) -> int:
-        """Processes for a slide that is read by itself as it is used."""
+        """Return the number of processes that read one slide."""
         return 0 if self.tile_source.cache_dir else self.workers  # quicker than one is to start
 
     @property
     def place(self) -> tuple[int, int]:
-        """This process among those that train together: its number, and how many there are."""
+        """Return this process's rank, from 0, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> Streamed | KnownBags:
         """Slides of the val split, all tiles, streamed; each process takes its share.
 
         Raises:
-            CohortError: there is none, or a process would have none, and the others wait for it.
+            CohortError: the split has fewer slides than there are processes, or none.
         """
         rank, world = self.place
         return self.streamed(check_val(self.rows("val"), world)[rank::world])
@@ -312,7 +312,7 @@ class SlideData(L.LightningDataModule):
         return Bag(row.slide_id, row.case_id, joined(parts), places, labels_K, seed=0)
 
     def skip(self, slide_id: str, fault: SlideError) -> None:
-        """List a slide that broke while it was read, where such slides are to be left out.
+        """Note a slide that cannot be read, if `on_error` is skip.
 
         Raises:
             SkippedBag: it is left out.
@@ -322,11 +322,11 @@ class SlideData(L.LightningDataModule):
             raise SkippedBag(slide_id) from fault
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
-        """Tiles stay in host memory; the engine moves a chunk at a time."""
+        """Return the batch unmoved: the engine moves its chunks."""
         return batch
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:
-        """What the loaders give, as the trainer takes it; skipped slides are noted, and None."""
+        """Return a loader's item as a `Bag`; note a skipped slide and return None."""
         if isinstance(batch, Bag):
             return batch
         if isinstance(batch, Skipped):
@@ -342,10 +342,10 @@ class SlideData(L.LightningDataModule):
         return bag_of(batch, self.seed, self.tiles.mpp)
 
     def trained(self, turn: Turn) -> None:
-        """A slide's step is done: resuming begins after it."""
+        """Note a finished turn: resuming begins after it."""
         self.sampler.trained(turn)
 
 
 def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
-    """What is known of each bag, (N, Y)."""
+    """Return the bags' targets, (N, Y)."""
     return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)

@@ -105,7 +105,7 @@ def _tensor(slide_id: str, path: Path) -> SlideFeatures:
 
 
 def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFeatures:
-    """What a file says, by the program that wrote it."""
+    """Return an h5's features, whoever wrote it."""
     with h5py.File(path) as file:
         stamp = "feats" in file
         values = file["feats" if stamp else "features"]
@@ -152,7 +152,7 @@ def _stamp(
     coords: np.ndarray,
     mpp0: Callable[[], float | None],
 ) -> SlideFeatures:
-    """Turn micrometres to level-0 pixels; of older files, which do not say so, nothing is taken."""
+    """Return STAMP features with level-0 corners; without any if no unit is named."""
     if attrs.get("unit") != "um" or "tile_size_um" not in attrs:
         return found
     side_um = float(attrs["tile_size_um"])

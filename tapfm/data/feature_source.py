@@ -162,7 +162,7 @@ class FeatureSource:
     def _places(
         self, slides: Sequence[SlideFeatures], chosen: Sequence[Any], counts: Sequence[int]
     ) -> Places:
-        """Return where the tiles lie; of a case one of whose slides does not say, only whose."""
+        """Return tile places; without corners unless every slide has coordinates."""
         if all(each.coords0 is not None for each in slides):
             coords0 = [each.coords0[rows] for each, rows in zip(slides, chosen, strict=True)]
             return Places.of(coords0, [each.step0 for each in slides], self.mpp)
@@ -174,7 +174,7 @@ class FeatureBags(BagDataset):
     """Maps a turn to the slide's `Bag` of features, by the draws of `BagDataset`."""
 
     def __init__(self, rows: Sequence[SlideRow], source: FeatureSource, **how: Any):
-        """Nothing is read yet; `how` is budget, seed, sampling and on_error of `BagDataset`."""
+        """Store the settings; `how` is budget, seed, sampling and on_error of `BagDataset`."""
         super().__init__(rows, source.index, **how)
         self.source = source
 

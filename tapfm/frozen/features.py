@@ -217,7 +217,7 @@ def extract(
 
 @contextmanager
 def _left_out(row: SlideRow, source: Source, failed: dict[str, str]) -> Iterator[None]:
-    """A slide's fault, noted where it is to be skipped."""
+    """Note a slide's fault in `failed`, or raise it."""
     try:
         yield
     except SlideError as fault:
@@ -227,13 +227,13 @@ def _left_out(row: SlideRow, source: Source, failed: dict[str, str]) -> Iterator
 
 
 def read_features(path: Path) -> torch.Tensor:
-    """Features (T, D) of a file, in float32."""
+    """Return a file's features (T, D), fp32."""
     with h5py.File(path) as file:
         return torch.from_numpy(file["features"][:].astype(np.float32))
 
 
 def tiles_of(model: str) -> TileSettings:
-    """The tiles that a model, by key or file, is for.
+    """Return the tile settings of a model.
 
     Raises:
         BackboneError, CheckpointError: no such model.

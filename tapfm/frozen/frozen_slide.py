@@ -81,7 +81,7 @@ def feature_statistics(slides: Sequence[FrozenSlide], shared: bool = False) -> l
 
 @torch.no_grad()
 def standardise(model: Aggregator, mean_D: Tensor, std_D: Tensor) -> Aggregator:
-    """Let a slide model centre features on a mean and divide them by `std_D`; return it."""
+    """Set a slide model's mean and divisor of features; return the model."""
     model.center_D.copy_(mean_D)
     model.scale_D.copy_(std_D)
     return model
@@ -104,7 +104,7 @@ def check_slides(train: Sequence[FrozenSlide], val: Sequence[FrozenSlide], task:
         if slide.target_Y.shape != (task.width,):
             raise FitError(
                 f"{slide.slide_id}: {slide.target_Y.numel()} labels, but {task.width} are named: "
-                f"{', '.join(task.targets)}"
+                f"{', '.join(task.targets)}. Give each slide one value per name."
             )
         if not slide.z_TD.isfinite().all():
             raise FitError(

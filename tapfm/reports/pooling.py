@@ -116,7 +116,9 @@ def pool(
         for slide, (fold, case, y_Y, _) in zip(slides, facts, strict=True):
             other = joined[slide]
             if other[:2] != (fold, case) or not np.array_equal(other[2], y_Y, equal_nan=True):
-                raise ValueError(f"{slide}: fold, case or labels differ between runs")
+                raise ValueError(
+                    f"{slide}: fold, case or labels differ between runs. Run them on one table."
+                )
     fold_N = np.array([fold for fold, *_ in facts])
     cases, y_NY = [case for _, case, *_ in facts], np.stack([y_Y for *_, y_Y, _ in facts])
     times_BN = with_point(cases, draws, seed).astype(float)

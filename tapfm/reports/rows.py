@@ -113,7 +113,8 @@ def aligned_rows(
     for row in rows:
         if len(set(row.slide_ids)) < len(row.slide_ids):
             twice = sorted({s for s in row.slide_ids if list(row.slide_ids).count(s) > 1})
-            raise ResultRowError(f"{row.title}: predicted twice: {', '.join(twice)}")
+            said = f"{row.title}: predicted twice: {', '.join(twice)}"
+            raise ResultRowError(f"{said}. Remove one row of each from its predictions.")
     places = [{slide: n for n, slide in enumerate(row.slide_ids)} for row in rows]
     every = sorted(set().union(*places))
     missed = [

@@ -1,4 +1,4 @@
-"""What stands in an encoder's place in a model on features, whoever extracted them."""
+"""The stand-in for the encoder in a model on features, whoever extracted them."""
 
 from __future__ import annotations
 

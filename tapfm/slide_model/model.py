@@ -44,7 +44,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is, apart from its weights."""
+    """The settings that build a model again."""
 
     model: str
     """Key of the foundation model."""
@@ -74,7 +74,7 @@ class ModelConfig:
 
 
 class SlideModel(nn.Module):
-    """A slide in, logits and tile weights out. Training, validation and prediction all use it.
+    """The model from a slide's tiles to logits and tile weights, in training and prediction.
 
     Args:
         model_config: what it is.
@@ -138,18 +138,18 @@ class SlideModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, bag: Bag, chunk: int) -> SlideOutput:
-        """Return what the aggregator says of a bag, its tiles streamed in chunks."""
+        """Return the aggregator's output for a bag, streamed in chunks."""
         return self.aggregator(self.tiles(bag, chunk))
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all but frozen weights that can be had again at their source."""
+        """Return a checkpoint's tensors: all but frozen weights of a known source."""
         frozen = {n for n, p in self.named_parameters() if not p.requires_grad}
         if self.model_config.weights == "random":
             frozen = set()
         return {key: value for key, value in self.state_dict().items() if key not in frozen}
 
     def base_digest(self) -> str:
-        """SHA-256 of the first numbers of each frozen tensor: tells one base from another at once.
+        """Return the SHA-256 of the first numbers of each frozen tensor, to compare bases.
 
         Position embeddings are left out, since resampling them rounds differently elsewhere.
         """
@@ -204,7 +204,7 @@ def save(model: SlideModel, path: Path, **facts: object) -> None:
 
 
 def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
-    """ModelConfig and further facts of a saved model, without reading its weights.
+    """Return a saved model's ModelConfig and other facts; read no weights.
 
     Raises:
         CheckpointError: no such file, or not one of ours.
@@ -259,7 +259,7 @@ def load(path: Path) -> SlideModel:
 def load_encoder(
     model: str, weights: str | None = None, tile_px: int | None = None
 ) -> tuple[backbones.Encoder, dict, str]:
-    """An encoder alone, as plain timm weights whatever it was trained by.
+    """Return an encoder as plain timm weights, whatever its strategy.
 
     Args:
         model: key of a foundation model, or the file of a saved model.
@@ -297,14 +297,14 @@ def load_encoder(
 
 
 def _fingerprint(encoder: backbones.Encoder) -> str:
-    """Of an encoder in float32, which is left as it was, to the bit."""
+    """Return an encoder's fingerprint; the encoder stays in float32."""
     found = fingerprint(encoder)
     encoder.float()
     return found
 
 
 def adapted_fingerprint(model: SlideModel) -> str | None:
-    """Of an adapted encoder as plain timm weights; None where its strategy has no such form."""
+    """Return the fingerprint of the exported encoder; None if it cannot be exported."""
     encoder = model.encoder
     if model.model_config.features:
         return None
@@ -339,7 +339,7 @@ def load_weights(model: SlideModel, path: Path) -> SlideModel:
 
 
 def _base(model_config: ModelConfig, path: Path) -> str | None:
-    """Where the base encoder is now."""
+    """Return the base weights' path."""
     if model_config.weights in (None, "hub"):
         return model_config.weights
     there = Path(model_config.weights)

@@ -33,7 +33,7 @@ ITERATIONS = 1000
 
 
 class ProbeError(ValueError):
-    """Features that nothing can be fitted on."""
+    """Frozen features are nan or infinite."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Probe:
         return self.model.predict_proba(z_ND)
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        """The same classifier of features that are not standardised: weight (K, D), bias (K,)."""
+        """Return the classifier of unstandardised features: weight (K, D), bias (K,)."""
         scaler, logistic = (step for _, step in self.model.steps)
         weight_KD, bias_K = logistic.coef_, logistic.intercept_
         if len(weight_KD) == 1:  # two classes: scikit-learn keeps their difference
@@ -70,7 +70,7 @@ def fit_probe(
     classes: int,
     class_weight: list[float],
 ) -> Probe:
-    """The best of `STRENGTHS` on the validation part.
+    """Return the probe that is best on validation.
 
     Args:
         train: features (N, D) and classes (N,); every class is among them.

@@ -28,7 +28,7 @@ def evaluate_tiles(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict:
-    """All figures of a model's probabilities.
+    """Return all figures of probabilities.
 
     Args:
         classes: K names.
@@ -80,7 +80,7 @@ def difference(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Figures of a less those of b, on the same tiles in the same draws."""
+    """Return figures of a minus those of b, on the same tiles and draws."""
     y_N = np.asarray(y_N)
     times_BN = with_point(cases_N, draws, seed)
     a, b = (

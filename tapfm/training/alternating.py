@@ -87,13 +87,13 @@ class AlternatingModule(L.LightningModule):
 
     @property
     def completes_update(self) -> bool:
-        """Whether the turn under way is the last of `accumulate`, or of the epoch."""
+        """Return whether this turn is the last of `accumulate` or of the epoch."""
         full = (self.slides_seen + 1) % self.steps.accumulate == 0
         return full or self.trainer.is_last_batch
 
     @property
     def adapting(self) -> bool:
-        """Whether the encoder learns in this turn: not while the head goes first, nor frozen."""
+        """Return whether the encoder learns in this turn: not frozen, `head_first` over."""
         return self.learns and self.slides_seen >= self.steps.head_first * self.slides_in_run
 
     @property

@@ -34,7 +34,7 @@ class Given:
 
     @property
     def arguments(self) -> list[str]:
-        """What is left, for the parser; a config as its text."""
+        """Return what the parser reads; a config as YAML."""
         if self.config is None:
             return self.words
         return ["--config", yaml.serialize(self.config, Dumper=yaml.SafeDumper), *self.words]

@@ -78,7 +78,7 @@ class Cli(LightningCLI):
         parser.link_arguments("data.features_spec", "model.features", apply_on="instantiate")
 
     def add_run_arguments(self, parser) -> None:
-        """Add what slides' and tiles' runs have both."""
+        """Add the flags of runs on slides or tiles."""
         parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
         parser.add_argument(
             "--name", default=None, help="folder of this run; None: aggregator, strategy"

@@ -45,7 +45,7 @@ class ValidationError(ValueError):
 
 
 class DivergedError(ValueError):
-    """What is learned is not finite any more."""
+    """A loss, gradient or logit is nan or inf."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -198,7 +198,7 @@ class SlideModule(AlternatingModule):
 
     @property
     def compares(self) -> bool:
-        """Whether the slide under way is one of those that `cosine_every` asks for."""
+        """Return whether `cosine_every` asks for a comparison on this slide."""
         return bool(self.cosine_every) and (self.slides_seen + 1) % self.cosine_every == 0
 
     def head_parameters(self) -> list[dict]:
@@ -208,7 +208,7 @@ class SlideModule(AlternatingModule):
         )
 
     def on_fit_start(self) -> None:
-        """Find what of the encoder is frozen in front; see `AlternatingModule`.
+        """Find the encoder's frozen prefix; see `AlternatingModule`.
 
         Raises:
             SettingsError: tiles are to be drawn from an encoder with noise.
@@ -223,7 +223,7 @@ class SlideModule(AlternatingModule):
             self.passes.find_frozen_prefix()
 
     def validation_step(self, bag: Bag, index: int) -> None:
-        """All tiles, the same forward path as training."""
+        """Note a bag's logits and loss, from all tiles."""
         try:
             logits_K = self.slide_model(bag, self.chunk).logits_K
         except SkippedBag:

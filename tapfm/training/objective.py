@@ -26,7 +26,7 @@ from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, Tile
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step minimises, and what is worth a line in the log."""
+    """The loss of a step, the model's output, and figures to log."""
 
     loss: Tensor
     """Task's loss and regularisers."""

@@ -66,7 +66,7 @@ def _changed(then: Mapping, now: Mapping, defaults: Mapping[str, Any], above: st
 
 
 def _aggregator(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the aggregator with all its options, however few are given; nothing of tiles' runs."""
+    """Return the aggregator with all its options; empty for a run on tiles."""
     if "aggregator" not in model:
         return {}
     return {"aggregator": spec_of(AGGREGATORS, aggregator_options(model["aggregator"]))}

@@ -72,7 +72,7 @@ class Passes:
         self.boundary: FrozenPrefix | None = None
 
     def find_frozen_prefix(self) -> None:
-        """Look, once the encoder is where it will be trained, what of it is frozen in front."""
+        """Find the encoder's frozen prefix, once the encoder is on its final device."""
         self.boundary = find_frozen_prefix(self.model.encoder, self.model.model_config.precision)
 
     def encode(self, bag: Bag, *, adapting: bool = True) -> EncodedTiles:

@@ -40,7 +40,7 @@ class TileSet(Places):
 
 @dataclass(frozen=True)
 class SlideOutput:
-    """What an aggregator says of a slide or a case."""
+    """An aggregator's output for a slide or case."""
 
     logits_K: Tensor
     weights_T: Tensor
@@ -86,7 +86,7 @@ class Aggregator(nn.Module):
 
     @property
     def learns_weights(self) -> bool:
-        """Whether anything in front of the head learns."""
+        """Return whether layers before the head learn."""
         return any(not name.startswith(("norm.", "head.")) for name, _ in self.named_parameters())
 
     def standardised(self, z_TD: Tensor) -> Tensor:

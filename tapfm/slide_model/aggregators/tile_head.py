@@ -1,4 +1,4 @@
-"""In an aggregator's place where labels are of tiles: class logits of each tile by itself.
+"""The head in the aggregator's place for tile labels: class logits of each tile.
 
 Shapes: T tiles, D features, K classes.
 """
