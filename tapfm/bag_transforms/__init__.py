@@ -15,7 +15,7 @@ from torch import nn
 
 from tapfm.bag_transforms.contract import BagTransform
 from tapfm.bag_transforms.tile_dropout import TileDropout
-from tapfm.settings import Spec, choose
+from tapfm.settings import Spec, choose, refuse
 from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["BAG_TRANSFORMS", "BagTransform", "make_bag_transforms"]
@@ -31,4 +31,7 @@ def make_bag_transforms(specs: Sequence[Spec], aggregator: Aggregator) -> nn.Mod
     """
     chosen = [choose(BAG_TRANSFORMS, spec, "model.bag_transforms") for spec in specs]
     names = {kind: name for name, kind in BAG_TRANSFORMS.items()}
+    given = [names[type(each)] for each in chosen]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    refuse(f"model.bag_transforms: {name} is given twice. Leave one out." for name in twice)
     return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})

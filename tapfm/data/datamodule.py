@@ -187,6 +187,11 @@ class SlideData(L.LightningDataModule):
         """
         return (self.known([row]) or self.tile_source).index(row)
 
+    def setup(self, stage: str) -> None:
+        """Keep this process's share of the features, now that the processes are counted."""
+        if self.features:
+            self.features.trim(self.budget)
+
     def prepare_data(self) -> None:
         """Index and cache what is not there yet: one process does, the others wait for it."""
         if self.features:
@@ -257,7 +262,8 @@ class SlideData(L.LightningDataModule):
         """Return how many tiles of a slide are kept in memory; print a note if not all."""
         bags = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
         slides = bags * max(len(row.slides) for row in rows)
-        hold = tiles_to_hold(self.budget, self.tiles.tile_px, slides)
+        kept = self.features.kept_bytes if self.features else 0
+        hold = tiles_to_hold(max(0, self.budget - kept), self.tiles.tile_px, slides)
         most = max(len(self.tile_source.index(slide)) for row in rows for slide in row.slides)
         if hold < min(most, self.tiles_per_slide or most):
             print(

@@ -79,6 +79,18 @@ class FeatureSource:
             where = f"features in {folder}"
             raise FeatureFileError(all_faults(where, [first, *more]) if more else first)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of features in memory."""
+        return sum(z_TD.nbytes for z_TD in self.kept.values())
+
+    def trim(self, budget: int) -> None:
+        """Drop features beyond so many bytes; they are read again for each bag."""
+        for name, z_TD in list(self.kept.items()):
+            budget -= z_TD.nbytes
+            if budget < 0:
+                del self.kept[name]
+
     def _read_all(self, budget: int) -> None:
         """Read every slide, keep what fits, and note what is wrong."""
         for row in tqdm(self.rows.values(), "features", unit=" slides", disable=None):

@@ -6,7 +6,7 @@ on average; p_t proportional to g_t, and at most 1, gives the least variance for
 With attention on a few tiles, a tenth of them carries most of the gradient.
 
     weight_T = draw_tiles(grad_z, grad_score, budget=100, seed=...)     0: left out; else 1 / p
-    adapt_bag(encode, chosen(chunks, weight_T).split(16), (grad_z * weight)[weight > 0], ...)
+    adapt_bag(encode, ChosenTiles(tiles, 16, weight_T).split(16), (grad_z * weight)[weight > 0])
 
 `cosine` compares one slide's estimate with its exact gradient; `taken` reads either off the
 parameters after a backward.
@@ -22,10 +22,12 @@ Shapes: T tiles of a slide, C tiles of a chunk, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from tapfm.data.bag import Tiles
 
 Gradients = list[Tensor | None]
 """Gradients of parameters, in their order; None for a parameter without one."""
@@ -78,14 +80,31 @@ def _chances(norm_T: Tensor, budget: int) -> Tensor:
     return chance_T
 
 
-def chosen(chunks_CP: Iterable[Tensor], weight_T: Tensor) -> Tensor:
-    """Return the tiles whose weight is above 0, in order, in one tensor."""
-    places = (weight_T > 0).cpu()
-    rows, done = [], 0
-    for tiles_CP in chunks_CP:
-        rows.append(tiles_CP[places[done : done + len(tiles_CP)].to(tiles_CP.device)])
-        done += len(tiles_CP)
-    return torch.cat([each.to(rows[0].device) for each in rows])  # tokens may lie on either side
+class ChosenTiles:
+    """The tiles whose weight is above 0, in order, a chunk in memory at a time.
+
+    Args:
+        tiles: all tiles of the slide.
+        size: tiles that are read at once.
+        weight_T: of each tile.
+    """
+
+    def __init__(self, tiles: Tiles, size: int, weight_T: Tensor):
+        self.tiles, self.size, self.chosen_T = tiles, size, (weight_T > 0).cpu()
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield chunks of `size` tiles; the last may be short."""
+        left_CP, done = None, 0
+        for tiles_CP in self.tiles.split(self.size):
+            rows_C = self.chosen_T[done : done + len(tiles_CP)].to(tiles_CP.device)
+            done += len(tiles_CP)
+            own_CP = tiles_CP[rows_C]  # tokens may lie on either side
+            left_CP = own_CP if left_CP is None else torch.cat([left_CP, own_CP.to(left_CP.device)])
+            while len(left_CP) >= size:
+                yield left_CP[:size]
+                left_CP = left_CP[size:]
+        if left_CP is not None and len(left_CP):
+            yield left_CP
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> Gradients:

@@ -174,7 +174,8 @@ class Extraction:
 def frozen_extraction(model: SlideModel, chunk: int, stain: str | None) -> Extraction:
     """Return how an untrained model's encoder is run, and its name in `tapfm test`."""
     mark = adapted_fingerprint(model)  # untrained, so that of the model as published
-    name, precision = f"{model.encoder.row.key}_{mark[:8]}", model.model_config.precision
+    precision = model.model_config.precision
+    name = f"{model.encoder.row.key}_{mark[:8]}" + f"_{precision}" * (precision != "fp32")
     return Extraction(model.encoder, name, mark, precision, chunk=chunk, stain=stain)
 
 

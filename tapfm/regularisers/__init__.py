@@ -15,7 +15,7 @@ from torch import nn
 
 from tapfm.regularisers.aem import Aem
 from tapfm.regularisers.contract import Regulariser
-from tapfm.settings import Spec, choose
+from tapfm.settings import Spec, choose, refuse
 from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["REGULARISERS", "Regulariser", "make_regularisers"]
@@ -31,4 +31,7 @@ def make_regularisers(specs: Sequence[Spec], aggregator: Aggregator) -> nn.Modul
     """
     chosen = [choose(REGULARISERS, spec, "model.regularisers") for spec in specs]
     names = {kind: name for name, kind in REGULARISERS.items()}
+    given = [names[type(each)] for each in chosen]
+    twice = sorted({name for name in given if given.count(name) > 1})
+    refuse(f"model.regularisers: {name} is given twice. Leave one out." for name in twice)
     return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})

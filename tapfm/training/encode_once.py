@@ -10,15 +10,18 @@ Differs: bf16-true runs encode each epoch, since their weights are rounded after
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from slides.streaming.settings import Source
 from tapfm.data.datamodule import SlideData
 from tapfm.data.feature_source import FeatureSource
 from tapfm.distributed import gather
+from tapfm.encoders.compiled import need_compiler
 from tapfm.frozen.cached_features import evaluating
 from tapfm.frozen.features import extract, frozen_extraction
 from tapfm.training.module import SlideModule
@@ -47,16 +50,30 @@ class EncodeOnce(Callback):
         """Encode this process's share of the slides, and wait for the others'."""
         data: SlideData = trainer.datamodule
         module.to(trainer.strategy.root_device)
+        if module.slide_model.encoder.compiled:
+            need_compiler(trainer.strategy.root_device)
         model, stain = module.slide_model, data.tile_source.stain
         extraction = frozen_extraction(model, module.chunk, stain)
         folder = self.folder / data.tiles.grid.tag / f"features_{extraction.name}"
         source: Source = data.source
-        rows = [each for split in self.splits for row in data.rows(split) for each in row.slides]
-        rank, world = trainer.global_rank, trainer.world_size
-        with evaluating(model):
-            kept, tiles, failed = extract(extraction, rows[rank::world], source, folder)
+        bags = [bag for split in self.splits for bag in data.rows(split)]
+        rows = [each for bag in bags for each in bag.slides]
+        mine = rows[trainer.global_rank :: trainer.world_size]
+        while True:
+            try:
+                with evaluating(model):
+                    kept, tiles, failed = extract(extraction, mine, source, folder)
+                break
+            except torch.OutOfMemoryError as error:
+                fault = error.with_traceback(None)  # which would keep the memory
+            module.passes.halve(fault)
+            extraction = replace(extraction, chunk=module.chunk)
         for share in gather(failed):
             data.skipped |= share
+        for bag in bags:  # a case is left out as a whole, as where it is streamed
+            names = [each.slide_id for each in bag.slides]
+            if lost := next((name for name in names if name in data.skipped), None):
+                data.skipped |= {name: data.skipped.get(name, data.skipped[lost]) for name in names}
         print(
             f"{folder}: {tiles} tiles encoded once, {kept} slides were there already; epochs read "
             f"{' and '.join(self.splits)} features from there",
@@ -64,6 +81,7 @@ class EncodeOnce(Callback):
         )
         rows = [row for row in rows if row.slide_id not in data.skipped]
         folder.mkdir(parents=True, exist_ok=True)  # where there is no slide to encode
+        budget = data.budget if "train" in self.splits else data.budget // 2  # tiles need the rest
         data.features = FeatureSource(
-            folder, rows, data.tiles.mpp, data.budget, data.on_error, self.splits
+            folder, rows, data.tiles.mpp, budget, data.on_error, self.splits
         )

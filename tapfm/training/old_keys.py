@@ -18,7 +18,8 @@ def rename_old_keys(model: MutableMapping[str, Any]) -> list[str]:
     if steps.get("head_start") is not None:
         if steps["head_start"]:
             lines.append("model.steps.head_start is now model.steps.warm_start")
-        steps["warm_start"], steps["head_start"] = steps["head_start"], None
+        steps["warm_start"] = bool(steps.get("warm_start") or steps["head_start"])
+        steps["head_start"] = None
     temperature = model.get("temperature")
     if temperature is not None:
         name = name_of(model["aggregator"])

@@ -43,7 +43,7 @@ class Steps:
 
     def __post_init__(self):
         if self.head_start is not None:
-            object.__setattr__(self, "warm_start", self.head_start)
+            object.__setattr__(self, "warm_start", self.warm_start or self.head_start)
             object.__setattr__(self, "head_start", None)
         faults = [
             f"{name} must be {rule}, got {value}"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tapfm.data.bag import Bag
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.frozen_prefix import FrozenPrefix, FrozenPrefixTokens, find_frozen_prefix
-from tapfm.engine.sampling import chosen, cosine, draw_tiles, give, has_gradient, taken
+from tapfm.engine.sampling import ChosenTiles, cosine, draw_tiles, give, has_gradient, taken
 from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.slide_model.model import SlideModel
 from tapfm.training.oom_retry import OomRetry
@@ -122,7 +122,7 @@ class Passes:
             grad_z_TD = (grad_z_TD * weight_T[:, None])[rows]
             if grad_score_T is not None:
                 grad_score_T = (grad_score_T * weight_T)[rows]
-            bag = replace(bag, tiles=chosen(bag.tiles.split(self.chunk), weight_T))
+            bag = replace(bag, tiles=ChosenTiles(bag.tiles, self.chunk, weight_T))
         self._adapt(bag, grad_z_TD, grad_score_T, encoded.kept)
 
     def compare(self, encoded: EncodedTiles, parameters: list[nn.Parameter]) -> Tensor:
@@ -179,6 +179,14 @@ class Passes:
                 self._shrink(0, fault)
         if retry.fits:
             self._shrink(retry.fits)
+
+    def halve(self, fault: Exception) -> None:
+        """Continue with half the chunk, as memory ran out elsewhere.
+
+        Raises:
+            ChunkError: not even one tile fits.
+        """
+        self._shrink(self.chunk // 2, fault)
 
     def _shrink(self, tiles: int, fault: Exception | None = None) -> None:
         """Continue with fewer tiles at once.

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from slides.streaming.order import Turn
 from tapfm.data.bag import Places
 from tapfm.data.datamodule import SlideData
+from tapfm.data.streamed import chunk_seed
 from tapfm.training.fit import read_config
 from tests.bags import STEP0, places, tile_set
 from tests.cohorts import write_cohort
@@ -74,3 +76,11 @@ def test_it_can_fail():
     assert (
         places(7).lattice().tolist() != places(7).take(torch.arange(6, -1, -1)).lattice().tolist()
     )
+
+
+def test_a_slide_that_comes_again_in_an_epoch_has_another_seed():
+    seeds = {
+        chunk_seed(0, Turn(3, position, 5, visit), "s") for position, visit in ((1, 0), (4, 1))
+    }
+    assert len(seeds) == 2
+    assert chunk_seed(0, Turn(3, 1, 5), "s") in seeds

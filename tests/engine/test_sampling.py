@@ -1,5 +1,7 @@
 """A backward of some tiles: right on average, and exact where all are taken."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +9,7 @@ from safetensors.torch import load_file
 
 from tapfm.cli import main
 from tapfm.engine.chunked import adapt_bag
-from tapfm.engine.sampling import _chances, chosen, cosine, draw_tiles, give, taken
+from tapfm.engine.sampling import ChosenTiles, _chances, cosine, draw_tiles, give, taken
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -75,8 +77,25 @@ def test_chances_by_hand():
 def test_chosen_tiles(size):
     tiles = random_tiles(17)
     weight_T = (torch.arange(17) % 3 == 1) * 2.0
-    assert torch.equal(chosen(tiles.split(size), weight_T), tiles[1::3])
-    assert chosen(tiles.split(size), torch.zeros(17)).shape == (0, *tiles.shape[1:])
+    for read in (1, 4, 17):
+        chunks = list(ChosenTiles(tiles, read, weight_T).split(size))
+        assert all(len(chunk) == size for chunk in chunks[:-1])
+        assert torch.equal(torch.cat(chunks), tiles[1::3])
+    assert not list(ChosenTiles(tiles, 4, torch.zeros(17)).split(size))
+
+
+def test_chosen_tiles_are_in_memory_a_chunk_at_a_time():
+    """What is read ahead of the chunk that is asked for is less than two chunks."""
+    tiles, read = random_tiles(40), []
+
+    class Counted:
+        def split(self, size):
+            for chunk in tiles.split(size):
+                read.append(len(chunk))
+                yield chunk
+
+    for number, _ in enumerate(ChosenTiles(Counted(), 4, torch.ones(40)).split(4)):
+        assert sum(read) <= 4 * (number + 2)
 
 
 @pytest.mark.gpu
@@ -84,7 +103,8 @@ def test_chosen_tiles(size):
 def test_tokens_that_lie_on_either_side_are_brought_together():
     """Kept tokens wait on the host, the others come from the GPU."""
     chunks = [torch.ones(4, 17, 64, device=device) for device in ("cpu", "cuda", "cuda")]
-    together = chosen(chunks, torch.ones(12, device="cuda"))
+    given = SimpleNamespace(split=lambda size: chunks)
+    together = torch.cat(list(ChosenTiles(given, 4, torch.ones(12, device="cuda")).split(12)))
     assert (together.device.type, len(together)) == ("cpu", 12)
 
 
@@ -101,7 +121,7 @@ def test_the_encoders_gradient_is_that_of_the_weighed_tiles():
     encoder.zero_grad()
     rows = weight_T > 0
     adapt_bag(
-        encoder, chosen(tiles.split(4), weight_T).split(4), (grad_z * weight_T[:, None])[rows],
+        encoder, ChosenTiles(tiles, 4, weight_T).split(4), (grad_z * weight_T[:, None])[rows],
         (grad_s * weight_T)[rows], seed=0, device=CPU,
     )  # fmt: skip
     for p, gradient in zip(encoder.parameters(), expected, strict=True):

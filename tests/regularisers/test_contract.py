@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from slides.errors import SettingsError
+from tapfm.bag_transforms import make_bag_transforms
 from tapfm.data.bag import Moment
 from tapfm.regularisers import REGULARISERS, make_regularisers
 from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
@@ -124,3 +125,11 @@ def test_sharp_attention_gives_finite_gradients(name, aggregator):
     grads = [each.grad for each in (tiles.z_TD, tiles.score_T) if each.grad is not None]
     assert grads
     assert all(each.isfinite().all() for each in grads)
+
+
+def test_a_name_given_twice_is_refused():
+    aggregator = make_aggregator("gated", 8, 1)
+    with pytest.raises(SettingsError, match=r"model\.regularisers: aem is given twice"):
+        make_regularisers([{"name": "aem", "top": 5}, "aem"], aggregator)
+    with pytest.raises(SettingsError, match=r"model\.bag_transforms: tile_dropout is given twice"):
+        make_bag_transforms(["tile_dropout", "tile_dropout"], aggregator)

@@ -13,6 +13,7 @@ import yaml
 
 from tapfm.cli import main
 from tapfm.training.old_keys import changed_keys, rename_old_keys
+from tapfm.training.optim import Steps
 from tests.cohorts import write_cohort
 from tests.conftest import ROOT
 from tests.training.test_fit import tapfm
@@ -96,3 +97,11 @@ def test_a_key_that_is_missing_counts_as_its_default():
     now = {"model": {"steps": steps}, "data": {"table": "t", "turns": False, "colour": 0.0}}
     assert changed_keys(then, now, {"data.colour": 0.0}) == ["data.turns was True, is False"]
     assert len(changed_keys(then, now, {"data.colour": 0.1})) == 2
+
+
+def test_an_old_key_that_is_off_does_not_turn_off_the_new_one():
+    model = {"steps": {"head_start": False, "warm_start": True}, "aggregator": "tapfm"}
+    assert rename_old_keys(model) == []
+    assert model["steps"] == {"head_start": None, "warm_start": True}
+    assert Steps(head_start=False, warm_start=True).warm_start
+    assert Steps(head_start=True).warm_start
