@@ -13,7 +13,16 @@ from typing import Any
 
 from slides.errors import SettingsError, refuse
 
-__all__ = ["SettingsError", "below", "choose", "did_you_mean", "faults_of", "refuse", "spec_of"]
+__all__ = [
+    "SettingsError",
+    "below",
+    "choose",
+    "choose_each",
+    "did_you_mean",
+    "faults_of",
+    "refuse",
+    "spec_of",
+]
 
 Spec = str | Mapping[str, Any]
 """A name, or a name and options: `lora`, or `{name: lora, rank: 16}`."""
@@ -86,6 +95,19 @@ def choose(
             options[key] = kind(value)
     refuse(faults, where, error)
     return kinds[name](**options)
+
+
+def choose_each(kinds: Mapping[str, type], specs: Iterable[Spec], where: str) -> dict[str, Any]:
+    """Return several of `choose` by name, in order.
+
+    Raises:
+        SettingsError: as `choose`, or a name is given twice.
+    """
+    chosen = [choose(kinds, spec, where) for spec in specs]
+    names = [spec_of(kinds, each)["name"] for each in chosen]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    refuse(f"{where}: {name} is given twice. Leave one out." for name in twice)
+    return dict(zip(names, chosen, strict=True))
 
 
 def spec_of(kinds: Mapping[str, type], chosen: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class Balance:
-    """How evenly cases and labels are spread over the parts of a split."""
+    """Counts of cases and labels in the parts of a split."""
 
     cases: dict[str, int]
     """Cases in each part."""

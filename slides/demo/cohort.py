@@ -70,7 +70,7 @@ class DemoSlide:
     pen: bool
     """Pen marks beside the tissue."""
     specimen: Specimen
-    """What is painted; its traits are the true labels, including unknown ones."""
+    """Traits to paint: the true labels, including those withheld as unknown."""
 
     @property
     def path(self) -> str:

@@ -32,7 +32,11 @@ class Turn(NamedTuple):
     slide: int
     """Number of the slide in the cohort's split."""
     visit: int = 0
-    """How often the slide came before in this epoch: each time other tiles are drawn."""
+    """Number of times that this epoch had the slide before; other tiles are drawn each time."""
+
+    def drawn_as(self, slide_id: str) -> str:
+        """Return the name by which the slide's random numbers are drawn at this visit."""
+        return f"{slide_id}#{self.visit}" if self.visit else slide_id
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

@@ -213,7 +213,7 @@ class BagDataset(Dataset):
                 )
             chosen = index.part(self.drawn(index, row.slide_id, turn))
             if self.augment is not None:
-                generator = slide_generator(self.seed, turn.epoch, _drawn_as(row.slide_id, turn))
+                generator = slide_generator(self.seed, turn.epoch, turn.drawn_as(row.slide_id))
                 change = draw_augmentation(len(chosen), generator, **vars(self.augment))
                 source = AugmentedSlide(source, chosen.coords0, change)
             elsewhere = get_worker_info() is not None
@@ -226,7 +226,7 @@ class BagDataset(Dataset):
 
     def drawn(self, index: TileIndex, slide_id: str, turn: Turn) -> np.ndarray:
         """Return which rows of a slide's tiles a turn takes."""
-        place = self.budget, self.seed, turn.epoch, _drawn_as(slide_id, turn)
+        place = self.budget, self.seed, turn.epoch, turn.drawn_as(slide_id)
         if self.sampling == "spatial":
             return spread_tiles(index.coords0 // index.size0, *place)
         return sample_tiles(len(index), *place)
@@ -319,10 +319,6 @@ class SlideLoader(DataLoader):
         """Load the sampler's state."""
         if isinstance(self.sampler, SlideSampler) and state:
             self.sampler.load_state_dict(state)
-
-
-def _drawn_as(slide_id: str, turn: Turn) -> str:
-    return f"{slide_id}#{turn.visit}" if turn.visit else slide_id
 
 
 def slide_generator(seed: int, epoch: int, slide_id: str) -> torch.Generator:

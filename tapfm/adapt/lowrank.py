@@ -48,7 +48,7 @@ class LowRank:
     targets: tuple[str, ...] = ("q", "k", "v")
     """Which layers of a block: some of q, k, v, proj, mlp."""
     last: int = 0
-    """How many blocks to adapt, counted from the last; 0 is all."""
+    """Number of blocks to adapt, counted from the last; 0 is all."""
     lr: ClassVar[float] = 2e-4
     name: ClassVar[str]
     magnitude: ClassVar[bool]

@@ -15,7 +15,7 @@ from torch import nn
 
 from tapfm.bag_transforms.contract import BagTransform
 from tapfm.bag_transforms.tile_dropout import TileDropout
-from tapfm.settings import Spec, choose, refuse
+from tapfm.settings import Spec, choose_each
 from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["BAG_TRANSFORMS", "BagTransform", "make_bag_transforms"]
@@ -29,9 +29,5 @@ def make_bag_transforms(specs: Sequence[Spec], aggregator: Aggregator) -> nn.Mod
     Raises:
         SettingsError: no such transform, an option it does not have, or not with this aggregator.
     """
-    chosen = [choose(BAG_TRANSFORMS, spec, "model.bag_transforms") for spec in specs]
-    names = {kind: name for name, kind in BAG_TRANSFORMS.items()}
-    given = [names[type(each)] for each in chosen]
-    twice = sorted({name for name in given if given.count(name) > 1})
-    refuse(f"model.bag_transforms: {name} is given twice. Leave one out." for name in twice)
-    return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})
+    chosen = choose_each(BAG_TRANSFORMS, specs, "model.bag_transforms")
+    return nn.ModuleDict({name: each.build(aggregator) for name, each in chosen.items()})

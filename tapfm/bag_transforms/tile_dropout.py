@@ -23,7 +23,7 @@ class TileDropout:
     """Leaves out tiles at random."""
 
     share: float = 0.5
-    """Of a bag's tiles that is left out; one tile at least stays."""
+    """Share of a bag's tiles that is left out; one tile at least stays."""
 
     def __post_init__(self):
         if not 0 <= self.share < 1:

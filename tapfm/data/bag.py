@@ -41,7 +41,7 @@ def too_late_to_skip() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the tiles of a bag lie. Its tensors stay on the CPU."""
+    """Coordinates of the tiles of a bag. Its tensors stay on the CPU."""
 
     coords0_T2: Tensor | None
     """int64 level-0 pixels of each tile's upper left corner, in its own slide; None is unknown."""
@@ -134,7 +134,7 @@ class Bag:
     tiles: Tiles
     """Its pixels; of features, nothing is ever asked of them."""
     places: Places
-    """Where its T tiles lie, and of which slide each is."""
+    """Coordinates of its T tiles, and the slide of each."""
     labels_K: Tensor
     """float32: 0, 1, or nan where unknown; of other tasks the target's numbers."""
     seed: int
@@ -142,7 +142,7 @@ class Bag:
     turn: tuple[int, int, int] | None = None
     """Its place in training: epoch, position, slide; None outside training."""
     features: Features | None = None
-    """What the encoder says of the tiles, where that is known already."""
+    """Features of the tiles, if they were encoded before; None otherwise."""
 
     @property
     def count(self) -> int:

@@ -60,8 +60,7 @@ def bag_of(batch: TileBag, seed: int, mpp: float) -> Bag:
 
 def chunk_seed(seed: int, turn: Turn, slide_id: str) -> int:
     """Return the seed of a training bag, a function of run seed, epoch, slide and visit."""
-    name = f"{slide_id}#{turn.visit}" if turn.visit else slide_id
-    return stable_seed("chunks", seed, turn.epoch, name) % 2**63
+    return stable_seed("chunks", seed, turn.epoch, turn.drawn_as(slide_id)) % 2**63
 
 
 def places_of(indices: Sequence[TileIndex]) -> Places:

@@ -29,6 +29,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
@@ -133,7 +134,10 @@ class Extraction:
             SlideError: the slide cannot be read.
         """
         device = self.encoder.mean.device
-        encode = lambda tiles_CP: self.encoder.encode(tiles_CP, self.precision)  # noqa: E731
+
+        def encode(tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
+            return self.encoder.encode(tiles_CP, self.precision)
+
         if hasattr(self.encoder, "sized"):
             encode = self.encoder.sized(encode, self.chunk)
         z_TD, score_T, _ = encode_bag(encode, tiles.split(self.chunk), seed=0, device=device)
@@ -144,7 +148,7 @@ class Extraction:
                 f"{index.slide_id}: features of {self.name} computed in {self.precision} are not "
                 f"finite in {self.dtype}. Use --precision fp32 --dtype fp32."
             )
-        with replacing(path) as partial, h5py.File(partial, "w") as file:
+        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
             rows = min(ROWS, len(stored_TD))
             chunks = rows, stored_TD.shape[1]
             features = file.create_dataset("features", data=stored_TD, chunks=chunks)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tapfm.regularisers.aem import Aem
 from tapfm.regularisers.contract import Regulariser
-from tapfm.settings import Spec, choose, refuse
+from tapfm.settings import Spec, choose_each
 from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["REGULARISERS", "Regulariser", "make_regularisers"]
@@ -29,9 +29,5 @@ def make_regularisers(specs: Sequence[Spec], aggregator: Aggregator) -> nn.Modul
     Raises:
         SettingsError: no such regulariser, an option it does not have, or not with this aggregator.
     """
-    chosen = [choose(REGULARISERS, spec, "model.regularisers") for spec in specs]
-    names = {kind: name for name, kind in REGULARISERS.items()}
-    given = [names[type(each)] for each in chosen]
-    twice = sorted({name for name in given if given.count(name) > 1})
-    refuse(f"model.regularisers: {name} is given twice. Leave one out." for name in twice)
-    return nn.ModuleDict({names[type(each)]: each.build(aggregator) for each in chosen})
+    chosen = choose_each(REGULARISERS, specs, "model.regularisers")
+    return nn.ModuleDict({name: each.build(aggregator) for name, each in chosen.items()})
