@@ -1,15 +1,19 @@
-"""Atomic writing of text, JSON, CSV and bytes; one kind of error for damaged files."""
+"""Atomic writing of text, JSON, CSV and bytes; text of any encoding; damaged files as errors."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import math
 import os
+import re
 import zipfile
+import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,6 +123,34 @@ def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]
     names = {row[0] for row in rows}
     older = [row for row in rows_there(path, header) if row[0] not in names]
     write_csv(path, header, older + rows)
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a file in UTF-8, UTF-16 or Windows-1252, plain or packed by gzip.
+
+    Raises:
+        ValueError: what the file is instead, and what to do.
+    """
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"a broken gzip ({error}). Download it again.") from error
+    if data[257:262] == b"ustar":
+        raise ValueError("a tar archive. Unpack it (tar -xf), and give the table in it.")
+    if data[:4] == b"PK\x03\x04":
+        raise ValueError(
+            "a spreadsheet (.xlsx) or a zip archive. Save it as text (.csv), or unpack it."
+        )
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("a Git LFS pointer, not the file. Run `git lfs pull` where it lies.")
+    if re.match(rb"\s*<(!doctype|html)", data, re.I):
+        raise ValueError("a web page, not a table. Download the file that it links to.")
+    two = data.startswith((BOM_UTF16_LE, BOM_UTF16_BE))  # Excel's "Unicode text"
+    for encoding in ("utf-16",) if two else ("utf-8-sig", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            if "\0" not in (text := data.decode(encoding)):
+                return text
+    raise ValueError("no text of a known encoding. Save it as UTF-8.")
 
 
 def file_fingerprint(path: Path) -> str:

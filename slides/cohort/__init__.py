@@ -7,6 +7,7 @@
     split_files.py     CLAM's and Patho-Bench's split files
     strata.py          labels to stratify over, for every task
     tcga_names.py      parses TCGA barcodes
+    spelling.py        words for unknown; one patient, one class under several spellings
     labelled_tiles.py  labelled tiles from a table or folders, split by case
     resplit.py         `tapfm split`: splits a cohort table again
 

@@ -22,7 +22,7 @@ from slides.cohort.strata import Strata, class_strata, label_strata, number_stra
 from slides.errors import CohortError, some, some_rows
 
 UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
-KNOWN = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}  # in lower case
 MEAN = "macro"  # name of the mean over classes or columns in every table of figures
 MANY = 8  # unreadable cells of a column that are listed one by one
 

@@ -1,4 +1,4 @@
-"""Parses TCGA names: the case, site, section and sample type of a slide or sample.
+"""Parses names of TCGA, CPTAC and MSK: case, site, section and type of a slide or sample.
 
     TCGA-05-4244-01Z-00-DX1.d4ff32cd-38cf-40ea-8213-45c2b100ac01.svs
     |    |  |    | |    |   `- file UUID, in either case
@@ -9,9 +9,14 @@
     |    `- tissue source site (TSS), the hospital
     `----------- case: the first 12 characters
 
-A CPTAC name (C3L-00001-21) begins with its case and has no site. Any other name is its own case.
+Barcodes may be in lower case, or have dots for dashes, as column names of R do.
+
+A CPTAC name (C3L-00001-21) begins with its case and has no site. So does an MSK-IMPACT sample
+(P-0000001-T01-IM6; GENIE-MSK before it in GENIE), whose T is a tumour and whose N is normal. Any
+other name is its own case.
 
 Source: the GDC's barcode pages; all 1,345 TCGA-LUAD file names of the GigaPath table parse.
+    cBioPortal's studies of MSK-IMPACT.
 """
 
 from __future__ import annotations
@@ -23,8 +28,11 @@ SLIDE = re.compile(
     r"(?P<barcode>(?P<case>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})-(?P<type>\d{2})[A-Z]-\d{2}-"
     r"(?P<section>(?:DX|TS|BS|MS)[A-Z0-9]*))\.[0-9A-Fa-f-]{36}\.svs"
 )
-SAMPLE = re.compile(r"(?P<case>TCGA-(?P<site>[A-Z0-9]{2})-[A-Z0-9]{4})(?:-(?P<type>\d{2}).*)?")
-CPTAC = re.compile(r"(C3[LN]-\d{5})(?:-.*)?")
+SAMPLE = re.compile(
+    r"(?P<case>TCGA[-.](?P<site>[A-Z0-9]{2})[-.][A-Z0-9]{4})(?:[-.](?P<type>\d{2}).*)?", re.I
+)
+CPTAC = re.compile(r"(C3[LN]-\d{5})(?:-.*)?", re.I)
+MSK = re.compile(r"(?P<case>(?:GENIE-MSK-)?P-\d{7})(?:-(?P<type>[TN])\d{2}(?:-.*)?)?", re.I)
 TUMOUR = range(1, 10)
 
 
@@ -58,20 +66,25 @@ def parse_slide(name: str) -> SlideName | None:
 
 
 def case_of(sample: str) -> str:
-    """Return the case of a barcode of any length or of a CPTAC sample; else the name itself."""
-    if match := SAMPLE.fullmatch(sample):
-        return match["case"]
+    """Return the case of a TCGA barcode of any length, or of a CPTAC or MSK sample; else the name.
+
+    The case is in capitals, with dashes.
+    """
+    if match := SAMPLE.fullmatch(sample) or MSK.fullmatch(sample):
+        return match["case"].upper().replace(".", "-")
     match = CPTAC.fullmatch(sample)
-    return match[1] if match else sample
+    return match[1].upper() if match else sample
 
 
 def site_of(case_id: str) -> str:
     """Return the tissue source site of a TCGA case or barcode; "" for other names."""
     match = SAMPLE.fullmatch(case_id)
-    return match["site"] if match else ""
+    return match["site"].upper() if match else ""
 
 
 def is_tumour(sample: str) -> bool:
-    """Return whether a sample is from a tumour; True for names other than TCGA's."""
+    """Return whether a sample is from a tumour; True for names other than TCGA's and MSK's."""
+    if match := MSK.fullmatch(sample):
+        return (match["type"] or "T").upper() == "T"
     match = SAMPLE.fullmatch(sample)
     return not (match and match["type"]) or int(match["type"]) in TUMOUR

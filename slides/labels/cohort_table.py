@@ -122,6 +122,7 @@ def _print_counts(calls: Sequence[Calls], cases: Iterable[str]) -> None:
         for gene, rule in each.rules.items():
             counts = "".join(f"{n:9}" for n in each.count(gene, cases))
             print(f"  {gene:10}{rule:15}{counts}")
+        print("".join(f"  {note}\n" for note in each.notes), end="")
 
 
 def _print_disagreements(differ: Sequence[Disagreement], cases: int) -> None:
@@ -217,6 +218,7 @@ def _source(calls: Calls, cases) -> dict:
         "rules": dict(calls.rules),
         "profiled": calls.profiled,
         "counts": counts,
+        "notes": list(calls.notes),
     }
 
 

@@ -124,7 +124,7 @@ def pick_diagnostic(
             else:
                 left[f"{name.section[:2]}, sample type {name.sample_type:02d}"] += 1
         elif match := CPTAC.fullmatch(stem):
-            picked.append((file, SlideName(stem, match[1], "", "", 1)))
+            picked.append((file, SlideName(stem, match[1].upper(), "", "", 1)))
         else:
             odd.append(f"{file.name}: no TCGA or CPTAC name, so its case is not known")
     twice = Counter(name.slide_id for _, name in picked)

@@ -40,18 +40,24 @@ def test_other_names_are_no_slides_of_tcga(name):
         ("TCGA-05-4244-01", "TCGA-05-4244"),
         ("TCGA-05-4244", "TCGA-05-4244"),
         ("C3N-00545-22", "C3N-00545"),
+        ("tcga-05-4244-01a", "TCGA-05-4244"),
+        ("TCGA.05.4244.01", "TCGA-05-4244"),
+        ("P-0000001-T01-IM6", "P-0000001"),
+        ("GENIE-MSK-P-0000001-T02-IM7", "GENIE-MSK-P-0000001"),
+        ("P-1-T01", "P-1-T01"),
         ("patient-7", "patient-7"),
     ],
 )
 def test_the_case_of_a_sample(sample, case):
     assert case_of(sample) == case
-    assert site_of(sample) == ("05" if sample.startswith("TCGA") else "")
+    assert site_of(sample) == ("05" if sample.upper().startswith("TCGA") else "")
 
 
 def test_which_samples_are_tumours():
     assert [is_tumour(f"TCGA-05-4244-{kind}A") for kind in ("01", "06", "10", "11")] == [1, 1, 0, 0]
     assert is_tumour("TCGA-05-4244")
     assert is_tumour("patient-7")
+    assert [is_tumour(f"P-0000001-{kind}-IM6") for kind in ("T01", "N01")] == [True, False]
 
 
 def test_all_names_of_the_public_table_parse(shared_data):

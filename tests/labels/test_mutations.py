@@ -7,6 +7,8 @@ in a matrix. The public sources of TCGA-LUAD give known counts and known disagre
 import csv
 import gzip
 import math
+import tarfile
+import zipfile
 
 import pytest
 
@@ -130,6 +132,108 @@ def test_a_cell_that_is_no_change_is_named_with_its_row(write):
         read_calls(write(MATRIX.replace("L210=", "no mutation")), {"EGFR": "nonsynonymous"})
 
 
+def test_a_matrix_of_0_and_1_says_who_is_mutated_and_who_is_not(write):
+    text = "SAMPLE_ID\tKRAS\tEGFR\n" + "".join(
+        f"P{n}\t{cell}\n"
+        for n, cell in enumerate(["0\t1", "1\t0", "0.0\tTRUE", "True\tfalse", "1\twt", "0\t"])
+    )
+    calls = read_calls(write(text), dict.fromkeys(["KRAS", "EGFR"], "nonsynonymous"))
+    assert values(calls, "KRAS") == {"0": 0, "1": 1, "2": 0, "3": 1, "4": 1, "5": 0}
+    egfr = values(calls, "EGFR")
+    assert math.isnan(egfr.pop("5"))
+    assert egfr == {"0": 1, "1": 0, "2": 1, "3": 0, "4": 0}
+    hot = read_calls(write(text), {"KRAS": "hotspot"})
+    assert hot.count("KRAS") == (0, 3, 3), "a 1 does not say which change it is"
+    assert hot.notes == ("KRAS: 3 cells do not tell whether the rule hotspot counts them: unknown",)
+
+
+@pytest.mark.parametrize(
+    ("status", "validation", "counted"),
+    [
+        ("Somatic", "Untested", True), ("", "", True), ("Unknown", "Unknown", True),
+        ("None", "", False), ("REDACTED", "", False), ("LOH", "Valid", False),
+        ("Somatic", "Invalid", False), ("Somatic", "Redacted", False), ("", "wildtype", False),
+    ],
+)  # fmt: skip
+def test_a_row_that_denies_its_mutation_makes_nobody_positive(write, status, validation, counted):
+    head, row = MAF.splitlines()[1:3]
+    text = f"{head}\tValidation_Status\n{row.removesuffix('Somatic')}{status}\t{validation}\n"
+    other = row.replace("0001", "0002")  # so that the file lists the gene at all
+    calls = read_calls(write(text + other + "\t\n"), {"EGFR": "nonsynonymous"})
+    assert values(calls, "EGFR") == {"1": counted, "2": 1}
+    assert len(calls.notes) == 1 - counted
+
+
+def test_rows_without_a_sample_are_no_case_and_counted(write):
+    text = MAF + "".join(
+        f"EGFR\tMissense_Mutation\t{name}\tp.L858R\tSomatic\n" for name in ("", "NA", "Unknown")
+    )
+    calls = read_calls(write(text), {"EGFR": "nonsynonymous"})
+    assert calls.cases == read_calls(write(MAF), {"EGFR": "nonsynonymous"}).cases
+    assert "3 rows name no sample and are left out: rows 12, 13, 14" in calls.notes
+    matrix = read_calls(write(MATRIX + "luad\t\tL858R\tWT\tWT\n"), {"EGFR": "hotspot"})
+    assert matrix.cases == read_calls(write(MATRIX), {"EGFR": "hotspot"}).cases
+    listed = write("TCGA-05-0001-01\nNA\n", "who.txt")
+    assert read_profiled(listed) == {"TCGA-05-0001"}
+
+
+def test_rows_may_lack_blank_cells_at_their_end(write):
+    short = MAF.replace("\t\tSomatic", "").replace("p.R222L\t\n", "p.R222L\n")
+    assert short != MAF
+    rules = dict.fromkeys(["EGFR", "TERT"], "nonsynonymous")
+    assert read_calls(write(short), rules).cases == read_calls(write(MAF), rules).cases
+
+
+@pytest.mark.parametrize("kind", ["Unknown", "NA", "Indel", "", "Quiet"])
+def test_a_class_that_is_not_known_makes_that_label_unknown_and_no_other(write, kind):
+    text = MAF.replace("EGFR\tSilent", f"EGFR\t{kind}")
+    calls = read_calls(write(text), {"EGFR": "nonsynonymous", "STK11": "truncating"})
+    known = values(calls, "EGFR")
+    assert math.isnan(known.pop("2"))
+    assert known == {"1": 1, "3": 1, "5": 0}
+    assert values(calls, "STK11") == {"1": 1, "2": 0, "3": 0, "5": 0}
+    assert f"Variant_Classification {kind!r} (1 rows" in calls.notes[1]
+    assert read_calls(write(text), {"EGFR": "listed"}).value("TCGA-05-0002", "EGFR") == 1
+    lower = MAF.replace("Missense_Mutation", "missense_mutation")
+    assert values(read_calls(write(lower), {"EGFR": "nonsynonymous"}), "EGFR")["1"] == 1
+
+
+@pytest.mark.parametrize("change", ["", ".", "NA", "p.?", "c.2573T>G", "p.L858"])
+def test_a_hotspot_whose_change_is_not_given_is_unknown_and_never_0(write, change):
+    rules = {"EGFR": "hotspot"}
+    known = values(read_calls(write(MAF.replace("p.R222L", change)), rules), "EGFR")
+    assert math.isnan(known.pop("3"))
+    assert known == {"1": 1, "2": 0, "5": 0}
+    twice = MAF.replace("0003", "0001").replace("p.R222L", change)
+    assert values(read_calls(write(twice), rules), "EGFR")["1"] == 1, "another row counts"
+
+
+@pytest.mark.parametrize("change", ["p.Leu858Arg", "NP_005219.2:p.Leu858Arg", "p.(Leu858Arg)"])
+def test_a_hotspot_is_read_in_three_letters_and_in_other_columns(write, change):
+    text = MAF.replace("p.L858R", change)
+    assert values(read_calls(write(text), {"EGFR": "hotspot"}), "EGFR")["1"] == 1
+    text = text.replace("HGVSp_Short", "HGVSp")
+    assert values(read_calls(write(text), {"EGFR": "hotspot"}), "EGFR")["1"] == 1
+
+
+def test_two_samples_of_a_patient_of_msk_are_one_case(write):
+    text = "SAMPLE_ID\tKRAS\n" + "P-0000001-T01-IM6\tWT\nP-0000001-T02-IM7\tG12D\n"
+    calls = read_calls(write(text + "P-0000002-N01-IM6\tG12D\n"), {"KRAS": "hotspot"})
+    assert dict(calls.cases) == {"P-0000001": {"KRAS": True}}
+
+
+def test_archives_are_named_as_what_they_are(write, tmp_path):
+    path = write(MAF)
+    with tarfile.open(tmp_path / "m.tar.gz", "w:gz") as tar:
+        tar.add(path, "m.txt")
+    with pytest.raises(LabelError, match=r"m.tar.gz: a tar archive. Unpack it \(tar -xf\)"):
+        read_calls(tmp_path / "m.tar.gz", {"EGFR": "listed"})
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as packed:
+        packed.write(path, "m.txt")
+    with pytest.raises(LabelError, match="a zip archive"):
+        read_calls(tmp_path / "m.zip", {"EGFR": "listed"})
+
+
 def test_an_allele_longer_than_most_is_read(write):
     path = write(MAF + f"KRAS\tMissense_Mutation\tTCGA-05-0009-01A\t{'A' * 200_000}\tSomatic\n")
     assert read_calls(path, {"KRAS": "nonsynonymous"}).count("KRAS")[0] == 1
@@ -205,8 +309,11 @@ def test_two_sources_are_compared_where_both_know(write):
         (TABLE, {"EGFR": "truncating"}, None, "no protein changes, so no rule for EGFR"),
         (TABLE.replace("True,False,False\nb", "yes,False,False\nb"), {"EGFR": "listed"}, None,
          "row 2: EGFR is 'yes', not True or False"),
-        (MAF.replace("HGVSp_Short", "HGVSp"), {"EGFR": "hotspot"}, None, "HGVSp_Short is missing"),
-        (MAF.replace("Silent", "Quiet"), {"EGFR": "listed"}, None, r"'Quiet' \(1 rows"),
+        (MAF.replace("HGVSp_Short", "Change"), {"EGFR": "hotspot"}, None, "HGVSp_Short is missing"),
+        (MATRIX.replace("L858R T790M", "2"), {"EGFR": "listed"}, None, "row 2: EGFR is '2'"),
+        ("\n".join(MAF.splitlines()[:2]), {"EGFR": "listed"}, None, "header alone, and no row"),
+        ("version https://git-lfs.github.com/spec/v1\n", {"EGFR": "listed"}, None, "git lfs pull"),
+        ("<!DOCTYPE html>\n", {"EGFR": "listed"}, None, "a web page, not a table"),
         (MAF + "EGFR\tMiss", {"EGFR": "listed"}, None, "row 12: 2 cells of 5: the file is cut"),
         (MATRIX[:-20], {"EGFR": "listed"}, None, "row 6: 2 cells of 5|row 6: 4 cells of 5"),
         ("sample,gene\n1,2\n", {"EGFR": "listed"}, None, "its columns are sample, gene. Give"),

@@ -1,0 +1,70 @@
+"""One meaning under several spellings: words for unknown, names of one patient, of one class.
+
+Tables that are joined from two sources spell the same thing in two ways. `tidy` removes what nobody
+sees. The other functions return a key that is equal for texts that look like the same thing; keys
+are compared and never shown.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+
+from slides.cohort.tcga_names import case_of
+
+MISSING = frozenset({
+    "na", "n a", "nan", "null", "nil", "none", "unknown", "unk", "missing", "not reported",
+    "not available", "not applicable", "not evaluated", "not evaluable", "not assessed",
+    "not tested", "not done", "not performed", "not determined", "not known", "not provided",
+    "not collected", "not specified", "not recorded", "not allowed to collect", "no data",
+    "undetermined", "unspecified", "discrepancy",
+})  # fmt: skip
+"""Words for unknown, as `_word` spells them, of the GDC, cBioPortal, pandas, R and spreadsheets."""
+UNSEEN = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # no width: dropped
+DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
+
+
+def tidy(text: str) -> str:
+    """Return text in Unicode's composed form, without unseen characters and outer spaces."""
+    if text.isascii():
+        return text.strip()
+    text = unicodedata.normalize("NFC", text.translate(UNSEEN))
+    return "".join(" " if each.isspace() else each for each in text).strip()
+
+
+def missing_words(more: Iterable[str] = ()) -> frozenset[str]:
+    """Return the words for unknown, extended by a user's own, for `is_missing`."""
+    return MISSING | {_word(text) for text in more}
+
+
+def is_missing(text: str, words: Collection[str] = MISSING) -> bool:
+    """Return whether a cell says that its value is unknown: blank, a dash, `[Not Available]`."""
+    return not text.strip("-.?'\"# \u2013\u2014") or _word(text) in words
+
+
+def case_key(case_id: str) -> str:
+    """Return the same key for `7` and `007`, `103` and `103.0`, `P_12` and `p-12`.
+
+    So have a TCGA, CPTAC or MSK patient and a sample of theirs.
+    """
+    text = unicodedata.normalize("NFKC", case_of(case_id)).translate(DASHES).casefold()
+    text = re.sub(r"[\s_-]+", "-", text).strip("-")
+    number = re.fullmatch(r"(\D*?)-?0*(\d+)(?:\.0+)?", text)
+    return number[1] + number[2] if number else text
+
+
+def class_key(name: str) -> str:
+    """Return the same key for `Non-small cell` and `non_small cell`; others for HER2+ and HER2-.
+
+    Letter case does not count, nor do separators within a name, unless they part two numbers. Signs
+    count: `+`, `/`, `<` and a dash at the end of a word.
+    """
+    text = unicodedata.normalize("NFKC", name).translate(DASHES).casefold()
+    text = re.sub(r"(?<=\d)[\s_.,;:-]+(?=\d)", "|", text)
+    return re.sub(r"[\s_.,;:'\"()\[\]]+|(?<=\w)-(?=\w)", "", text) or text
+
+
+def _word(text: str) -> str:
+    """Return a cell's words in lower case, without brackets and other marks."""
+    return " ".join(re.findall(r"[\w+]+", text.casefold().replace("_", " ")))
