@@ -102,6 +102,8 @@ def without_pixels(
     lost = np.zeros(len(coords0), bool)
     levels = {"aperio": range(level + 1), "generic-tiff": [level]}.get(slide.vendor, ())
     for each in levels:
+        if np.isinf(slide.level_downsamples[each]):  # left out, never read
+            continue
         missing, sides_r = missing_tiles(slide.path, slide.facts.level_sizes[each])
         sides0 = np.multiply(sides_r, slide.level_downsamples[each])
         if missing.any() and slide.vendor == "generic-tiff":

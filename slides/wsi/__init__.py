@@ -2,6 +2,7 @@
 
     reader.py       one open slide: a tile at (x0, y0), thumbnails
     levels.py       pixels of its levels, by OpenSlide or decoded directly
+    pyramid.py      each level's true downsample; whether it shows the slide
     resolution.py   microns per pixel, from the table or the file's properties
     jpeg_tiles.py   JPEG tiles decoded without OpenSlide, to the same bits
     plain_image.py  a plain PNG, JPEG or TIFF as a slide with one level

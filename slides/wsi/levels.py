@@ -6,6 +6,9 @@ safely used after a fork, so `Levels` carries only its path and the facts it has
 OpenSlide is the reference. `slides.wsi.jpeg_tiles` decodes JPEG tiles directly where its pixels are
 checked to be the same; `direct=False` switches it off. Transparent and outside pixels are white.
 
+A level is used if its size is explained by one downsample and its pixels show what level 0 shows
+(`slides.wsi.pyramid`); others are left out with a warning, and finer levels are read instead.
+
 Condition: OpenSlide places reads by whole level-0 pixels, so at a level whose downsample is not a
 whole number its pixels are interpolated, shifted by up to half a level-0 pixel.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +29,11 @@ from slides.errors import NotASlideError, UnreadableRegionError
 from slides.wsi.diagnose import tiff_contents, why_impossible, why_refused
 from slides.wsi.jpeg_tiles import JpegDecoder, NotDirectError
 from slides.wsi.plain_image import PlainImage, is_plain
+from slides.wsi.pyramid import DROPPED, VENDORS, same_picture, true_downsample
 
 CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
 CHECKED = 512  # pixels: side of the first region of each level, which is read both ways
+UNTOLD = 8  # flat squares of a level that agree with level 0 before it is believed
 _inherited = []  # handles from before a fork: closing them here could stop the parent's
 
 
@@ -40,6 +45,9 @@ class SlideFacts:
     height0: int
     level_sizes: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
+    """Level-0 pixels per pixel of each level; infinite for a level that is not this slide's."""
+    stated_downsamples: tuple[float, ...]
+    """The downsamples by which OpenSlide places what it reads."""
     bounds0: tuple[int, int, int, int]
     """x0, y0, width, height of the scanned part; the whole slide if the file names none."""
     vendor: str
@@ -59,6 +67,7 @@ class Levels:
         self.path, self.name, self._want_direct = path, name, direct
         self._direct = None
         self._proven = set()
+        self._untold: dict[int, int] = {}  # level -> flat squares seen; UNTOLD once believed
         self._said_slow = False
         self._handle = None
         self._pid = None
@@ -87,6 +96,12 @@ class Levels:
         """
         if self._facts is None:
             self._facts = _facts(self._open())
+            width0, height0 = self._facts.level_sizes[0]
+            for level, ds in enumerate(self._facts.level_downsamples):
+                if ds == DROPPED:
+                    self._say_dropped(
+                        level, f"its proportions are not those of {width0} x {height0}"
+                    )
         return self._facts
 
     @property
@@ -99,12 +114,55 @@ class Levels:
             for level in range(len(self.facts.level_downsamples))
         )  # fmt: skip
 
+    def believed(self, level: int) -> bool:
+        """Return whether a level needs no comparison with level 0: compared, or not a TIFF's."""
+        plain = level == 0 or self.facts.vendor not in VENDORS
+        return plain or self._untold.get(level, 0) >= UNTOLD
+
+    def compare(self, level: int, squares: list[tuple[int, int, int, np.ndarray | None]]) -> bool:
+        """Compare squares of a level with level 0; return False if it is now left out.
+
+        Args:
+            level: the level.
+            squares: x0, y0, side in level-0 pixels, and its pixels if they are at hand.
+        """
+        pairs, ds = [], self.facts.level_downsamples[level]
+        for x0, y0, side0, rgb in squares:
+            side_r = max(1, round(side0 / ds))
+            with contextlib.suppress(UnreadableRegionError):  # reported when it is read
+                base = self._whole(x0, y0, side0)
+                if base is not None:
+                    mine = self.pixels(x0, y0, level, side_r, side_r) if rgb is None else rgb
+                    pairs.append((mine, base))
+        same = same_picture(pairs)
+        if same is False:
+            changed = list(self.facts.level_downsamples)
+            changed[level] = DROPPED
+            self._facts = replace(self.facts, level_downsamples=tuple(changed))
+            self._say_dropped(level, "it shows another picture than level 0, as a label would")
+            return False
+        self._untold[level] = UNTOLD if same else self._untold.get(level, 0) + 1
+        return True
+
     def pixels(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
         """Return a region of a level, (height_r, width_r, 3) uint8 RGB.
 
         Raises:
             UnreadableRegionError: it cannot be decoded.
         """
+        rgb = self._pixels(x0, y0, level, width_r, height_r)
+        ds = self.facts.level_downsamples[level] if level else 1.0
+        if level and ds != self.facts.stated_downsamples[level]:  # beyond the slide is padding
+            right, below = (
+                max(0, round(side0 / ds) - round(corner0 / ds))
+                for side0, corner0 in ((self.facts.width0, x0), (self.facts.height0, y0))
+            )
+            if right < width_r or below < height_r:
+                rgb = rgb.copy()
+                rgb[:, right:] = rgb[below:] = 255
+        return rgb
+
+    def _pixels(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
         if not self._want_direct:
             return self._reference(x0, y0, level, width_r, height_r)
         direct, fault, ds = self._directly(), "", self.facts.level_downsamples[level]
@@ -117,8 +175,11 @@ class Levels:
             fault = str(error)
         if not fault and level not in self._proven:
             part = min(CHECKED, height_r), min(CHECKED, width_r)
-            reference = self._reference(x0, y0, level, *part[::-1])
-            if np.array_equal(rgb[: part[0], : part[1]], reference):
+            shown = rgb[: part[0], : part[1]]
+            if ds != self.facts.stated_downsamples[level]:  # OpenSlide is exact at the corner only
+                x0 = y0 = 0
+                shown = direct.pixels(level, 0, 0, *part[::-1])
+            if np.array_equal(shown, self._reference(x0, y0, level, *part[::-1])):
                 self._proven.add(level)
             else:
                 fault = f"level {level} decodes to other pixels here"
@@ -160,6 +221,14 @@ class Levels:
                 self._say_slow("; ".join(sorted(set(self._direct.why_not.values()))))
         return self._direct
 
+    def _say_dropped(self, level: int, why: str) -> None:
+        width, height = self.facts.level_sizes[level]
+        warnings.warn(
+            f"{self.name}: level {level} ({width} x {height} pixels) is left out: {why}. Finer "
+            f"levels are read in its place. ({self.path})",
+            stacklevel=2,
+        )
+
     def _say_slow(self, why: str) -> None:
         """Warn once per slide and process that OpenSlide reads it, which is slower."""
         if not self._said_slow:
@@ -171,8 +240,31 @@ class Levels:
 
     def _reference(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
         """Return the region as OpenSlide reads it, blended over white."""
+        rgba = self._rgba(x0, y0, level, width_r, height_r)
+        alpha = rgba[..., 3:]
+        if alpha.min() == 255:
+            return np.ascontiguousarray(rgba[..., :3])
+        over = rgba[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+        return ((over + 127) // 255).astype(np.uint8)
+
+    def _whole(self, x0: int, y0: int, side0: int) -> np.ndarray | None:
+        """Return a square of level 0, or None where it lies outside or has no pixels."""
+        if not (0 <= x0 <= self.facts.width0 - side0 and 0 <= y0 <= self.facts.height0 - side0):
+            return None
+        if self._want_direct and self._directly().levels[0] is not None:
+            return self._pixels(x0, y0, 0, side0, side0)
+        rgba = self._rgba(x0, y0, 0, side0, side0)
+        return np.ascontiguousarray(rgba[..., :3]) if rgba[..., 3].min() == 255 else None
+
+    def _rgba(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
+        """Return the region as OpenSlide reads it, with transparency."""
+        if level:  # OpenSlide places reads by the downsample that it states
+            ours = self.facts.level_downsamples[level]
+            stated = self.facts.stated_downsamples[level]
+            if ours not in (stated, DROPPED):
+                x0, y0 = round(x0 / ours * stated), round(y0 / ours * stated)
         try:
-            rgba = np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
+            return np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
         except openslide.OpenSlideError as error:
             self.close()  # OpenSlide refuses every read on a handle that failed once
             raise UnreadableRegionError(
@@ -180,11 +272,6 @@ class Levels:
                 f"({x0}, {y0}) cannot be decoded: {error}. The file is damaged or truncated: copy "
                 f"it again from its source, or leave this slide out. ({self.path})"
             ) from error
-        alpha = rgba[..., 3:]
-        if alpha.min() == 255:
-            return np.ascontiguousarray(rgba[..., :3])
-        over = rgba[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
-        return ((over + 127) // 255).astype(np.uint8)
 
 
 def _facts(handle: openslide.OpenSlide) -> SlideFacts:
@@ -192,15 +279,31 @@ def _facts(handle: openslide.OpenSlide) -> SlideFacts:
     keys = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
     bounds = [handle.properties.get(f"openslide.{key}") for key in keys]
     whole = (0, 0, width0, height0)
+    vendor = handle.properties.get("openslide.vendor", "unknown")
+    stated = tuple(handle.level_downsamples)
     return SlideFacts(
         width0=width0,
         height0=height0,
         level_sizes=tuple(handle.level_dimensions),
-        level_downsamples=tuple(handle.level_downsamples),
+        level_downsamples=_downsamples(handle, stated) if vendor in VENDORS else stated,
+        stated_downsamples=stated,
         bounds0=tuple(int(b) if b else w for b, w in zip(bounds, whole, strict=True)),
-        vendor=handle.properties.get("openslide.vendor", "unknown"),
+        vendor=vendor,
         properties=_properties(handle),
     )
+
+
+def _downsamples(handle: openslide.OpenSlide, stated: tuple[float, ...]) -> tuple[float, ...]:
+    """Return each level's true downsample, see `slides.wsi.pyramid`."""
+    found = [1.0]
+    for level, size_r in enumerate(handle.level_dimensions[1:], 1):
+        tile_r = [
+            int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
+            for side in ("width", "height")
+        ]
+        finer = max(ds for ds in found if ds != DROPPED)
+        found.append(true_downsample(handle.dimensions, size_r, stated[level], tile_r, finer))
+    return tuple(found)
 
 
 def _properties(handle: openslide.OpenSlide) -> dict[str, str]:

@@ -21,6 +21,7 @@ from slides.errors import NotASlideError
 from slides.grid import Grid
 from slides.wsi.diagnose import tiff_contents, truncated
 from slides.wsi.levels import Levels, SlideFacts
+from slides.wsi.pyramid import liveliest, square_side0
 from slides.wsi.resolution import find_mpp
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
@@ -87,7 +88,7 @@ class Slide:
 
     @property
     def level_downsamples(self) -> tuple[float, ...]:
-        """Level-0 pixels per pixel of each level, finest first."""
+        """Level-0 pixels per pixel of each level, finest first; infinite if it is left out."""
         return self.facts.level_downsamples
 
     @property
@@ -142,7 +143,7 @@ class Slide:
         """Return the square of `size0` level-0 pixels at (x0, y0), (size, size, 3) uint8 RGB."""
         if size > size0:
             raise ValueError(f"{self.name}: {size} px from {size0}: tiles are never enlarged")
-        level = self.level_for(size0, size)
+        level = self._level_at(x0, y0, size0, size)
         ds = self.level_downsamples[level]
         if abs(ds * size / size0 - 1) <= LEVEL_TOLERANCE:  # the level is the tile: no resampling
             shift = (size0 / ds - size) / 2  # under a pixel: keeps the centre where it was
@@ -160,6 +161,18 @@ class Slide:
         limit = size0 / size * (1 + LEVEL_TOLERANCE)
         return max(n for n, ds in enumerate(self.level_downsamples) if n == 0 or ds <= limit)
 
+    def _level_at(self, x0: int, y0: int, size0: int, size: int) -> int:
+        """Return the level to read a square from, compared with level 0 at its first use."""
+        level = self.level_for(size0, size)
+        while not self.levels.believed(level):
+            ds = self.level_downsamples[level]
+            side0 = min(size0, square_side0(ds))
+            corner0 = [round((v + (size0 - side0) // 2) // ds * ds) for v in (x0, y0)]
+            if self.levels.compare(level, [(*corner0, side0, None)]):
+                break
+            level = self.level_for(size0, size)
+        return level
+
     def thumbnail(self, mpp: float = 8.0, max_side: int | None = None) -> tuple[np.ndarray, float]:
         """Return the whole slide, small: (h, w, 3) uint8, and its downsample from level 0.
 
@@ -167,6 +180,26 @@ class Slide:
         `max_side` the smallest that keeps both sides within it (the slide then needs no mpp).
         Pixel (i, j) covers [j, j + 1) x [i, i + 1) times the downsample.
         """
+        while True:
+            out, downsample, level = self._thumbnail(mpp, max_side)
+            if self.levels.believed(level):
+                return out, downsample
+            side = max(1, round(square_side0(self.level_downsamples[level]) / downsample))
+            side = min(side, *out.shape[:2])
+            squares = [
+                (
+                    round(j * downsample),
+                    round(i * downsample),
+                    round(side * downsample),
+                    out[i : i + side, j : j + side],
+                )
+                for i, j in liveliest(out, side)
+            ]
+            if self.levels.compare(level, squares):
+                return out, downsample
+
+    def _thumbnail(self, mpp: float, max_side: int | None) -> tuple[np.ndarray, float, int]:
+        """Return the thumbnail, its downsample, and the level it was made from."""
         if max_side is None:
             wanted = max(1.0, mpp / self.mpp)
         else:
@@ -174,6 +207,8 @@ class Slide:
         level = self.level_for(round(wanted * 1_000_000), 1_000_000)
         width_r, height_r = self.facts.level_sizes[level]
         ds = self.level_downsamples[level]
+        if ds != self.facts.stated_downsamples[level]:  # without the padding
+            width_r, height_r = (round(side / ds) for side in (self.width0, self.height0))
         factor = max(1, round(wanted / ds))
         if max_side is not None:
             factor = math.ceil(max(width_r, height_r) / max_side)
@@ -186,7 +221,7 @@ class Slide:
                 small = np.asarray(Image.fromarray(piece).reduce(factor))
                 i, j = top // factor, left // factor
                 out[i : i + small.shape[0], j : j + small.shape[1]] = small
-        return out, ds * factor
+        return out, ds * factor, level
 
     def check_complete(self) -> None:
         """Check that a TIFF file is as long as its tile tables say.
