@@ -8,7 +8,8 @@ and no other, or refused, and what is said; `tests/wsi/test_odd_slides.py` runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from tests.conftest import stained_picture
 
+JPEG = {"compression": "jpeg", "compressionargs": {"level": 95}}
 WIDTH, HEIGHT, TILE = 1429, 1201, 128  # primes: sides of levels are rounded
 PICTURE = np.asarray(Image.fromarray(stained_picture(230, 194)).resize((WIDTH, HEIGHT)))
 """Tissue with nuclei of 50 pixels: a shift by one pixel changes little, by six a lot."""
@@ -34,6 +36,10 @@ class Page:
     """Side of its tiles; 0 stores strips."""
     options: dict = field(default_factory=dict)
     """Further arguments of `tifffile.TiffWriter.write`."""
+    jfif: bool = False
+    """Whether its tiles are JPEG files of their own: YCbCr, and their JFIF header says so."""
+    tag: int | None = None
+    """What its tag says of the colours, 2 for RGB and 6 for YCbCr; None the truth."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,26 @@ def write_pages(path: Path, pages: Sequence[Page], mpp: float | None = 0.5) -> P
             options = {"photometric": "rgb", "metadata": None} | stated | page.options
             if page.tile:
                 options["tile"] = (page.tile, page.tile)
-            reduced = page.reduced and number > 0
-            tiff.write(page.picture, subfiletype=int(reduced), **options)
+            reduced, data = page.reduced and number > 0, page.picture
+            if page.jfif:
+                options |= {"photometric": "ycbcr", "subsampling": (2, 2), "compression": "jpeg"}
+                options |= {"shape": data.shape, "dtype": data.dtype}
+                data = _jpeg_files(padded(data, page.tile), page.tile)
+            tiff.write(data, subfiletype=int(reduced), **options)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for written, page in zip(tiff.pages, pages, strict=True):
+            if page.tag:
+                written.tags["PhotometricInterpretation"].overwrite(page.tag)
     return path
+
+
+def _jpeg_files(picture: np.ndarray, side: int) -> Iterator[bytes]:
+    """Yield each tile as a JPEG file."""
+    for y in range(0, picture.shape[0], side):
+        for x in range(0, picture.shape[1], side):
+            tile, file = Image.fromarray(picture[y : y + side, x : x + side]), io.BytesIO()
+            tile.save(file, "jpeg", quality=95, subsampling="4:2:0")
+            yield file.getvalue()
 
 
 def smaller(picture: np.ndarray, times: int) -> np.ndarray:
@@ -85,6 +108,11 @@ def label(width: int, height: int) -> np.ndarray:
     for line in range(height // 8, height * 7 // 8, 24):
         picture[line : line + 9, width // 2 : width * 7 // 8] = (190, 60, 120)
     return picture
+
+
+def orientation(value: int) -> tuple:
+    """Return TIFF's Orientation tag: 3 is upside down, 6 on its side."""
+    return 274, "H", 1, value, True
 
 
 def _padded_levels() -> list[Page]:
@@ -116,5 +144,52 @@ SLIDES = {
     "a level turned round": OddSlide(
         lambda: [Page(PICTURE), Page(smaller(PICTURE, 2)[::-1, ::-1])],
         warned="level 1 .* is left out: it shows another picture",
+    ),
+    "a thumbnail in strips comes first": OddSlide(
+        lambda: [
+            Page(smaller(PICTURE, 4), tile=0),
+            Page(PICTURE, False),
+            Page(smaller(PICTURE, 2)),
+        ],
+        refused="357 x 300 pixels, a thumbnail perhaps, and a larger page of 1429 x 1201 follows",
+    ),
+    "a thumbnail in tiles comes first": OddSlide(
+        lambda: [Page(smaller(PICTURE, 4)), Page(PICTURE, False), Page(smaller(PICTURE, 2))],
+        refused="a larger page of 1429 x 1201 follows",
+    ),
+    "a label is the second page": OddSlide(
+        lambda: [Page(PICTURE), Page(label(200, 400), False, tile=0), Page(smaller(PICTURE, 2))]
+    ),
+    **{
+        f"orientation {turned}": OddSlide(
+            lambda turned=turned: [Page(PICTURE, options={"extratags": [orientation(turned)]})],
+            refused=f"Orientation tag .* is {turned}, .*tiffset -s 274 1",
+        )
+        for turned in (3, 6)
+    },
+    "JPEG tiles with an orientation": OddSlide(
+        lambda: [Page(PICTURE, options={"extratags": [orientation(3)], **JPEG})]
+    ),
+    "JFIF tiles under an RGB tag": OddSlide(
+        lambda: [Page(PICTURE, jfif=True, tag=2)], warned="say that they are YCbCr, its tag says"
+    ),
+    "JFIF tiles rightly tagged": OddSlide(lambda: [Page(PICTURE, jfif=True)]),
+    "JPEG tiles of true RGB": OddSlide(lambda: [Page(PICTURE, options=JPEG)]),
+    "12 bits in 16": OddSlide(
+        lambda: [Page(PICTURE.astype(np.uint16) * 16)], refused="16 bits a channel .*12-bit values"
+    ),
+    "16 bits": OddSlide(lambda: [Page(PICTURE.astype(np.uint16) * 257)]),
+    "channels in pages": OddSlide(
+        lambda: [
+            Page(PICTURE[..., n].copy(), False, options={"photometric": "minisblack"})
+            for n in range(3)
+        ],
+        refused="3 grey pages of 1429 x 1201 pixels: its channels lie in pages",
+    ),
+    "channels in pages of strips": OddSlide(
+        lambda: [
+            Page(PICTURE[..., n].copy(), False, 0, {"photometric": "minisblack"}) for n in range(3)
+        ],
+        refused="3 grey pages of 1429 x 1201 pixels: its channels lie in pages",
     ),
 }

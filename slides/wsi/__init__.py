@@ -1,13 +1,15 @@
 """One open slide: its levels, true mpp, tiles at (x0, y0), and why a file cannot be opened.
 
-    reader.py       one open slide: a tile at (x0, y0), thumbnails
-    levels.py       pixels of its levels, by OpenSlide or decoded directly
-    pyramid.py      each level's true downsample; whether it shows the slide
-    resolution.py   microns per pixel, from the table or the file's properties
-    jpeg_tiles.py   JPEG tiles decoded without OpenSlide, to the same bits
-    plain_image.py  a plain PNG, JPEG or TIFF as a slide with one level
-    tiff_tags.py    the directories of a TIFF
-    diagnose.py     why a file was refused, or that it is cut short
+    reader.py        one open slide: a tile at (x0, y0), thumbnails
+    facts.py         sizes, levels and properties; why pixels would be wrong
+    levels.py        pixels of its levels, by OpenSlide or decoded directly
+    pyramid.py       each level's true downsample; whether it shows the slide
+    resolution.py    microns per pixel, from the table or the file's properties
+    jpeg_tiles.py    JPEG tiles decoded without OpenSlide, to the same bits
+    jpeg_colours.py  JPEG tiles that contradict the TIFF's colour tag
+    plain_image.py   a plain PNG, JPEG or TIFF as a slide with one level
+    tiff_tags.py     the directories of a TIFF
+    diagnose.py      why a file was refused, or that it is cut short
 
 Takes a path and gives pixels; does not know cohorts or tile indexes.
 """

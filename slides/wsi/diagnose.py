@@ -1,4 +1,4 @@
-"""Explains why OpenSlide refuses a file. Reads TIFF tags, never pixels.
+"""Explains why OpenSlide refuses a file, or would read it wrongly. Reads TIFF tags, never pixels.
 
 OpenSlide reports a lost file, an unknown codec and an incomplete download with the same words, and
 it opens a pyramid whose last levels are missing. The remedies differ, so the TIFF's directories are
@@ -14,7 +14,9 @@ import numpy as np
 
 from slides.wsi.tiff_tags import directories
 
-WIDTH, HEIGHT, COMPRESSION = 256, 257, 259
+WIDTH, HEIGHT, BITS, COMPRESSION = 256, 257, 258, 259
+ORIENTATION, SAMPLES = 274, 277
+AS_STORED = (7, 33003, 33005)  # JPEG, JPEG 2000: OpenSlide decodes them and turns nothing
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS = 322, 323, 324
 MAX_TILE_PIXELS = 1 << 27  # half a gigabyte, a thousand times a real tile
 OFFSETS_AND_COUNTS = ((273, 279), (324, 325))  # tags for strips and for tiles
@@ -79,6 +81,50 @@ def why_impossible(path: Path) -> str | None:
     return None
 
 
+def why_pages_mislead(path: Path, size0: tuple[int, int], generic: bool) -> str | None:
+    """Return a sentence about a TIFF that opens but would be read wrongly, or None.
+
+    Args:
+        path: the file.
+        size0: width and height of what is taken for its level 0.
+        generic: whether its first page is taken for the slide because no scanner is known.
+    """
+    pages = [tags for tags, _ in directories(path) if {WIDTH, HEIGHT} <= tags.keys()]
+    for tags in pages:
+        turned, code = (_first(tags, tag, 1) for tag in (ORIENTATION, COMPRESSION))
+        if TILE_WIDTH in tags and 2 <= turned <= 8 and code not in AS_STORED:
+            return (
+                f"the Orientation tag of {path} is {turned}, and each of its tiles would be turned "
+                "by itself. `tiffset -s 274 1` on a copy has it read as it is stored; or turn it "
+                "as a whole and export it again"
+            )
+    sizes = [(_first(tags, WIDTH), _first(tags, HEIGHT)) for tags in pages]
+    largest = max(sizes, key=lambda size: size[0] * size[1], default=size0)
+    if generic and largest[0] * largest[1] > size0[0] * size0[1]:
+        return (
+            f"{path} begins with a picture of {size0[0]} x {size0[1]} pixels, a thumbnail perhaps, "
+            f"and a larger page of {largest[0]} x {largest[1]} follows. Export it again with the "
+            "largest page first"
+        )
+    planes = [
+        tags for tags, size in zip(pages, sizes, strict=True)
+        if size == size0 and _first(tags, SAMPLES, 1) == 1
+    ]  # fmt: skip
+    if generic and len(planes) > 1:
+        return (
+            f"{path} has {len(planes)} grey pages of {size0[0]} x {size0[1]} pixels: its channels "
+            "lie in pages, and the first alone would be read. Export it again as RGB in one page"
+        )
+    return None
+
+
+def bits_a_channel(path: Path) -> int:
+    """Return the bits a channel of a TIFF's first tiled page; 8 of JPEG, and if there is none."""
+    tiled = (tags for tags, _ in directories(path) if TILE_WIDTH in tags)
+    first = next(tiled, {})
+    return 8 if _first(first, COMPRESSION) in AS_STORED else _first(first, BITS, 8)
+
+
 def why_refused(name: str, path: Path, error: Exception) -> str:
     """Return the error message for a file that OpenSlide cannot open, with a remedy."""
     ways = "or leave this slide out"
@@ -112,3 +158,7 @@ def truncated(path: Path, reach: int, size: int) -> str:
         f"{path} is truncated: its table of contents reaches to byte {reach}, the file ends at "
         f"{size}."
     )
+
+
+def _first(tags: dict[int, np.ndarray], tag: int, default: int = 0) -> int:
+    return int(tags[tag][0]) if len(tags.get(tag, ())) else default

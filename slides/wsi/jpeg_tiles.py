@@ -37,7 +37,7 @@ SAMPLES, PLANAR, TILE_WIDTH, TILE_HEIGHT, OFFSETS, COUNTS = 277, 284, 322, 323, 
 MAX_SIDE = 4096  # pixels: no real tile is larger
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # then 0 for RGB, 1 for YCbCr
 SOI, SOS, DQT, DHT = 0xD8, 0xDA, 0xDB, 0xC4
-COLOUR_MARKERS = (0xE0, 0xEE)  # JFIF and Adobe: OpenSlide trusts the TIFF's tags instead
+COLOUR_MARKERS = (0xE0, 0xEE)  # JFIF and Adobe, replaced by what `jpeg_colours` decided
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
@@ -71,6 +71,7 @@ class JpegDecoder:
         path: The file.
         vendor: OpenSlide's name for its format.
         level_sizes: Width and height of each of OpenSlide's levels.
+        mislabelled: Whether each level's tiles are YCbCr under an RGB tag; none if left out.
 
     Attributes:
         levels: A `Level`, or None where OpenSlide reads.
@@ -78,7 +79,13 @@ class JpegDecoder:
         odd: Whether one of the reasons deserves a warning.
     """
 
-    def __init__(self, path: Path, vendor: str, level_sizes: tuple[tuple[int, int], ...]):
+    def __init__(
+        self,
+        path: Path,
+        vendor: str,
+        level_sizes: tuple[tuple[int, int], ...],
+        mislabelled: tuple[bool, ...] = (),
+    ):
         self.levels: list[Level | None] = [None] * len(level_sizes)
         self.why_not: dict[int, str] = {}
         self.odd = False
@@ -99,7 +106,7 @@ class JpegDecoder:
                 if holes:  # OpenSlide then omits these tiles from coarser Aperio levels too
                     raise NotDirectError("tiles are missing from a finer level")
                 holes = _missing(same[0]) > 0
-                self.levels[number] = _level(same[0])
+                self.levels[number] = _level(same[0], any(mislabelled[number : number + 1]))
             except NotDirectError as why:
                 self.why_not[number] = str(why)
                 self.odd |= bool(same) and _one(same[0], COMPRESSION) == JPEG
@@ -226,7 +233,7 @@ def _missing(tags: dict[int, np.ndarray]) -> int:
     return max(int((tags.get(tag, np.empty(0)) == 0).sum()) for tag in (OFFSETS, COUNTS))
 
 
-def _level(tags: dict[int, np.ndarray]) -> Level:
+def _level(tags: dict[int, np.ndarray], mislabelled: bool) -> Level:
     """Return a directory's grid; raise NotDirectError unless it is of plain 8-bit RGB JPEG."""
     photometric = _one(tags, PHOTOMETRIC, -1)
     wanted = {
@@ -250,7 +257,7 @@ def _level(tags: dict[int, np.ndarray]) -> Level:
     if missing := _missing(tags):
         raise NotDirectError(f"{missing} of its {tiles} tiles are missing")
     tables = _tables(tags[JPEG_TABLES].tobytes()) if JPEG_TABLES in tags else b""
-    head = b"\xff\xd8" + ADOBE + bytes([photometric == YCBCR]) + tables
+    head = b"\xff\xd8" + ADOBE + bytes([photometric == YCBCR or mislabelled]) + tables
     return Level(*sizes, offsets, counts, head)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -27,31 +27,16 @@ import openslide
 
 from slides.errors import NotASlideError, UnreadableRegionError
 from slides.wsi.diagnose import tiff_contents, why_impossible, why_refused
+from slides.wsi.facts import SlideFacts, read_facts, why_misread
+from slides.wsi.jpeg_colours import ycbcr_to_rgb
 from slides.wsi.jpeg_tiles import JpegDecoder, NotDirectError
 from slides.wsi.plain_image import PlainImage, is_plain
-from slides.wsi.pyramid import DROPPED, VENDORS, same_picture, true_downsample
+from slides.wsi.pyramid import DROPPED, VENDORS, same_picture
 
 CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
 CHECKED = 512  # pixels: side of the first region of each level, which is read both ways
 UNTOLD = 8  # flat squares of a level that agree with level 0 before it is believed
 _inherited = []  # handles from before a fork: closing them here could stop the parent's
-
-
-@dataclass(frozen=True)
-class SlideFacts:
-    """Sizes, levels and properties of a slide; kept so that other processes need not reopen it."""
-
-    width0: int
-    height0: int
-    level_sizes: tuple[tuple[int, int], ...]
-    level_downsamples: tuple[float, ...]
-    """Level-0 pixels per pixel of each level; infinite for a level that is not this slide's."""
-    stated_downsamples: tuple[float, ...]
-    """The downsamples by which OpenSlide places what it reads."""
-    bounds0: tuple[int, int, int, int]
-    """x0, y0, width, height of the scanned part; the whole slide if the file names none."""
-    vendor: str
-    properties: dict[str, str]
 
 
 class Levels:
@@ -92,16 +77,27 @@ class Levels:
         """Sizes, levels and properties of the slide.
 
         Raises:
-            NotASlideError: OpenSlide refuses the file.
+            NotASlideError: OpenSlide refuses the file, or would read it wrongly.
         """
         if self._facts is None:
-            self._facts = _facts(self._open())
-            width0, height0 = self._facts.level_sizes[0]
-            for level, ds in enumerate(self._facts.level_downsamples):
+            facts = read_facts(self.path, self._open())
+            try:
+                fault = why_misread(self.path, self._open(), facts)
+            except openslide.OpenSlideError:  # damaged: reported when it is read
+                fault = None
+                self.close()
+            if fault:
+                raise NotASlideError(f"{self.name}: {fault}, or leave this slide out.")
+            self._facts = facts
+            shape = f"{facts.width0} x {facts.height0}"
+            for level, ds in enumerate(facts.level_downsamples):
                 if ds == DROPPED:
-                    self._say_dropped(
-                        level, f"its proportions are not those of {width0} x {height0}"
-                    )
+                    self._say_dropped(level, f"its proportions are not those of {shape}")
+            if any(facts.mislabelled):
+                self._warn(
+                    "its JPEG tiles say that they are YCbCr, its tag says RGB: read as YCbCr, or "
+                    "its colours would be wrong"
+                )
         return self._facts
 
     @property
@@ -216,27 +212,29 @@ class Levels:
 
     def _directly(self) -> JpegDecoder:
         if self._direct is None:
-            self._direct = JpegDecoder(self.path, self.facts.vendor, self.facts.level_sizes)
+            facts = self.facts
+            self._direct = JpegDecoder(
+                self.path, facts.vendor, facts.level_sizes, facts.mislabelled
+            )
             if self._direct.odd:
                 self._say_slow("; ".join(sorted(set(self._direct.why_not.values()))))
         return self._direct
 
     def _say_dropped(self, level: int, why: str) -> None:
         width, height = self.facts.level_sizes[level]
-        warnings.warn(
-            f"{self.name}: level {level} ({width} x {height} pixels) is left out: {why}. Finer "
-            f"levels are read in its place. ({self.path})",
-            stacklevel=2,
+        self._warn(
+            f"level {level} ({width} x {height} pixels) is left out: {why}. Finer levels are read "
+            "in its place"
         )
 
     def _say_slow(self, why: str) -> None:
         """Warn once per slide and process that OpenSlide reads it, which is slower."""
         if not self._said_slow:
             self._said_slow = True
-            warnings.warn(
-                f"{self.name}: read through OpenSlide, which is slower: {why}. ({self.path})",
-                stacklevel=2,
-            )
+            self._warn(f"read through OpenSlide, which is slower: {why}")
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{self.name}: {what}. ({self.path})", stacklevel=3)
 
     def _reference(self, x0: int, y0: int, level: int, width_r: int, height_r: int) -> np.ndarray:
         """Return the region as OpenSlide reads it, blended over white."""
@@ -264,7 +262,8 @@ class Levels:
             if ours not in (stated, DROPPED):
                 x0, y0 = round(x0 / ours * stated), round(y0 / ours * stated)
         try:
-            return np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
+            rgba = np.asarray(self._open().read_region((x0, y0), level, (width_r, height_r)))
+            return ycbcr_to_rgb(rgba) if self.facts.mislabelled[level] else rgba
         except openslide.OpenSlideError as error:
             self.close()  # OpenSlide refuses every read on a handle that failed once
             raise UnreadableRegionError(
@@ -272,47 +271,6 @@ class Levels:
                 f"({x0}, {y0}) cannot be decoded: {error}. The file is damaged or truncated: copy "
                 f"it again from its source, or leave this slide out. ({self.path})"
             ) from error
-
-
-def _facts(handle: openslide.OpenSlide) -> SlideFacts:
-    width0, height0 = handle.dimensions
-    keys = ("bounds-x", "bounds-y", "bounds-width", "bounds-height")
-    bounds = [handle.properties.get(f"openslide.{key}") for key in keys]
-    whole = (0, 0, width0, height0)
-    vendor = handle.properties.get("openslide.vendor", "unknown")
-    stated = tuple(handle.level_downsamples)
-    return SlideFacts(
-        width0=width0,
-        height0=height0,
-        level_sizes=tuple(handle.level_dimensions),
-        level_downsamples=_downsamples(handle, stated) if vendor in VENDORS else stated,
-        stated_downsamples=stated,
-        bounds0=tuple(int(b) if b else w for b, w in zip(bounds, whole, strict=True)),
-        vendor=vendor,
-        properties=_properties(handle),
-    )
-
-
-def _downsamples(handle: openslide.OpenSlide, stated: tuple[float, ...]) -> tuple[float, ...]:
-    """Return each level's true downsample, see `slides.wsi.pyramid`."""
-    found = [1.0]
-    for level, size_r in enumerate(handle.level_dimensions[1:], 1):
-        tile_r = [
-            int(handle.properties.get(f"openslide.level[{level}].tile-{side}", 0))
-            for side in ("width", "height")
-        ]
-        finer = max(ds for ds in found if ds != DROPPED)
-        found.append(true_downsample(handle.dimensions, size_r, stated[level], tile_r, finer))
-    return tuple(found)
-
-
-def _properties(handle: openslide.OpenSlide) -> dict[str, str]:
-    """Return all readable properties; a damaged key is skipped."""
-    found = {}
-    for key in handle.properties:
-        with contextlib.suppress(KeyError):
-            found[key] = handle.properties[key]
-    return found
 
 
 @cache

@@ -20,7 +20,8 @@ from PIL import Image
 from slides.errors import NotASlideError
 from slides.grid import Grid
 from slides.wsi.diagnose import tiff_contents, truncated
-from slides.wsi.levels import Levels, SlideFacts
+from slides.wsi.facts import SlideFacts
+from slides.wsi.levels import Levels
 from slides.wsi.pyramid import liveliest, square_side0
 from slides.wsi.resolution import find_mpp
 

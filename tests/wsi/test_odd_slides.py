@@ -4,6 +4,7 @@ A tile is compared with the mean of the picture's pixels that it covers; the par
 that a tile from a few pixels further, or a level that is believed, would fail.
 """
 
+import io
 import pickle
 import re
 import warnings
@@ -12,15 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slides.errors import NotASlideError
 from slides.grid import Grid
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
-from slides.wsi import levels, pyramid
+from slides.wsi import facts, jpeg_colours, levels, pyramid
 from slides.wsi.pyramid import DROPPED, true_downsample
 from slides.wsi.reader import Slide
 from tests.zoo import PICTURE, SLIDES, Page, label, padded, smaller, write_pages
 
 READ = [name for name, slide in SLIDES.items() if not slide.refused]
+REFUSED = [name for name, slide in SLIDES.items() if slide.refused]
 GREYS = 2.5  # mean difference that resampling and half a pixel cause; twice that is six pixels off
 
 
@@ -64,6 +67,14 @@ def test_read_as_what_it_shows(name, direct, tmp_path):
     assert not odd.warned or re.search(odd.warned, said[0])
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name, tmp_path):
+    path = SLIDES[name].write(tmp_path / "a.tif")
+    with pytest.raises(NotASlideError, match=f"a: .*{SLIDES[name].refused}") as caught:
+        Slide(path, mpp=0.5).facts  # noqa: B018
+    assert "leave this slide out" in str(caught.value)
+
+
 class TestTheCheck:
     def test_a_few_pixels_off_is_seen(self, tmp_path):
         path = SLIDES["levels rounded down"].write(tmp_path / "a.tif")
@@ -71,7 +82,7 @@ class TestTheCheck:
             assert difference(slide, np.roll(PICTURE, 6, 1), Grid(24, 1.0)) > 2 * GREYS
 
     def test_padded_levels_that_are_believed_are_seen(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(levels, "true_downsample", lambda size0, size_r, stated, *_: stated)
+        monkeypatch.setattr(facts, "true_downsample", lambda size0, size_r, stated, *_: stated)
         monkeypatch.setattr(levels, "same_picture", lambda pairs: True)
         with Slide(SLIDES["padded levels"].write(tmp_path / "a.tif")) as slide:
             assert difference(slide, PICTURE, Grid(24, 1.0)) > 2 * GREYS
@@ -81,6 +92,42 @@ class TestTheCheck:
         path = SLIDES["a label of the slide's proportions"].write(tmp_path / "a.tif")
         with Slide(path) as slide:
             assert difference(slide, PICTURE, Grid(24, 2.0)) > 2 * GREYS
+
+    def test_colours_by_the_tag_alone_are_seen(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(jpeg_colours, "_says_ycbcr", lambda *_: False)
+        path = SLIDES["JFIF tiles under an RGB tag"].write(tmp_path / "a.tif")
+        with Slide(path) as slide:
+            assert difference(slide, PICTURE, Grid(24, 0.5)) > 10 * GREYS
+
+
+class TestColours:
+    def test_the_arithmetic_is_the_decoders(self):
+        """A JPEG of all colours in steps of 51, decoded by libjpeg with and without conversion."""
+        values = np.arange(0, 256, 51, np.uint8)
+        colours = np.stack(np.meshgrid(values, values, values), -1).reshape(-1, 1, 3)
+        file = io.BytesIO()
+        Image.fromarray(np.tile(colours, (1, 97, 1))).save(file, "jpeg", quality=70)
+        planes = Image.open(file)
+        planes.draft("YCbCr", None)
+        decoded = np.asarray(Image.open(file))
+        assert planes.mode == "YCbCr"
+        np.testing.assert_array_equal(jpeg_colours.ycbcr_to_rgb(np.asarray(planes)), decoded)
+
+    def test_transparent_pixels_stay_so(self):
+        pixels = np.zeros((1, 2, 4), np.uint8)
+        pixels[0, 0] = 235, 128, 128, 255
+        out = jpeg_colours.ycbcr_to_rgb(pixels)[0].tolist()
+        assert out == [[235, 235, 235, 255], [0, 0, 0, 0]]
+
+    @pytest.mark.parametrize("name", ["JFIF tiles under an RGB tag", "JPEG tiles of true RGB"])
+    def test_both_ways_give_the_same_bits(self, name, tmp_path):
+        path = SLIDES[name].write(tmp_path / "a.tif")
+        with warnings.catch_warnings(), Slide(path) as fast, Slide(path, direct=False) as slow:
+            warnings.simplefilter("ignore")
+            for x0, y0 in ((0, 0), (333, 257), (1300, 1100)):
+                regions = [s.levels.pixels(x0, y0, 0, 200, 150) for s in (fast, slow)]
+                np.testing.assert_array_equal(*regions)
+            assert fast.decoders == ("direct",)
 
 
 class TestDownsample:

@@ -178,6 +178,7 @@ class TestOutside:
                 return rgba
 
         slide = Slide(coordinate_slide.path, direct=False)
+        assert slide.width0 == 1531
         monkeypatch.setattr(slide.levels, "_open", Handle)
         assert slide.levels.pixels(0, 0, 0, 3, 1)[0, :, 0].tolist() == [255, 127, 0]
 
