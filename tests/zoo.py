@@ -193,3 +193,53 @@ SLIDES = {
         refused="3 grey pages of 1429 x 1201 pixels: its channels lie in pages",
     ),
 }
+
+
+def ome(size: str, unit: str = "", pixels: int = 400) -> str:
+    """Return an image's element of an OME-XML with its pixel size."""
+    axes = "".join(
+        f' Size{axis}="{pixels}" PhysicalSize{axis}="{size}"'
+        + (f' PhysicalSize{axis}Unit="{unit}"' if unit else "")
+        for axis in "XY"
+    )
+    return f"<Pixels{axes}/>"
+
+
+def imagej(unit: str, dots: float) -> dict[str, str]:
+    """Return the properties of a TIFF that ImageJ wrote: pixels per a unit of its own."""
+    text = f"ImageJ=1.54f\nunit={unit}\nloop=false\nmin=0.0\n"
+    return {
+        "tiff.ImageDescription": text, "tiff.ResolutionUnit": "none",
+        "tiff.XResolution": str(dots), "tiff.YResolution": str(dots),
+    }  # fmt: skip
+
+
+RESOLUTIONS = {
+    # properties of a slide: all of 0.4 microns per pixel, and the source that is named
+    **{
+        f"OME in {unit}": ({"tiff.ImageDescription": ome(size, unit)}, "OME PhysicalSizeX")
+        for size, unit in [
+            ("0.4", "&#181;m"), ("0.4", "\u00b5m"), ("0.4", "\u03bcm"), ("400", "nm"),
+            ("4000", "\u00c5"), ("0.0004", "mm"), ("4e-5", "cm"), ("4e-7", "m"),
+            (str(0.4 / 25400), "in"),
+        ]
+    },
+    "OME without a unit": ({"tiff.ImageDescription": ome("0.4")}, "OME PhysicalSizeX"),
+    "OME whose first image is a macro": (
+        {"tiff.ImageDescription": ome("9") + ome("0.4", pixels=40_000) + ome("1.6", pixels=10_000)},
+        "OME PhysicalSizeX",
+    ),
+    **{
+        f"ImageJ's {unit}": (imagej(unit, dots), "ImageJ's unit")
+        for unit, dots in [
+            ("micron", 2.5), ("microns", 2.5), ("\\u00B5m", 2.5), ("\u00b5m", 2.5), ("um", 2.5),
+            ("nm", 0.0025), ("mm", 2500), ("cm", 25_000), ("inch", 63_500),
+        ]
+    },
+}  # fmt: skip
+NO_RESOLUTION = {
+    **{f"ImageJ's {unit!r}": imagej(unit, 2.5) for unit in ("pixel", "", "furlong")},
+    "OME in pixels": {"tiff.ImageDescription": ome("1", "pixel")},
+    "OME of no size": {"tiff.ImageDescription": ome("")},
+    "another program's unit": imagej("micron", 2.5) | {"tiff.ImageDescription": "unit=micron"},
+}

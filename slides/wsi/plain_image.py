@@ -9,7 +9,8 @@ it; more than `MAX_PIXELS` is refused, because such a picture should be a pyrami
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from slides.errors import NotASlideError
 
 MAX_PIXELS = 1 << 28  # 16,384 x 16,384: 0.8 GB
+BAND = 256  # rows that are converted at once
 VENDOR = "plain image"
 FORMATS = ("PNG", "JPEG", "TIFF")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # 8 bits or fewer: others would have to be rescaled
@@ -74,10 +76,9 @@ class PlainImage:
 
     def _open(self) -> Image.Image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _without_limit():
                 return Image.open(self.path, formats=FORMATS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError) as error:
             raise NotASlideError(
                 f"{self.name}: {self.path} is a plain image that cannot be opened: {error}. Copy "
                 f"it again from its source, or leave this slide out."
@@ -86,14 +87,30 @@ class PlainImage:
     def _decode(self) -> np.ndarray:
         """Return the picture, (height, width, 3 or 4) uint8; raise OpenSlideError if damaged."""
         try:
-            with self._open() as image:
+            with _without_limit(), self._open() as image:
                 if image.format == "JPEG" and image.mode == "RGB":
                     import simplejpeg  # strict: Pillow fills damaged parts with grey
 
                     return simplejpeg.decode_jpeg(self.path.read_bytes())
-                return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                width, height = image.size
+                out = np.empty((height, width, len(mode)), np.uint8)
+                for top in range(0, height, BAND):  # whole, it would be in memory three times
+                    below = min(top + BAND, height)
+                    out[top:below] = image.crop((0, top, width, below)).convert(mode)
+                return out
         except (OSError, ValueError, SyntaxError, ImportError) as error:
             raise openslide.OpenSlideError(str(error)) from error
+
+
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Lift Pillow's limit of pixels: `MAX_PIXELS` has a message with a remedy."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def is_plain(path: Path) -> bool:

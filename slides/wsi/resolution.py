@@ -17,8 +17,13 @@ from html import unescape
 from slides.errors import MissingResolutionError
 from slides.grid import MPP_RANGE
 
+POWERS = (20.0, 40.0, 60.0, 63.0, 100.0)  # objectives, which some tables give for mpp
 OBLONG = 0.05  # scanners' axes differ by a few per mille
-OME_UNITS = {"um": 1.0, "µm": 1.0, "\u03bcm": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3}
+MICRONS = {  # in a unit, as OME and ImageJ write it; u00b5 and u03bc are both signs of micro
+    "um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "\\u00b5m": 1.0, "micron": 1.0, "microns": 1.0,
+    "micrometer": 1.0, "nm": 1e-3, "\u00e5": 1e-4, "\u212b": 1e-4, "mm": 1e3, "cm": 1e4, "m": 1e6,
+    "in": 25400.0, "inch": 25400.0,
+}  # fmt: skip
 
 
 def find_mpp(
@@ -32,7 +37,8 @@ def find_mpp(
     found = [("table", table_mpp, table_mpp)] if table_mpp is not None else _stated(properties)
     absurd = []
     for source, x, y in found:
-        if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+        is_power = source == "table" and x in POWERS
+        if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)) and not is_power:
             if abs(x - y) > OBLONG * min(x, y):
                 raise MissingResolutionError(
                     f"{name}: its pixels are {x:g} x {y:g} microns ({source}), and tiles of it "
@@ -41,6 +47,8 @@ def find_mpp(
                 )
             return x, y, source
         absurd.append(f"{source} = {x:g}" + ("" if x == y else f" x {y:g}"))
+        if is_power:
+            absurd[-1] += f" (an objective's power: {x:g}x is about {10 / x:.2g} microns per pixel)"
     power = _number(properties.get("openslide.objective-power") or properties.get("aperio.AppMag"))
     if table_mpp is None and power and MPP_RANGE[0] <= 10 / power <= MPP_RANGE[1]:
         warnings.warn(
@@ -68,21 +76,36 @@ def _stated(properties: Mapping[str, str]) -> list[tuple[str, float, float]]:
         ("mirax", get(layer + "X"), get(layer + "Y")),
     ]
     text = unescape(get("tiff.ImageDescription") or get("openslide.comment") or "")
-    ome = [re.search(rf'PhysicalSize{axis}="([^"]+)"', text) for axis in "XY"]
-    unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-    factor = OME_UNITS.get(unit[1] if unit else "um")
-    if ome[0] and factor:
-        sizes = (match and _number(match[1]) for match in ome)
-        pairs.append(("OME PhysicalSizeX", *(size and size * factor for size in sizes)))
+    pairs.append(("OME PhysicalSizeX", *_ome_sizes(text)))
     described = re.search(r"\bMPP\s*=\s*([\d.]+)", text)
     if described:
         pairs.append(("MPP in the description", described[1], described[1]))
-    microns = {"centimeter": 1e4, "inch": 25400.0}.get(get("tiff.ResolutionUnit", ""))
+    source, microns = "TIFF resolution", {"centimeter": 1e4, "inch": 25400.0}
+    microns = microns.get(get("tiff.ResolutionUnit", ""))
+    if microns is None and text.startswith("ImageJ="):  # pixels per unit of its own
+        unit = re.search(r"^unit=(.+)$", text, re.MULTILINE)
+        source, microns = "ImageJ's unit", unit and MICRONS.get(unit[1].strip().lower())
     dots = [_number(get(f"tiff.{axis}Resolution")) for axis in "XY"]
     if microns and dots[0]:
-        pairs.append(("TIFF resolution", microns / dots[0], microns / (dots[1] or dots[0])))
+        pairs.append((source, microns / dots[0], microns / (dots[1] or dots[0])))
     numbers = [(source, _number(x), _number(y)) for source, x, y in pairs]
     return [(source, x, y or x) for source, x, y in numbers if x]
+
+
+def _ome_sizes(text: str) -> tuple[float | None, float | None]:
+    """Return the pixel size in microns that an OME-XML states for its largest image."""
+    images = re.findall(r"<Pixels\b[^>]*>", text) or [text]
+    attributes = [dict(re.findall(r'\b(\w+)="([^"]+)"', image)) for image in images]
+    largest = max(
+        attributes,
+        key=lambda each: (_number(each.get("SizeX")) or 0) * (_number(each.get("SizeY")) or 0),
+    )
+    sizes = []
+    for axis in "XY":
+        factor = MICRONS.get(largest.get(f"PhysicalSize{axis}Unit", "um").lower())
+        size = _number(largest.get(f"PhysicalSize{axis}"))
+        sizes.append(size * factor if size and factor else None)
+    return sizes[0], sizes[1]
 
 
 def _number(text) -> float | None:

@@ -106,6 +106,18 @@ def test_what_it_does_not_read(tmp_path, monkeypatch):
         _ = Slide(save(tmp_path, "png")).width0
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_limit_is_ours_and_not_pillows(tmp_path, way, monkeypatch):
+    """Pillow refuses twice its limit before our sentence with the way out is reached."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    slide = Slide(save(tmp_path, way), mpp=0.5)
+    assert slide.read(100, 50, Grid(97, 0.5)).std() > 20
+    monkeypatch.setattr(plain, "MAX_PIXELS", 1000)
+    with pytest.raises(NotASlideError, match=r"too many.*vips tiffsave"):
+        _ = Slide(slide.path).width0
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
 def test_the_real_one(shared_data):
     slide = Slide(shared_data / "slides" / "fixtures" / "kidney-48-5.tif", mpp=0.5)
     assert (slide.width0, slide.height0) == (1493, 901)
