@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -52,6 +53,8 @@ class _Outcome:
 
     row: dict
     error: SlideError | None
+    note: str
+    """What the user should know of a slide that is indexed; "" is nothing."""
 
 
 def index_cohort(
@@ -126,6 +129,8 @@ def _index_all(jobs: list, workers: int, on_error: str, progress: bool, done: di
             tiles += outcome.row["tiles"]
             bar.set_postfix(tiles=tiles, refresh=False)
             bar.update()
+            if outcome.note and not outcome.error:
+                bar.write(f"tapfm: {outcome.row['slide_id']}: {outcome.note}", file=sys.stderr)
             if outcome.error and (on_error == "stop" or isinstance(outcome.error, IndexFileError)):
                 raise outcome.error
 
@@ -159,7 +164,7 @@ def _index_one(job: tuple) -> _Outcome:
     slide_id, path, mpp, index_dir, grid, tissue, pictures = job
     began = time.perf_counter()
     out = index_path(index_dir, grid, slide_id)
-    error, index, status, reason = None, None, "indexed", ""
+    error, index, status, reason, note = None, None, "indexed", "", ""
     try:
         index, reason = _reusable(out, path, mpp, grid, tissue)
         picture = pictures and Path(pictures) / f"{slide_id}.png"
@@ -168,6 +173,8 @@ def _index_one(job: tuple) -> _Outcome:
         else:
             status = "kept" if index else "rebuilt" if reason else "indexed"
             with Slide(path, mpp, slide_id) as slide:
+                if other := slide.contradiction:
+                    note = f"the table's mpp of {mpp:g} is taken, the file states {other}"
                 if tissue.coords is not None:
                     index = _from_coordinates(tissue.coords, slide, grid, out)
                     write_index(out, index, tissue)
@@ -183,6 +190,7 @@ def _index_one(job: tuple) -> _Outcome:
                             why = "tiles of tissue left out: the file lists tiles without bytes"
                             reason = f"{reason} {lost} {why} there".strip()
                         write_index(out, index, tissue)
+            reason = "; ".join(filter(None, (reason, note)))
     except SlideError as fault:
         index, error, status = None, fault, "failed"
         reason = f"{type(fault).__name__}: {fault}"
@@ -199,6 +207,7 @@ def _index_one(job: tuple) -> _Outcome:
             "reason": reason,
         },
         error,
+        note,
     )
 
 

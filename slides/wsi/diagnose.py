@@ -53,14 +53,19 @@ def tiff_contents(path: str | Path) -> TiffContents | None:
 
 
 def why_impossible(path: Path) -> str | None:
-    """Return a sentence about a TIFF whose tile tables are impossible, or None.
+    """Return a sentence about a file that may not be read or has impossible tile tables, or None.
 
     OpenSlide allocates a tile's memory from its stated size and kills the process if there is not
     enough; and it searches for hours if tiles are not listed.
     """
-    if not path.is_file():
-        return None
-    for tags, _ in directories(path):
+    try:
+        pages = [tags for tags, _ in directories(path)] if path.is_file() else []
+    except OSError as error:  # a folder may be closed, a disk lost
+        return (
+            f"{path} cannot be read: {error.strerror or error}. Ask its owner for permission to "
+            "read it, or leave this slide out."
+        )
+    for tags in pages:
         if not {WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT} <= tags.keys():
             continue
         width, height, tile_width, tile_height = (

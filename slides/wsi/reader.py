@@ -23,7 +23,7 @@ from slides.wsi.diagnose import tiff_contents, truncated
 from slides.wsi.facts import SlideFacts
 from slides.wsi.levels import Levels
 from slides.wsi.pyramid import liveliest, square_side0
-from slides.wsi.resolution import find_mpp
+from slides.wsi.resolution import find_mpp, stated_otherwise
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
 BLOCK = 2048  # side of the pieces in which a thumbnail is read: bounds memory for any slide
@@ -130,6 +130,13 @@ class Slide:
     def mpp_source(self) -> str:
         """Source of the resolution: `table`, a property's name or `objective power`."""
         return self._resolution()[2]
+
+    @property
+    def contradiction(self) -> str:
+        """What the file states if the table's mpp contradicts it, else ""."""
+        if self._table_mpp is None:
+            return ""
+        return stated_otherwise(self.facts.properties, self._table_mpp)
 
     def read(self, x0: int, y0: int, grid: Grid) -> np.ndarray:
         """Return the tile at (x0, y0) at the grid's resolution, (size, size, 3) uint8 RGB.

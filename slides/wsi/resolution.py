@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from html import unescape
 
 from slides.errors import MissingResolutionError
-from slides.grid import MPP_RANGE
+from slides.grid import MPP_RANGE, UNSCALED_TOLERANCE
 
 POWERS = (20.0, 40.0, 60.0, 63.0, 100.0)  # objectives, which some tables give for mpp
 OBLONG = 0.05  # scanners' axes differ by a few per mille
@@ -63,6 +63,16 @@ def find_mpp(
         f"was found.{listed} Give it in the cohort table's mpp column (0.25 for most 40x scans, "
         f"0.5 for most 20x), or leave this slide out."
     )
+
+
+def stated_otherwise(properties: Mapping[str, str], mpp: float) -> str:
+    """Return what the file states if that contradicts `mpp`, as "0.25 (aperio.MPP)"; else ""."""
+    for source, x, y in _stated(properties):
+        if all(MPP_RANGE[0] <= value <= MPP_RANGE[1] for value in (x, y)):
+            stated = (x + y) / 2
+            near = abs(stated - mpp) <= UNSCALED_TOLERANCE * stated
+            return "" if near else f"{stated:.4g} ({source})"
+    return ""
 
 
 def _stated(properties: Mapping[str, str]) -> list[tuple[str, float, float]]:

@@ -173,6 +173,10 @@ def source_of(
 def rows_of_files(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     """Return slides without a table as rows of one, named by their files, labels unknown.
 
+    Args:
+        paths: the slides' files.
+        mpp: microns per level-0 pixel of the slides that state none, or None.
+
     Raises:
         SettingsError: two slides have the same name.
     """
@@ -188,4 +192,35 @@ def rows_of_files(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
                 "would overwrite those of the other. Rename one, or run them apart, each with "
                 "its own --out."
             )
-    return [SlideRow(name, name, path, "test", mpp, "", "", ()) for name, path in named.items()]
+    return [
+        SlideRow(name, name, path, "test", _where_unstated(name, path, mpp), "", "", ())
+        for name, path in named.items()
+    ]
+
+
+def _where_unstated(name: str, path: Path, mpp: float | None) -> float | None:
+    """Return `mpp`, or None if the slide states its own; say so where they differ."""
+    import warnings
+
+    from slides.errors import SlideError
+    from slides.wsi.reader import Slide
+
+    if mpp is None:
+        return None
+    try:
+        with warnings.catch_warnings(), Slide(path, name=name) as slide:
+            warnings.simplefilter("ignore")  # repeated when the slide is read
+            if slide.mpp_source == "objective power":  # a guess
+                return mpp
+            with Slide(path, mpp, name) as given:
+                other = given.contradiction
+    except SlideError:  # it states none, or cannot be read, which is reported later
+        return mpp
+    if other:
+        print(
+            f"tapfm: {name}: --slide-mpp is for slides that do not state theirs; its file states "
+            f"{other}, which is taken and not {mpp:g}. If the file is wrong, give mpp in a cohort "
+            "table.",
+            file=sys.stderr,
+        )
+    return None
