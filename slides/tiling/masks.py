@@ -3,7 +3,9 @@
     <folder>/<slide_id>.geojson    QuPath's export, TRIDENT's contours_geojson, or any GeoJSON
     <folder>/<slide_id>.png        any size, stretched over the slide; non-zero pixels are tissue
 
-Every polygon in a GeoJSON is tissue, holes are not; points and lines are ignored. Coordinates are
+Every polygon in a GeoJSON is tissue, holes are not; points and lines are ignored. QuPath's classes
+that end in * are no tissue: `Ignore*` is taken out of it; others, such as `Region*`, and missing
+cores of a tissue microarray are left out with a warning. Coordinates are
 level-0 pixels. QuPath counts from the corner of the scanned part, which in some formats (MIRAX) is
 not the slide's corner: QuPath objects are recognised by `objectType` and shifted back. Outlines
 that leave the slide, and pictures of other proportions, belong to another slide and are refused.
@@ -11,7 +13,8 @@ that leave the slide, and pictures of other proportions, belong to another slide
 A pixel of the mask is tissue where its centre is inside, by the even-odd rule in each polygon.
 
 Price: about 10 ms for 10,000 corners.
-Source: RFC 7946 for GeoJSON; QuPath's documentation for `objectType` and its origin.
+Source: RFC 7946 for GeoJSON; QuPath's documentation for `objectType`, its origin and "ignored
+    classes".
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +30,8 @@ import numpy as np
 
 from slides.errors import MaskError
 
+IGNORED = "Ignore*"
+NOT_TISSUE_MARKS = (b'*"', b'"isMissing"')  # in a file that may hold polygons that are no tissue
 KINDS = (".geojson", ".png")
 OUTSIDE = 0.01  # of the slide's longer side: hand-drawn outlines may run over its edge
 PROPORTIONS = 0.02  # allowed difference from the slide's, besides one pixel of rounding
@@ -51,7 +57,12 @@ def mask_path(folder: str | Path, slide_id: str) -> Path:
 
 def mask_sha256(folder: str | Path, slide_id: str) -> str:
     """Return the SHA-256 of the slide's mask, which is part of the index's settings."""
-    return hashlib.sha256(_read_bytes(mask_path(folder, slide_id), slide_id)).hexdigest()
+    data = _read_bytes(mask_path(folder, slide_id), slide_id)
+    if any(
+        mark in data for mark in NOT_TISSUE_MARKS
+    ):  # an index of before `Ignore*` was read is another
+        data += b"*"
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> np.ndarray:
@@ -68,11 +79,13 @@ def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> n
     """
     size0 = slide.width0, slide.height0
     if path.suffix == ".geojson":
-        polygons = list(geojson_polygons(path, slide.name, slide.bounds0[:2]))
-        _on_the_slide(polygons, path, slide.name, size0)
-        mask = np.zeros(shape, bool)
-        for rings in polygons:
-            _fill(mask, [ring / downsample for ring in rings])
+        tissue, ignored = geojson_polygons(path, slide.name, slide.bounds0[:2])
+        _on_the_slide(tissue + ignored, path, slide.name, size0)
+        mask, out = np.zeros(shape, bool), np.zeros(shape, bool)
+        for polygons, drawn in ((tissue, mask), (ignored, out)):
+            for rings in polygons:
+                _fill(drawn, [ring / downsample for ring in rings])
+        mask &= ~out
     else:
         mask = _picture(path, slide.name, size0, shape, downsample)
     if not mask.any():
@@ -86,8 +99,10 @@ def read_mask(path: Path, slide, shape: tuple[int, int], downsample: float) -> n
 
 def geojson_polygons(
     path: Path, name: str, origin0: tuple[int, int] = (0, 0)
-) -> Iterator[list[np.ndarray]]:
-    """Yield each polygon as rings, the outer one first, (N, 2) float64 level-0 x, y.
+) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """Return the polygons that are tissue, and those that QuPath's class `Ignore*` takes out of it.
+
+    Each is a list of rings, the outer one first, (N, 2) float64 level-0 x, y.
 
     Args:
         path: a Feature, a FeatureCollection, a list of features or a bare geometry.
@@ -95,25 +110,49 @@ def geojson_polygons(
         origin0: QuPath's origin on this slide, in level-0 pixels.
 
     Raises:
-        MaskError: it is not GeoJSON, or has no polygon.
+        MaskError: it is not GeoJSON, or has no polygon that is tissue.
     """
-    none, text = True, _read_bytes(path, name)
+    kinds: dict[str, list] = {"": [], IGNORED: []}
+    text = _read_bytes(path, name)
     try:
         for feature in _features(json.loads(text)):
             shift = np.array(origin0 if _is_qupath(feature) else (0, 0), float)
+            polygons = kinds.setdefault(_not_tissue(feature), [])
             for rings in filter(None, _polygons(feature.get("geometry", feature))):
-                none = False
-                yield [_ring(ring) + shift for ring in rings]
+                polygons.append([_ring(ring) + shift for ring in rings])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise MaskError(
             f"{name}: {path} cannot be read as GeoJSON: {type(error).__name__}: {error}. "
             f"Export it again (QuPath: File, Export objects as GeoJSON)."
         ) from error
-    if none:
+    tissue, ignored = kinds.pop(""), kinds.pop(IGNORED)
+    others = {kind: len(polygons) for kind, polygons in kinds.items() if polygons}
+    named = " and ".join(f"{count} of {kind}" for kind, count in others.items())
+    if not tissue:
+        found = {IGNORED: len(ignored)} | others if ignored else others
+        only = ", only " + " and ".join(f"{count} of {kind}" for kind, count in found.items())
         raise MaskError(
-            f"{name}: {path} has no polygon in it. Outline the tissue and export it again, or "
-            f"leave this slide out."
+            f"{name}: {path} has no polygon of tissue in it{only if found else ''}. Outline the "
+            "tissue and export it again, or leave this slide out."
         )
+    if named:
+        warnings.warn(
+            f"{name}: polygons that are not taken for tissue: {named}. Give those that are a class "
+            f"without *. ({path})",
+            stacklevel=2,
+        )
+    return tissue, ignored
+
+
+def _not_tissue(feature: dict) -> str:
+    """Return "" if a feature is tissue, else its class of QuPath, or that it is a missing core."""
+    properties = feature.get("properties") or {}
+    if properties.get("isMissing") is True:
+        return "missing cores"
+    kind = properties.get("classification") or {}
+    names = kind.get("names") or [kind.get("name")] if isinstance(kind, dict) else [kind]
+    starred = [name for name in names if isinstance(name, str) and name.endswith("*")]
+    return next((each for each in starred if each == IGNORED), starred[0] if starred else "")
 
 
 def _features(found) -> Iterator[dict]:

@@ -3,7 +3,9 @@
 The references are matplotlib's point-in-polygon test at pixel centres, and hand-drawn pictures.
 """
 
+import hashlib
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from slides.errors import IndexSettingsError, MaskError, NoTissueError
 from slides.grid import Grid
 from slides.tiling.index import index_cohort, index_path, index_slide, read_index, write_index
-from slides.tiling.masks import _fill, geojson_polygons, mask_path, read_mask
+from slides.tiling.masks import _fill, geojson_polygons, mask_path, mask_sha256, read_mask
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
@@ -25,6 +27,13 @@ from tests.conftest import stained_picture, write_pyramid
 
 GRID = Grid(64, 0.5)
 SQUARE = [[128, 192], [640, 192], [640, 512], [128, 512], [128, 192]]
+NO_TISSUE = {  # properties that QuPath writes
+    "Ignore*": {"classification": {"name": "Ignore*", "color": [180, 180, 180]}},
+    "Ignore*, of version 0.5": {"classification": {"names": ["Ignore*"]}},
+    "Ignore*, by its name": {"classification": "Ignore*"},
+    "Region*": {"classification": {"name": "Region*", "colorRGB": -1}},
+    "a missing core": {"objectType": "tma_core", "isMissing": True},
+}
 HOLE = [[256, 256], [384, 256], [384, 384], [256, 384], [256, 256]]
 SLIDE = SimpleNamespace(name="a", width0=1201, height0=907, bounds0=(0, 0, 1201, 907))
 
@@ -138,6 +147,33 @@ class TestGeoJson:
         with pytest.raises(MaskError, match=r"a: .* has no polygon"):
             mask_of(folder.put([empty]))
 
+    @pytest.mark.parametrize("name", NO_TISSUE)
+    def test_qupaths_own_classes_are_no_tissue(self, folder, name):
+        inner, more, taken_out = feature(HOLE), NO_TISSUE[name], name.startswith("Ignore")
+        inner["properties"] = {"objectType": "annotation", **more}
+        with nullcontext() if taken_out else pytest.warns(UserWarning, match="a: .* 1 of"):
+            mask = mask_of(folder.put([inner, feature(SQUARE)]))
+        rings = (SQUARE, HOLE) if taken_out else (SQUARE,)
+        np.testing.assert_array_equal(mask, mask_of(folder.put([feature(*rings)])))
+        with pytest.raises(MaskError, match=r"a: .* no polygon of tissue in it, only 1 of"):
+            mask_of(folder.put([inner]))
+
+    @pytest.mark.parametrize("kind", [{"name": "Tumor"}, {"names": ["Stroma", "CD3"]}, "Tissue"])
+    def test_every_other_class_is_tissue(self, folder, kind):
+        named = feature(SQUARE)
+        named["properties"] = {"objectType": "annotation", "classification": kind}
+        np.testing.assert_array_equal(
+            mask_of(folder.put([named])), mask_of(folder.put([feature(SQUARE)]))
+        )
+
+    def test_an_index_that_took_them_for_tissue_is_another(self, folder):
+        text = json.dumps([feature(SQUARE)])
+        folder.put(text)
+        assert mask_sha256(folder.path, "a") == hashlib.sha256(text.encode()).hexdigest()
+        text = text.replace('"tissue_id": 1', '"classification": {"name": "Ignore*"}')
+        folder.put(text)
+        assert mask_sha256(folder.path, "a") != hashlib.sha256(text.encode()).hexdigest()
+
     def test_tiles_that_we_wrote_come_back(self, tmp_path):
         """`tapfm heatmap` writes QuPath objects; read as a mask they are the same tiles."""
         corners = np.array([[64, 128], [128, 128], [640, 320]])
@@ -145,7 +181,7 @@ class TestGeoJson:
         write_geojson(tmp_path / "a.geojson", corners, 64, {}, bounds0, "a")
         slide = SimpleNamespace(name="a", width0=1201, height0=907, bounds0=bounds0)
         found = [
-            rings[0].min(0) for rings in geojson_polygons(tmp_path / "a.geojson", "a", (16, 32))
+            rings[0].min(0) for rings in geojson_polygons(tmp_path / "a.geojson", "a", (16, 32))[0]
         ]
         np.testing.assert_array_equal(found, corners)
         assert mask_of(tmp_path / "a.geojson", slide).sum() == 3 * 4 * 4
