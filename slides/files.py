@@ -58,6 +58,26 @@ def _renaming(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files in a folder and the folders below it, linked ones too, sorted by path.
+
+    A link to a folder that it lies in is not entered again. Files that macOS puts beside others on
+    foreign disks (`._name`) are left out.
+    """
+    found, waiting = [], [(Path(folder), frozenset())]
+    while waiting:
+        place, above = waiting.pop()
+        here = place.resolve()
+        if here in above or not place.is_dir():
+            continue
+        for path in place.iterdir():
+            if path.is_dir():
+                waiting.append((path, above | {here}))
+            elif path.is_file() and not path.name.startswith("._"):
+                found.append(path)
+    return sorted(found)
+
+
 def write_whole(path: Path, data: bytes, name: str) -> None:
     """Write `data` to `path` completely, or keep the old file and raise IndexFileError."""
     try:

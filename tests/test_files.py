@@ -3,7 +3,7 @@
 import pytest
 
 from slides.errors import IndexFileError, NoTissueError
-from slides.files import DAMAGE, damage_as, replacing
+from slides.files import DAMAGE, damage_as, files_below, replacing
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -27,3 +27,24 @@ def test_a_fault_that_is_known_and_a_bug_stay_what_they_are():
     for known in (NoTissueError("b: none"), ZeroDivisionError("by zero")):
         with pytest.raises(type(known)), damage_as(IndexFileError):
             raise known
+
+
+class TestFilesBelow:
+    @pytest.fixture
+    def tree(self, tmp_path):
+        """A folder with files, and a link to another disk and one to itself."""
+        for name in ("here/b/2.png", "here/1.png", "disk/deep/3.png", "here/._1.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "here" / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+        (tmp_path / "here" / "b" / "round").symlink_to(tmp_path / "here", target_is_directory=True)
+        (tmp_path / "here" / "lost").symlink_to(tmp_path / "nowhere")
+        return tmp_path / "here"
+
+    def test_linked_folders_are_entered_and_circles_are_not(self, tree):
+        found = [path.relative_to(tree).as_posix() for path in files_below(tree)]
+        assert found == ["1.png", "b/2.png", "link/deep/3.png"]
+
+    def test_nothing_below_nothing(self, tmp_path):
+        assert files_below(tmp_path / "none") == []
+        assert files_below(tmp_path) == []

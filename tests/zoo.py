@@ -243,3 +243,11 @@ NO_RESOLUTION = {
     "OME of no size": {"tiff.ImageDescription": ome("")},
     "another program's unit": imagej("micron", 2.5) | {"tiff.ImageDescription": "unit=micron"},
 }
+PART_FOLDERS = (  # of labelled tiles: what trains first, what tests last
+    ("train", "val", "test"),
+    ("Train", "Val", "Test"),
+    ("TRAIN", "TEST"),
+    ("training", "validation", "testing"),
+    ("Training", "Valid", "Testing"),
+    ("trainval", "Test"),
+)

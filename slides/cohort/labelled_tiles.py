@@ -3,7 +3,8 @@
     table     path, label, and optionally case_id and split     (.csv, .tsv or .parquet)
     folder    [part/]class/[case/]picture
 
-A part is `train`, `val` or `test`, or a folder name of a published data set:
+A part is `train`, `val` or `test`, in any letter case and also in full (training, validation,
+testing), or a folder name of a published data set:
 
     trainval, NCT-CRC-HE-100K, NCT-CRC-HE-100K-NONORM     split into train and val
     CRC-VAL-HE-7K                                         test
@@ -42,10 +43,15 @@ from slides.cohort.splits import FRACTIONS, Cases, assign_parts
 from slides.cohort.table import SPLITS, UNKNOWN, read_table, repeated_values
 from slides.cohort.targets import named_as_mean
 from slides.errors import CohortError, SplitError, TileError, all_faults
+from slides.files import files_below
 from slides.seeds import stable_seed
 
 PARTS = {
     **{split: split for split in SPLITS},
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "testing": "test",
     "trainval": "trainval",
     "NCT-CRC-HE-100K": "trainval",
     "NCT-CRC-HE-100K-NONORM": "trainval",
@@ -172,7 +178,8 @@ def read_tile(path: Path, side: int) -> np.ndarray:
 
 def _from_folder(root: Path) -> list[TileRow]:
     there = sorted(each for each in root.iterdir() if each.is_dir())
-    parts = {folder: PARTS[folder.name] for folder in there if folder.name in PARTS}
+    known = {name.lower(): part for name, part in PARTS.items()}
+    parts = {each: known[each.name.lower()] for each in there if each.name.lower() in known}
     twice = [folder.name for folder, part in parts.items() if part == "trainval"]
     if len(twice) > 1:
         raise CohortError(f"{root}: {' and '.join(twice)} hold the same tiles: move one elsewhere.")
@@ -185,7 +192,7 @@ def _from_folder(root: Path) -> list[TileRow]:
         )
     rows = []
     for folder, part in (parts or {root: ""}).items():
-        for path in sorted(folder.rglob("*")):
+        for path in files_below(folder):
             within = path.relative_to(folder).parts
             if path.suffix.lower() in PICTURES and within[0] not in NO_CLASSES and len(within) > 1:
                 case = within[1] if len(within) > 2 else ""

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from slides.cohort.tcga_names import CPTAC, SlideName, parse_slide
 from slides.errors import DownloadError, all_faults
+from slides.files import files_below
 
 COLUMNS = ("id", "filename", "md5", "size")
 SLIDE_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".dcm")
@@ -152,7 +153,7 @@ def check_files(files: Sequence[ManifestFile], folder: Path, progress: bool = Tr
 
     folder = Path(folder)
     verified = _Verified(folder / "verified.tsv")
-    places = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()}
+    places = {path.name: path for path in files_below(folder)}
     found, faults = {}, []
     total = sum(file.size for file in files)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
