@@ -44,13 +44,13 @@ from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
 from tapfm.evaluation.evaluate import frozen_rows
 from tapfm.inference.prediction import predict_all, write_predictions
+from tapfm.recipe.best_weights import BEST
 from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.rows import ResultRow, read_result_row
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
 from tapfm.tasks import Task
-from tapfm.training.callbacks import BEST
 from tapfm.training.fit import read_config
 
 RESULT = RESULTS / "strategies.json"

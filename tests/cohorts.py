@@ -10,10 +10,14 @@ from tests.conftest import stained_picture, write_pyramid
 
 LABELS = ("EGFR", "KRAS")
 SPLITS = ["train"] * 7 + ["val"] * 3 + ["test"] * 4
+STEPS = {"encoder_lr": 1e-4, "head_lr": 1e-3, "accumulate": 2}
 
 
 def write_cohort(folder: Path, **changes) -> Path:
-    """Write slides, table and config below `folder`; return the config. `changes` go to `data`."""
+    """Write slides, table and config below `folder`; return the config. `changes` go to `data`.
+
+    The best epoch is saved as it is: tests of the choice after it ask for it.
+    """
     (folder / "slides").mkdir(parents=True)
     lines = ["case_id,slide_id,slide_path,split," + ",".join(LABELS)]
     for number, split in enumerate(SPLITS):
@@ -31,7 +35,7 @@ def write_cohort(folder: Path, **changes) -> Path:
             "model": "demo_vit",
             "chunk": 5,
             "drop_path": 0.1,
-            "steps": {"encoder_lr": 1e-4, "head_lr": 1e-3, "accumulate": 2},
+            "steps": {**STEPS, "interpolate": []},
         },
         "data": {
             "table": str(folder / "cohort.csv"),

@@ -50,6 +50,7 @@ class LowRank:
     last: int = 0
     """Number of blocks to adapt, counted from the last; 0 is all."""
     lr: ClassVar[float] = 2e-4
+    scaled: ClassVar[tuple[str, ...]] = ("lora_B.weight", "lora_magnitude_vector")
     name: ClassVar[str]
     magnitude: ClassVar[bool]
     """Whether the length of the rows learns as well."""

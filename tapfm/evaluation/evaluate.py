@@ -43,6 +43,7 @@ from tapfm.inference.prediction import (
     write_predictions,
     write_weights,
 )
+from tapfm.recipe.best_weights import BEST
 from tapfm.reports.html.page import write_page
 from tapfm.reports.html.task_reports import REPORTS
 from tapfm.reports.rows import ResultRow, row_folder, row_of_run
@@ -50,7 +51,6 @@ from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError
 from tapfm.stats.metrics import auroc
-from tapfm.training.callbacks import BEST
 from tapfm.training.fit import CONFIG, Cli, read_config
 
 GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
-import lightning as L
 import torch
 from tqdm import tqdm
 
@@ -16,17 +15,20 @@ from slides.seeds import stable_seed
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.frozen.fitter import evaluating
 from tapfm.frozen.frozen_slide import FrozenSlide
+from tapfm.slide_model.model import SlideModel
 
 MOST_TILES = 2048  # tiles kept of a slide: 12 MB of a ViT-g
 
 
-def cache_features(module: L.LightningModule, bags: Iterable[Bag], title: str) -> list[FrozenSlide]:
-    """Return bags as slides on frozen features; of a large one, `MOST_TILES` tiles drawn by id."""
-    model, found = module.slide_model, []
+def cache_features(
+    model: SlideModel, chunk: int, bags: Iterable[Bag], title: str
+) -> list[FrozenSlide]:
+    """Return bags as slides on features; of a large one, `MOST_TILES` tiles drawn by id."""
+    found = []
     with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
         for bag in bags:
             with suppress(SkippedBag):
-                tiles = model.tiles(bag, module.chunk)
+                tiles = model.tiles(bag, chunk)
                 drawn = torch.Generator().manual_seed(
                     stable_seed("head start", bag.slide_id) % 2**63
                 )

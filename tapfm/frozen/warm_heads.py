@@ -10,6 +10,7 @@ Shapes: T tiles, D features, K labels, N slides, Y numbers of a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
@@ -28,13 +29,52 @@ from tapfm.frozen.fitter import (
     val_logits,
     validation_score,
 )
-from tapfm.frozen.frozen_slide import FrozenSlide
+from tapfm.frozen.frozen_slide import FrozenSlide, feature_statistics, standardise
 from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.slide_model.aggregators.contract import Aggregator
 from tapfm.tasks import Task
 
 GRID = (Candidate(1e-2), Candidate(3e-3), Candidate(1e-3))
 SCHEDULE = Schedule(epochs=50, patience=15)
+
+
+def fit_slide_model(
+    aggregator: Aggregator,
+    train: Sequence[FrozenSlide],
+    val: Sequence[FrozenSlide],
+    task: Task,
+    seed: int,
+) -> list[str]:
+    """Fit a new slide model to features, and leave it on the CPU; return lines for the log.
+
+    Features are standardised. The head is a solved linear probe, or attention and head are trained,
+    whichever has the lower validation loss.
+
+    Args:
+        aggregator: at its start, on the device to train on; it is changed.
+        train: slides of this process, one or more views of each.
+        val: slides of this process.
+        task: target and loss.
+        seed: of the order.
+    """
+    standardise(aggregator, *feature_statistics(train, shared=True))
+    fresh = deepcopy(aggregator)
+    aggregator.cpu()
+    lines, best = [], math.inf
+    if aggregator.linear_head:
+        probe = solve_head(aggregator, train, val, task)
+        *_, best = figures(aggregator, val, task)
+        lines.append(f"a linear probe, {probe.describe()}, validation loss {best:.3f}")
+    if aggregator.learns_weights:
+        fitted = fit_attention(fresh, train, val, task, seed)
+        chosen = f"lr {fitted.chosen.lr:g}, epoch {fitted.epoch + 1}"
+        lines.append(f"attention trained on them, {chosen}, validation loss {fitted.loss:.3f}")
+        if fitted.loss < best:
+            aggregator.load_state_dict(fitted.model.state_dict())
+            lines[-1] += ", which is taken"
+    state = gather(aggregator.state_dict())[0]  # rounding parts processes
+    aggregator.load_state_dict(state)
+    return lines
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders import backbones
 from tapfm.encoders.backbones import find
 from tapfm.encoders.fingerprint import state_fingerprint
+from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.settings import SettingsError, faults_of
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import SlideModel
@@ -34,7 +35,7 @@ from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
-from tapfm.training.callbacks import BEST, RESUME, BestWeights, ResumePoint, RunLog
+from tapfm.training.callbacks import RESUME, ResumePoint, RunLog
 from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, program, read_config
 from tapfm.training.optim import Steps
 

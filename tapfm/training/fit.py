@@ -37,18 +37,22 @@ from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
+from tapfm.recipe.best_weights import BEST, BestWeights
+from tapfm.recipe.saved_model import choose_and_save
+from tapfm.recipe.warm_start import WarmStart
+from tapfm.recipe.weight_average import WeightAverage
 from tapfm.regularisers import REGULARISERS
 from tapfm.settings import SettingsError, below, choose, did_you_mean, faults_of, refuse
 from tapfm.slide_model.aggregators import aggregator_options, name_of
+from tapfm.slide_model.model import read_model_config
 from tapfm.tasks import validation_figures
 from tapfm.training.alternating import check_drop_path, check_precision, check_trainer
 from tapfm.training.arguments import argument_faults
-from tapfm.training.callbacks import BEST, RESUME, BestWeights, Progress, ResumePoint, RunLog
+from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import changed_keys, rename_old_keys
 from tapfm.training.optim import Steps
-from tapfm.training.warm_start import WarmStart
 
 CONFIG = "config.yaml"
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
@@ -255,9 +259,12 @@ def run_fit(arguments: Sequence[str]) -> int:
         )
     if module.steps.warm_start:
         trainer.callbacks.append(WarmStart(best))
+    mean = WeightAverage(module.steps.average) if module.chooses and module.steps.average else None
+    trainer.callbacks += [mean] if mean else []
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
+    save_choice(module, folder, mean)
     part()
     if not trainer.is_global_zero:
         return 0
@@ -265,6 +272,18 @@ def run_fit(arguments: Sequence[str]) -> int:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
     return 0
+
+
+def save_choice(module: SlideModule, folder: Path, mean: WeightAverage | None) -> None:
+    """Choose how much of the encoder's change is saved, unless that is done or nothing learned."""
+    if not module.chooses or "interpolation" in read_model_config(folder / BEST)[1]:
+        return
+    module.to(module.trainer.strategy.root_device)
+    choice = choose_and_save(module, module.trainer.datamodule, folder, mean)
+    for point in choice.curve:
+        figure = f"{module.task.title} {point.figure:.3f}"
+        rank_zero_only(print)(f"a = {point.a:g}: validation loss {point.loss:.3f}, {figure}")
+    rank_zero_only(print)(f"saved: a = {choice.a:g} of the {choice.source}: {choice.reason}")
 
 
 def encoder_of(module: SlideModule) -> str:

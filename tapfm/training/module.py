@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tapfm.adapt.interpolation import learned
 from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
@@ -140,6 +141,7 @@ class SlideModule(AlternatingModule):
         skip = len(self.objective.transforms) > 0
         self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
         self.cosine_every, self.recompute = cosine_every, recompute
+        self.start = learned(self.slide_model.encoder.vit) if steps.interpolate else {}
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def training_step(self, bag: Bag, index: int) -> dict[str, Tensor] | None:
@@ -190,6 +192,11 @@ class SlideModule(AlternatingModule):
         own = self.objective.columns(self.slide_model.aggregator)
         own += ["train/sampling_cosine"] if self.cosine_every else []
         return own + (["train/skipped_tiles"] if self.passes.skip else [])
+
+    @property
+    def chooses(self) -> bool:
+        """Return whether the share of the change that is saved is chosen after the last epoch."""
+        return self.learns and bool(self.steps.interpolate)
 
     @property
     def chunk(self) -> int:

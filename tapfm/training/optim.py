@@ -37,7 +37,12 @@ class Steps:
     head_first: float = 0.0
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
     warm_start: bool = False
-    """Begin with the slide model fitted to the frozen features (`training.warm_start`)."""
+    """Begin with the slide model fitted to the frozen features (`recipe.warm_start`)."""
+    average: float = 0.1
+    """Share of the run over which a mean of the encoder's weights looks back; 0 keeps none."""
+    interpolate: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Shares of the encoder's change from which validation chooses what is saved
+    (`recipe.interpolation`); none of them: the best epoch is saved as it is."""
     head_start: bool | None = None
     """Old name of `warm_start`."""
 
@@ -55,6 +60,16 @@ class Steps:
                 ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
                 ("clip", self.clip, "0 or more", self.clip >= 0),
                 ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
+                ("average", self.average, "in [0, 1]", 0 <= self.average <= 1),
+                (
+                    "interpolate",
+                    self.interpolate,
+                    "some of [0, 1], 0 and 1 among them, or []",
+                    not self.interpolate
+                    or (
+                        {0, 1} <= {*self.interpolate} and all(0 <= a <= 1 for a in self.interpolate)
+                    ),
+                ),
             )
             if not good
         ]

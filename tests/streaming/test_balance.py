@@ -17,9 +17,9 @@ from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
 from tapfm.cli import main
 from tapfm.evaluation import evaluate
+from tapfm.recipe.best_weights import BestWeights
 from tapfm.tasks import learn_task
 from tapfm.training import warm_start as callback
-from tapfm.training.callbacks import BestWeights
 from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 

@@ -16,10 +16,10 @@ from slides.streaming.order import epoch_order
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
+from tapfm.recipe.best_weights import BestWeights
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import AGGREGATORS
 from tapfm.training import callbacks, passes
-from tapfm.training.callbacks import BestWeights
 from tapfm.training.module import SlideModule
 from tests.cohorts import LABELS, spoil, write_cohort
 from tests.conftest import ROOT

@@ -45,6 +45,7 @@ __all__ = [
     "StrategyError",
     "make_optimizer",
     "make_strategy",
+    "scaled_parts",
     "strategy_spec",
 ]
 
@@ -54,6 +55,9 @@ class Strategy(Protocol):
 
     lr: ClassVar[float]
     """Peak learning rate if the user gives none."""
+    scaled: ClassVar[tuple[str, ...]]
+    """Endings of the names of the parameters with which the change of the model shrinks to nothing
+    (`adapt.interpolation`). Optional: all that learn. None of them: the change has no scale."""
 
     def prepare(self, vit: nn.Module) -> None:
         """Freeze the rest, insert new modules; the output must not change, or the file says so.
@@ -107,3 +111,8 @@ def make_optimizer(strategy: Strategy, groups: list[dict[str, Any]]) -> torch.op
 def strategy_spec(strategy: Strategy) -> dict[str, Any]:
     """Return name and all options, from which `make_strategy` makes the same strategy."""
     return spec_of(STRATEGIES, strategy)
+
+
+def scaled_parts(strategy: Strategy) -> tuple[str, ...]:
+    """Return the endings of the names of the parameters that scale the change; () has no scale."""
+    return getattr(strategy, "scaled", ("",))

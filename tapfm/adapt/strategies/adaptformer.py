@@ -57,6 +57,7 @@ class AdaptFormer(Inserted):
     dropout: float = 0.1
     """Dropout rate within it, while training."""
     lr: ClassVar[float] = 5e-4
+    scaled: ClassVar[tuple[str, ...]] = ("up.weight", "up.bias")
     name: ClassVar[str] = "adaptformer"
     adds: ClassVar[str] = "its bottlenecks"
 

@@ -180,6 +180,7 @@ class HiAdapter(Inserted):
     stains: tuple[str, ...] = ("haematoxylin", "eosin")
     """Maps of the morphology part: some of haematoxylin, eosin, dab."""
     lr: ClassVar[float] = 5e-4
+    scaled: ClassVar[tuple[str, ...]] = (".norm.weight", ".norm.bias", "up.weight", "up.bias")
     name: ClassVar[str] = "hiadapter"
     adds: ClassVar[str] = "parts that look at the tile"
 

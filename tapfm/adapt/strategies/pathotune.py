@@ -157,6 +157,7 @@ class PathoTune(Inserted):
     renew: tuple[str, ...] = ("task",)
     """Kinds replaced before every block; empty: all enter before the first block only."""
     lr: ClassVar[float] = 1e-3
+    scaled: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "pathotune"
     adds: ClassVar[str] = "prompts"
 

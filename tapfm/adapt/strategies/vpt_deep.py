@@ -32,6 +32,7 @@ class VptDeep(Inserted):
     n: int = 10
     """Number of prompts before each block."""
     lr: ClassVar[float] = 1e-3
+    scaled: ClassVar[tuple[str, ...]] = ()
     name: ClassVar[str] = "vpt_deep"
     adds: ClassVar[str] = "prompts"
 

@@ -194,8 +194,8 @@ def ledger(
 
 def provenance(runs: Sequence[Run], metrics: Mapping, record: Mapping | None) -> Iterator[str]:
     """Yield the headers of the saved models and the record of the labels."""
+    from tapfm.recipe.best_weights import BEST  # torch and Lightning, for this alone
     from tapfm.slide_model.model import CheckpointError, read_model_config
-    from tapfm.training.callbacks import BEST  # torch and Lightning, for this alone
 
     found: dict[str, dict[str, object]] = {}
     for run in runs:

@@ -16,7 +16,6 @@ from tapfm.frozen.warm_heads import figures, fit_attention, solve_head
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
 from tapfm.tasks import make_task
-from tapfm.training import warm_start as callback
 from tapfm.training.fit import read_config
 from tests.bags import places
 from tests.cohorts import write_cohort
@@ -157,13 +156,13 @@ def test_a_slide_of_few_known_labels_counts_as_the_others():
 def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     """One that then stands still saves the warm start, and a resumed one has no second."""
     config, starts = write_cohort(tmp_path), []
-    real = callback.feature_statistics
+    real = warm_heads.feature_statistics
 
     def noting(train, **shared):
         starts.append(train)
         return real(train, **shared)
 
-    monkeypatch.setattr(callback, "feature_statistics", noting)
+    monkeypatch.setattr(warm_heads, "feature_statistics", noting)
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
     fit = ["fit", "--config", str(config), *still, "--model.steps.warm_start", "true"]
     assert main([*fit, "--trainer.max_epochs", "1"]) == 0
@@ -212,4 +211,4 @@ def test_a_model_without_a_linear_head_is_trained_and_not_solved(tmp_path, capsy
     printed = capsys.readouterr().out
     assert "warm start: 7 views of slides; attention trained on them, lr " in printed
     assert "linear probe" not in printed
-    assert ", which begins the run" in printed
+    assert ", which is taken" in printed

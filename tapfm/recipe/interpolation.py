@@ -1,0 +1,217 @@
+"""How much of the encoder's change is kept: a share `a`, chosen on validation.
+
+After the last epoch the encoder is put at W(a) = W0 + a (W - W0), a slide model is fitted to each
+a's features (`slide_model_for`), and the validation loss decides by the rule of one standard
+error, toward 0: the smallest a whose loss is no more above the least than the standard error of
+that difference, from a paired bootstrap of whole cases. So no saved model is worse on validation
+than the frozen encoder with a slide model of its own, and where there is nothing to learn a is 0.
+
+W is the best epoch or the mean of the weights (`recipe.weight_average`), whichever has the lower
+validation loss at a = 1. Where a change has no scale, as with prompts, a is 0 or 1.
+
+Price: a forward pass over training bags and val split for each a, and fits on their features.
+Source: Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903); Breiman et al. 1984 (CART) for the rule.
+Differs: a slide model is fitted at each a; the difference's own error is used, since losses at
+    neighbouring a rise and fall together.
+
+Shapes: N slides, K logits, Y numbers of a target, P points of the curve, B draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from tapfm.adapt.interpolation import between, put
+from tapfm.adapt.strategies import scaled_parts
+from tapfm.data.bag import Bag
+from tapfm.distributed import gather
+from tapfm.encoders import backbones
+from tapfm.frozen.cached_features import cache_features
+from tapfm.frozen.fitter import CPU, undisturbed, val_logits
+from tapfm.frozen.frozen_slide import FrozenSlide
+from tapfm.frozen.warm_heads import figures, fit_slide_model, solve_head
+from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.slide_model.aggregators.contract import Aggregator
+from tapfm.slide_model.model import SlideModel
+from tapfm.stats.bootstrap import with_point
+from tapfm.tasks import Task
+
+DRAWS = 500
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One share of the change, and what validation says of it."""
+
+    a: float
+    loss: float
+    """Of all validation slides, with the slide model fitted at this a."""
+    error: float
+    """Standard error of the difference to the least loss of the curve."""
+    figure: float
+    """The task's figure."""
+    head: str
+    """How the slide model was fitted."""
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """The share of the change that is saved, and why."""
+
+    a: float
+    source: str
+    """What W is: `best epoch` or `mean of the weights`."""
+    reason: str
+    curve: tuple[Point, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        return asdict(self)
+
+
+def one_standard_error(losses_PB: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return the place of the chosen point, and the error of each one's difference to the least.
+
+    Args:
+        losses_PB: losses of the points, from the smallest change to the largest; column 0 is of the
+            slides as they are, the others of bootstrap draws, the same for all points.
+    """
+    best = int(np.argmin(losses_PB[:, 0]))
+    above_PB = losses_PB - losses_PB[best]
+    error_P = np.nan_to_num(np.nanstd(above_PB[:, 1:], axis=1, ddof=1))
+    within_P = above_PB[:, 0] <= error_P
+    return int(np.argmax(within_P)), error_P
+
+
+class Candidates:
+    """The models of a run at several shares of its change, one after the other.
+
+    Args:
+        module: the run, its encoder and aggregator as they are to be judged.
+        train: gives the training bags, anew at each call.
+        val: gives the validation bags, likewise.
+        task: target and loss, with class weights.
+        start: the encoder's learned parameters before training.
+        seed: of fits and draws.
+    """
+
+    def __init__(
+        self, module: L.LightningModule, train: Callable[[], Iterable[Bag]],
+        val: Callable[[], Iterable[Bag]], task: Task, start: Weights, seed: int,
+    ):  # fmt: skip
+        self.module, self.train, self.val, self.task = module, train, val, task
+        self.start, self.seed = start, seed
+        self.scaled = scaled_parts(module.slide_model.strategy)
+        self.trained = deepcopy(module.slide_model.aggregator).cpu()
+
+    def measure(self, end: Weights, a: float) -> tuple[Point, Aggregator, np.ndarray]:
+        """Return a share's point, its slide model, and its losses (B,) on the cases' draws."""
+        model = self.module.slide_model
+        if a == 0 and not self.scaled:
+            model = frozen_model(model, self.start).to(model.device)
+        else:
+            put(model.encoder.vit, between(self.start, end, a, self.scaled))
+        train, val = (
+            cache_features(model, self.module.chunk, bags(), f"a {a:g} {split}")
+            for bags, split in ((self.train, "train"), (self.val, "val"))
+        )
+        val.sort(key=lambda slide: slide.slide_id)
+        aggregator, head = slide_model_for(self.trained, model, train, val, self.task, self.seed)
+        figure, *_ = figures(aggregator, val, self.task)
+        losses_B = drawn_losses(aggregator, val, self.task, self.seed)
+        return Point(a, float(losses_B[0]), 0.0, figure, head), aggregator, losses_B
+
+
+def interpolate(
+    candidates: Candidates, ends: Mapping[str, Weights], shares: Sequence[float]
+) -> tuple[Interpolation, dict[float, Aggregator], Weights]:
+    """Return the choice, the slide model of each share, and W.
+
+    Args:
+        candidates: measures a share.
+        ends: what W may be, by name.
+        shares: a's to try, from 0 to 1, both included.
+    """
+    full = {name: candidates.measure(end, 1.0) for name, end in ends.items()}
+    source = min(full, key=lambda name: full[name][0].loss)
+    between_a = sorted(a for a in shares if 0 < a < 1) if candidates.scaled else []
+    found = [candidates.measure(ends[source], a) for a in (0.0, *between_a)] + [full[source]]
+    chosen, error_P = one_standard_error(np.stack([losses_B for *_, losses_B in found]))
+    points = [point for point, *_ in found]
+    curve = tuple(replace(point, error=float(e)) for point, e in zip(points, error_P, strict=True))
+    least = min(curve, key=lambda point: point.loss)
+    taken = curve[chosen]
+    reason = f"validation loss {taken.loss:.3f} is the least"
+    if taken is not least:
+        reason = (
+            f"validation loss {taken.loss:.3f} is above the least ({least.loss:.3f} at a = "
+            f"{least.a:g}) by less than its standard error, {taken.error:.3f}"
+        )
+    if not candidates.scaled:
+        reason += "; this strategy's change has no scale, so a is 0 or 1"
+    heads = {point.a: aggregator for point, aggregator, _ in found}
+    return Interpolation(taken.a, source, reason, curve), heads, ends[source]
+
+
+def slide_model_for(
+    trained: Aggregator, model: SlideModel, train: Sequence[FrozenSlide],
+    val: Sequence[FrozenSlide], task: Task, seed: int,
+) -> tuple[Aggregator, str]:  # fmt: skip
+    """Return the slide model with the lowest validation loss on features, on the CPU.
+
+    Tried are a new one, and the one that the run trained with its head solved anew.
+    """
+    with undisturbed(CPU):
+        torch.manual_seed(seed)
+        config = model.model_config
+        anew = make_aggregator(config.aggregator, model.encoder.dim, len(config.labels))
+        lines = fit_slide_model(anew.to(model.device), train, val, task, seed)
+        anew, found = anew.cpu(), "; ".join(lines)
+        if not trained.learns_weights:
+            return anew, found
+        kept = deepcopy(trained)
+        if kept.linear_head:
+            solve_head(kept, train, val, task)
+        *_, loss = figures(kept, val, task)
+        *_, best = figures(anew, val, task)
+    if loss < best:
+        return kept, f"attention as the run trained it, validation loss {loss:.3f}"
+    return anew, found
+
+
+def drawn_losses(
+    aggregator: Aggregator, val: Sequence[FrozenSlide], task: Task, seed: int
+) -> np.ndarray:
+    """Return the loss of all validation slides (first), and of each draw of whole cases."""
+    cases = sorted(
+        each for share in gather([(s.slide_id, s.case_id) for s in val]) for each in share
+    )
+    logits_NK, target_NY = val_logits(aggregator, val)
+    loss = task.loss().eval()
+    times_BN = torch.from_numpy(with_point([case for _, case in cases], DRAWS, seed).astype(int))
+    drawn = (
+        (x.repeat_interleave(times_N, 0) for x in (logits_NK, target_NY)) for times_N in times_BN
+    )
+    return np.array([float(loss(*each)) for each in drawn])
+
+
+def frozen_model(model: SlideModel, start: Weights) -> SlideModel:
+    """Return the model with the encoder as it came, strategy frozen, on the CPU."""
+    config, encoder = model.model_config, model.encoder
+    vit = backbones.build(encoder.row, config.tile_px)
+    there = {**encoder.vit.state_dict(), **start}
+    vit.load_state_dict({name: there[name] for name in vit.state_dict()})
+    frozen = SlideModel(
+        replace(config, strategy={"name": "frozen"}), backbones.Encoder(vit, encoder.row)
+    )
+    frozen.round_weights()
+    return frozen.eval()

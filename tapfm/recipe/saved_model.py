@@ -1,0 +1,71 @@
+"""What a run leaves behind: the model of the chosen share, and the frozen one beside it.
+
+    best.safetensors       encoder at W(a) with its slide model; for a = 0 the frozen one
+    control.safetensors    the frozen encoder with the slide model fitted on its features
+    interpolation.json     a, the curve over a, and the reason
+
+`tapfm test` compares the two: what adapting gained over the frozen encoder with the same kind of
+slide model, chosen in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+
+from slides.files import write_text
+from tapfm.adapt.interpolation import between, learned, put
+from tapfm.data.datamodule import SlideData
+from tapfm.recipe.best_weights import BEST
+from tapfm.recipe.interpolation import Candidates, Interpolation, frozen_model, interpolate
+from tapfm.recipe.weight_average import WeightAverage
+from tapfm.slide_model.model import (
+    adapted_fingerprint,
+    load_weights,
+    read_model_config,
+    save,
+)
+
+CONTROL = "control.safetensors"
+INTERPOLATION = "interpolation.json"
+
+
+def choose_and_save(
+    module: L.LightningModule, data: SlideData, folder: Path, mean: WeightAverage | None
+) -> Interpolation:
+    """Choose the share of the change, and write the three files; return the choice.
+
+    Args:
+        module: the run after its last epoch, on the device to compute on.
+        data: its slides.
+        folder: the run's; it holds the best epoch.
+        mean: of the weights, if one was kept.
+    """
+    model, start = module.slide_model, module.start
+    _, facts = read_model_config(folder / BEST)
+    load_weights(model, folder / BEST)
+    ends = {"best epoch": learned(model.encoder.vit)}
+    if mean:
+        ends["mean of the weights"] = mean.weights()
+    candidates = Candidates(
+        module, partial(data.seen_in_training, 1), data.val_dataloader, data.weighted_task, start,
+        data.seed,
+    )  # fmt: skip
+    choice, heads, end = interpolate(candidates, ends, module.steps.interpolate)
+    if not module.trainer.is_global_zero:
+        return choice
+    control = frozen_model(model, start)
+    control.aggregator.load_state_dict(heads[0.0].state_dict())
+    put(model.encoder.vit, between(start, end, choice.a, candidates.scaled))
+    model.aggregator.load_state_dict(heads[choice.a].state_dict())
+    saved = control if choice.a == 0 else model
+    facts |= {"interpolation": choice.facts(), "trained": model.model_config.strategy}
+    for which, path, a in ((control, CONTROL, 0.0), (saved, BEST, choice.a)):
+        figure = next(point.figure for point in choice.curve if point.a == a)
+        own = {f"val_{module.task.monitor}": figure, "fingerprint": adapted_fingerprint(which)}
+        save(which, folder / path, **{**facts, **own})
+    write_text(folder / INTERPOLATION, json.dumps(choice.facts(), indent=1) + "\n")
+    return choice

@@ -1,0 +1,142 @@
+"""How much of a change is saved: weights between, the rule, and whole runs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tapfm.adapt.interpolation import between, learned, put
+from tapfm.adapt.strategies import STRATEGIES, scaled_parts
+from tapfm.cli import main
+from tapfm.encoders import backbones
+from tapfm.recipe.interpolation import one_standard_error
+from tapfm.slide_model import model as models
+from tapfm.slide_model.model import ModelConfig, build
+from tapfm.training.fit import read_config
+from tests.cohorts import write_cohort
+
+SCALED = [name for name, kind in STRATEGIES.items() if name != "frozen" and scaled_parts(kind)]
+RUN = ["--model.steps.interpolate", "[0, 0.5, 1]", "--trainer.max_epochs", "1"]
+
+
+def adapted(strategy):
+    """Return a model after a change of all that learns, and its start."""
+    torch.manual_seed(0)
+    config = ModelConfig("demo_vit", "gated", ("A",), 32, 0.5, strategy=strategy)
+    model = build(config).eval()
+    start = learned(model.encoder.vit)
+    with torch.no_grad():
+        for parameter in model.encoder.vit.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    return model, start
+
+
+@torch.no_grad()
+def features(model):
+    tiles = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    return model.encode(tiles.to(torch.uint8))[0]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_ends_are_the_pretrained_and_the_adapted_model(name):
+    model, start = adapted({"name": name})
+    scaled, end = scaled_parts(model.strategy), learned(model.encoder.vit)
+    adapted_z = features(model)
+    put(model.encoder.vit, between(start, end, 0.0, scaled))
+    plain = backbones.load("demo_vit", tile_px=32).eval()
+    base = replace(model.model_config, strategy={"name": "frozen"})
+    frozen = models.SlideModel(base, plain).eval()
+    torch.testing.assert_close(features(model), features(frozen), rtol=1e-4, atol=1e-4)
+    put(model.encoder.vit, between(start, end, 1.0, scaled))
+    assert torch.equal(features(model), adapted_z)
+    put(model.encoder.vit, between(start, end, 0.5, scaled))
+    moved = (features(model) - features(frozen)).norm()
+    assert (
+        0.1 * (adapted_z - features(frozen)).norm() < moved < (adapted_z - features(frozen)).norm()
+    )
+
+
+def test_a_low_rank_change_is_scaled_as_a_whole():
+    """Half of B A, not half of B times half of A."""
+    model, start = adapted({"name": "lora"})
+    vit, end = model.encoder.vit, learned(model.encoder.vit)
+    name = "blocks.0.attn.qkv.weight"
+    base, whole = dict(vit.named_parameters())[name].detach(), model.strategy.export(vit)[name]
+    put(vit, between(start, end, 0.25, scaled_parts(model.strategy)))
+    quarter = model.strategy.export(vit)[name]
+    torch.testing.assert_close(quarter - base, 0.25 * (whole - base), rtol=1e-4, atol=1e-6)
+
+
+def test_the_least_change_within_one_standard_error_is_taken():
+    noise = np.random.default_rng(0).standard_normal(400)
+    common = 0.1 * np.random.default_rng(1).standard_normal(400)
+
+    def losses(values, spread):
+        drawn = [value + common + step * spread * noise for step, value in enumerate(values)]
+        return np.column_stack([values, np.stack(drawn)])
+
+    clear, errors = one_standard_error(losses([0.7, 0.6, 0.5], 0.01))
+    assert clear == 2
+    assert errors == pytest.approx([0.02, 0.01, 0.0], rel=0.1), "what is common to all cancels"
+    unsure, _ = one_standard_error(losses([0.8, 0.6, 0.5], 0.12))
+    assert unsure == 1, "0.1 is less than its error, 0.3 is more"
+    assert one_standard_error(losses([0.5, 0.6, 0.7], 0.01))[0] == 0
+    lost = losses([0.7, 0.6, 0.5], 0.01)
+    lost[:, 5:] = np.nan  # draws without an event say nothing
+    assert one_standard_error(lost)[0] == 2
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "dora", "vpt_deep"])
+def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, strategy):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", strategy, *RUN]
+    assert main(fit) == 0
+    printed = capsys.readouterr().out
+    run = next((tmp_path / "runs").iterdir())
+    choice = json.loads((run / "interpolation.json").read_text())
+    shares = [point["a"] for point in choice["curve"]]
+    assert shares == ([0, 1] if strategy == "vpt_deep" else [0, 0.5, 1])
+    assert f"saved: a = {choice['a']:g}" in printed
+    assert ("has no scale" in choice["reason"]) == (strategy == "vpt_deep")
+    saved, facts = models.read_model_config(run / "best.safetensors")
+    assert facts["interpolation"] == choice
+    assert facts["trained"]["name"] == strategy
+    control, _ = models.read_model_config(run / "control.safetensors")
+    assert control.strategy["name"] == "frozen"
+    assert saved.strategy["name"] == ("frozen" if choice["a"] == 0 else strategy)
+    least = min(point["loss"] for point in choice["curve"])
+    taken = next(point for point in choice["curve"] if point["a"] == choice["a"])
+    assert taken["loss"] <= choice["curve"][0]["loss"], "never worse than frozen on validation"
+    assert taken["loss"] - least <= taken["error"]
+
+    before = (run / "best.safetensors").read_bytes()
+    assert main(fit) == 0
+    assert (run / "best.safetensors").read_bytes() == before, "chosen once"
+
+
+def test_the_saved_models_have_the_losses_of_the_curve(tmp_path):
+    """Loaded from their files, both give validation the loss that the curve says."""
+    config = write_cohort(tmp_path, tiles_per_slide=None, turns=False, colour=0.0)
+    assert main(["fit", "--config", str(config), "--model.strategy", "lora", *RUN]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    choice = json.loads((run / "interpolation.json").read_text())
+    data = read_config(["--config", str(run / "config.yaml")]).datamodule
+    for file, a in (("control", 0.0), ("best", choice["a"])):
+        model = models.load(run / f"{file}.safetensors")
+        outputs = [(model(bag, 5).logits_K, bag.labels_K) for bag in data.val_dataloader()]
+        logits, targets = map(torch.stack, zip(*outputs, strict=True))
+        loss = float(data.weighted_task.loss()(logits, targets))
+        said = next(point["loss"] for point in choice["curve"] if point["a"] == a)
+        assert loss == pytest.approx(said, rel=1e-4)
+
+
+def test_without_shares_the_best_epoch_is_saved(tmp_path):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    assert main([*fit, "--model.steps.interpolate", "[]"]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    assert "interpolation" not in models.read_model_config(run / "best.safetensors")[1]
+    assert not (run / "control.safetensors").exists()
