@@ -8,7 +8,6 @@
     oom_retry.py    when memory runs out: the same gradient from smaller chunks
     callbacks.py    metrics.csv, memory.csv, best weights, resume point
     encode_once.py  a frozen encoder's features, made before the first epoch
-    warm_start.py   before the first slide: the slide model is fitted to frozen features
     fit.py          `tapfm fit`: config to run folder
     arguments.py    what is wrong with its arguments, all at once
     old_keys.py     keys of version 0.1, and of runs that were begun with them

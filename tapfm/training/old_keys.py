@@ -61,9 +61,15 @@ def _changed(then: Mapping, now: Mapping, defaults: Mapping[str, Any], above: st
         was, is_ = (each[name] if name in each else defaults.get(key) for each in (then, now))
         if isinstance(was, Mapping) and isinstance(is_, Mapping):
             lines += _changed(was, is_, defaults, f"{key}.")
-        elif was != is_:
+        elif was != is_ and not _same_list(was, is_):
             lines.append(f"{key} was {was}, is {is_}")
     return lines
+
+
+def _same_list(was: object, is_: object) -> bool:
+    """Return whether both are sequences of the same values; YAML has no tuples."""
+    sequences = isinstance(was, list | tuple) and isinstance(is_, list | tuple)
+    return sequences and list(was) == list(is_)
 
 
 def _aggregator(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ NEW = ["--model.strategy", "{name: lora, dropout: 0.1}", "--model.steps.warm_sta
        "--model.aggregator", "{name: tapfm_gated, temperature: 0.7}"]  # fmt: skip
 
 
+CHOICE = ["--model.steps.interpolate", "[0, 0.25, 0.5, 0.75, 1]"]  # what is saved, as by default
+
+
 @pytest.fixture
 def old_run(tmp_path):
     """The run's folder beside a cohort written anew, and the cohort's config."""
@@ -38,7 +41,7 @@ def old_run(tmp_path):
 @pytest.mark.parametrize("keys", [OLD, NEW], ids=["old keys", "new keys"])
 def test_it_is_continued(old_run, keys):
     run, config = old_run
-    done = tapfm("fit", "--config", str(config), *keys, "--name", "killed")
+    done = tapfm("fit", "--config", str(config), *keys, *CHOICE, "--name", "killed")
     for line in ("model.steps.head_start is now model.steps.warm_start",
                  "model.aggregator: {name: tapfm_gated, temperature: 0.7}"):  # fmt: skip
         assert (line in done.stdout) == (keys is OLD)
@@ -54,7 +57,7 @@ def test_it_is_continued(old_run, keys):
 
 def test_other_settings_are_refused_by_their_names_of_today(old_run, capsys):
     _, config = old_run
-    other = [*OLD[:-1], "0.6", "--model.regularisers", "[aem]", "--name", "killed"]
+    other = [*OLD[:-1], "0.6", *CHOICE, "--model.regularisers", "[aem]", "--name", "killed"]
     assert main(["fit", "--config", str(config), *other]) == 2
     said = capsys.readouterr().err
     assert "model.aggregator.temperature was 0.7, is 0.6" in said
