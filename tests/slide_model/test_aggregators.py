@@ -78,3 +78,17 @@ def test_unknown_name_and_bad_temperature_are_refused():
         make_aggregator("abmil", D, K)
     with pytest.raises(ValueError, match="above 0, got 0"):
         make_aggregator({"name": "tapfm", "temperature": 0.0}, D, K)
+
+
+def test_the_mean_is_a_linear_probe_of_the_mean_tile():
+    torch.manual_seed(0)
+    aggregator, z_TD = make_aggregator("mean", 6, 2), torch.randn(9, 6)
+    aggregator.center_D.copy_(torch.arange(6.0))
+    aggregator.scale_D.fill_(2)
+    output = aggregator(tile_set(z_TD, torch.randn(9)))
+    mean_D = (z_TD.mean(0) - torch.arange(6.0)) / 2
+    expected_K = aggregator.head.weight @ mean_D + aggregator.head.bias
+    torch.testing.assert_close(output.logits_K, expected_K)
+    torch.testing.assert_close(output.tile_logits_TK.mean(0), expected_K)
+    torch.testing.assert_close(output.weights_T, torch.full((9,), 1 / 9))
+    assert not aggregator.learns_weights

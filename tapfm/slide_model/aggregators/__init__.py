@@ -4,6 +4,7 @@
     tapfm.py         w = softmax(minmax(s) / T), T = 0.1: the paper's, how CLS looks
     gated.py         w = softmax(g(z)): learned attention (ABMIL)
     tapfm_gated.py   w = softmax(minmax(s) / T + g(z)), T = 1: the default
+    mean.py          all tiles alike: a linear probe whose encoder learns
     hierarchical.py  the same within each slide of a case, then over its slides
     pooling.py       what these four share: gate, min-max, weighted mean
     dsmil.py         a critical tile for each label, and all tiles by their likeness to it
@@ -24,6 +25,7 @@ from tapfm.slide_model.aggregators.contract import Aggregator, AggregatorOptions
 from tapfm.slide_model.aggregators.dsmil import Dsmil
 from tapfm.slide_model.aggregators.gated import Gated
 from tapfm.slide_model.aggregators.hierarchical import Hierarchical
+from tapfm.slide_model.aggregators.mean import Mean
 from tapfm.slide_model.aggregators.tapfm import Tapfm
 from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
 from tapfm.slide_model.aggregators.tile_head import TileHead
@@ -45,6 +47,7 @@ AGGREGATORS: dict[str, type] = {
     "tapfm": Tapfm,
     "gated": Gated,
     "tapfm_gated": TapfmGated,
+    "mean": Mean,
     "hierarchical": Hierarchical,
     "dsmil": Dsmil,
     "transmil": TransMil,
