@@ -176,7 +176,8 @@ def _index_one(job: tuple) -> _Outcome:
                 if other := slide.contradiction:
                     note = f"the table's mpp of {mpp:g} is taken, the file states {other}"
                 if tissue.coords is not None:
-                    index = _from_coordinates(tissue.coords, slide, grid, out)
+                    index, how = _from_coordinates(tissue.coords, slide, grid, out)
+                    note = "; ".join(filter(None, (note, how)))
                     write_index(out, index, tissue)
                 else:
                     choice = choose_tiles(slide, grid, tissue)
@@ -211,8 +212,11 @@ def _index_one(job: tuple) -> _Outcome:
     )
 
 
-def _from_coordinates(folder: str, slide: Slide, grid: Grid, out: Path) -> TileIndex:
-    """Return the tiles that another program chose; never overwrite its file."""
+def _from_coordinates(folder: str, slide: Slide, grid: Grid, out: Path) -> tuple[TileIndex, str]:
+    """Return the tiles that another program chose, and what was changed to fit the request.
+
+    Its own file is never overwritten.
+    """
     path = find_coordinates(folder, slide.name)
     if path.resolve() == out.resolve():
         raise CoordinatesError(

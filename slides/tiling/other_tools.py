@@ -7,6 +7,11 @@ program's features, and their size in level-0 pixels, whatever its nominal magni
 resolution follows from that size on this slide. Tiles that cannot be read in exactly that size, and
 files of another slide, are refused.
 
+`index_from_coordinates` fits them to the tiles that were asked for, and says how: the same square
+in other pixels (CLAM's 512 of a 40x scan are 256 at 20x), or the middle of a square that is a
+little larger (TRIDENT's 256 for a model of 224). Corners alone are taken where they are as far
+apart as the tiles that were asked for.
+
     TRIDENT      h5, `coords` (T, 2) with its attributes on the dataset
     CLAM         the same, with `patch_level`; size in pixels of that level
     AtlasPatch   h5, `coords` (T, 5): x, y, width, height, level; attributes on the file
@@ -19,17 +24,19 @@ Source: files that these programs wrote (TRIDENT 0.3, CLAM, AtlasPatch 1.1, hs2p
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from slides.errors import CoordinatesError, NoTissueError
 from slides.files import damage_as, file_fingerprint
-from slides.grid import MPP_RANGE, Grid
+from slides.grid import MPP_RANGE, UNSCALED_TOLERANCE, Grid
 from slides.tiling.index_file import TileIndex
 from slides.tiling.job_folders import coordinates_sha256, hs2p_parts
 from slides.wsi.reader import Slide
+
+LEAST_MIDDLE = 0.75  # of a square's side: with less, most of its tissue would be left out
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,11 @@ class _Found:
     fraction: np.ndarray | None = None
 
 
-def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
+def read_coordinates(path: str | Path, slide: Slide, asked: Grid | None = None) -> TileIndex:
     """Return the index of the tiles in another program's coordinate file.
 
     Tissue fractions are 1 if the program stores none. `mask_sha256` is the hash of the file.
+    `asked` is the tile of corners without a size; with None they are refused.
 
     Raises:
         CoordinatesError: the file is missing, damaged, of an unknown kind or of another slide, or
@@ -61,7 +69,7 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     if not path.is_file():
         raise CoordinatesError(f"{slide.name}: no coordinates at {path}. Correct the path.")
     with damage_as(lambda why: CoordinatesError(_damaged(slide.name, path, why))):
-        found = _hs2p(path) if path.suffix in (".npz", ".json") else _h5(path, slide)
+        found = _hs2p(path) if path.suffix in (".npz", ".json") else _h5(path, slide, asked)
     grid = _grid(found, slide, path)
     _of_this_slide(found, slide, path)
     fraction = np.ones(len(found.coords0)) if found.fraction is None else found.fraction
@@ -84,8 +92,8 @@ def read_coordinates(path: str | Path, slide: Slide) -> TileIndex:
     )
 
 
-def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> TileIndex:
-    """Return the index of the tiles in a coordinate file if they fit the request.
+def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> tuple[TileIndex, str]:
+    """Return the tiles of a coordinate file as `grid` reads them, and what was changed for that.
 
     Raises:
         CoordinatesError: see `read_coordinates`; or the tiles have another size or resolution.
@@ -93,20 +101,48 @@ def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> TileIn
         SlideError: the slide cannot be read.
     """
     slide.check_complete()
-    index = read_coordinates(path, slide)
+    index = read_coordinates(path, slide, grid)
+    note = ""
     if other := grid.other_tiles(index.grid):
-        raise CoordinatesError(
-            f"{slide.name}: its tiles are {index.size0} level-0 pixels made into "
-            f"{index.grid.size}, at the scan's {slide.mpp:g} microns per pixel: {other}. Set "
-            f"data.tiles to match them, or index without these coordinates. ({index.origin})"
-        )
+        index, note = _fitted(index, grid, slide, other)
     if not len(index):
         raise NoTissueError(f"{slide.name}: no tile in {path}. Choose tiles, or leave it out.")
     slide.read(*index.coords0[len(index) // 2].tolist(), index.grid)  # check that pixels are there
-    return index
+    return index, note
 
 
-def _h5(path: Path, slide: Slide) -> _Found:
+def _fitted(index: TileIndex, grid: Grid, slide: Slide, other: str) -> tuple[TileIndex, str]:
+    """Return the index with the tiles that were asked for, at the same centres, and how.
+
+    Raises:
+        CoordinatesError: they are larger than the squares of the file, or much smaller.
+    """
+    size0, theirs0 = grid.size0(slide.mpp, slide.name), index.size0
+    same_scale = abs(index.grid.mpp - grid.mpp) <= UNSCALED_TOLERANCE * grid.mpp
+    if not same_scale and abs(size0 - theirs0) <= UNSCALED_TOLERANCE * size0:
+        same = replace(grid, mpp=theirs0 * slide.mpp / grid.size)
+        if same.size0(slide.mpp) == theirs0:  # not where it would be read unscaled
+            note = f"its squares of {theirs0} level-0 pixels are read as {grid.size} px"
+            level = slide.level_for(theirs0, grid.size)
+            return replace(index, grid=same, level=level), note
+    any_scale = index.origin.startswith("CLAM: ")  # its patch_size is not what a model sees
+    if not (same_scale or any_scale) or not LEAST_MIDDLE * theirs0 <= size0 <= theirs0:
+        raise CoordinatesError(
+            f"{slide.name}: its tiles are {theirs0} level-0 pixels made into {index.grid.size}, at "
+            f"the scan's {slide.mpp:g} microns per pixel: {other}. Set data.tiles to match them, "
+            f"or index without these coordinates. ({index.origin})"
+        )
+    middle = replace(
+        index,
+        coords0=index.coords0 + (theirs0 - size0) // 2,
+        grid=replace(grid, overlap=0),
+        size0=size0,
+        level=slide.level_for(size0, grid.size),
+    )
+    return middle, f"the middle {size0} of its squares of {theirs0} level-0 pixels are read"
+
+
+def _h5(path: Path, slide: Slide, asked: Grid | None) -> _Found:
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -114,8 +150,25 @@ def _h5(path: Path, slide: Slide) -> _Found:
     coords0 = coords[:, :2].astype(np.int64) if len(coords) else np.empty((0, 2), np.int64)
     if "patch_level" in attrs:
         return _clam(attrs, coords0, slide)
+    if not attrs and "patch_size" not in on_file:
+        return _corners_alone(path, coords0, slide, asked)
     atlas = "patch_size" not in attrs
     return _trident(on_file if atlas else attrs, coords0, "AtlasPatch" if atlas else "TRIDENT")
+
+
+def _corners_alone(path: Path, coords0: np.ndarray, slide: Slide, asked: Grid | None) -> _Found:
+    """Return corners without a size with the tiles asked for, if they are as far apart."""
+    steps = np.concatenate([np.diff(np.unique(axis)) for axis in coords0.T])
+    step0 = int(steps.min()) if len(steps) else 0
+    size0 = asked.size0(slide.mpp, slide.name) if asked else 0
+    if not asked or abs(step0 - size0) > UNSCALED_TOLERANCE * size0:
+        wanted = f" and tiles of {size0} were asked for" if asked else ""
+        raise CoordinatesError(
+            f"{slide.name}: {path} lacks the size of its tiles, an attribute patch_size of coords. "
+            f"Its corners are {step0} level-0 pixels apart{wanted}. Add the attributes, or ask for "
+            "tiles of that size."
+        )
+    return _Found("corners without a size", coords0, asked.size, size0, 0, None)
 
 
 def _trident(attrs: dict, coords0: np.ndarray, writer: str) -> _Found:
