@@ -14,7 +14,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightAverage(Callback):
@@ -36,8 +36,7 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """Move the mean toward the weights after an update."""
-        full = module.slides_seen % module.steps.accumulate == 0
-        if not outputs or not (full or trainer.is_last_batch):
+        if not made_update(trainer, module, outputs):
             return
         self.updates += 1
         window = max(1.0, self.window * module.slides_in_run / module.steps.accumulate)
@@ -58,7 +57,13 @@ class WeightAverage(Callback):
         self.updates, self.mean = state["updates"], state["mean"]
 
 
-def learning(module: L.LightningModule):
+def made_update(trainer: L.Trainer, module: L.LightningModule, outputs: object) -> bool:
+    """Return whether the optimizers have stepped at this turn, which is over."""
+    full = module.slides_seen % module.steps.accumulate == 0
+    return bool(outputs) and (full or trainer.is_last_batch)
+
+
+def learning(module: L.LightningModule) -> list[tuple[str, nn.Parameter]]:
     """Return names and parameters of the encoder that learn."""
     named = module.slide_model.encoder.vit.named_parameters()
     return [(name, parameter) for name, parameter in named if parameter.requires_grad]

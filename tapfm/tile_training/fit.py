@@ -36,8 +36,9 @@ from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
 from tapfm.training.callbacks import RESUME, ResumePoint, RunLog
-from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, program, read_config
+from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, read_config
 from tapfm.training.optim import Steps
+from tapfm.training.provenance import program
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 

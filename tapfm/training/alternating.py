@@ -104,9 +104,8 @@ class AlternatingModule(L.LightningModule):
     def configure_optimizers(self):
         """Return the head's optimizer and the encoder's, in the order `training_step` expects."""
         head = self.head_parameters()
-        encoder = self.strategy.parameters(
-            self.slide_model.encoder.vit, self.encoder_lr, self.steps.weight_decay
-        )
+        decay = 0.0 if self.steps.pull else self.steps.weight_decay
+        encoder = self.strategy.parameters(self.slide_model.encoder.vit, self.encoder_lr, decay)
         if self.slide_model.model_config.precision != "fp32":
             dither(p for group in encoder for p in group["params"])
         for group in head + encoder:

@@ -8,20 +8,18 @@ config is continued; one of another config is refused.
 from __future__ import annotations
 
 import logging
-import platform
-import subprocess
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,7 +27,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from slides.files import write_text
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue
-from tapfm import __version__
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
 from tapfm.data.datamodule import SlideData
@@ -38,7 +35,9 @@ from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
 from tapfm.recipe.best_weights import BEST, BestWeights
+from tapfm.recipe.pull_to_start import PullToStart
 from tapfm.recipe.saved_model import choose_and_save
+from tapfm.recipe.solved_head import SolvedHead
 from tapfm.recipe.warm_start import WarmStart
 from tapfm.recipe.weight_average import WeightAverage
 from tapfm.regularisers import REGULARISERS
@@ -53,6 +52,7 @@ from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import changed_keys, rename_old_keys
 from tapfm.training.optim import Steps
+from tapfm.training.provenance import provenance
 
 CONFIG = "config.yaml"
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
@@ -248,7 +248,9 @@ def run_fit(arguments: Sequence[str]) -> int:
         )
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
+    recipe = recipe_callbacks(module, best)
     trainer.callbacks += [
+        *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
         ResumePoint(folder, cli.config.resume_every),
@@ -257,14 +259,10 @@ def run_fit(arguments: Sequence[str]) -> int:
         trainer.callbacks.insert(
             0, EncodeOnce(Path(cli.config.features or folder.parent / "frozen"), splits)
         )
-    if module.steps.warm_start:
-        trainer.callbacks.append(WarmStart(best))
-    mean = WeightAverage(module.steps.average) if module.chooses and module.steps.average else None
-    trainer.callbacks += [mean] if mean else []
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
-    save_choice(module, folder, mean)
+    save_choice(module, folder, recipe)
     part()
     if not trainer.is_global_zero:
         return 0
@@ -274,11 +272,26 @@ def run_fit(arguments: Sequence[str]) -> int:
     return 0
 
 
-def save_choice(module: SlideModule, folder: Path, mean: WeightAverage | None) -> None:
+def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:
+    """Return the parts of the recipe that `model.steps` asks for."""
+    steps, found = module.steps, []
+    if steps.warm_start:
+        found.append(WarmStart(best))
+    if steps.solve_head:
+        found.append(SolvedHead())
+    if steps.pull and module.learns:
+        found.append(PullToStart(steps.pull))
+    if steps.average and module.chooses:
+        found.append(WeightAverage(steps.average))
+    return found
+
+
+def save_choice(module: SlideModule, folder: Path, recipe: Sequence[Callback]) -> None:
     """Choose how much of the encoder's change is saved, unless that is done or nothing learned."""
     if not module.chooses or "interpolation" in read_model_config(folder / BEST)[1]:
         return
     module.to(module.trainer.strategy.root_device)
+    mean = next((each for each in recipe if isinstance(each, WeightAverage)), None)
     choice = choose_and_save(module, module.trainer.datamodule, folder, mean)
     for point in choice.curve:
         figure = f"{module.task.title} {point.figure:.3f}"
@@ -333,26 +346,3 @@ def prepare_folder(cli: Cli) -> None:
                 "Give another --name or --run_dir, or delete that folder to start anew."
             )
     write_text(folder / CONFIG, text)
-
-
-def provenance(data: SlideData) -> dict[str, Any]:
-    """Return what a saved model says of its making."""
-    return {
-        "cohort_sha256": data.cohort.sha256,
-        "tissue": asdict(data.tiles.tissue),
-        "stain": data.tile_source.stain,
-        "bags": data.bags,
-        "pool": data.pool,
-        **program(),
-    }
-
-
-def program() -> dict[str, Any]:
-    """Return commit and versions of what is running."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "commit": commit or "unknown",
-        "versions": {"tapfm": __version__, "torch": torch.__version__,
-                     "lightning": L.__version__, "python": platform.python_version()},
-    }  # fmt: skip

@@ -128,6 +128,7 @@ class SlideModule(AlternatingModule):
                       "backward_tiles": backward_tiles}  # fmt: skip
         faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
+        faults += check_pull(steps.pull, optimizer)
         refuse([*faults, *check_features(features, strategy["name"], **of_encoder)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
@@ -141,7 +142,8 @@ class SlideModule(AlternatingModule):
         skip = len(self.objective.transforms) > 0
         self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
         self.cosine_every, self.recompute = cosine_every, recompute
-        self.start = learned(self.slide_model.encoder.vit) if steps.interpolate else {}
+        kept = steps.interpolate or steps.pull
+        self.start = learned(self.slide_model.encoder.vit) if kept else {}
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def training_step(self, bag: Bag, index: int) -> dict[str, Tensor] | None:
@@ -275,6 +277,16 @@ class SlideModule(AlternatingModule):
             for key, value in checkpoint["state_dict"].items()
         }
         super().on_load_checkpoint(checkpoint)
+
+
+def check_pull(pull: float, optimizer: str) -> list[str]:
+    """Return what is wrong with L2-SP and the encoder's optimizer together."""
+    if pull and optimizer != "adamw":
+        return [
+            f"model.steps.pull {pull} draws weights themselves, and model.optimizer {optimizer} "
+            "keeps their exact values elsewhere: take adamw, or leave pull out"
+        ]
+    return []
 
 
 def check_counts(

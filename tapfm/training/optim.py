@@ -38,6 +38,10 @@ class Steps:
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
     warm_start: bool = False
     """Begin with the slide model fitted to the frozen features (`recipe.warm_start`)."""
+    pull: float = 0.0
+    """Weight decay of the encoder toward its pretrained weights (L2-SP), instead of toward 0."""
+    solve_head: bool = False
+    """Solve the linear head anew at each epoch's start (`recipe.solved_head`)."""
     average: float = 0.1
     """Share of the run over which a mean of the encoder's weights looks back; 0 keeps none."""
     interpolate: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -60,6 +64,7 @@ class Steps:
                 ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
                 ("clip", self.clip, "0 or more", self.clip >= 0),
                 ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
+                ("pull", self.pull, "0 or more", self.pull >= 0),
                 ("average", self.average, "in [0, 1]", 0 <= self.average <= 1),
                 (
                     "interpolate",
