@@ -115,6 +115,8 @@ class Moment:
     epoch: int
     seed: int
     """A function of run seed, epoch and slide."""
+    slide_id: str = ""
+    """Of the bag."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     contract.py  what a regulariser is given and returns
     aem.py       entropy of the tile weights
+    anchor.py    distance of a slide's mean feature to the frozen encoder's
 
 Adding a regulariser is a file with a module and the frozen dataclass of its options, and its name
 here; `configs/regularisers` has a YAML of each. A regulariser never imports another.
@@ -14,13 +15,14 @@ from collections.abc import Sequence
 from torch import nn
 
 from tapfm.regularisers.aem import Aem
+from tapfm.regularisers.anchor import Anchor
 from tapfm.regularisers.contract import Regulariser
 from tapfm.settings import Spec, choose_each
 from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["REGULARISERS", "Regulariser", "make_regularisers"]
 
-REGULARISERS: dict[str, type] = {"aem": Aem}
+REGULARISERS: dict[str, type] = {"aem": Aem, "anchor": Anchor}
 
 
 def make_regularisers(specs: Sequence[Spec], aggregator: Aggregator) -> nn.ModuleDict:

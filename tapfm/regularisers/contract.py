@@ -10,6 +10,7 @@ and buffers, which are saved with the run. Random numbers come from a generator 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -23,10 +24,15 @@ class Regulariser(nn.Module):
 
     columns: ClassVar[tuple[str, ...]] = ()
     """Names of the figures that `forward` returns: columns `train/<name>` of metrics.csv."""
+    needs_frozen: ClassVar[bool] = False
+    """Whether `see_frozen` is called before the first slide of a run."""
 
     def weight(self, moment: Moment) -> float:
         """Return the factor of the term at this moment; 0 is bit for bit as if it were absent."""
         raise NotImplementedError
+
+    def see_frozen(self, names: Sequence[str], means: Sequence[Tensor], scale_D: Tensor) -> None:
+        """Take each training slide's mean frozen feature (D,), and their spread over tiles."""
 
     def forward(
         self, tiles: TileSet, output: SlideOutput, moment: Moment

@@ -35,6 +35,7 @@ from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast
 from tapfm.recipe.best_weights import BEST, BestWeights
+from tapfm.recipe.frozen_means import FrozenMeans
 from tapfm.recipe.pull_to_start import PullToStart
 from tapfm.recipe.saved_model import choose_and_save
 from tapfm.recipe.solved_head import SolvedHead
@@ -277,6 +278,8 @@ def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:
     steps, found = module.steps, []
     if steps.warm_start:
         found.append(WarmStart(best))
+    if any(each.needs_frozen for each in module.objective.regularisers.values()):
+        found.append(FrozenMeans())
     if steps.solve_head:
         found.append(SolvedHead())
     if steps.pull and module.learns:

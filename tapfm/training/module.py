@@ -186,7 +186,8 @@ class SlideModule(AlternatingModule):
 
     def moment(self, bag: Bag) -> Moment:
         """Return how far the run is, for schedules and random numbers of the objective."""
-        return Moment(self.slides_seen / self.slides_in_run, self.current_epoch, bag.seed)
+        progress = self.slides_seen / self.slides_in_run
+        return Moment(progress, self.current_epoch, bag.seed, bag.slide_id)
 
     @property
     def columns(self) -> list[str]:

@@ -16,7 +16,7 @@ from tapfm.training.objective import Objective
 from tests.bags import tile_set
 
 T, D, K = 9, 5, 3
-MOMENT = Moment(0.25, 1, seed=11)
+MOMENT = Moment(0.25, 1, seed=11, slide_id="s")
 
 
 def pairs():
@@ -36,7 +36,9 @@ def made(name, aggregator, **options):
     for key, parameter in learner.named_parameters():
         if "gate.last" in key:
             torch.nn.init.normal_(parameter)
-    return learner, make_regularisers([{"name": name, **options}], learner).double()
+    terms = make_regularisers([{"name": name, **options}], learner).double()
+    terms[name].see_frozen(["s"], [torch.zeros(D).double()], torch.ones(D).double())
+    return learner, terms
 
 
 def leaves(count=T, size=1.0):

@@ -26,7 +26,7 @@ from tests.bags import places
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
 
-TILES, MOMENT = 23, Moment(0.25, 1, seed=11)
+TILES, MOMENT = 23, Moment(0.25, 1, seed=11, slide_id="s")
 TARGET = torch.tensor([1.0, torch.nan, 0.0])
 EVERY = {"none": [], **{name: [{"name": name}] for name in REGULARISERS}}
 CHANGES = {"none": [], **{name: [{"name": name}] for name in BAG_TRANSFORMS}}
@@ -46,7 +46,11 @@ def model_of(aggregator):
 def objective_of(model, terms, changes):
     loss = MaskedBCE([1.0, 2.0, 3.0]).double()
     transforms = make_bag_transforms(changes, model.aggregator)
-    return Objective(loss, transforms, make_regularisers(terms, model.aggregator)).double()
+    regularisers = make_regularisers(terms, model.aggregator)
+    dim = model.encoder.dim
+    for each in regularisers.values():
+        each.see_frozen(["s"], [torch.zeros(dim).double()], torch.ones(dim).double())
+    return Objective(loss, transforms, regularisers).double()
 
 
 def gradients(model):
