@@ -20,6 +20,7 @@ from pathlib import Path
 
 from slides.errors import IndexFileError, SlideError
 
+UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # of the GDC
 PLACE = 65_536  # bytes that a fingerprint reads at each of three places
 DAMAGE = (  # everything that h5py, numpy and json raise for lost or changed bytes
     OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
@@ -56,6 +57,17 @@ def _renaming(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def names_of(slide_id: str, path: str | Path | None = None) -> tuple[str, ...]:
+    """Return the names by which files of a slide may be called, the likeliest first.
+
+    They are its slide_id, its file's name without the extension, and both without the UUID that
+    the GDC adds to a TCGA barcode: `tapfm labels` drops it, and other programs keep it.
+    """
+    stem = re.sub(r"(\.ome)?\.[^.]*$", "", Path(path or "").name, flags=re.IGNORECASE)
+    names = [slide_id, stem, UUID.sub("", slide_id), UUID.sub("", stem)]
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def files_below(folder: Path) -> list[Path]:

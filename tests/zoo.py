@@ -251,3 +251,13 @@ PART_FOLDERS = (  # of labelled tiles: what trains first, what tests last
     ("Training", "Valid", "Testing"),
     ("trainval", "Test"),
 )
+BARCODE = "TCGA-05-4244-01Z-00-DX1"
+STEM = f"{BARCODE}.D4FF32CD-38CF-40EA-8213-45C2B100AC01"
+FILE_NAMES = (
+    # a slide's slide_id and file, and how another program names its files of that slide
+    (BARCODE, f"{STEM}.svs", STEM),
+    (STEM, f"{STEM}.svs", BARCODE),
+    (BARCODE, f"{BARCODE}.svs", BARCODE),
+    ("1", "S21-0007_A.ome.tif", "S21-0007_A"),
+    (STEM, "moved.svs", BARCODE),
+)

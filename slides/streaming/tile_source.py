@@ -57,7 +57,7 @@ class TileSource:
             SlideError: there is none, or it was made with other settings.
         """
         path = index_path(self.index_dir, self.grid, row.slide_id)
-        index = read_index(path, self.grid, self.tissue)
+        index = read_index(path, self.grid, self.tissue, row.path)
         if why := why_outdated(index, Path(row.path), row.mpp):
             raise IndexSettingsError(
                 f"{row.slide_id}: its index {path} is outdated: {why}, and no new one could be "

@@ -68,7 +68,7 @@ def choose_tiles(slide: Slide, grid: Grid, tissue: Tissue) -> TileChoice:
     coords0 = grid.coords(slide.width0, slide.height0, slide.mpp, slide.name)
     mask, pen = tissue_and_pen(rgb, tissue, downsample * slide.mpp)
     if tissue.masks is not None:
-        path = mask_path(tissue.masks, slide.name)
+        path = mask_path(tissue.masks, slide.name, slide.path)
         mask = read_mask(path, slide, rgb.shape[:2], downsample)
     fraction, pen_fraction = (
         tile_fraction(each, coords0, size0, downsample).astype(np.float32) for each in (mask, pen)
@@ -157,6 +157,7 @@ def to_index(choice: TileChoice, slide: Slide, grid: Grid, tissue: Tissue) -> Ti
         tissue_mm2=float(choice.mask.sum()) * mask_mpp**2 / 1e6,
         mask_sha256=hashlib.sha256(np.packbits(choice.mask).tobytes()).hexdigest(),
         fingerprint=file_fingerprint(slide.path),
+        file_name=slide.path.name,
         pen_fraction=choice.pen_fraction[chosen],
         blur=choice.blur[chosen],
     )

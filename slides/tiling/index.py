@@ -105,7 +105,7 @@ def index_cohort(
             "pictures show how tissue was found, and tissue.coords skips that. Leave one out."
         )
     if tissue.coords is not None and on_error == "stop":
-        find_all(tissue.coords, ids)  # reports all missing ones before hours of work
+        find_all(tissue.coords, [job[:2] for job in jobs])  # all missing ones, before hours of work
     done: dict[str, dict] = {}
     ledger = Path(index_dir) / grid.tag / "ledger.csv"
     try:
@@ -217,7 +217,7 @@ def _from_coordinates(folder: str, slide: Slide, grid: Grid, out: Path) -> tuple
 
     Its own file is never overwritten.
     """
-    path = find_coordinates(folder, slide.name)
+    path = find_coordinates(folder, slide.name, slide.path)
     if path.resolve() == out.resolve():
         raise CoordinatesError(
             f"{slide.name}: its index would overwrite its coordinates, {path}. Give another folder "
@@ -233,7 +233,7 @@ def _reusable(
     if not out.exists():
         return None, ""
     try:
-        index = read_index(out, grid, tissue)
+        index = read_index(out, grid, tissue, slide_path)
     except (IndexSettingsError, IndexFileError) as fault:
         return None, f"rebuilt: {fault}"
     if not slide_path.is_file():

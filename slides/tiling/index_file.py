@@ -65,6 +65,8 @@ class TileIndex:
     """(T,) float32, see `slides.tiling.focus`; nan or None where it was not measured."""
     origin: str = ""
     """The other program that chose the tiles, and its file; "" if this one did."""
+    file_name: str = ""
+    """The slide's file, by which masks and coordinates may be named; "" in older indexes."""
 
     def __len__(self) -> int:
         return len(self.coords0)
@@ -115,7 +117,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         tissue: the settings that chose them.
         folder: the index's folder, `20x_224px_0px_overlap`.
     """
-    grid, settings = index.grid, _settings(index.grid, tissue, index.slide_id)
+    grid, settings = index.grid, _settings(index.grid, tissue, index.slide_id, index.file_name)
     return {
         "patch_size": grid.size,
         "patch_size_level0": index.size0,
@@ -138,6 +140,7 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
         "writer": WRITER,
         "writer_version": WRITER_VERSION,
         "origin": index.origin,
+        "slide_file": index.file_name,
         "settings": settings,
         "spec_sha256": _sha256(settings.encode()),
         "mask_sha256": index.mask_sha256,
@@ -147,8 +150,13 @@ def index_attributes(index: TileIndex, tissue: Tissue, folder: Path) -> dict:
     }
 
 
-def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
+def read_index(
+    path: str | Path, grid: Grid, tissue: Tissue, slide_path: str | Path | None = None
+) -> TileIndex:
     """Read an index that was made with these settings.
+
+    `slide_path` is the slide's file as it is called now, by which masks and coordinates may be
+    named; None takes its name when the index was made.
 
     Raises:
         IndexFileError: there is none, or the file is damaged.
@@ -179,7 +187,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             if other := grid.other_tiles(theirs):
                 raise IndexSettingsError(_other_settings(path, attrs, other))
             grid = theirs
-        _same_settings(path, attrs, grid, tissue)
+        _same_settings(path, attrs, grid, tissue, slide_path)
         whole = attrs["tiles_sha256"] == _tiles_sha256(coords0, fraction, *figures.values())
         index = TileIndex(
             slide_id=str(attrs["name"]),
@@ -197,6 +205,7 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
             mask_sha256=str(attrs["mask_sha256"]),
             fingerprint=str(attrs["slide_fingerprint"]),
             origin=str(attrs.get("origin", "")),
+            file_name=str(attrs.get("slide_file", "")),
             **figures,
         )
     if not whole:
@@ -204,24 +213,28 @@ def read_index(path: str | Path, grid: Grid, tissue: Tissue) -> TileIndex:
     return index
 
 
-def _settings(grid: Grid, tissue: Tissue, slide_id: str) -> str:
+def _settings(grid: Grid, tissue: Tissue, slide_id: str, file_name: str | Path) -> str:
     """Return all settings that decide which tiles are chosen, as canonical JSON.
 
     Masks and coordinates enter by their contents, not by their path.
     """
     if tissue.coords is not None:
-        sha256 = coordinates_sha256(find_coordinates(tissue.coords, slide_id))
+        sha256 = coordinates_sha256(find_coordinates(tissue.coords, slide_id, file_name))
         chosen = {"grid": asdict(grid), "coords": {"sha256": sha256}}
         return json.dumps({**chosen, "writer_version": WRITER_VERSION}, sort_keys=True)
     chosen_by = {key: value for key, value in asdict(tissue).items() if value is not None}
     if chosen_by.pop("masks", None) is not None:
-        chosen_by["mask_sha256"] = mask_sha256(tissue.masks, slide_id)
+        chosen_by["mask_sha256"] = mask_sha256(tissue.masks, slide_id, file_name)
     settings = {"grid": asdict(grid), "tissue": chosen_by, "writer_version": WRITER_VERSION}
     return json.dumps(settings, sort_keys=True)
 
 
-def _same_settings(path: Path, attrs: dict, grid: Grid, tissue: Tissue) -> None:
-    asked = _settings(grid, tissue, str(attrs["name"]))
+def _same_settings(
+    path: Path, attrs: dict, grid: Grid, tissue: Tissue, slide_path: str | Path | None
+) -> None:
+    asked = _settings(
+        grid, tissue, str(attrs["name"]), slide_path or str(attrs.get("slide_file", ""))
+    )
     if attrs["spec_sha256"] == _sha256(asked.encode()):
         return
     had, wanted = _flat(json.loads(attrs["settings"])), _flat(json.loads(asked))

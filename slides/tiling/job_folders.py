@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slides.errors import CoordinatesError, all_faults
+from slides.files import names_of
 
 NAMES = (  # TRIDENT; CLAM and AtlasPatch; hs2p
     "{}_patches.h5", "{}.h5", "{}.coordinates.meta.json",
@@ -19,8 +20,12 @@ NAMES = (  # TRIDENT; CLAM and AtlasPatch; hs2p
 FOLDERS = ("", "patches", "tiles", "*/patches")
 
 
-def find_coordinates(folder: str | Path, slide_id: str) -> Path:
+def find_coordinates(
+    folder: str | Path, slide_id: str, slide_path: str | Path | None = None
+) -> Path:
     """Return the path of a slide's coordinate file in a job folder.
+
+    It is named by its slide_id, else by its file (`slides.files.names_of`).
 
     Raises:
         CoordinatesError: there is none, or there are several, which the message lists.
@@ -31,32 +36,35 @@ def find_coordinates(folder: str | Path, slide_id: str) -> Path:
         for where in FOLDERS
         for each in (sorted(folder.glob(where)) if "*" in where else [folder / where])
     ]
-    every = [each / name.format(slide_id) for each in folders for name in NAMES]
-    found = [path for path in every if path.is_file()]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise CoordinatesError(
-            f"{slide_id}: no coordinates in {folder}. Looked for "
-            f"{', '.join(name.format(slide_id) for name in NAMES)} there and in "
-            f"{', '.join(where for where in FOLDERS if where)}. Give the folder of the job."
-        )
+    stems = names_of(slide_id, slide_path)
+    for stem in stems:
+        every = [each / name.format(stem) for each in folders for name in NAMES]
+        found = [path for path in every if path.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CoordinatesError(
+                f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
+                f"{', '.join(str(path.relative_to(folder)) for path in found)}. Give one of the "
+                "folders."
+            )
     raise CoordinatesError(
-        f"{slide_id}: {folder} holds its coordinates {len(found)} times: "
-        f"{', '.join(str(path.relative_to(folder)) for path in found)}. Give one of the folders."
+        f"{slide_id}: no coordinates in {folder}. Looked for "
+        f"{', '.join(name.format(stem) for stem in stems for name in NAMES)} there and in "
+        f"{', '.join(where for where in FOLDERS if where)}. Give the folder of the job."
     )
 
 
-def find_all(folder: str | Path, slide_ids: Iterable[str]) -> None:
-    """Check that each slide has its coordinates.
+def find_all(folder: str | Path, slides: Iterable[tuple[str, Path | None]]) -> None:
+    """Check that each slide, a slide_id with its path, has its coordinates.
 
     Raises:
         CoordinatesError: some have none, or several; all are listed with their reasons.
     """
     faults = []
-    for slide_id in slide_ids:
+    for slide_id, path in slides:
         try:
-            find_coordinates(folder, slide_id)
+            find_coordinates(folder, slide_id, path)
         except CoordinatesError as fault:
             faults.append(str(fault))
     if faults:

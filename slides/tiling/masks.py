@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from slides.errors import MaskError
+from slides.files import names_of
 
 IGNORED = "Ignore*"
 NOT_TISSUE_MARKS = (b'*"', b'"isMissing"')  # in a file that may hold polygons that are no tissue
@@ -37,17 +38,23 @@ OUTSIDE = 0.01  # of the slide's longer side: hand-drawn outlines may run over i
 PROPORTIONS = 0.02  # allowed difference from the slide's, besides one pixel of rounding
 
 
-def mask_path(folder: str | Path, slide_id: str) -> Path:
+def mask_path(folder: str | Path, slide_id: str, slide_path: str | Path | None = None) -> Path:
     """Return the path of the slide's mask in a folder.
+
+    It is named by its slide_id, else by its file (`slides.files.names_of`).
 
     Raises:
         MaskError: there is none, or there are two.
     """
-    every = [Path(folder) / f"{slide_id}{kind}" for kind in KINDS]
-    found = [path for path in every if path.is_file()]
-    if len(found) == 1:
-        return found[0]
-    names = " or ".join(path.name for path in every)
+    for stem in names_of(slide_id, slide_path):
+        every = [Path(folder) / f"{stem}{kind}" for kind in KINDS]
+        found = [path for path in every if path.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    stems = [stem] if found else names_of(slide_id, slide_path)
+    names = " or ".join(f"{stem}{kind}" for stem in stems for kind in KINDS)
     raise MaskError(
         f"{slide_id}: {'two masks' if found else 'no mask'} in {Path(folder)}: there must be one, "
         f"{names}. {'Remove one' if found else 'Add it'}, or leave tissue.masks out to have tissue "
@@ -55,13 +62,11 @@ def mask_path(folder: str | Path, slide_id: str) -> Path:
     )
 
 
-def mask_sha256(folder: str | Path, slide_id: str) -> str:
+def mask_sha256(folder: str | Path, slide_id: str, slide_path: str | Path | None = None) -> str:
     """Return the SHA-256 of the slide's mask, which is part of the index's settings."""
-    data = _read_bytes(mask_path(folder, slide_id), slide_id)
-    if any(
-        mark in data for mark in NOT_TISSUE_MARKS
-    ):  # an index of before `Ignore*` was read is another
-        data += b"*"
+    data = _read_bytes(mask_path(folder, slide_id, slide_path), slide_id)
+    if any(mark in data for mark in NOT_TISSUE_MARKS):
+        data += b"*"  # not the hash of an index in which these polygons were tissue
     return hashlib.sha256(data).hexdigest()
 
 

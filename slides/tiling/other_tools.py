@@ -88,6 +88,7 @@ def read_coordinates(path: str | Path, slide: Slide, asked: Grid | None = None) 
         tissue_mm2=float("nan"),
         mask_sha256=coordinates_sha256(path),
         fingerprint=file_fingerprint(slide.path),
+        file_name=slide.path.name,
         origin=f"{found.writer}: {path.absolute()}",
     )
 

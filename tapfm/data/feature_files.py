@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from slides.errors import FeatureFileError
-from slides.files import damage_as
+from slides.files import damage_as, names_of
 
 PLACES = "{}.h5", "h5_files/{}.h5", "pt_files/{}.pt", "{}.pt"
 AGAIN = "Extract them again, or leave the slide out (data.on_error: skip)."
@@ -58,13 +58,22 @@ class SlideFeatures:
         return len(self.z_TD)
 
 
-def find_file(folder: Path, slide_id: str) -> Path | None:
-    """Return the first of a slide's files that is there, one with coordinates before others."""
-    paths = (folder / place.format(slide_id) for place in PLACES)
+def find_file(folder: Path, slide_id: str, slide_path: Path | None = None) -> Path | None:
+    """Return the first of a slide's files that is there, one with coordinates before others.
+
+    Files are named by the slide_id, else by the slide's file (`slides.files.names_of`).
+    """
+    names = names_of(slide_id, slide_path)
+    paths = (folder / place.format(name) for name in names for place in PLACES)
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_slide(folder: Path, slide_id: str, mpp0: Callable[[], float | None]) -> SlideFeatures:
+def read_slide(
+    folder: Path,
+    slide_id: str,
+    mpp0: Callable[[], float | None],
+    slide_path: Path | None = None,
+) -> SlideFeatures:
     """Return a slide's features, checked.
 
     Args:
@@ -72,15 +81,17 @@ def read_slide(folder: Path, slide_id: str, mpp0: Callable[[], float | None]) ->
         slide_id: the slide's name.
         mpp0: gives the slide's microns per level-0 pixel, by which STAMP's coordinates are turned
             to pixels; where it gives None, the tiles' own resolution stands for it.
+        slide_path: the slide's file, by which its features may be named.
 
     Raises:
         FeatureFileError: the file is missing, damaged or holds code; a number is not finite, there
             is no tile, or there are more or fewer coordinates than tiles.
     """
-    path = find_file(folder, slide_id)
+    path = find_file(folder, slide_id, slide_path)
     if path is None:
+        names = ", ".join(f"{name}.h5 or .pt" for name in names_of(slide_id, slide_path))
         raise FeatureFileError(
-            f"{slide_id}: there is no {slide_id}.h5 or .pt in {folder}, its h5_files or pt_files. "
+            f"{slide_id}: there is no {names} in {folder}, its h5_files or pt_files. "
             "Extract its features, or leave the slide out (data.on_error: skip)."
         )
     with damage_as(lambda why: FeatureFileError(_damaged(slide_id, path, why))):

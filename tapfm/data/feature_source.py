@@ -95,7 +95,7 @@ class FeatureSource:
         """Read every slide, keep what fits, and note what is wrong."""
         for row in tqdm(self.rows.values(), "features", unit=" slides", disable=None):
             try:
-                found = read_slide(self.folder, row.slide_id, partial(_slide_mpp, row))
+                found = read_slide(self.folder, row.slide_id, partial(_slide_mpp, row), row.path)
             except SlideError as fault:
                 self.faults[row.slide_id] = str(fault)
                 continue
@@ -141,7 +141,7 @@ class FeatureSource:
         """Return a slide's features (T, D) as they are stored, from memory or from the file."""
         if row.slide_id in self.kept:
             return self.kept[row.slide_id]
-        return read_slide(self.folder, row.slide_id, lambda: 1.0).z_TD
+        return read_slide(self.folder, row.slide_id, lambda: 1.0, row.path).z_TD
 
     def bag(
         self,
