@@ -155,8 +155,7 @@ def read_index(
 ) -> TileIndex:
     """Read an index that was made with these settings.
 
-    `slide_path` is the slide's file as it is called now, by which masks and coordinates may be
-    named; None takes its name when the index was made.
+    Masks and coordinates may be named by the file `slide_path`; None is the one it was made from.
 
     Raises:
         IndexFileError: there is none, or the file is damaged.
