@@ -44,6 +44,32 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return _shuffled(n, stable_seed("order", int(seed), int(epoch)))
 
 
+def repeated(
+    n: int, order: Callable[[int], np.ndarray] | None, seed: int, views: int, world: int
+) -> tuple[int, Callable[[int], np.ndarray] | None]:
+    """Return number and order of an epoch's turns if each slide comes `views` times in a row.
+
+    Args:
+        n: slides.
+        order: of an epoch without repetition; None is `epoch_order`.
+        seed: of that.
+        views: times that a slide comes.
+        world: processes.
+
+    Raises:
+        SettingsError: several processes, which would each take one of the views.
+    """
+    if views == 1:
+        return n, order
+    if world > 1:
+        raise SettingsError(
+            f"data.views is {views}, and {world} processes train: each would see one view of a "
+            "slide. Train with trainer.devices: 1, or set data.views: 1."
+        )
+    once = order or partial(epoch_order, n, seed)
+    return n * views, lambda epoch: np.repeat(once(epoch), views)
+
+
 def sample_tiles(
     n_tiles: int, budget: int | None, seed: int, epoch: int, slide_id: str
 ) -> np.ndarray:

@@ -22,7 +22,7 @@ from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.streaming.balance import balanced_order
 from slides.streaming.bounded_tiles import host_budget, joined, tiles_to_hold
-from slides.streaming.order import SlideSampler, Turn
+from slides.streaming.order import SlideSampler, Turn, repeated
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
@@ -71,6 +71,7 @@ class SlideData(L.LightningDataModule):
             None leaves them as they are.
         stain_jitter: strength of the slide-shared change of haematoxylin and eosin in training.
         sampling: `uniform` draws tiles wherever they are, `spatial` spreads them over the slide.
+        views: how often a slide comes in a row, drawn anew each time (`regularisers.consistency`).
         host_gb: memory for tiles of training slides that are held or read ahead; of a slide that
             does not fit, the rest is read again in each pass. None is half of the machine's.
         workers: reading processes.
@@ -100,6 +101,7 @@ class SlideData(L.LightningDataModule):
         stain: Literal["macenko", "reinhard"] | None = None,
         stain_jitter: float = 0.0,
         sampling: Literal["uniform", "spatial"] = "uniform",
+        views: int = 1,
         host_gb: float | None = None,
         workers: int = 2,
         on_error: Literal["stop", "skip"] = "stop",
@@ -128,7 +130,7 @@ class SlideData(L.LightningDataModule):
         self.workers, self.on_error, self.seed = workers, on_error, seed
         if host_gb is not None and host_gb < 0:
             raise SettingsError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
-        self.sampling, self.host_gb = sampling, host_gb
+        self.sampling, self.host_gb, self.views = sampling, host_gb, views
         self.augment = Augment(turns, turns, colour, stain_jitter)
         self.skipped: dict[str, str] = {}
         self.features: FeatureSource | None = None
@@ -229,7 +231,8 @@ class SlideData(L.LightningDataModule):
         if self.balanced:
             families = self.task.strata(targets(rows, self.task.width))
             order = balanced_order(rows, families, self.seed)
-        self.sampler = SlideSampler(len(rows), self.seed, *self.place, order)
+        n, order = repeated(len(rows), order, self.seed, self.views, self.place[1])
+        self.sampler = SlideSampler(n, self.seed, *self.place, order)
         pin = torch.cuda.is_available()
         bags, workers = self.training_bags(rows), 0 if self.known(rows) else self.workers
         return SlideLoader(bags, self.sampler, workers, PREFETCH, pin_memory=pin)

@@ -38,7 +38,18 @@ def made(name, aggregator, **options):
             torch.nn.init.normal_(parameter)
     terms = make_regularisers([{"name": name, **options}], learner).double()
     terms[name].see_frozen(["s"], [torch.zeros(D).double()], torch.ones(D).double())
+    terms[name].before = FirstView(s=torch.ones(K).double())
     return learner, terms
+
+
+class FirstView(dict):
+    """The first of two views, for as many second ones as are asked for."""
+
+    def pop(self, key, default=None):
+        return self.get(key, default)
+
+    def clear(self):
+        pass
 
 
 def leaves(count=T, size=1.0):

@@ -17,9 +17,9 @@ from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
 from tapfm.cli import main
 from tapfm.evaluation import evaluate
+from tapfm.frozen import warm_heads
 from tapfm.recipe.best_weights import BestWeights
 from tapfm.tasks import learn_task
-from tapfm.training import warm_start as callback
 from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 
@@ -136,8 +136,8 @@ def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkey
 
         return noted
 
-    monkeypatch.setattr(callback, "solve_head", noting(callback.solve_head))
-    monkeypatch.setattr(callback, "fit_attention", noting(callback.fit_attention))
+    monkeypatch.setattr(warm_heads, "solve_head", noting(warm_heads.solve_head))
+    monkeypatch.setattr(warm_heads, "fit_attention", noting(warm_heads.fit_attention))
     rows = [(*row, noting(fit)) for *row, fit in evaluate.FROZEN_ROWS]
     monkeypatch.setattr(evaluate, "FROZEN_ROWS", rows)
     offer = BestWeights.offer

@@ -50,6 +50,7 @@ def objective_of(model, terms, changes):
     dim = model.encoder.dim
     for each in regularisers.values():
         each.see_frozen(["s"], [torch.zeros(dim).double()], torch.ones(dim).double())
+        each.before = {"s": torch.ones(3).double()}  # the first of two views
     return Objective(loss, transforms, regularisers).double()
 
 
