@@ -42,7 +42,7 @@ from tapfm import cli
 from tapfm.adapt.strategies import STRATEGIES, make_strategy
 from tapfm.data.datamodule import SlideData
 from tapfm.engine.memory import saved_bytes
-from tapfm.evaluation.evaluate import frozen_rows
+from tapfm.evaluation.predicted_rows import frozen_rows
 from tapfm.inference.prediction import predict_all, write_predictions
 from tapfm.recipe.best_weights import BEST
 from tapfm.reports.html.tables import interval_cell

@@ -4,15 +4,14 @@ A run is complete only when it is known whether tuning beat frozen features. So 
 probe, a mean-pool MLP and gated-attention MIL on the unadapted encoder's features, and gated
 attention on six RGB numbers a tile as the lower bound, chooses them on the validation split, and
 prints one table with intervals. Thresholds and calibration of every row come from validation, too.
+A run that saved its frozen control is compared with it; that verdict is printed first.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 
@@ -20,38 +19,23 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
-from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
-from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
-from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
-from tapfm.frozen.features import Extraction, frozen_extraction, read_features
-from tapfm.frozen.fitter import Fitted
-from tapfm.frozen.frozen_slide import FrozenSlide
-from tapfm.frozen.linear_probe import LinearProbe
+from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows
 from tapfm.inference.heatmap import overlay_png
-from tapfm.inference.prediction import (
-    Prediction,
-    pool_cases,
-    predict_all,
-    slide_by_slide,
-    write_predictions,
-    write_weights,
-)
+from tapfm.inference.prediction import Prediction
 from tapfm.recipe.best_weights import BEST
 from tapfm.reports.html.page import write_page
 from tapfm.reports.html.task_reports import REPORTS
-from tapfm.reports.rows import ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError
 from tapfm.stats.metrics import auroc
-from tapfm.training.fit import CONFIG, Cli, read_config
+from tapfm.training.fit import CONFIG, read_config
 
 GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group
 MIXED = "mixed"
@@ -86,19 +70,21 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
             f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = frozen_rows(first, run / "frozen", split, device, features)
+    fitted: list[str] = []
+    rows = frozen_rows(first, run / "frozen", split, device, features, fitted.append)
     masks = Path(first.config.data.table).parent / "truth"
     groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
     aurocs = {}
     for folder in folders:
-        row, slides = evaluate_run(first, folder, split, device)
-        rows.append(row)
+        of_run, slides = evaluate_run(first, folder, split, device)
+        rows += of_run
         if each_slide := tile_auroc(data, slides, masks):
             aurocs[folder.name] = float(np.mean(list(each_slide.values())))
         draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
     print(REPORTS[data.task.report].write(report, split, data.task, rows, skipped, groups))
+    print("\n".join(["", *fitted]))
     if aurocs:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
         print("".join(f"  {name} {value:.3f}\n" for name, value in aurocs.items()))
@@ -124,133 +110,6 @@ def finished_runs(run: Path) -> list[Path]:
             )
         check_same_data(folder, folders[0])
     return folders
-
-
-def evaluate_run(
-    cli: Cli, folder: Path, split: str, device: str
-) -> tuple[ResultRow, list[Prediction]]:
-    """Predict validation and `split` with a run's model; write predictions and tile weights.
-
-    Returns:
-        Its row of the report, and a prediction for each slide of the split.
-    """
-    data, of, slides = cli.datamodule, {}, []
-    model = models.load(folder / BEST).to(device)
-    for part in dict.fromkeys(("val", split)):
-        parts, name = data.streamed(data.rows(part)), f"{folder.name} {part}"
-        predictions = predict_all(model, parts, cli.model.chunk, name)
-        if part == split:
-            bags = {bag.slide_id: bag.slides for bag in data.rows(split)}
-            for each in predictions:
-                counts = [len(data.index(row)) for row in bags[each.slide_id]]
-                slides += slide_by_slide(each, bags[each.slide_id], counts)
-        of[part] = by_case(data, part, predictions)
-        write_predictions(folder / f"predictions_{part}.csv", model.task, of[part])
-    cohort = {row.slide_id: row for row in data.cohort.rows}
-    for each in slides:
-        index = data.index(cohort[each.slide_id])
-        write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
-    title, trained = row_of_run(folder.name, model.model_config.strategy)
-    return result_row(title, folder, of, split, end_to_end=trained), slides
-
-
-def frozen_rows(
-    cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None
-) -> list[ResultRow]:
-    """Return rows of the baselines, fitted on the train split and chosen on val."""
-    data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
-    tile_source, how = data.tile_source, (cli.model.chunk, data.tile_source.stain)
-    extractions = {"frozen": None}  # features that are there already, and no pixels
-    if not data.features:
-        rgb = Extraction(RgbStatistics(), "rgb", "rgb", chunk=how[0], stain=how[1])
-        extractions = {"frozen": frozen_extraction(model, *how), "rgb": rgb}
-    parts = dict.fromkeys(("train", "val", split))
-    bags_of = {row.slide_id: row for part in parts for row in data.rows(part)}
-
-    def features_of(extraction: Extraction | None, bag: Bag) -> FrozenSlide:
-        if extraction is None:
-            z_TD, score_T = bag.features.z_TD, bag.features.score_T
-            slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
-            return FrozenSlide.of(*slide, score_T, bag.places)
-        z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
-        features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
-        for row, tiles in zip(bags_of[bag.slide_id].slides, parts, strict=True):
-            path, index = features / f"{row.slide_id}.h5", tile_source.index(row)
-            if extraction.fault(path, index, scores=False):
-                extraction.write(path, tiles, index, tile_source.tissue)
-            z_TD.append(read_features(path))
-        return FrozenSlide.of(
-            bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K, places=bag.places
-        )
-
-    rows, made = [], {}
-    for title, kind, fit in FROZEN_ROWS:
-        if kind not in extractions:
-            continue
-        if kind not in made:
-            read = partial(features_of, extractions[kind])
-            made[kind] = {part: feature_bags(data, part, kind, read) for part in parts}
-        bags = made[kind]
-        baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
-        print(f"{title}: {baseline.describe()}")
-        name = row_folder(title)
-        of = {}
-        for part in dict.fromkeys(("val", split)):
-            predictions = [predict_features(baseline, bag) for bag in bags[part]]
-            of[part] = by_case(data, part, predictions)
-            write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
-        rows.append(result_row(title, folder / name, of, split, end_to_end=False))
-    return rows
-
-
-def predict_features(baseline: Fitted | LinearProbe, slide: FrozenSlide) -> Prediction:
-    """Return a baseline's prediction of a slide."""
-    logits_K, weights_T = baseline.logits(slide)
-    weights = np.empty(0) if weights_T is None else weights_T.numpy()
-    predicted_P = baseline.task.predict(logits_K).numpy()
-    target_Y = slide.target_Y.numpy()
-    return Prediction(
-        slide.slide_id, slide.case_id, target_Y, predicted_P, weights, logits_K.numpy()
-    )
-
-
-def feature_bags(
-    data: SlideData, split: str, kind: str, features: Callable[[Bag], FrozenSlide]
-) -> list[FrozenSlide]:
-    """Return the features of every slide of a split that can be read."""
-    bags = []
-    for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):
-        with suppress(SkippedBag):
-            bags.append(features(bag))
-    return bags
-
-
-def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
-    """Return predictions, pooled over cases if `data.pool` asks for it."""
-    if data.pool == "union":
-        return predictions
-    cases = group_by_case(data.cohort.split(split), data.cohort.labels)
-    return pool_cases(predictions, data.task, data.pool, cases)
-
-
-def result_row(
-    title: str, folder: Path, of: dict[str, list[Prediction]], split: str, *, end_to_end: bool
-) -> ResultRow:
-    """Return a row of the report from predictions of its split and of validation."""
-    # None for the val split itself: thresholds are not judged on the split they were chosen on
-    metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
-    return ResultRow(
-        title,
-        end_to_end=end_to_end,
-        slide_ids=[each.slide_id for each in predictions],
-        case_ids=[each.case_id for each in predictions],
-        y_NK=np.stack([each.labels_K for each in predictions]),
-        p_NK=np.stack([each.probs_K for each in predictions]),
-        metrics_csv=metrics if metrics.exists() else None,
-        validation=None
-        if split == "val" or not val
-        else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
-    )
 
 
 def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:

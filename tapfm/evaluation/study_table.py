@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slides.files import write_csv
-from tapfm.reports.plain_table import aligned, span
+from tapfm.reports.plain_table import aligned, span, wrapped
 from tapfm.reports.pooling import Pool, pool
-from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER, ResultRow, read_result_row, row_folder
+from tapfm.reports.rows import (
+    END_TO_END,
+    FROZEN_ENCODER,
+    SAME_HEAD,
+    ResultRow,
+    read_result_row,
+    row_folder,
+)
 from tapfm.reports.runs import read_task
+from tapfm.reports.verdict import figure_name, sentence
 from tapfm.stats.bootstrap import Interval
 
 if TYPE_CHECKING:
@@ -25,11 +33,12 @@ if TYPE_CHECKING:
 
 FINISHED, RUN = "finished.json", "run"
 OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # a cell's own row
+CONTROL_ROW, CONTROL_OF_CELL = f"{SAME_HEAD}{RUN}", ", frozen, same head"  # in a report; in a study
 
 
 def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
     """Return the table as text, and all figures behind it for study.json."""
-    task, runs, order = collect_runs(cells)
+    task, runs, order, choices = collect_runs(cells)
     folds = len({cell.fold for cell in cells})
     result: dict[str, Any] = {
         "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
@@ -57,6 +66,7 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
             "seeds": list(row.seeds),
             "macro_of_seeds": row.by_seed,
             "deviation_of_seeds": row.deviation,
+            "saved": choices.get(title, []),
             "figures": row.figures,
             "differences": {
                 other: row.minus(found.rows[other])
@@ -64,11 +74,25 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
                 if order[title] and other != title
             },
         }
+    result["verdicts"] = study_verdicts(task, found, choices)
     return _text(study.folds, len(study.seeds), task, result, found, why), result
 
 
-def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool]]:
+def study_verdicts(task: Task, found: Pool, choices: Mapping[str, list]) -> list[str]:
+    """Return what each adapted row gained over its frozen controls, in a sentence each."""
+    figure, said = figure_name(task), []
+    for title, saved in choices.items():
+        control = found.rows.get(title + CONTROL_OF_CELL)
+        if title in found.rows and control:
+            gain = found.rows[title].minus(control)["pooled"][found.head]
+            said.append(sentence(title, figure, gain, 0, saved))
+    return said
+
+
+def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bool], dict]:
     """Return the task, predictions by title, seed and fold, and whether each title is trained.
+
+    The last is what each run of an adapted title saved: a, source, reason and curve.
 
     A task's facts of its training split differ by fold; the first fold's are used, since the
     figure does not depend on them.
@@ -76,6 +100,7 @@ def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bo
     task: Task | None = None
     runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
     baselines: dict[str, bool] = {}
+    choices: dict[str, list] = {}
     trained = {cell.row: True for cell in cells}
     for cell in cells:
         if not (cell.folder / FINISHED).exists():
@@ -85,19 +110,23 @@ def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bo
         task = task or own
         for title, facts in metrics["arms"].items():
             of_cell = title in OF_CELL
-            name = RUN if of_cell else f"frozen/{row_folder(title)}"
+            row, name = (cell.row, RUN) if of_cell else (title, f"frozen/{row_folder(title)}")
+            if title == CONTROL_ROW:
+                row, name = cell.row + CONTROL_OF_CELL, f"{RUN}/control"
             path = cell.folder / name / "predictions_test.csv"
             result = read_result_row(title, path, own, end_to_end=facts["end_to_end"])
-            row = cell.row if of_cell else title
             runs.setdefault(row, {}).setdefault(cell.seed, {}).setdefault(cell.fold, result)
             (trained if of_cell else baselines)[row] = facts["end_to_end"]
-    return task, runs, baselines | trained
+        for verdict in metrics.get("verdicts") or ():
+            choices.setdefault(cell.row, []).append(verdict["choice"])
+    return task, runs, baselines | trained, choices
 
 
 def _text(
     folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, why: list[str]
 ) -> str:
     best, first = result["reference"], result["first"]
+    verdicts = [line for each in result["verdicts"] for line in (*wrapped(each), "")]
     undefined = task.undefined
     head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
             "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
@@ -132,7 +161,7 @@ def _text(
     short = [f"{title}: {len(row['seeds'])} of {seeds} seeds have every fold; the "
              "others are left out" for title, row in result["arms"].items()
              if len(row["seeds"]) < seeds]  # fmt: skip
-    return "\n".join([*aligned(table), *notes, *short, *why])
+    return "\n".join([*verdicts, *aligned(table), *notes, *short, *why])
 
 
 def write_figures(path: Path, result: Mapping) -> None:

@@ -21,6 +21,7 @@ from tapfm.reports.figures import curves_figure
 from tapfm.reports.plain_table import FEW_DRAWS, as_text, span
 from tapfm.reports.report import results_page
 from tapfm.reports.rows import ResultRow, aligned_rows
+from tapfm.reports.verdict import verdicts
 from tapfm.stats.bootstrap import Interval, percentiles, with_point
 from tapfm.stats.metrics import interval_of
 from tapfm.tasks import Task, task_config
@@ -53,13 +54,10 @@ def write_outcomes(
         for row in rows
         if row.end_to_end and reference is not None
     }
-    figures = {
-        title: {
-            group: {name: interval_of(name, figure_B) for name, figure_B in each.items()}
-            for group, each in groups.items()
-        }
-        for title, groups in drawn.items()
-    }
+    found = verdicts(
+        task, rows, lambda row: next(iter(drawn[row.title].values()))[task.monitor], draws
+    )
+    figures = _intervals(drawn)
     result = {
         "split": split,
         "task": {"labels": list(task.labels), **task_config(task)},
@@ -68,6 +66,7 @@ def write_outcomes(
         "draws": draws,
         "seed": seed,
         "reference": reference,
+        "verdicts": found,
         "arms": {
             row.title: {
                 "end_to_end": row.end_to_end,
@@ -82,8 +81,21 @@ def write_outcomes(
     notes = _notes(task, result, figures)
     _write_predictions(folder / f"predictions_{split}.csv", task, rows)
     write_json(folder / f"metrics_{split}.json", result)
-    write_text(folder / "report.md", results_page(split, table, notes, _curves(folder, task, rows)))
-    return as_text(table, notes)
+    said = [each["sentence"] for each in found]
+    page = results_page(split, table, notes, _curves(folder, task, rows), said)
+    write_text(folder / "report.md", page)
+    return as_text(table, notes, said)
+
+
+def _intervals(drawn: dict) -> dict[str, dict[str, dict[str, Interval]]]:
+    """Return every figure of each row and group with its interval."""
+    return {
+        title: {
+            group: {name: interval_of(name, figure_B) for name, figure_B in each.items()}
+            for group, each in groups.items()
+        }
+        for title, groups in drawn.items()
+    }
 
 
 def _gains(own: dict, reference: dict, figure: str) -> dict[str, Interval]:

@@ -63,7 +63,13 @@ def ruled(table: Table) -> list[str]:
     ]
 
 
-def as_text(table: Table, notes: Sequence[str]) -> str:
-    """Return the ruled table and its notes, wrapped at 100 characters."""
-    wrapped = [line for note in notes for line in wrap(note, 100, subsequent_indent="  ")]
-    return "\n".join([*ruled(table), "", *wrapped])
+def as_text(table: Table, notes: Sequence[str], above: Sequence[str] = ()) -> str:
+    """Return the ruled table, what stands above it and its notes, wrapped at 100 characters."""
+    head = [line for each in above for line in (*wrapped(each), "")]
+    foot = [line for note in notes for line in wrapped(note)]
+    return "\n".join([*head, *ruled(table), "", *foot])
+
+
+def wrapped(text: str) -> list[str]:
+    """Return lines of at most 100 characters, the first further out."""
+    return wrap(text, 100, subsequent_indent="  ")

@@ -17,6 +17,8 @@ Keys of metrics_<split>.json. An INTERVAL is {value, low, high, draws}, 95 %; wh
 null. LABELS stands for an entry a label, and `macro`: the mean of those that its `labels` names.
 
     split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
+    verdicts [{run, row, control, figure, outcome, difference INTERVAL, choice, sentence}], one for
+        each adapted run, see `verdict`
     task {name, labels, ...}, see `tapfm.tasks`
     arms.<title>
         end_to_end
@@ -45,13 +47,18 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
 from tapfm.reports.details import row_details, sections
 from tapfm.reports.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.reports.plain_table import FEW_DRAWS, as_text, markdown, span
 from tapfm.reports.rows import ResultRow, aligned_rows
+from tapfm.reports.verdict import verdicts
+from tapfm.stats.bootstrap import with_point
 from tapfm.stats.metrics import MACRO, ONE_CLASS, evaluate, paired_difference
+from tapfm.tasks.multilabel import Multilabel
 
 
 def write_results(
@@ -89,14 +96,14 @@ def write_results(
     reference = _reference(rows, figures)
     gains = {
         row.title: paired_difference(labels, y_NK, row.p_NK, reference.p_NK, cases, draws, seed)
-        for row in rows
-        if row.end_to_end and reference is not None
-    }
+        for row in rows if row.end_to_end and reference is not None
+    }  # fmt: skip
     details = _details(labels, rows, reference, groups or {}, draws, seed)
+    found = _verdicts(labels, rows, draws, seed)
     result = {
         "split": split, "task": {"name": "multilabel", "labels": labels},
         "slides": len(cases), "cases": len(set(cases)), "draws": draws, "seed": seed,
-        "reference": reference.title if reference else None,
+        "reference": reference.title if reference else None, "verdicts": found,
         "arms": {
             row.title: {"end_to_end": row.end_to_end, "figures": figures[row.title],
                         "auroc_difference": gains.get(row.title), **details[row.title]}
@@ -110,9 +117,20 @@ def write_results(
     _write_predictions(folder / f"predictions_{split}.csv", labels, rows)
     write_json(folder / f"metrics_{split}.json", result)
     notes = [*notes, *_left_out(result)]
-    page = results_page(split, table, notes, _save_figures(folder, labels, rows))
+    said = [each["sentence"] for each in found]
+    page = results_page(split, table, notes, _save_figures(folder, labels, rows), said)
     write_text(folder / "report.md", page + "\n" + sections(labels, details))
-    return as_text(table, notes)
+    return as_text(table, notes, said)
+
+
+def _verdicts(labels, rows, draws, seed) -> list[dict]:
+    """Return the verdicts, from macro AUROC on the draws of the table."""
+    task, times_BN = Multilabel(tuple(labels)), with_point(rows[0].case_ids, draws, seed)
+
+    def macro(row: ResultRow) -> np.ndarray:
+        return task.measure(row.y_NK, row.p_NK, times_BN)[MACRO][task.monitor]
+
+    return verdicts(task, rows, macro, draws)
 
 
 def _details(labels, rows, reference, groups, draws, seed) -> dict[str, dict]:
@@ -206,11 +224,15 @@ def _left_out(result: dict) -> list[str]:
     return [f"{len(slides)} slides left out:", *slides]
 
 
-def results_page(split: str, table: list[list[str]], notes: list[str], drawn: list[Path]) -> str:
-    """Return report.md: the table, its notes, the figures."""
+def results_page(
+    split: str, table: list[list[str]], notes: list[str], drawn: list[Path], above: Sequence[str]
+) -> str:
+    """Return report.md: the verdicts `above`, the table, its notes, the figures."""
     listed = [f"- {note.strip()}" if note.startswith("  ") else f"{note}\n" for note in notes]
     pictures = [f"![{path.stem}]({path.name})" for path in drawn]
-    text = "\n".join([markdown(table).replace(" * |", " \\* |"), "", *listed, "", *pictures])
+    said = [f"**{each}**\n" for each in above]
+    shown = markdown(table).replace(" * |", " \\* |")
+    text = "\n".join([*said, shown, "", *listed, "", *pictures])
     return f"# Results, {split} split\n\n" + text.replace("\n* ", "\n\\* ") + "\n"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # titles of runs' rows, before the run's name
 END_TO_END, FROZEN_ENCODER = "end to end, ", "frozen encoder, "
+SAME_HEAD = f"{FROZEN_ENCODER}same head, "
 
 
 class ResultRowError(ValueError):
@@ -41,6 +42,11 @@ class ResultRow:
     """Training curves: `step` and any of train/loss, val/loss, val/auroc, train/effective_tiles."""
     validation: tuple[np.ndarray, np.ndarray] | None = None
     """y_NK and p_NK of the validation split, from which thresholds and calibration are taken."""
+    control: str | None = None
+    """Title of the row of the frozen encoder with which an adapted run is compared, if it has one.
+    """
+    choice: Mapping[str, Any] | None = None
+    """How much of an adapted run's change is saved: a, source, reason, curve; with a control."""
 
 
 def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]:

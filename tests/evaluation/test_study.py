@@ -208,6 +208,40 @@ def test_a_frozen_encoder_trained_alike_is_what_the_others_are_measured_against(
     assert "tapfm_gated_frozen *" in capsys.readouterr().out
 
 
+def test_an_adapted_row_is_compared_with_its_own_frozen_controls(quick, capsys):
+    """Each cell's control is pooled as the cell is; the verdict names every share saved."""
+    program = quick.parent / "stand_in.py"
+    text = STAND_IN.replace(
+        '"frozen/frozen_probe": 0.5}', '"frozen/frozen_probe": 0.5}\n'
+        '    if strategy == "full": skills["run/control"] = 0.4'
+    ).replace(
+        '{"task": task, "arms": arms}', '{"task": task, "arms": arms, "verdicts": verdicts}'
+    ).replace(
+        '    task = {"name"', '    verdicts, a = [], 0.5 * config["seed_everything"]\n'
+        '    if config["model"]["strategy"] == "full":\n'
+        '        arms["frozen encoder, same head, run"] = {"end_to_end": False}\n'
+        '        verdicts = [{"choice": {"a": a, "source": "best epoch"}}]\n'
+        '    task = {"name"'
+    )  # fmt: skip
+    program.write_text(text)
+    assert cli.main(["study", str(quick)]) == 0
+    result = json.loads((quick.parent / "out" / "study.json").read_text())
+    arms, control = result["arms"], "tapfm_gated_full, frozen, same head"
+    assert (arms[control]["end_to_end"], arms[control]["seeds"]) == (False, [0, 1])
+    assert [each["a"] for each in arms["tapfm_gated_full"]["saved"]] == [0, 0.5] * 3
+    assert arms["tapfm_gated_lora"]["saved"] == []
+    gain = arms["tapfm_gated_full"]["differences"][control]["pooled"]["macro"]
+    assert gain["low"] > 0, "or the test shows nothing"
+    assert result["verdicts"] == [
+        f"tapfm_gated_full: adapting gained {gain['value']:+.3f} [{gain['low']:+.3f}, "
+        f"{gain['high']:+.3f}] macro AUROC over the frozen encoder with the same head; "
+        "saved: a = 0, 0.5, 0, 0.5, 0, 0.5 in its 6 runs."
+    ]
+    printed = capsys.readouterr().out
+    assert result["verdicts"][0] in " ".join(printed.split())
+    assert printed.index("adapting gained") < printed.index("minus *")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_is_dealt_and_has_its_own_figure(quick, kind, capsys):
     folder = quick.parent

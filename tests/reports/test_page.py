@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -89,6 +90,10 @@ def write_run(folder):
                 f"end to end, {name}", True, names, arms[0].case_ids, y, p, run / "metrics.csv"
             )
         )
+    curve = [{"a": a, "loss": 0.7 - a / 9, "error": (1 - a) / 30, "figure": 0.6 + a / 9,
+              "head": "gated attention"} for a in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
+    choice = {"a": 0.75, "source": "mean of the weights", "reason": "by <rule>", "curve": curve}
+    arms[2] = replace(arms[2], control=arms[0].title, choice=choice)
     write_results(
         folder / "runs" / "report_test", "test", LABELS, arms, [("s97", "no tissue")], 200
     )
@@ -137,6 +142,17 @@ def test_the_page_is_sound_and_stands_alone(html):
     assert not page.tags("script")
     assert all(attrs.get("alt") for attrs in page.tags("img"))
     assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for attrs in page.tags("svg"))
+
+
+def test_the_verdict_comes_first_and_its_curve_is_shown(html, metrics):
+    page = Page(html)
+    (verdict,) = metrics["verdicts"]
+    body = page.text[page.text.index("test split", page.text.index("test split") + 1) :]
+    assert body.removeprefix("test split").lstrip().startswith(verdict["sentence"])
+    assert "a = 0.75 of the mean of the weights: by <rule>." in page.text
+    assert ["0.75", "saved", "0.6167", "0.0083", "0.6833", "gated attention"] in page.rows
+    assert ["0.5", "", "0.6444", "0.0167", "0.6556", "gated attention"] in page.rows
+    assert "validation loss of tapfm_gated against a" in page.values("aria-label")
 
 
 def test_the_tables_have_the_numbers_of_the_files(html, metrics, run):

@@ -22,6 +22,7 @@ import yaml
 from slides.files import write_text
 from tapfm import __version__
 from tapfm.reports.figures import read_curves
+from tapfm.reports.html.adapting import adapting
 from tapfm.reports.html.cards import slide_cards
 from tapfm.reports.html.label_record import label_record, label_tables, left_out
 from tapfm.reports.html.panels import cost_panels, key, training_panels
@@ -37,6 +38,7 @@ PHASES = ("encode", "aggregate", "adapt")
 MEMORY = ("allocated_gib", "reserved_gib", "rss_gib")
 PARTS = {
     "Results": "results",
+    "Adapting": "adapting",
     "Curves": "curves",
     "Training": "training",
     "Memory and throughput": "cost",
@@ -73,6 +75,7 @@ def write_page(run: Path, split: str) -> Path:
     record = label_record(report / "labels.json", data)
     body = [
         _section("Results", results(metrics, report, split)),
+        *([_section("Adapting", adapting(found))] if (found := metrics.get("verdicts")) else []),
         _section("Curves", curves(task, rows)),
         _section("Training", training(rows)),
         _section("Memory and throughput", cost(rows, runs)),
@@ -83,12 +86,14 @@ def write_page(run: Path, split: str) -> Path:
         _section("Provenance", provenance(runs, metrics, record)),
         _section("Configuration", configuration(runs)),
     ]
-    links = [f'<li><a href="#{name}">{title}</a></li>' for title, name in PARTS.items()]
+    parts = {title: name for title, name in PARTS.items() if found or title != "Adapting"}
+    links = [f'<li><a href="#{name}">{title}</a></li>' for title, name in parts.items()]
     counts = [f"{metrics[key]} {key}" for key in ("slides", "cases") if key in metrics]
     template = Template(
         files("tapfm.reports.html").joinpath("page.html").read_text(encoding="utf-8")
     )
     text = template.substitute(
+        verdicts="".join(f'<p class="verdict">{html(v["sentence"])}</p>' for v in found or ()),
         title=escape(f"{run.resolve().name}, {split} split"),
         subtitle=escape(
             ", ".join([*counts, f"{len(metrics['arms'])} models; tapfm {__version__}"])

@@ -22,7 +22,7 @@ NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "ece": "ECE", "delong": "DeLong", "
 INTERVAL = {"value", "low", "high", "draws"}
 COUNTS = {"positives", "known", "labels"}  # shown in the table of results already
 SPLIT_KEYS = {"split", "task", "slides", "cases", "draws", "seed", "reference", "arms", "skipped",
-              "notes"}  # fmt: skip
+              "notes", "verdicts"}  # fmt: skip
 HEADLINE = 2  # metrics in the table of results: AUROC and AUPRC for labels of 0 or 1
 LISTED = 6  # longest list that is written out; longer ones are curves, and stay in the JSON
 UNBROKEN = 60  # characters of a cell that stay on one line

@@ -1,0 +1,202 @@
+"""The rows of `tapfm test`: runs, their controls and the frozen baselines, predicted.
+
+A run that saved the frozen encoder beside its model (`tapfm.recipe.saved_model`) has two rows: that
+control, and its own, which stays end to end where the frozen encoder is what was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from slides.cohort.cases import group_by_case
+from tapfm.data.bag import Bag, SkippedBag
+from tapfm.data.datamodule import SlideData
+from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
+from tapfm.frozen.features import Extraction, frozen_extraction, read_features
+from tapfm.frozen.fitter import Fitted
+from tapfm.frozen.frozen_slide import FrozenSlide
+from tapfm.frozen.linear_probe import LinearProbe
+from tapfm.inference.prediction import (
+    Prediction,
+    pool_cases,
+    predict_all,
+    slide_by_slide,
+    write_predictions,
+    write_weights,
+)
+from tapfm.recipe.best_weights import BEST
+from tapfm.recipe.saved_model import CONTROL
+from tapfm.reports.rows import SAME_HEAD, ResultRow, row_folder, row_of_run
+from tapfm.slide_model import model as models
+from tapfm.training.fit import Cli
+
+
+def evaluate_run(
+    cli: Cli, folder: Path, split: str, device: str
+) -> tuple[list[ResultRow], list[Prediction]]:
+    """Predict validation and `split` with a run's models; write predictions and tile weights.
+
+    Returns:
+        Its row of the report, before it that of its control if it saved one, and a prediction for
+        each slide of the split.
+    """
+    data, path = cli.datamodule, folder / BEST
+    model_config, facts = models.read_model_config(path)
+    of, slides = predict_splits(cli, path, folder, split, device)
+    cohort = {row.slide_id: row for row in data.cohort.rows}
+    for each in slides:
+        index = data.index(cohort[each.slide_id])
+        write_weights(folder / f"weights_{split}" / f"{each.slide_id}.h5", each, index)
+    # of a run that saved the frozen encoder, too, the row says what was trained
+    title, trained = row_of_run(folder.name, facts.get("trained", model_config.strategy))
+    row = result_row(title, folder, of, split, end_to_end=trained)
+    choice, path, below = facts.get("interpolation"), folder / CONTROL, folder / "control"
+    if choice is None or not path.is_file():
+        return [row], slides
+    if choice["a"] == 0:  # the same model
+        for part, predictions in of.items():
+            write_predictions(below / f"predictions_{part}.csv", data.task, predictions)
+    else:
+        of, _ = predict_splits(cli, path, below, split, device)
+    control = result_row(f"{SAME_HEAD}{folder.name}", below, of, split, end_to_end=False)
+    return [control, replace(row, control=control.title, choice=choice)], slides
+
+
+def predict_splits(
+    cli: Cli, path: Path, out: Path, split: str, device: str
+) -> tuple[dict[str, list[Prediction]], list[Prediction]]:
+    """Predict validation and `split` with a saved model; write predictions_<part>.csv.
+
+    Returns:
+        The predictions of each part, pooled as `data.pool` says, and one for each slide of `split`.
+    """
+    data, of, slides = cli.datamodule, {}, []
+    model, name = models.load(path).to(device), f"{path.parent.name} {path.stem}"
+    for part in dict.fromkeys(("val", split)):
+        parts = data.streamed(data.rows(part))
+        predictions = predict_all(model, parts, cli.model.chunk, f"{name} {part}")
+        if part == split:
+            bags = {bag.slide_id: bag.slides for bag in data.rows(split)}
+            for each in predictions:
+                counts = [len(data.index(row)) for row in bags[each.slide_id]]
+                slides += slide_by_slide(each, bags[each.slide_id], counts)
+        of[part] = by_case(data, part, predictions)
+        write_predictions(out / f"predictions_{part}.csv", model.task, of[part])
+    return of, slides
+
+
+def frozen_rows(
+    cli: Cli, folder: Path, split: str, device: str, shared: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[ResultRow]:  # fmt: skip
+    """Return rows of the baselines, fitted on the train split and chosen on val.
+
+    Args:
+        cli: the cohort and an untrained model.
+        folder: of features and predictions.
+        split: to predict, beside val.
+        device: of the encoder.
+        shared: folder of features that several folders share; None is `folder`.
+        say: takes a line on each fit.
+    """
+    data, model = cli.datamodule, cli.model.slide_model.eval().to(device)
+    tile_source, how = data.tile_source, (cli.model.chunk, data.tile_source.stain)
+    extractions = {"frozen": None}  # features that are there already, and no pixels
+    if not data.features:
+        rgb = Extraction(RgbStatistics(), "rgb", "rgb", chunk=how[0], stain=how[1])
+        extractions = {"frozen": frozen_extraction(model, *how), "rgb": rgb}
+    parts = dict.fromkeys(("train", "val", split))
+    bags_of = {row.slide_id: row for part in parts for row in data.rows(part)}
+
+    def features_of(extraction: Extraction | None, bag: Bag) -> FrozenSlide:
+        if extraction is None:
+            z_TD, score_T = bag.features.z_TD, bag.features.score_T
+            slide = bag.slide_id, bag.case_id, z_TD, bag.labels_K
+            return FrozenSlide.of(*slide, score_T, bag.places)
+        z_TD, parts = [], getattr(bag.tiles, "parts", [bag.tiles])
+        features = (shared or folder) / tile_source.grid.tag / f"features_{extraction.name}"
+        for row, tiles in zip(bags_of[bag.slide_id].slides, parts, strict=True):
+            path, index = features / f"{row.slide_id}.h5", tile_source.index(row)
+            if extraction.fault(path, index, scores=False):
+                extraction.write(path, tiles, index, tile_source.tissue)
+            z_TD.append(read_features(path))
+        return FrozenSlide.of(
+            bag.slide_id, bag.case_id, torch.cat(z_TD), bag.labels_K, places=bag.places
+        )
+
+    rows, made = [], {}
+    for title, kind, fit in FROZEN_ROWS:
+        if kind not in extractions:
+            continue
+        if kind not in made:
+            read = partial(features_of, extractions[kind])
+            made[kind] = {part: feature_bags(data, part, kind, read) for part in parts}
+        bags = made[kind]
+        baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
+        say(f"{title}: {baseline.describe()}")
+        name = row_folder(title)
+        of = {}
+        for part in dict.fromkeys(("val", split)):
+            predictions = [predict_features(baseline, bag) for bag in bags[part]]
+            of[part] = by_case(data, part, predictions)
+            write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
+        rows.append(result_row(title, folder / name, of, split, end_to_end=False))
+    return rows
+
+
+def predict_features(baseline: Fitted | LinearProbe, slide: FrozenSlide) -> Prediction:
+    """Return a baseline's prediction of a slide."""
+    logits_K, weights_T = baseline.logits(slide)
+    weights = np.empty(0) if weights_T is None else weights_T.numpy()
+    predicted_P = baseline.task.predict(logits_K).numpy()
+    target_Y = slide.target_Y.numpy()
+    return Prediction(
+        slide.slide_id, slide.case_id, target_Y, predicted_P, weights, logits_K.numpy()
+    )
+
+
+def feature_bags(
+    data: SlideData, split: str, kind: str, features: Callable[[Bag], FrozenSlide]
+) -> list[FrozenSlide]:
+    """Return the features of every slide of a split that can be read."""
+    bags = []
+    for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):
+        with suppress(SkippedBag):
+            bags.append(features(bag))
+    return bags
+
+
+def by_case(data: SlideData, split: str, predictions: list[Prediction]) -> list[Prediction]:
+    """Return predictions, pooled over cases if `data.pool` asks for it."""
+    if data.pool == "union":
+        return predictions
+    cases = group_by_case(data.cohort.split(split), data.cohort.labels)
+    return pool_cases(predictions, data.task, data.pool, cases)
+
+
+def result_row(
+    title: str, folder: Path, of: dict[str, list[Prediction]], split: str, *, end_to_end: bool
+) -> ResultRow:
+    """Return a row of the report from predictions of its split and of validation."""
+    # None for the val split itself: thresholds are not judged on the split they were chosen on
+    metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
+    return ResultRow(
+        title,
+        end_to_end=end_to_end,
+        slide_ids=[each.slide_id for each in predictions],
+        case_ids=[each.case_id for each in predictions],
+        y_NK=np.stack([each.labels_K for each in predictions]),
+        p_NK=np.stack([each.probs_K for each in predictions]),
+        metrics_csv=metrics if metrics.exists() else None,
+        validation=None
+        if split == "val" or not val
+        else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
+    )

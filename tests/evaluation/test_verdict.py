@@ -1,0 +1,88 @@
+"""`tapfm test` compares each adapted run with the frozen encoder that the run saved beside it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from tapfm.cli import main
+from tapfm.slide_model import model as models
+from tests.cohorts import write_cohort
+
+CURVE = [{"a": a, "loss": 0.5, "error": 0.1, "figure": 0.6, "head": "gated"} for a in (0, 0.5, 1)]
+
+
+def saved(run, best, control, a):
+    """Write what a run leaves that kept this share: `best` may be the control."""
+    facts = {
+        "trained": {"name": "lora"},
+        "interpolation": {"a": a, "source": "best epoch", "reason": "least", "curve": CURVE},
+    }
+    models.save(best, run / "best.safetensors", **facts)
+    models.save(control, run / "control.safetensors", **facts)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return three runs: of a half kept, of nothing kept, and of no choice, as 0.1.0 left it."""
+    folder = tmp_path_factory.mktemp("verdict")
+    config = write_cohort(folder)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1", "--name", "old"]
+    assert main([*fit, "--model.strategy", "lora"]) == 0
+    runs = folder / "runs"
+    adapted = models.load(runs / "old" / "best.safetensors")
+    alike = replace(adapted.model_config, strategy={"name": "frozen"})
+    control = models.build(alike)
+    control.aggregator.load_state_dict(adapted.aggregator.state_dict())
+    for name, best, a in (("half", adapted, 0.5), ("none", control, 0)):
+        shutil.copytree(runs / "old", runs / name)
+        saved(runs / name, best, control, a)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def tested(runs):
+    assert main(["test", "--run", str(runs), "--overlays", "0"]) == 0
+    return json.loads((runs / "report_test" / "metrics_test.json").read_text())
+
+
+def test_runs_and_their_controls_are_rows(runs, tested):
+    rows = {title: row["end_to_end"] for title, row in tested["arms"].items()}
+    assert dict(list(rows.items())[4:]) == {  # behind the baselines
+        "frozen encoder, same head, half": False,
+        "end to end, half": True,
+        "frozen encoder, same head, none": False,
+        "end to end, none": True,
+        "end to end, old": True,
+    }
+    tables = {
+        path: pd.read_csv(runs / path / "predictions_test.csv")
+        for path in ("half", "half/control", "none", "none/control", "old")
+    }
+    pd.testing.assert_frame_equal(tables["half/control"], tables["none"])
+    pd.testing.assert_frame_equal(tables["none/control"], tables["none"])
+    pd.testing.assert_frame_equal(tables["half"], tables["old"])
+    assert (tables["half"]["p_EGFR"] != tables["none"]["p_EGFR"]).all()
+
+
+def test_each_adapted_run_has_its_verdict(tested):
+    half, none = tested["verdicts"]
+    assert (half["run"], half["control"]) == ("half", "frozen encoder, same head, half")
+    macro = [tested["arms"][half[key]]["figures"]["macro"]["auroc"]["value"]
+             for key in ("row", "control")]  # fmt: skip
+    assert half["difference"]["value"] == pytest.approx(macro[0] - macro[1])
+    assert half["sentence"].endswith("saved: a = 0.5 of the best epoch.")
+    assert none["outcome"] == "frozen"
+    assert [none["difference"][key] for key in ("value", "low", "high")] == [0, 0, 0]
+    assert none["sentence"] == (
+        "none: nothing was kept (a = 0): the frozen encoder is what was saved; use it."
+    )
+
+
+def test_the_verdicts_are_printed_first(runs, tested, capsys):
+    assert main(["test", "--run", str(runs), "--overlays", "0"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(" ".join(each["sentence"] for each in tested["verdicts"]))
+    assert "frozen, linear probe: " in printed
