@@ -76,7 +76,7 @@ def files_below(folder: Path) -> list[Path]:
     A link to a folder that it lies in is not entered again. Files that macOS puts beside others on
     foreign disks (`._name`) are left out.
     """
-    found, waiting = [], [(Path(folder), frozenset())]
+    found, waiting = [], [(Path(folder), frozenset(Path(folder).resolve().parents))]
     while waiting:
         place, above = waiting.pop()
         here = place.resolve()
@@ -109,6 +109,11 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text; missing folders are made."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def plain_name(text: str) -> str:
+    """Return text as the name of one file or folder: `HER2/neu` is `HER2_neu`."""
+    return re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", text).strip(". ") or "_"
 
 
 def write_json(path: Path, value: object) -> None:

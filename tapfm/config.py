@@ -36,8 +36,9 @@ def read_source(configs: Sequence[Path]) -> Source:
     if stain not in (None, *METHODS):
         faults.append(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
     labels, on_error = data.get("labels"), data.get("on_error", "stop")
-    if labels is not None and not isinstance(labels, list):
-        faults.append(f"data.labels: {labels!r} is no list: write [{labels}]")
+    for key in ("labels", "missing"):
+        if not isinstance(data.get(key, []), list | None):
+            faults.append(f"data.{key}: {data[key]!r} is no list: write [{data[key]}]")
     if on_error not in ("stop", "skip"):
         faults.append(f"data.on_error: {on_error!r} is neither stop nor skip")
     workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
@@ -49,6 +50,7 @@ def read_source(configs: Sequence[Path]) -> Source:
             labels,
             folder and Path(folder),
             task=data.get("task") or "multilabel",
+            missing=data.get("missing") or (),
         ).rows,
         Path(data.get("index_dir", "data/index")),
         Path(cache) if cache else None,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from slides.cache.cohort import cache_cohort
-from slides.cohort.labelled_tiles import read_labelled_tiles
+from slides.cohort.labelled_tiles import read_tiles
 from slides.cohort.resplit import run_split
 from slides.cohort.splits import fixed_split, gather_cases, monte_carlo
 from slides.demo.cohort import plan_demo, write_demo
@@ -116,7 +116,7 @@ def test_splits_refuse_seeds_repeats_and_shares_by_value(tmp_path):
     path = table(tmp_path, unsplit, "path,label,case_id")
     for shares in ((0.8, 0.2), (1.0, -0.1, 0.1), (0.0, 0.0, 0.0)):
         with pytest.raises(SplitError, match=r"data\.fractions is .*: give the shares"):
-            read_labelled_tiles(path, fractions=shares)
+            read_tiles(path, fractions=shares)
 
 
 def test_no_fault_raises_nothing_and_another_class_may_be_named():

@@ -14,8 +14,9 @@ These data sets are read as they are published: NCT-CRC-HE-100K with CRC-VAL-HE-
 class); OSPatch (trainval and test; its maps, `nuclei` and `non`, are not classes).
 
 Tiles without a part are assigned one by case: no case is ever in two parts, and a table or folder
-with such a case is refused. If cases are not known, each tile counts as its own case: neighbours
-may then be in two parts, and intervals are too narrow (`TileSet.cases_known`).
+with such a case is refused. A picture in two parts, the same byte for byte, is warned of. If cases
+are not known, each tile counts as its own case: neighbours may then be in two parts, and intervals
+are too narrow (`TileSet.cases_known`).
 
 Source: Kather et al. 2018, doi 10.5281/zenodo.1214456, for NCT-CRC: classes as folders, .tif of 224
     px at 0.5 microns per pixel; the published files name no patient. Nechaev et al. 2025 (SPIDER,
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,10 +41,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from slides.cohort.leaks import repeated_values, same_pictures
+from slides.cohort.spelling import case_key, is_missing, look_alike
 from slides.cohort.splits import FRACTIONS, Cases, assign_parts
-from slides.cohort.table import SPLITS, UNKNOWN, read_table, repeated_values
+from slides.cohort.table import SPLITS
+from slides.cohort.table_file import file_at, read_table
 from slides.cohort.targets import named_as_mean
-from slides.errors import CohortError, SplitError, TileError, all_faults
+from slides.errors import CohortError, SplitError, TileError, all_faults, some
 from slides.files import files_below
 from slides.seeds import stable_seed
 
@@ -109,7 +114,7 @@ class TileSet:
         return [counts.total() / (len(self.classes) * counts[name]) for name in self.classes]
 
 
-def read_labelled_tiles(
+def read_tiles(
     source: Path,
     case_pattern: str | None = None,
     fractions: Sequence[float] = FRACTIONS,
@@ -138,10 +143,11 @@ def read_labelled_tiles(
         rows, known = _cases_by_name(source, rows, case_pattern), True
     root = source if source.is_dir() else source.parent
     rows = [row if row.case_id else replace(row, case_id=_within(root, row.path)) for row in rows]
-    faults = _case_faults(rows)
+    faults = _case_faults(rows, known)
     if faults:
         raise CohortError(all_faults(source, faults))
     found = TileSet(tuple(_with_parts(rows, known, fractions, seed)), known)
+    _warn_of_copies(source, found)
     faults = _class_faults(found)
     if faults:
         raise CohortError(all_faults(source, faults))
@@ -212,13 +218,13 @@ def _from_table(table: Path) -> tuple[list[TileRow], bool]:
     rows, files = [], {}
     for number, cells in lines if not missing else ():
         row = dict(zip(header, cells, strict=False))
-        path = table.parent / row.get("path", "")
+        path = file_at(table.parent, row.get("path", ""))
         label, part = row.get("label", ""), row.get("split", "")
         if not row.get("path") or not path.is_file():
             faults.append(f"row {number}: {path} is no file: correct path or leave the row out")
         else:
             files[number] = str(path.resolve())
-        if label.lower() in UNKNOWN:
+        if is_missing(label):
             faults.append(
                 f"row {number}: label is {label!r}: a tile needs a class, or leave it out"
             )
@@ -254,21 +260,38 @@ def _within(root: Path, path: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _case_faults(rows: list[TileRow]) -> list[str]:
-    parts = defaultdict(Counter)
+def _case_faults(rows: list[TileRow], known: bool) -> list[str]:
+    """Return a fault for each case in two parts, or of two spellings that may be dealt apart."""
+    parts, names = defaultdict(Counter), defaultdict(dict)
     for row in rows:
-        parts[row.case_id][row.part] += 1
+        key = case_key(row.case_id) if known else row.case_id
+        parts[key][row.part] += 1
+        names[key][row.case_id] = None
     return [
-        f"case {case} is in "
+        (f"case {some(list(names[key]))}" if len(names[key]) == 1
+         else f"cases {' and '.join(map(repr, names[key]))} look like one, spell it one way: it")
+        + " is in "
         + " and ".join(f"{part} ({count} tiles)" for part, count in sorted(counts.items()))
         + ": put all tiles of a case in one part"
-        for case, counts in parts.items()
-        if len(counts) > 1
-    ]
+        for key, counts in parts.items()
+        if len(counts) > 1 or (len(names[key]) > 1 and not counts.keys() <= set(SPLITS))
+    ]  # fmt: skip
+
+
+def _warn_of_copies(source: Path, tiles: TileSet) -> None:
+    """Warn of tiles in two parts whose files have the same bytes."""
+    copies = same_pictures({row: (row.path, row.part) for row in tiles.rows})
+    if copies:
+        each = [" and ".join(f"{r.part}/{r.path.name}" for r in rows[:3]) for rows, _ in copies]
+        warnings.warn(
+            f"{source}: {len(copies)} tiles are in two parts, the same byte for byte: "
+            f"{some(each)}. Figures are flattered. Keep one of each.",
+            stacklevel=3,
+        )
 
 
 def _class_faults(tiles: TileSet) -> list[str]:
-    faults = named_as_mean("class", tiles.classes)
+    faults = named_as_mean("class", tiles.classes) + look_alike(tiles.classes)
     if len(tiles.classes) < 2:
         faults.append(f"only the class {', '.join(tiles.classes)}: two or more are needed")
     for split in ("train", "val"):

@@ -8,18 +8,23 @@ relative to the table's folder become relative to the new table's; with `slides_
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slides.cohort.leaks import cases_spelled_twice, repeated_values
+from slides.cohort.spelling import missing_words
 from slides.cohort.split_files import (
     clam_bool_text,
     clam_text,
     csv_text,
+    label_conflicts,
     patho_bench_texts,
+    read_records,
     read_split,
+    slide_names,
 )
 from slides.cohort.splits import (
     FRACTIONS,
@@ -32,12 +37,20 @@ from slides.cohort.splits import (
     monte_carlo,
 )
 from slides.cohort.strata import stratify
-from slides.cohort.table import OPTIONAL, REQUIRED, read_table, repeated_columns, repeated_values
-from slides.cohort.targets import KNOWN, Cells, Columns, make_columns, named_columns
+from slides.cohort.table import OPTIONAL, REQUIRED
+from slides.cohort.table_file import file_at, read_table, repeated_columns
+from slides.cohort.targets import (
+    Cells,
+    Classes,
+    Columns,
+    Labels,
+    make_columns,
+    named_columns,
+    zero_or_one,
+)
 from slides.cohort.tcga_names import site_of
 from slides.errors import SplitError, all_faults, refuse
-from slides.files import write_text
-from slides.wsi.reader import slide_stem
+from slides.files import plain_name, write_text
 
 
 def run_split(
@@ -54,6 +67,7 @@ def run_split(
     formats: Sequence[str] = ("table",),
     task: str | Mapping[str, Any] = "multilabel",
     slides_dir: str | None = None,
+    missing: Sequence[str] = (),
 ) -> int:
     """Split the cases or read a split, print its balance, and write it; return exit code 0.
 
@@ -71,32 +85,67 @@ def run_split(
         formats: any of table, clam, clam-bool, patho-bench.
         task: the type of the labels: a name, or a name and options (`slides.cohort.targets`).
         slides_dir: folder of relative slide paths, which are then kept; None is the table's.
+        missing: the user's words for unknown labels, beside NA and the like.
 
     Raises:
         SplitError: the table is faulty (all faults are listed), or no such split can be made.
     """
+    words = missing_words(missing)
     columns, labels = _columns(task, labels)
     several = folds is not None or (repeats or 1) > 1 or list(formats) != ["table"]
     binary = "patho-bench" not in formats or columns.binary
     _check_options(out, [folds, repeats, source], several, "" if binary else task)
-    records, labels, cases = _read(table, labels, columns)
+    records, labels, cases = _read(table, labels, columns, words)
     case_of = {row["slide_id"]: row["case_id"] for row in records}
-    how = seed, preserve_sites
+    by_name = labels if isinstance(columns, Labels | Classes) else ()
+    mixed = label_conflicts(records, case_of, by_name, words)
+    _say_mixed(table, mixed, "patho-bench" in formats)
     if source is not None:
-        also = {slide_stem(r["slide_path"]): r["case_id"] for r in records if r.get("slide_path")}
-        splits = [read_split(source, also | case_of, fold)]
-    elif folds is not None:
-        splits = kfold(cases, folds, *how)
-    elif repeats is not None:
-        splits = monte_carlo(cases, repeats, fractions, *how)
+        names = slide_names((r["slide_id"], r.get("slide_path", ""), r["case_id"]) for r in records)
+        splits = [read_split(source, names, fold)]
+        _compare_with_source(source, records, names, by_name, words)
     else:
-        splits = [fixed_split(cases, fractions, *how)]
+        splits = _deal(cases, folds, repeats, fractions, seed, preserve_sites)
     _print_balance(cases, splits)
     base = None if slides_dir else table.parent
     for path, text in _files(table, out, records, labels, case_of, splits, formats, base).items():
         write_text(path, text)
     print(f"{out}: written")
     return 0
+
+
+def _deal(cases: Cases, folds, repeats, fractions, *how) -> list[Split]:
+    if folds is not None:
+        return kfold(cases, folds, *how)
+    if repeats is not None:
+        return monte_carlo(cases, repeats, fractions, *how)
+    return [fixed_split(cases, fractions, *how)]
+
+
+def _say_mixed(table: Path, mixed: Mapping[tuple[str, str], list[str]], by_case: bool) -> None:
+    """Print which cases have slides of several values; refuse them if labels are by case."""
+    faults = [
+        f"case {case}: its slides are {' and '.join(values)} in {label}"
+        for (case, label), values in mixed.items()
+    ]
+    if by_case:
+        remedy = ": Patho-Bench takes a label a case: give its slides one value, or blank cells"
+        refuse([fault + remedy for fault in faults], table, SplitError)
+    print("".join(f"warning: {fault}\n" for fault in faults), end="")
+
+
+def _compare_with_source(
+    source: Path, records: list[dict], names: Mapping[str, str], labels: Sequence[str], words
+) -> None:
+    """Print where another tool's file has other labels than the table, which are kept."""
+    header, theirs = read_records(source)
+    shared = [label for label in labels if label in header]
+    mixed = label_conflicts(theirs, names, shared, words)
+    for (case, label), values in label_conflicts([*records, *theirs], names, shared, words).items():
+        found = mixed.get((case, label))
+        says = f"{' and '.join(found)} in its rows" if found else "another value than the table"
+        print(f"warning: {source}: case {case} has {says} of {label} ({', '.join(values)}): the "
+              "table's is kept")  # fmt: skip
 
 
 def _check_options(out: Path, sources: list, several: bool, not_binary: Any) -> None:
@@ -118,7 +167,7 @@ def _print_balance(cases: Cases, splits: Sequence[Split]) -> None:
 
 
 def _read(
-    table: Path, labels: Sequence[str] | None, columns: Columns
+    table: Path, labels: Sequence[str] | None, columns: Columns, words: Collection[str]
 ) -> tuple[list[dict], Sequence[str], Cases]:
     """Return the table's rows as text, its label columns, and its cases."""
     header, lines = read_table(table)
@@ -136,9 +185,10 @@ def _read(
                 faults.append(f"row {number}: case_id or slide_id is blank: fill it in")
             records[number], texts[number] = row, [row[label] for label in labels]
     if not missing:
-        values = columns.read(Cells(labels, texts, {}), ())
+        values = columns.read(Cells(labels, texts, {}, words), ())
         faults += values.faults
         faults += repeated_values("slide_id", {n: row["slide_id"] for n, row in records.items()})
+        faults += cases_spelled_twice({n: row["case_id"] for n, row in records.items()})
     if faults or not records:
         raise SplitError(all_faults(table, faults or ["no row below the header"]))
     rows = list(records.values())
@@ -181,10 +231,13 @@ def _files(
             files[out / f"splits_{number}_bool.csv"] = clam_bool_text(case_of, split)
     if "patho-bench" in formats:
         for label in labels:
-            known = {row["slide_id"]: KNOWN.get(row[label]) for row in records}
+            known = {row["slide_id"]: zero_or_one(row[label]) for row in records}
             values = {slide: None if v is None else int(v) for slide, v in known.items()}
             task = patho_bench_texts(case_of, splits, label, values)
-            files |= {out / label / name: text for name, text in task.items()}
+            folder = plain_name(label)
+            while any(path.parent == out / folder for path in files):
+                folder += "_"  # of labels that differ in a sign
+            files |= {out / folder / name: text for name, text in task.items()}
     return files
 
 
@@ -195,7 +248,8 @@ def _table_text(base: Path | None, path: Path, records: list[dict], split: Split
         if part := split.get(record["case_id"]):
             row = {**record, "split": part}
             slide = row.get("slide_path")
-            if base and slide and not Path(slide).is_absolute() and (base / slide).exists():
-                row["slide_path"] = Path(os.path.relpath(base / slide, path.parent)).as_posix()
+            if base and slide and not Path(slide).is_absolute() and file_at(base, slide).exists():
+                found = os.path.relpath(file_at(base, slide), path.parent.absolute())
+                row["slide_path"] = Path(found).as_posix()
             rows.append([row[name] for name in header])
     return csv_text([header, *rows], "\t" if path.suffix == ".tsv" else ",")

@@ -7,8 +7,10 @@ are compared and never shown.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from slides.cohort.tcga_names import case_of
@@ -43,6 +45,20 @@ def is_missing(text: str, words: Collection[str] = MISSING) -> bool:
     return not text.strip("-.?'\"# \u2013\u2014") or _word(text) in words
 
 
+def read_number(text: str) -> float | None:
+    """Return the finite number in a cell; None if there is none, or it may be one of two.
+
+    A comma is a decimal sign, but not where it may part thousands: 0,5 is read and 1,234 is not.
+    """
+    if re.fullmatch(r"[+-]?(0,\d+|\d+,(\d{1,2}|\d{4,}))", text):
+        text = text.replace(",", ".")
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
 def case_key(case_id: str) -> str:
     """Return the same key for `7` and `007`, `103` and `103.0`, `P_12` and `p-12`.
 
@@ -50,8 +66,8 @@ def case_key(case_id: str) -> str:
     """
     text = unicodedata.normalize("NFKC", case_of(case_id)).translate(DASHES).casefold()
     text = re.sub(r"[\s_-]+", "-", text).strip("-")
-    number = re.fullmatch(r"(\D*?)-?0*(\d+)(?:\.0+)?", text)
-    return number[1] + number[2] if number else text
+    numbered = re.fullmatch(r"(\D*?)-?0*(\d+)(?:\.0+)?", text)
+    return numbered[1] + numbered[2] if numbered else text
 
 
 def class_key(name: str) -> str:
@@ -60,9 +76,23 @@ def class_key(name: str) -> str:
     Letter case does not count, nor do separators within a name, unless they part two numbers. Signs
     count: `+`, `/`, `<` and a dash at the end of a word.
     """
+    if (value := read_number(name)) is not None:
+        return f"{value:g}"
     text = unicodedata.normalize("NFKC", name).translate(DASHES).casefold()
     text = re.sub(r"(?<=\d)[\s_.,;:-]+(?=\d)", "|", text)
     return re.sub(r"[\s_.,;:'\"()\[\]]+|(?<=\w)-(?=\w)", "", text) or text
+
+
+def look_alike(names: Iterable[str]) -> list[str]:
+    """Return "'A' and 'a' look like one class: spell it one way" for each such group of names."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[class_key(name)].append(repr(name))
+    return [
+        f"{' and '.join(alike)} look like one class: spell it one way"
+        for alike in groups.values()
+        if len(alike) > 1
+    ]
 
 
 def _word(text: str) -> str:

@@ -6,7 +6,8 @@
                  <task>/config.yaml part's name in each; and the meaning of the label's numbers
 
 A split that is read becomes case -> part. A case in two parts of one split (a leak) and slides that
-the cohort does not have are refused. Slides that the file does not name are left out.
+the cohort does not have are refused. Slides that the file does not name are left out. A slide may
+be named by its id, its file, with ending and folder or without, or by its features' file.
 
 Source: CLAM's `create_splits_seq.py` and the format of Patho-Bench's split files.
 """
@@ -16,14 +17,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from slides.cohort.spelling import is_missing, tidy
 from slides.cohort.splits import Split
 from slides.cohort.table import SPLITS
+from slides.cohort.targets import zero_or_one
 from slides.errors import SplitError, all_faults
+from slides.files import decode_text
 
+ENDING = re.compile(  # of slides, and of the features of one
+    r"\.(svs|ndpi|mrxs|scn|bif|vms|vmu|svslide|czi|dcm|isyntax|qptiff|(ome\.)?tiff?|jpe?g|png|h5|pt)$",
+    re.I,
+)
 TRUE = frozenset({"true", "1", "1.0"})
 FALSE = frozenset({"false", "0", "0.0", ""})
 
@@ -83,26 +92,88 @@ def patho_bench_texts(
     return {"k=all.tsv": csv_text([header, *rows], "\t"), "config.yaml": config}
 
 
+def slide_names(slides: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """Return name -> case of slides given as (slide_id, path or "", case_id).
+
+    A slide is named by its id and by its file, unless a file of another case has the same name.
+    """
+    files, ids = defaultdict(set), {}
+    for slide, path, case in slides:
+        ids[slide] = case
+        for name in {_file_name(path), _without_ending(_file_name(path))} - {""}:
+            files[name].add(case)
+    return {name: min(cases) for name, cases in files.items() if len(cases) == 1} | ids
+
+
+def find_slide(name: str, names: Mapping[str, str]) -> str | None:
+    r"""Return the name in `names` that a split's name of a slide stands for; None if there is none.
+
+    `103.0` is 103, and `slides\s3.tif` is s3.
+    """
+    file = _file_name(name)
+    whole = name.removesuffix(".0") if re.fullmatch(r"\d+\.0", name) else name
+    tried = (name, file, _without_ending(file), whole)
+    return next((each for each in tried if each in names), None)
+
+
+def read_records(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header of another tool's split file, and its rows by column.
+
+    Raises:
+        SplitError: it cannot be read.
+    """
+    try:
+        text = decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise SplitError(f"{path}: no readable split ({error}). Correct its path.") from error
+    except ValueError as error:
+        raise SplitError(f"{path}: no readable split: {error}") from error
+    first = text.partition("\n")[0]
+    separator = "\t" if "\t" in text else max(",;", key=first.count)
+    lines = [
+        [tidy(cell) for cell in line] for line in csv.reader(text.splitlines(), delimiter=separator)
+    ]
+    header = lines[0] if lines else []
+    return header, [dict(zip(header, line, strict=False)) for line in lines[1:] if any(line)]
+
+
+def label_conflicts(
+    records: Iterable[Mapping[str, str]],
+    case_of: Mapping[str, str],
+    labels: Iterable[str],
+    missing: Collection[str],
+) -> dict[tuple[str, str], list[str]]:
+    """Return (case, label) -> its values, in order, where rows of a case have several.
+
+    Args:
+        records: rows with slide_id and label columns; blank and unknown cells do not count.
+        case_of: slide name -> case_id; rows of other slides do not count.
+        labels: the columns to compare.
+        missing: words for unknown (`slides.cohort.spelling.missing_words`).
+    """
+    found = defaultdict(dict)
+    for row in records:
+        slide = find_slide(row.get("slide_id", ""), case_of)
+        for label in labels if slide is not None else ():
+            text = row.get(label, "")
+            if not is_missing(text, missing):
+                value = zero_or_one(text)
+                found[case_of[slide], label][text if value is None else f"{value:g}"] = None
+    return {key: list(values) for key, values in found.items() if len(values) > 1}
+
+
 def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
     """Return case -> part from a CLAM CSV of either form or a Patho-Bench `k=all.tsv`.
 
     Args:
         path: the file; its columns show which kind it is.
-        case_of: slide name -> case_id of the cohort's slides; a slide may have several names (its
-            id, its file's stem).
+        case_of: slide name -> case_id of the cohort's slides, see `slide_names`.
         fold: column fold_<n> of a Patho-Bench file; a CLAM file has one split.
 
     Raises:
         SplitError: no such file or format, unknown slides, or a case in two parts.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SplitError(f"{path}: no readable split ({error}). Correct its path.") from error
-    lines = list(csv.reader(io.StringIO(text), delimiter="\t" if "\t" in text else ","))
-    header = lines[0] if lines else []
-    records = [dict(zip(header, line, strict=False)) for line in lines[1:] if any(line)]
+    header, records = read_records(path)
     column = f"fold_{fold}"
     faults: list[str] = []
     if {"slide_id", column} <= set(header):
@@ -145,10 +216,10 @@ def _by_case(parts, case_of: Mapping[str, str], faults: list[str]) -> Split:
     for slide, part, number in parts:
         if part not in (*SPLITS, ""):
             faults.append(f"row {number}: {slide} is in {part!r}: write train, val or test")
-        elif slide not in case_of:
+        elif (name := find_slide(slide, case_of)) is None:
             unknown.append(slide)
         elif part:
-            rows[case_of[slide]][part].append(slide)
+            rows[case_of[name]][part].append(slide)
     if unknown:
         faults.append(
             f"{len(unknown)} slides are not in the cohort: {', '.join(unknown[:5])}"
@@ -162,6 +233,14 @@ def _by_case(parts, case_of: Mapping[str, str], faults: list[str]) -> Split:
                 + ": put all its slides in one part"
             )
     return {case: next(iter(where)) for case, where in rows.items()}
+
+
+def _file_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _without_ending(name: str) -> str:
+    return ENDING.sub("", name)
 
 
 def csv_text(rows: Iterable[Sequence], delimiter: str = ",") -> str:

@@ -78,9 +78,24 @@ class Balance:
                 + "".join(f"{p:>6} of {n:<4}{p / max(n, 1):>6.1%}" for p, n in row.values())
             )
         worst = f"; at worst {self.worst_points:.1f} points from the whole ({self.worst})"
-        return "\n".join(lines) + (
-            f"\nsites in more than one part: {self.sites_shared}{worst if labels else ''}"
-        )
+        lines.append(f"sites in more than one part: {self.sites_shared}{worst if labels else ''}")
+        for label, lacks in self.lacking().items():
+            lines.append(
+                f"warning: {label} has {' and '.join(lacks)}. A label of 0 and 1 needs both in "
+                "each part: training refuses this split until cases are moved or the label is left "
+                "out."
+            )
+        return "\n".join(lines)
+
+    def lacking(self) -> dict[str, list[str]]:
+        """Return label -> "no positive in test" and the like, for labels that lack something."""
+        lacks = defaultdict(list)
+        for part, row in self.positive.items():
+            for label, (ones, known) in row.items() if part != "all" else ():
+                for what, count in (("positive", ones), ("negative", known - ones)):
+                    if not count:
+                        lacks[label].append(f"no {what} in {part}")
+        return dict(lacks)
 
 
 def gather_cases(

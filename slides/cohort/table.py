@@ -5,25 +5,28 @@
     every other column                      a label, unless the labels are named
 
 A label is 1, 0 or unknown; other tasks have other values (`slides.cohort.targets`). A blank cell or
-NA is *unknown*: it becomes nan, is masked in the loss and the metrics, and is never counted as 0.
+a word such as NA (`slides.cohort.spelling`) is *unknown*: it becomes nan, is masked in the loss and
+the metrics, and is never counted as 0.
 All faults of a table are reported in one `CohortError`, each with its row (as a spreadsheet numbers
 them: the header is row 1) and its remedy, so that one round of corrections is enough.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slides.cohort.targets import UNKNOWN, Cells, make_columns
-from slides.errors import CohortError, SettingsError, all_faults, some_rows
+from slides.cohort.leaks import cases_in_two_splits, repeated_values, same_pictures
+from slides.cohort.spelling import is_missing, missing_words, read_number
+from slides.cohort.table_file import file_at, read_table, repeated_columns
+from slides.cohort.targets import Cells, make_columns
+from slides.errors import CohortError, SettingsError, all_faults, some
 from slides.grid import MPP_RANGE
 
 SPLITS = ("train", "val", "test")
@@ -104,6 +107,7 @@ def read_cohort(
     both_classes: Collection[str] = SPLITS,
     task: str | Mapping[str, Any] = "multilabel",
     need_slides: bool = True,
+    missing: Sequence[str] = (),
 ) -> Cohort:
     """Return the cohort of a CSV, TSV or Parquet table; a faulty table is refused.
 
@@ -115,6 +119,7 @@ def read_cohort(
         both_classes: splits in which each label must have a known 0 and a known 1 (or the values
             that another task needs), unless the split is empty. Use () for prediction alone.
         need_slides: whether slide_path and the slides must be there.
+        missing: the user's words for unknown, beside those of `slides.cohort.spelling.MISSING`.
         task: type of the label columns, a name or name and options: `slides.cohort.targets`.
 
     Raises:
@@ -129,8 +134,7 @@ def read_cohort(
     faults = _header_faults(header, labels, required)
 
     base = Path(slides_dir) if slides_dir is not None else table.parent
-    if not records:
-        faults.append("there is no row below the header: add a row for each slide")
+    faults += [] if records else ["there is no row below the header: add a row for each slide"]
     rows: dict[int, SlideRow] = {}
     texts: dict[int, list[str]] = {}
     present = [name for name in labels if name in header]
@@ -145,69 +149,17 @@ def read_cohort(
         rows[number] = _row(number, record, base, faults, required)
         texts[number] = [record[name] for name in present]
 
-    splits = {number: row.split for number, row in rows.items()}
-    faults += _duplicates(rows) + _cases_in_two_splits(rows)
+    faults += _leaks(rows)
     if len(present) == len(labels) or columns.apart:
-        values = columns.read(Cells(present, texts, splits), both_classes)
-        faults += values.faults
+        splits = {number: row.split for number, row in rows.items()}
+        cells = Cells(present, texts, splits, missing_words(missing))
+        faults += (values := columns.read(cells, both_classes)).faults
     if faults:
         raise CohortError(all_faults(table, faults))
+    if need_slides:
+        _warn_of_copies(table, rows.values())
     each = (replace(row, labels=values.rows[number]) for number, row in rows.items())
     return Cohort(tuple(labels), tuple(each), values.classes)
-
-
-def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return header and (row number, cells), as stripped text; blank rows are left out.
-
-    Raises:
-        CohortError: the file is missing, of another format, or has no header.
-    """
-    if not table.is_file():
-        raise CohortError(f"{table}: there is no such file. Give the path of the cohort table.")
-    suffix = table.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            lines = _parquet_lines(table)
-        elif suffix in (".csv", ".tsv"):
-            with table.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a BOM
-                lines = list(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
-        else:
-            raise CohortError(
-                f"{table}: tables end in .csv, .tsv or .parquet, this one in {suffix or 'nothing'}."
-                " Save it as one of them."
-            )
-    except UnicodeDecodeError as error:
-        raise CohortError(f"{table}: not UTF-8 text ({error}). Save it as UTF-8.") from error
-    except (csv.Error, OSError) as error:
-        raise CohortError(f"{table}: cannot be read ({error}). Export it again.") from error
-    lines = [[cell.strip() for cell in line] for line in lines]
-    if not lines or not any(lines[0]):
-        raise CohortError(f"{table}: no header. The first row must name {', '.join(REQUIRED)}.")
-    if len(lines[0]) == 1 and ";" in lines[0][0]:
-        raise CohortError(
-            f"{table}: the columns are separated by semicolons. Export it with commas, or as .tsv."
-        )
-    return lines[0], [(n, line) for n, line in enumerate(lines[1:], start=2) if any(line)]
-
-
-def _parquet_lines(table: Path) -> list[list[str]]:
-    import pandas  # here, because most tables are text and this import costs half a second
-
-    try:
-        frame = pandas.read_parquet(table)
-    except (ValueError, OSError, ImportError) as error:
-        why = f"not a readable Parquet file ({error}). Write it again, or save it as .csv."
-        raise CohortError(f"{table}: {why}") from error
-
-    def text(value) -> str:
-        if pandas.isna(value):
-            return ""
-        if isinstance(value, float) and value.is_integer():
-            return str(int(value))  # a whole-number column with gaps is stored as floats
-        return str(int(value)) if pandas.api.types.is_bool(value) else str(value)
-
-    columns = [[text(value) for value in frame[name].tolist()] for name in frame.columns]
-    return [[str(name) for name in frame.columns], *map(list, zip(*columns, strict=True))]
 
 
 def _header_faults(
@@ -247,7 +199,7 @@ def _row(number, record, base, faults, required) -> SlideRow:
     path = Path()
     if slide_path := record.get("slide_path"):
         try:
-            path = (base / Path(slide_path).expanduser()).absolute()
+            path = file_at(base, slide_path)
             found = path.resolve().exists()
         except (OSError, RuntimeError):  # too long a name, circular links, unknown home
             path, found = Path(slide_path), False
@@ -259,9 +211,9 @@ def _row(number, record, base, faults, required) -> SlideRow:
             path = Path()
 
     text, mpp = record.get("mpp", ""), None
-    if text.lower() not in UNKNOWN:
-        mpp = _number(text)
-        if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:  # also catches nan
+    if not is_missing(text):
+        mpp = read_number(text)
+        if mpp is None or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
             faults.append(
                 f"row {number}: mpp is {text!r}: give microns per pixel between {MPP_RANGE[0]:g} "
                 f"and {MPP_RANGE[1]:g}, or leave it blank to take it from the slide"
@@ -279,50 +231,25 @@ def _row(number, record, base, faults, required) -> SlideRow:
     )
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def repeated_columns(header: Sequence[str]) -> list[str]:
-    """Return a fault for each column name that appears more than once."""
-    return [
-        f"column {name!r} appears {times} times: rename or remove one"
-        for name, times in sorted(Counter(header).items())
-        if times > 1
-    ]
-
-
-def repeated_values(name: str, values: Mapping[int, str]) -> list[str]:
-    """Return a fault for each value of column `name` that several rows have."""
-    rows = defaultdict(list)
-    for number, value in values.items():
-        rows[value].append(number)
-    return [
-        f"{some_rows(where)}: {name} {value} appears {len(where)} times: keep one row"
-        for value, where in rows.items()
-        if value and len(where) > 1
-    ]
-
-
-def _duplicates(rows: dict[int, SlideRow]) -> list[str]:
-    """Return a fault for each repeated slide_id or file; both would leak between splits."""
+def _leaks(rows: dict[int, SlideRow]) -> list[str]:
+    """Return a fault for each repeated slide_id or file, and for what is in two splits."""
     names = {number: row.slide_id for number, row in rows.items()}
-    files = {n: str(row.path.resolve()) for n, row in rows.items() if row.path != Path()}
-    return repeated_values("slide_id", names) + repeated_values("slide_path", files)
+    there = {number: row for number, row in rows.items() if row.path != Path()}
+    files = {number: str(row.path.resolve()) for number, row in there.items()}
+    dealt = {  # a misspelt split is reported as such
+        number: (row.case_id, row.split)
+        for number, row in rows.items()
+        if row.case_id and row.split in SPLITS
+    }
+    faults = repeated_values("slide_id", names) + repeated_values("slide_path", files)
+    return faults + cases_in_two_splits(dealt)
 
 
-def _cases_in_two_splits(rows: dict[int, SlideRow]) -> list[str]:
-    cases = defaultdict(lambda: defaultdict(list))
-    for number, row in rows.items():
-        if row.case_id and row.split in SPLITS:  # a misspelt split is reported as such
-            cases[row.case_id][row.split].append(number)
-    return [
-        f"case {case} is in "
-        + " and ".join(f"{split} ({some_rows(where)})" for split, where in splits.items())
-        + ": put all slides of a case in one split"
-        for case, splits in cases.items()
-        if len(splits) > 1
-    ]
+def _warn_of_copies(table: Path, rows: Collection[SlideRow]) -> None:
+    """Warn of slides in two splits whose files have the same bytes."""
+    for copies, splits in same_pictures({row: (row.path, row.split) for row in rows}):
+        warnings.warn(
+            f"{table}: {some([row.slide_id for row in copies])} are the same slide, byte for byte, "
+            f"in {' and '.join(splits)}: figures are flattered. Keep one row.",
+            stacklevel=3,
+        )

@@ -18,11 +18,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+from slides.cohort.spelling import MISSING, is_missing, look_alike, read_number
 from slides.cohort.strata import Strata, class_strata, label_strata, number_strata, time_strata
 from slides.errors import CohortError, some, some_rows
 
-UNKNOWN = frozenset({"", "na", "n/a", "nan", "null", "none", "unknown"})
-KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}  # in lower case
+KNOWN = {"false": 0.0, "true": 1.0}  # beside numbers, in lower case
 MEAN = "macro"  # name of the mean over classes or columns in every table of figures
 MANY = 8  # unreadable cells of a column that are listed one by one
 
@@ -37,15 +37,22 @@ class Cells:
     """Row number -> one text per column."""
     splits: Mapping[int, str]
     """Row number -> split."""
+    missing: Collection[str] = MISSING
+    """Words for unknown, see `slides.cohort.spelling.missing_words`."""
 
     def known(self, column: int) -> dict[int, str]:
-        """Return row number -> text of a column, without unknown cells."""
-        each = {number: texts[column] for number, texts in self.texts.items()}
-        return {number: text for number, text in each.items() if text.lower() not in UNKNOWN}
+        """Return row number -> text of a column, without unknown cells; beside `+` a `-` is one."""
+        each = {row: texts[column] for row, texts in self.texts.items()}
+        sign = "-" if "+" in each.values() else None
+        return {
+            row: text
+            for row, text in each.items()
+            if text == sign or not is_missing(text, self.missing)
+        }
 
     def of(self, split: str) -> list[int]:
         """Return the row numbers of a split."""
-        return [number for number, each in self.splits.items() if each == split]
+        return [row for row, each in self.splits.items() if each == split]
 
 
 @dataclass(frozen=True)
@@ -135,22 +142,15 @@ class Classes(Columns):
         """Return numbers, faults and class names, see `Columns.read`."""
         known, (name,) = cells.known(0), cells.names
         classes = sorted(set(known.values()), key=_order)
-        number = {text: float(place) for place, text in enumerate(classes)}
-        rows = {row: (number.get(known.get(row), math.nan),) for row in cells.texts}
+        place = {text: float(at) for at, text in enumerate(classes)}
+        rows = {row: (place.get(known.get(row), math.nan),) for row in cells.texts}
         faults = named_as_mean(f"column {name!r}: class", classes)
         if len(classes) < 2:
             faults.append(
                 f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "
                 "needs two or more"
             )
-        spellings = defaultdict(list)
-        for text in classes:
-            spellings["".join(filter(str.isalnum, text.lower()))].append(repr(text))
-        faults += [
-            f"column {name!r}: {' and '.join(texts)} look like one class: spell it one way"
-            for texts in spellings.values()
-            if len(texts) > 1
-        ]
+        faults += [f"column {name!r}: {alike}" for alike in look_alike(classes)]
         for split in splits:
             members = cells.of(split)
             present = {known[row] for row in members if row in known}
@@ -186,14 +186,14 @@ class Times(Columns):
         times, events = {}, {}
         faults = []
         for row, text in cells.known(0).items():
-            times[row] = _finite(text)
+            times[row] = read_number(text)
             if times[row] is None or times[row] < 0:
                 faults.append(
                     f"row {row}: {self.time} is {text!r}: write a time of 0 or more, or leave it "
                     "blank if it is unknown"
                 )
         for row, text in cells.known(1).items():
-            events[row] = KNOWN.get(text.split(":")[0])  # cBioPortal's form is 1:DECEASED
+            events[row] = zero_or_one(text.split(":")[0])  # cBioPortal's form is 1:DECEASED
             if events[row] is None:
                 faults.append(
                     f"row {row}: {self.event} is {text!r}: write 1 if the event was observed, 0 if "
@@ -226,7 +226,7 @@ def _numbers(cells: Cells, read) -> tuple[dict[int, tuple[float, ...]], dict[str
     for row, texts in cells.texts.items():
         values = []
         for name, text in zip(cells.names, texts, strict=True):
-            value = math.nan if text.lower() in UNKNOWN else read(text)
+            value = math.nan if is_missing(text, cells.missing) else read(text)
             if value is None:
                 bad[name].append((row, text))
             values.append(math.nan if value is None else value)
@@ -268,25 +268,23 @@ def _one_value(name: str, split: str, values: list[float]) -> list[str]:
     ]
 
 
-def _finite(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def zero_or_one(text: str) -> float | None:
+    """Return the 0.0 or 1.0 in a text, or of False and True; None if it is something else."""
+    value = KNOWN.get(text.lower(), read_number(text))
+    return value if value in (0.0, 1.0) else None
 
 
 def _order(text: str) -> tuple[int, float, str]:
     """Return the sort key that puts numbers by size before names by letter."""
-    value = _finite(text)
+    value = read_number(text)
     return (1, 0.0, text) if value is None else (0, value, text)
 
 
 @dataclass(frozen=True)
 class Labels(EachColumn):
-    """Columns of 1, 0 or unknown."""
+    """Columns of 1, 0 or unknown; True and False will do."""
 
-    cell: ClassVar = staticmethod(KNOWN.get)
+    cell: ClassVar = staticmethod(zero_or_one)
     unreadable: ClassVar = (
         "neither 0, 1 nor unknown",
         "write 1, 0, or leave it blank if it is unknown",
@@ -301,7 +299,7 @@ class Labels(EachColumn):
 class Numbers(EachColumn):
     """Columns of finite numbers or unknown."""
 
-    cell: ClassVar = staticmethod(_finite)
+    cell: ClassVar = staticmethod(read_number)
     unreadable: ClassVar = (
         "not numbers",
         "write a number with a decimal point, or leave it blank if it is unknown",

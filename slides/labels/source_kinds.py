@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from slides.cohort.spelling import is_missing
-from slides.cohort.targets import KNOWN
+from slides.cohort.targets import zero_or_one
 from slides.cohort.tcga_names import case_of, is_tumour
 from slides.errors import LISTED, some_rows
 from slides.labels.protein_change import protein_change
@@ -120,7 +120,7 @@ def _matrix(header, rows, rules, notes):
             cell = record[gene]
             if is_missing(cell) or cell.lower() in NOT_SEQUENCED:
                 continue
-            stated = KNOWN.get(cell.lower(), 0.0 if cell.lower() in WILD else None)
+            stated = 0.0 if cell.lower() in WILD else zero_or_one(cell)
             if stated == 0:
                 case.profiled.add(gene)
                 continue
@@ -167,12 +167,12 @@ def _gigapath(header, rows, rules, notes):
         for gene in rules.keys() & record.keys():
             if is_missing(record[gene]):
                 continue
-            stated = KNOWN.get(record[gene].lower())
+            stated = zero_or_one(record[gene])
             if stated is None:
                 faults.append(f"row {number}: {gene} is {record[gene]!r}, not True or False")
             elif stated:
                 case.add(gene, True)
-        if any(KNOWN.get(record.get(gene, "").lower()) for gene in GIGAPATH_GENES):
+        if any(zero_or_one(record.get(gene, "")) for gene in GIGAPATH_GENES):
             case.profiled |= rules.keys()
     who = "only cases with a mutation of any of its genes; False may mean not sequenced"
     return cases, who, _first(faults)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 
 from slides.cohort.cases import group_by_case
@@ -32,7 +31,7 @@ from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.feature_files import SlideFeatures
 from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, open_features
-from tapfm.data.streamed import Streamed, bag_of, check_val, places_of
+from tapfm.data.streamed import Streamed, bag_of, check_val, labelled, places_of, targets
 from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
@@ -48,6 +47,7 @@ class SlideData(L.LightningDataModule):
         features_dir: folder of tile features (of tapfm, TRIDENT, CLAM or STAMP) that stand in place
             of slides and encoder; slides need not exist then. None reads slides.
         labels: label columns to train on; None is all of them.
+        missing: words for unknown in them, beside NA, [Not Available] and the like.
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
@@ -87,6 +87,7 @@ class SlideData(L.LightningDataModule):
         slides_dir: str | None = None,
         features_dir: str | None = None,
         labels: list[str] | None = None,
+        missing: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
         pool: Literal["union", "mean", "max"] = "union",
@@ -108,8 +109,8 @@ class SlideData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        folder, slides = Path(slides_dir) if slides_dir else None, not features_dir
-        self.cohort = read_cohort(Path(table), labels, folder, task=task, need_slides=slides)
+        how = {"task": task, "need_slides": not features_dir, "missing": missing or ()}
+        self.cohort = read_cohort(Path(table), labels, slides_dir and Path(slides_dir), **how)
         self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
         self.pool = pool
         if bags == "case" and pool != "union":
@@ -134,7 +135,7 @@ class SlideData(L.LightningDataModule):
         self.augment = Augment(turns, turns, colour, stain_jitter)
         self.skipped: dict[str, str] = {}
         self.features: FeatureSource | None = None
-        if not slides:
+        if features_dir:
             pixels = {"colour": colour, "stain": stain, "stain_jitter": stain_jitter,
                       "cache_dir": cache_dir, "cache_gb": cache_gb}  # fmt: skip
             self.augment = Augment(flips=False, rotations=False)
@@ -225,9 +226,14 @@ class SlideData(L.LightningDataModule):
             raise CohortError(all_faults(f"split {split}, no slide of which can be read", why))
         return self.gathered(rows)
 
+    @cached_property
+    def training_rows(self) -> list[SlideRow]:
+        """The bags of training; those without a known label, which teach nothing, are left out."""
+        return labelled(self.rows("train"), self.cohort.labels)
+
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""
-        rows, order = self.rows("train"), None
+        rows, order = self.training_rows, None
         if self.balanced:
             families = self.task.strata(targets(rows, self.task.width))
             order = balanced_order(rows, families, self.seed)
@@ -247,7 +253,7 @@ class SlideData(L.LightningDataModule):
 
     def seen_in_training(self, epochs: int) -> Iterator[Bag]:
         """Yield this process's share of the training bags of the first epochs."""
-        rows, (rank, world) = self.rows("train"), self.place
+        rows, (rank, world) = self.training_rows, self.place
         turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
         workers = 0 if self.known(rows) else self.workers
         loader = SlideLoader(self.training_bags(rows), turns[rank::world], workers, PREFETCH)
@@ -353,8 +359,3 @@ class SlideData(L.LightningDataModule):
     def trained(self, turn: Turn) -> None:
         """Note a finished turn: resuming begins after it."""
         self.sampler.trained(turn)
-
-
-def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
-    """Return the bags' targets, (N, Y)."""
-    return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)

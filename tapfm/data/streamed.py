@@ -1,7 +1,8 @@
-"""Bags of slides in a row, read as they are asked for, and where the tiles of a bag lie."""
+"""Bags of slides in a row, read as they are asked for; their targets, and where their tiles lie."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,6 +29,23 @@ class Streamed:
     def __iter__(self) -> Iterator[Bag]:
         with self.prefetcher:
             yield from self.bags
+
+
+def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
+    """Return the bags' targets, (N, Y)."""
+    return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
+
+
+def labelled(rows: list[SlideRow], names: Sequence[str]) -> list[SlideRow]:
+    """Return the training bags of which a label is known, and print how many others there are.
+
+    Without label columns (`names`) all bags are returned.
+    """
+    known = [row for row in rows if not all(map(math.isnan, row.labels[: len(names)]))]
+    if not names or len(known) == len(rows):
+        return rows
+    print(f"{len(rows) - len(known)} of {len(rows)} training bags have no known label: left out")
+    return known
 
 
 def check_val(rows: list[SlideRow], world: int) -> list[SlideRow]:

@@ -92,7 +92,7 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
     model.round_weights()  # before the comparison, so that rounding does not count as drift
     data.prepare_data()
     tiles = drift_tiles(data)
-    count = min(slides, len(data.rows("train")))
+    count = min(slides, len(data.training_rows))
     before, after = fit_head(module, training_bags(data, count), data.seed)
     print(f"head: loss {before:.3f} to {after:.3f} on frozen features of {count} slides")
     gradients = slide_gradients(module, training_bags(data, count))
@@ -121,7 +121,7 @@ def run_probe(configs: Sequence[Path], out: Path, slides: int, epochs: int) -> i
 
 def training_bags(data: SlideData, count: int) -> Iterator[Bag]:
     """Yield the slides that training would take first, unaugmented, one by one."""
-    rows = data.rows("train")
+    rows = data.training_rows
     order = epoch_order(len(rows), data.seed, 0)[:count]
     return _bags(data, [rows[number] for number in order], data.tiles_per_slide)
 

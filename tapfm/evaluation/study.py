@@ -141,7 +141,8 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
         task = data.get("task") or "multilabel"
         run_split(table, out / "folds", data.get("labels"), folds=study.folds,
                   seed=study.fold_seed, preserve_sites=study.preserve_sites,
-                  task=task, slides_dir=data.get("slides_dir"))  # fmt: skip
+                  task=task, slides_dir=data.get("slides_dir"),
+                  missing=data.get("missing") or ())  # fmt: skip
     write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]

@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slides.cohort.table import OPTIONAL, REQUIRED, read_table
+from slides.cohort.table import OPTIONAL, REQUIRED
+from slides.cohort.table_file import read_table
+from slides.cohort.targets import zero_or_one
 from slides.errors import CohortError
 from slides.files import replacing
 from slides.grid import Grid
@@ -58,7 +60,7 @@ def by_split(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[ob
     labels = [
         name
         for name in (rows[0] if rows else ())
-        if name not in NO_LABEL and {row[name] for row in rows} & {"0", "1"}
+        if name not in NO_LABEL and {zero_or_one(row[name]) for row in rows} & {0.0, 1.0}
     ]
     groups = defaultdict(list)
     for row in rows:
@@ -66,10 +68,11 @@ def by_split(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[ob
     counts = []
     for split, group in groups.items():
         tiles = sum(int(row["tiles"] or 0) for row in group)
-        known = [[row[name] for row in group if row[name] in ("0", "1")] for name in labels]
+        each = [[zero_or_one(row[name]) for row in group] for name in labels]
+        known = [[value for value in values if value is not None] for values in each]
         counts.append(
             [split, len(group), len({row.get("case_id") for row in group}), tiles]
-            + [f"{sum(map(int, values))} of {len(values)}" for values in known]
+            + [f"{sum(values):.0f} of {len(values)}" for values in known]
         )
     return ["split", "slides", "cases", "tiles", *(f"{name} positive" for name in labels)], counts
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slides.cohort.labelled_tiles import TileRow, read_labelled_tiles, read_tile
+from slides.cohort.labelled_tiles import TileRow, read_tile, read_tiles
 from slides.cohort.splits import FRACTIONS
 from slides.errors import SettingsError
 from slides.seeds import stable_seed
@@ -114,7 +114,7 @@ class TileData(L.LightningDataModule):
         super().__init__()
         if batch < 1:
             raise SettingsError(f"data.batch must be 1 or more, got {batch}")
-        self.tiles = read_labelled_tiles(Path(source), case_pattern, fractions, seed)
+        self.tiles = read_tiles(Path(source), case_pattern, fractions, seed)
         self.tile_px, self.mpp, self.batch, self.workers = tile_px, mpp, batch, workers
         self.balance, self.seed = balance, seed
         self.augment = Augment(colour=colour, stain=stain_jitter)

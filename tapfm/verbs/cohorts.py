@@ -82,6 +82,7 @@ def split(verb: ArgumentParser) -> Do:
     add("--slides-dir", help="the config's, if it has one: paths then stay as they are")
     add("--labels", nargs="+", help="to stratify over; all; of survival TIME EVENT")
     add("--task", default="multilabel", help="what they hold, as data.task (%(default)s)")
+    add("--missing", nargs="+", default=(), help="words for unknown, as data.missing")
     add("--folds", type=int, help="cross-validation")
     add("--repeats", type=int, help="Monte-Carlo cross-validation")
     add("--from", type=Path, dest="source", metavar="FILE",

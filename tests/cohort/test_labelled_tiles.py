@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
-from slides.cohort.labelled_tiles import read_labelled_tiles, read_tile
+from slides.cohort.labelled_tiles import read_tile, read_tiles
 from slides.errors import CohortError, SplitError, TileError
 
 
@@ -36,7 +36,7 @@ SOUND = ["a.png,x,c0,train", "b.png,y,c1,train", "c.png,x,c2,val", "d.png,y,c3,t
 
 class TestTable:
     def test_as_it_stands(self, tmp_path):
-        found = read_labelled_tiles(table(tmp_path, SOUND))
+        found = read_tiles(table(tmp_path, SOUND))
         assert found.cases_known
         assert found.classes == ("x", "y")
         assert [(r.path.name, r.label, r.case_id, r.part) for r in found.rows] == [
@@ -59,7 +59,7 @@ class TestTable:
         path = table(tmp_path, rows)
         path.write_text(path.read_text() + "gone.png,x,c6,train\n")
         with pytest.raises(CohortError) as caught:
-            read_labelled_tiles(path)
+            read_tiles(path)
         message = str(caught.value)
         assert "5 faults" in message
         for part in ("row 6: label is ''", "row 7: split is 'training'", "row 8: case_id is blank",
@@ -69,19 +69,19 @@ class TestTable:
     def test_a_case_in_two_parts_is_refused(self, tmp_path):
         rows = [*SOUND, "e.png,x,c3,train", "f.png,x,c3,test"]
         with pytest.raises(CohortError, match=r"c3 is in test \(2 tiles\) and train \(1 tiles\)"):
-            read_labelled_tiles(table(tmp_path, rows))
+            read_tiles(table(tmp_path, rows))
 
     def test_a_class_that_cannot_be_learned_is_named(self, tmp_path):
         with pytest.raises(CohortError, match="no tile of z is in train"):
-            read_labelled_tiles(table(tmp_path, [*SOUND, "e.png,z,c9,test"]))
+            read_tiles(table(tmp_path, [*SOUND, "e.png,z,c9,test"]))
 
     def test_a_class_with_the_name_of_the_mean_over_all_is_refused(self, tmp_path):
         with pytest.raises(CohortError, match="class 'macro' has the name of the mean over all"):
-            read_labelled_tiles(table(tmp_path, [row.replace(",y,", ",macro,") for row in SOUND]))
+            read_tiles(table(tmp_path, [row.replace(",y,", ",macro,") for row in SOUND]))
 
     def test_columns_are_needed(self, tmp_path):
         with pytest.raises(CohortError, match="column 'label' is missing"):
-            read_labelled_tiles(table(tmp_path, ["a.png,x"], "path,class"))
+            read_tiles(table(tmp_path, ["a.png,x"], "path,class"))
 
 
 class TestFolders:
@@ -90,7 +90,7 @@ class TestFolders:
         touch(tmp_path, "train/Fat/s1/0.png", "train/Fat/s2/0.png", "train/Mucus/s3/0.png",
               "train/Mucus/s4/0.png", "test/Fat/s5/0.png", "test/Mucus/s5/1.png",
               "train/Fat/readme.txt")  # fmt: skip
-        found = read_labelled_tiles(tmp_path, fractions=(0.5, 0.5, 0.1))
+        found = read_tiles(tmp_path, fractions=(0.5, 0.5, 0.1))
         assert found.cases_known
         assert {r.case_id for r in found.part("test")} == {"s5"}
         assert len(found.part("train")) == len(found.part("val")) == 2, "val is dealt from train"
@@ -102,26 +102,26 @@ class TestFolders:
                 tmp_path, f"NCT-CRC-HE-100K/ADI/ADI-A{n}.tif", f"NCT-CRC-HE-100K/TUM/TUM-B{n}.tif"
             )
         touch(tmp_path, "CRC-VAL-HE-7K/ADI/ADI-TCGA-C.tif", "CRC-VAL-HE-7K/TUM/TUM-TCGA-D.tif")
-        found = read_labelled_tiles(tmp_path, fractions=(0.8, 0.2, 0.1), seed=3)
+        found = read_tiles(tmp_path, fractions=(0.8, 0.2, 0.1), seed=3)
         assert not found.cases_known, "its files name no patient"
         moved = shutil.copytree(tmp_path, tmp_path / "elsewhere")
-        assert read_labelled_tiles(moved, fractions=(0.8, 0.2, 0.1), seed=3).sha256 == found.sha256
+        assert read_tiles(moved, fractions=(0.8, 0.2, 0.1), seed=3).sha256 == found.sha256
         shutil.rmtree(moved)
         assert {r.path.parent.parent.name for r in found.part("test")} == {"CRC-VAL-HE-7K"}
         for part, count in (("train", 8), ("val", 2)):
             labels = [r.label for r in found.part(part)]
             assert labels.count("ADI") == labels.count("TUM") == count
-        assert found.rows != read_labelled_tiles(tmp_path, fractions=(0.8, 0.2, 0.1), seed=4).rows
+        assert found.rows != read_tiles(tmp_path, fractions=(0.8, 0.2, 0.1), seed=4).rows
         touch(tmp_path, "NCT-CRC-HE-100K-NONORM/ADI/ADI-A0.tif")
         with pytest.raises(CohortError, match="hold the same tiles"):
-            read_labelled_tiles(tmp_path)
+            read_tiles(tmp_path)
 
     def test_ospatch_maps_are_no_classes(self, tmp_path):
         for n in range(4):
             touch(tmp_path, f"trainval/0/{n}.png", f"trainval/1/b{n}.png", f"trainval/non/{n}.png",
                   f"trainval/nuclei/{n}.png")  # fmt: skip
         touch(tmp_path, "test/0/t.png", "test/1/u.png", "test/nuclei/t.png", "split/test.txt")
-        found = read_labelled_tiles(tmp_path)
+        found = read_tiles(tmp_path)
         assert found.classes == ("0", "1")
         assert len(found.part("test")) == 2
         assert len(found.rows) == 10
@@ -133,7 +133,7 @@ class TestFolders:
                 for n in range(rng.integers(1, 5)):
                     touch(tmp_path, f"{label}/TCGA-{label}{case:02d}_{n}.png")
         for seed in range(5):
-            found = read_labelled_tiles(tmp_path, r"^(TCGA-...)", seed=seed)
+            found = read_tiles(tmp_path, r"^(TCGA-...)", seed=seed)
             cases = [{r.case_id for r in found.part(p)} for p in ("train", "val", "test")]
             assert [len(each) for each in cases] == [18, 6, 6]
             assert not cases[0] & cases[1]
@@ -145,17 +145,17 @@ class TestFolders:
     def test_what_cannot_be_is_refused(self, tmp_path):
         touch(tmp_path, "train/a/0.png", "adenoma/0.png")
         with pytest.raises(CohortError, match="adenoma beside train"):
-            read_labelled_tiles(tmp_path)
+            read_tiles(tmp_path)
         touch(tmp_path / "two", "a/0.png", "b/1.png")
         with pytest.raises(CohortError, match=r"do not match data\.case_pattern"):
-            read_labelled_tiles(tmp_path / "two", r"(TCGA)")
+            read_tiles(tmp_path / "two", r"(TCGA)")
         with pytest.raises(CohortError, match="in brackets"):
-            read_labelled_tiles(tmp_path / "two", r"TCGA")
+            read_tiles(tmp_path / "two", r"TCGA")
         with pytest.raises(SplitError, match="2 cases cannot make 3 parts"):
-            read_labelled_tiles(tmp_path / "two", r"^(.)")
+            read_tiles(tmp_path / "two", r"^(.)")
         (tmp_path / "none").mkdir()
         with pytest.raises(CohortError, match="no pictures"):
-            read_labelled_tiles(tmp_path / "none")
+            read_tiles(tmp_path / "none")
 
 
 def test_class_weights_are_of_the_training_part_alone(tmp_path):
@@ -163,7 +163,7 @@ def test_class_weights_are_of_the_training_part_alone(tmp_path):
     rows += [f"v{n}.png,y,e{n},val" for n in range(9)]
     y = ["x"] * 6 + ["y"] * 2
     expected = compute_class_weight("balanced", classes=np.array(["x", "y"]), y=y)
-    assert read_labelled_tiles(table(tmp_path, rows)).class_weights() == pytest.approx(expected)
+    assert read_tiles(table(tmp_path, rows)).class_weights() == pytest.approx(expected)
 
 
 class TestReading:
@@ -187,3 +187,40 @@ class TestReading:
         Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "c.tif")
         with pytest.raises(TileError, match=r"c.tif: its pixels are of mode I;16"):
             read_tile(tmp_path / "c.tif", 8)
+
+
+class TestInTheWild:
+    """Folders and tables as people have them."""
+
+    def folders(self, root, parts, classes=("x", "y")):
+        for p, part in enumerate(parts):
+            for c, kind in enumerate(classes):
+                for n in range(2):
+                    picture(root / part / kind / f"{p}{n}.png", seed=100 * p + 10 * c + n)
+        return root
+
+    def test_classes_that_differ_by_letter_case_are_refused(self, tmp_path):
+        with pytest.raises(CohortError, match="'Tumor' and 'tumor' look like one class"):
+            read_tiles(self.folders(tmp_path, ("train", "val"), ("Tumor", "normal", "tumor")))
+
+    def test_one_picture_in_two_parts_is_warned_of(self, tmp_path, recwarn):
+        root = self.folders(tmp_path, ("train", "val"))
+        read_tiles(root)
+        assert not recwarn
+        shutil.copy(root / "train" / "x" / "00.png", root / "val" / "x" / "copy.png")
+        shutil.copy(root / "train" / "y" / "00.png", root / "train" / "y" / "copy.png")
+        read_tiles(root)
+        (told,) = [str(each.message) for each in recwarn]
+        assert "1 tiles are in two parts, the same byte for byte: train/00.png and val/copy" in told
+
+    def test_a_case_under_two_spellings_is_in_two_parts(self, tmp_path):
+        rows = [*SOUND, "e.png,x,C00,test"]
+        with pytest.raises(
+            CohortError, match=r"'c0' and 'C00' look like one.* is in test \(1 tiles"
+        ):
+            read_tiles(table(tmp_path, rows))
+
+    def test_a_path_of_windows_is_found(self, tmp_path):
+        path = table(tmp_path, ["deep/a.png,x,c0,train", *SOUND[1:]])
+        path.write_text(path.read_text().replace("deep/a", "deep\\a"))
+        assert read_tiles(path).rows[0].path == tmp_path / "deep" / "a.png"

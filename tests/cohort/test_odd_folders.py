@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from slides.cohort.labelled_tiles import read_labelled_tiles
+from slides.cohort.labelled_tiles import read_tiles
 from slides.labels.manifest import ManifestFile, check_files
 from tests.cohort.test_labelled_tiles import touch
 from tests.zoo import PART_FOLDERS
@@ -14,7 +14,7 @@ from tests.zoo import PART_FOLDERS
 def test_parts_in_other_words_are_parts_and_no_classes(tmp_path, names):
     for part in names:
         touch(tmp_path, *(f"{part}/{kind}/{part}{n}.png" for kind in "xy" for n in range(8)))
-    found = read_labelled_tiles(tmp_path)
+    found = read_tiles(tmp_path)
     assert found.classes == ("x", "y")
     first, last = names[0], names[-1]
     assert {row.path.parts[-3] for row in found.part("test")} == {last}
@@ -27,9 +27,9 @@ def test_parts_in_other_words_are_parts_and_no_classes(tmp_path, names):
 def test_a_class_on_another_disk_is_a_class(tmp_path):
     touch(tmp_path, *(f"tiles/{kind}/{n}.png" for kind in "xy" for n in range(8)))
     touch(tmp_path, *(f"disk/z/{n}.png" for n in range(8)))
-    plain = read_labelled_tiles(tmp_path / "tiles")
+    plain = read_tiles(tmp_path / "tiles")
     (tmp_path / "tiles" / "z").symlink_to(tmp_path / "disk" / "z", target_is_directory=True)
-    linked = read_labelled_tiles(tmp_path / "tiles")
+    linked = read_tiles(tmp_path / "tiles")
     assert (plain.classes, linked.classes) == (("x", "y"), ("x", "y", "z"))
     assert len(linked.rows) == 24
 

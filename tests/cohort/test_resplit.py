@@ -173,3 +173,77 @@ def test_repeats(table, tmp_path):
     assert split(table, tmp_path / "out", "--repeats", "2") == 0
     one, two = (rows(tmp_path / "out" / f"cohort_{n}.csv") for n in range(2))
     assert [row["split"] for row in one] != [row["split"] for row in two]
+
+
+def write_table(folder, labels, values, slides=12):
+    """Write a cohort of cases with two slides each; `values` is label -> value of slide n."""
+    lines = [",".join(["case_id", "slide_id", "slide_path", *labels])]
+    for n in range(slides):
+        (folder / f"{n}.svs").touch()
+        cells = [f"c{n // 2}", f"s{n}", f"{n}.svs", *(str(values[label](n)) for label in labels)]
+        lines.append(",".join(cells))
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    return folder / "cohort.csv"
+
+
+def test_a_label_whose_name_is_no_folders_has_one_of_its_own(tmp_path):
+    labels = ("HER2/neu", "HER2:neu", "PD-L1 >= 1 %", "TP53.1")
+    table = write_table(tmp_path, labels, dict.fromkeys(labels, lambda n: n // 2 % 2))
+    assert split(table, tmp_path / "out", "--folds", "3", "--format", "patho-bench") == 0
+    tasks = {path.parent.name: path.read_text() for path in (tmp_path / "out").glob("*/k=all.tsv")}
+    assert sorted(tasks) == ["HER2_neu", "HER2_neu_", "PD-L1 _= 1 %", "TP53.1"]
+    named = sorted(text.split("\t")[2] for text in tasks.values())
+    assert named == sorted(labels)
+
+
+def test_a_case_whose_slides_differ_is_named_and_not_written_by_case(tmp_path, capsys):
+    values = {"KRAS": lambda n: int(n in (3, 4, 5, 8, 9))}  # c1 is 0 and 1
+    table = write_table(tmp_path, ("KRAS",), values)
+    assert split(table, tmp_path / "out.csv") == 0
+    assert "warning: case c1: its slides are 0 and 1 in KRAS\n" in capsys.readouterr().out
+    assert split(table, tmp_path / "out", "--format", "patho-bench") == 2
+    assert "case c1: its slides are 0 and 1 in KRAS: Patho-Bench" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_another_tools_file_that_differ_are_named(tmp_path, capsys):
+    table = write_table(tmp_path, ("KRAS",), {"KRAS": lambda n: n // 2 % 2})
+    lines = ["case_id\tslide_id\tKRAS\tfold_0"]
+    for n in range(12):
+        label = {3: 0, 4: "", 5: 1}.get(n, n // 2 % 2)  # c1 of two minds, c2 of another mind
+        lines.append(f"c{n // 2}\ts{n}\t{label}\t{('train', 'val', 'test')[n // 2 % 3]}")
+    source = tmp_path / "k=all.tsv"
+    source.write_text("\n".join(lines) + "\n")
+    assert split(table, tmp_path / "out.csv", "--from", str(source)) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "k=all.tsv: case" in line]
+    assert [line.partition("case ")[2] for line in told] == [
+        "c1 has 1 and 0 in its rows of KRAS (1, 0): the table's is kept",
+        "c2 has another value than the table of KRAS (0, 1): the table's is kept",
+    ]
+    assert {row["KRAS"] for row in rows(tmp_path / "out.csv") if row["case_id"] == "c1"} == {"1"}
+
+
+def test_a_part_without_positives_is_warned_of_when_it_is_dealt(tmp_path, capsys):
+    values = {"ROS1": lambda n: int(n < 2), "KRAS": lambda n: n // 2 % 2}
+    table = write_table(tmp_path, ("ROS1", "KRAS"), values, slides=40)
+    assert split(table, tmp_path / "out.csv") == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    parts = [row["split"] for row in rows(tmp_path / "out.csv") if row["ROS1"] == "1"]
+    bare = [part for part in ("train", "val", "test") if part not in parts]
+    assert len(bare) == 2
+    assert f"ROS1 has no positive in {bare[0]} and no positive in {bare[1]}. A label" in told
+
+
+def test_a_case_under_two_spellings_is_not_dealt(tmp_path, capsys):
+    table = write_table(tmp_path, ("KRAS",), {"KRAS": lambda n: n // 2 % 2})
+    table.write_text(table.read_text().replace("c1,s3", "C01,s3"))
+    assert split(table, tmp_path / "out.csv") == 2
+    assert "rows 4, 5: 'c1', 'C01' look like one case: spell it" in capsys.readouterr().err
+
+
+def test_users_words_for_unknown_and_true_and_false(tmp_path, capsys):
+    values = {"KRAS": lambda n: "equivocal" if n < 2 else str(n // 2 % 2 == 0).upper()}
+    table = write_table(tmp_path, ("KRAS",), values)
+    assert split(table, tmp_path / "out.csv") == 2
+    assert split(table, tmp_path / "out.csv", "--missing", "Equivocal") == 0
+    assert "all        6     2 of 5" in capsys.readouterr().out

@@ -6,7 +6,14 @@ import pandas as pd
 import pytest
 import yaml
 
-from slides.cohort.split_files import clam_bool_text, clam_text, patho_bench_texts, read_split
+from slides.cohort.split_files import (
+    clam_bool_text,
+    clam_text,
+    find_slide,
+    patho_bench_texts,
+    read_split,
+    slide_names,
+)
 from slides.errors import SplitError
 
 CASE_OF = {"001": "a", "002": "a", "003": "b", "004": "c", "005": "d", "006": "e"}
@@ -60,6 +67,34 @@ def test_a_file_of_train_and_test_only(write):
     assert read_split(write(",train,test\n0,001,005\n1,003,\n"), CASE_OF) == {
         "a": "train", "b": "train", "d": "test",
     }  # fmt: skip
+
+
+NAMES = slide_names(
+    [("s1", "a/s1.ome.tif", "a"), ("s2", "x.svs", "b"), ("103", "103.svs", "c"), ("s4", "", "d"),
+     ("s5", "e/x.svs", "e")]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("s1", "a"), ("s1.tif", "a"), ("s1.ome.tif", "a"), ("a\\s1.ome.tif", "a"), ("s1.h5", "a"),
+        ("features/s1.pt", "a"), ("103.0", "c"), ("103.svs", "c"), ("s4.SVS", "d"),
+        ("x.svs", None), ("x", None),  # of two cases
+        ("s1.tif.bak", None), ("10", None),
+    ],
+)  # fmt: skip
+def test_a_slide_is_named_by_its_id_or_its_file(name, case):
+    found = find_slide(name, NAMES)
+    assert NAMES.get(found) == case
+
+
+def test_a_split_that_names_files_is_read(write):
+    assert read_split(write(",train,val,test\n0,s1.tif,s2.svs,103.0\n"), NAMES) == {
+        "a": "train", "b": "val", "c": "test",
+    }  # fmt: skip
+    text = "case_id;slide_id;fold_0\na;s1.tif;train\nb;s2;val\n"
+    assert read_split(write(text), NAMES) == {"a": "train", "b": "val"}
 
 
 @pytest.mark.parametrize(

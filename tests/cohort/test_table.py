@@ -92,6 +92,100 @@ def test_a_sound_table(write, tmp_path, name, encoding):
     check_sound(read_cohort(write(sound_table(), name=name, encoding=encoding)), tmp_path)
 
 
+@pytest.mark.parametrize("separator", [";", "\t", ",", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_a_table_as_a_spreadsheet_saves_it(write, tmp_path, separator, encoding):
+    """Separators, encodings, blank columns, a decimal comma, words for 0 and 1."""
+    path = write([])
+    rows = [[*row, "", ""] for row in sound_table()]
+    rows[6][4] = "0,2527" if separator != "," else '"0,2527"'
+    for row in rows:
+        row[7:9] = [{"0": "FALSE", "1": "TRUE"}.get(cell, cell) for cell in row[7:9]]
+        row[6] = "K\u00f6ln" if row[6] else ""
+    lines = [separator.join(line) for line in [[*HEADER, "", ""], *rows]]
+    said = f"sep={separator}\r\n" if separator == "|" else ""
+    path.write_bytes((said + "\r\n".join(lines) + "\r\n").encode(encoding))
+    cohort = read_cohort(path)
+    assert [row.labels[0] for row in cohort.rows[:6]] == [0, 1, 0, 1, 0, 1]
+    assert (cohort.rows[6].mpp, cohort.rows[0].site) == (0.2527, "K\u00f6ln")
+
+
+def test_columns_without_a_name_that_have_cells_are_numbered(write):
+    rows = [[*row, "x", "", "y"] for row in sound_table()]
+    line = one_fault(write(rows, [*HEADER, "", "", ""]))
+    assert line == "columns 10, 11 have cells and no name: name or remove them"
+
+
+def test_what_nobody_sees_in_a_cell_does_not_count(write):
+    """No-break and zero-width spaces, and the two forms of an umlaut, are one case."""
+    rows = sound_table()
+    rows[0][0], rows[6][0] = "M\u00fcller\u00a03", "\u200bMu\u0308ller 3"
+    cohort = read_cohort(write(rows, [*HEADER[:-1], "KRAS\u00a0"]))
+    assert cohort.rows[0].case_id == cohort.rows[6].case_id == "M\u00fcller 3"
+    assert cohort.labels == ("EGFR", "KRAS")
+
+
+def test_ids_that_pandas_made_floats_are_integers(write):
+    rows = sound_table()
+    for number, row in enumerate(rows):
+        row[0], row[1] = f"{number % 6}.0", f"{100 + number}.0"
+    cohort = read_cohort(write(rows))
+    assert [row.slide_id for row in cohort.rows] == [str(100 + n) for n in range(7)]
+    assert cohort.rows[6].case_id == "0"
+    rows[3][1] = "0.10"  # then it is no column of integers
+    assert read_cohort(write(rows)).rows[0].slide_id == "100.0"
+
+
+def test_a_path_of_windows_is_found(write, tmp_path):
+    path = write(with_cell(3, "slide_path", "deep\\s1.svs"))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "s1.svs").rename(tmp_path / "deep" / "s1.svs")
+    assert read_cohort(path).rows[1].path == tmp_path / "deep" / "s1.svs"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("7", "007"), ("103", "103.0"), ("P_12", "p-12"), ("tcga-05-4244", "TCGA-05-4244"),
+        ("TCGA-05-4244", "TCGA-05-4244-01A"), ("P-0000001-T01-IM6", "P-0000001"),
+    ],
+)  # fmt: skip
+def test_one_case_under_two_spellings_is_in_two_splits(write, one, other):
+    rows = sound_table()
+    rows[0][0] = rows[6][0] = one
+    rows[2][0] = other
+    line = one_fault(write(rows))
+    assert line == (
+        f"{one!r}, {other!r} look like one case, and it is in train (rows 2, 8) and val (row 4): "
+        "put all slides of a case in one split, and spell it one way"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("7", "70"), ("1-1", "11"), ("1.05", "1.5"), ("TCGA-05-4244", "TCGA-05-4245")],
+)
+def test_two_cases_of_like_names_are_two(write, one, other):
+    rows = sound_table()
+    rows[0][0] = rows[6][0] = one
+    rows[2][0] = other
+    assert len(read_cohort(write(rows)).rows) == 7
+
+
+def test_a_copy_of_a_slide_in_another_split_is_warned_of(write, tmp_path, recwarn):
+    path = write(sound_table())
+    for number, data in enumerate([b"one", b"two", b"one", b"six"]):
+        (tmp_path / f"s{number}.svs").write_bytes(data)
+    read_cohort(path)
+    (told,) = [str(each.message) for each in recwarn]
+    assert "s0, s2 are the same slide, byte for byte, in train and val" in told
+    (tmp_path / "s2.svs").write_bytes(b"two")
+    (tmp_path / "s0.svs").write_bytes(b"two")
+    recwarn.clear()
+    read_cohort(write(with_cell(4, "split", "train"), name="other.csv"), both_classes=())
+    assert not recwarn, "copies within a split leak nothing"
+
+
 def test_a_sound_parquet_table_as_pandas_types_it(write, tmp_path):
     """Labels are floats with gaps, mpp is float, text has None."""
     pandas = pytest.importorskip("pandas")
@@ -123,7 +217,13 @@ def test_parquet_booleans_are_labels_and_ids_stay_text(write, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("text", ["", "NA", "na", "N/A", "nan", "NaN", " NA ", "unknown", "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "NA", "na", "N/A", "nan", "NaN", " NA ", "unknown", "null", "Not Reported", "'--", "?",
+        "[Not Available]", "#N/A", "-", ".", "missing", "<NA>", "not_evaluated", "[Discrepancy]",
+    ],
+)  # fmt: skip
 def test_unknown_is_nan_and_never_0(write, text):
     rows = sound_table()
     rows.append(["c9", "s9", "s0x.svs", "train", "", "", "", text, "1"])
@@ -134,9 +234,16 @@ def test_unknown_is_nan_and_never_0(write, text):
     assert row.labels[1] == 1.0
 
 
-@pytest.mark.parametrize("text", ["0", "0.0", "1", "1.0"])
+def test_a_users_own_words_are_unknown(write):
+    path = write(with_cell(8, "EGFR", "(Indeterminate)"))
+    assert math.isnan(read_cohort(path, missing=["indeterminate"]).rows[6].labels[0])
+    assert "label 'EGFR' is '(Indeterminate)'" in one_fault(path)
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", "1", "1.0", "1.00", "FALSE", "true", "True"])
 def test_known_labels(write, text):
-    assert read_cohort(write(with_cell(8, "EGFR", text))).rows[6].labels[0] == float(text)
+    value = float(text) if text[0].isdigit() else float(text.lower() == "true")
+    assert read_cohort(write(with_cell(8, "EGFR", text))).rows[6].labels[0] == value
 
 
 def test_labels_can_be_chosen_and_come_in_that_order(write):
@@ -328,8 +435,9 @@ def test_a_split_may_be_absent(write):
     ("name", "content", "text"),
     [
         ("a.csv", b"", "no header"),
-        ("a.csv", b"case_id;slide_id;slide_path;split\n", "separated by semicolons"),
-        ("a.csv", "case_id,Gr\u00f6\u00dfe\n".encode("latin-1"), "not UTF-8 text"),
+        ("a.csv", b"\xff\xd8\x81\0\x90", "no text of a known encoding. Save it as UTF-8"),
+        ("a.csv", b"PK\3\4....", "a spreadsheet .* Save it as text"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("a.xlsx", b"PK", r"tables end in \.csv, \.tsv or \.parquet, this one in \.xlsx"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
     ],

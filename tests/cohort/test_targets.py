@@ -61,6 +61,43 @@ def test_an_unknown_class_is_nan(read):
     assert cohort.classes == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("HER2+", "HER2-"), ("HR+/HER2-", "HR+/HER2+", "HR-/HER2+"), ("+", "-"), ("3+4", "4+3"),
+        ("MSI", "MSS"), ("1-2", "12"), ("<5", ">5"), ("pT1", "pT1a"),
+    ],
+)  # fmt: skip
+def test_classes_that_differ_in_a_sign_are_classes_of_their_own(read, classes):
+    three = (classes * 3)[:3]
+    assert set(read("multiclass", kind=[*three, three[0], *three, *three]).classes) == set(classes)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("IIa", "IIA"), ("non-small cell", "Non_small cell"), ("grade 1", "Grade1"), ("1", "1.0")],
+)
+def test_classes_that_look_alike_are_refused(read, one, other):
+    first, second = sorted((one, other))
+    faults_ = faults(read, "multiclass", kind=[one, other] * 5)
+    assert faults_ == [
+        f"column 'kind': {first!r} and {second!r} look like one class: spell it one way"
+    ]
+
+
+def test_words_for_unknown_are_no_class(read):
+    kinds = ["Not Reported", "a", "[Not Available]", "b", "-", "a", "b", "#N/A", "a", "b"]
+    assert read("multiclass", kind=kinds).classes == ("a", "b")
+
+
+def test_a_decimal_comma_is_read_where_it_parts_no_thousands(read):
+    values = ["0,5", "1,5", "2,25", "1", "2", "3", "4", "5", "6", "7"]
+    quoted = [f'"{value}"' for value in values]
+    assert column(read("regression", tmb=quoted))[:3] == [0.5, 1.5, 2.25]
+    (fault,) = faults(read, "regression", tmb=['"1,234"', *quoted[1:]])
+    assert fault.startswith("row 2: label 'tmb' is '1,234': write a number with a decimal point")
+
+
 def test_classes_that_cannot_be_learned(read):
     lines = faults(read, "multiclass", kind=list("abababaabc"))
     assert [line.split(",")[0] for line in lines] == [

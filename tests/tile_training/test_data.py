@@ -2,7 +2,7 @@
 
 import torch
 
-from slides.cohort.labelled_tiles import read_labelled_tiles
+from slides.cohort.labelled_tiles import read_tiles
 from slides.streaming.augment import orient
 from slides.streaming.order import Turn
 from slides.streaming.stream import Augment
@@ -20,7 +20,7 @@ def tiles_of(batches):
 
 
 def test_every_tile_once_with_its_own_class(tmp_path):
-    tiles = read_labelled_tiles(write_tiles(tmp_path))
+    tiles = read_tiles(write_tiles(tmp_path))
     dataset = TileDataset(tiles.part("train"), tiles.classes, SIDE, batch=5)
     plain = tiles_of([dataset[n] for n in range(len(dataset))])
     labels = torch.cat([dataset[n].labels_C for n in range(len(dataset))])
@@ -39,7 +39,7 @@ def test_every_tile_once_with_its_own_class(tmp_path):
 
 
 def test_a_tile_is_changed_by_its_own_draw_whatever_the_batch(tmp_path):
-    tiles = read_labelled_tiles(write_tiles(tmp_path))
+    tiles = read_tiles(write_tiles(tmp_path))
     make = (tiles.part("train"), tiles.classes, SIDE)
     how = Augment(colour=0.2)
     small, large = (
