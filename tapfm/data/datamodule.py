@@ -111,8 +111,7 @@ class SlideData(L.LightningDataModule):
         super().__init__()
         how = {"task": task, "need_slides": not features_dir, "missing": missing or ()}
         self.cohort = read_cohort(Path(table), labels, slides_dir and Path(slides_dir), **how)
-        self.asked, self.bags, self.balanced = task, bags, sampler == "balanced"
-        self.pool = pool
+        self.asked, self.bags, self.pool, self.balanced = task, bags, pool, sampler == "balanced"
         if bags == "case" and pool != "union":
             raise CohortError(
                 f"data.pool {pool} is of slides, and data.bags: case has one bag a case already. "
