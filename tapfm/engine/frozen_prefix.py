@@ -103,6 +103,7 @@ class FrozenPrefixTokens:
         make: maps a chunk of tiles to its tokens.
         tiles: the slide's tiles.
         seed: seed of dropout and drop-path in the frozen blocks.
+        device: where `make` draws random numbers; None is where the tiles are.
         budget_gib: host memory for kept tokens.
     """
 
@@ -112,8 +113,10 @@ class FrozenPrefixTokens:
         tiles: Tiles,
         seed: int,
         budget_gib: float = BUDGET_GIB,
+        device: torch.device | None = None,
     ):
         self.make, self.tiles, self.seed, self.budget = make, tiles, seed, budget_gib * 2**30
+        self.device = device
         self.size: int | None = None
         self.kept: list[Tensor] = []
 
@@ -126,7 +129,7 @@ class FrozenPrefixTokens:
             if number < len(before):
                 yield before[number]
                 continue
-            with chunk_rng(~self.seed, number, tiles_CP.device):
+            with chunk_rng(~self.seed, number, self.device or tiles_CP.device):
                 tokens_CND = self.make(tiles_CP)
             self._keep(number, tokens_CND)
             yield tokens_CND
@@ -158,9 +161,20 @@ def first_to_learn(vit: nn.Module) -> int | None:
 
 
 def find_frozen_prefix(encoder: Encoder, precision: str = "fp32") -> FrozenPrefix | None:
-    """Return the encoder split at the first block that learns; None if that saves nothing."""
+    """Return the encoder split at the first block that learns; None if that saves nothing.
+
+    Where the split encoder does not give the whole one's result, says so: all blocks are then
+    computed in both passes.
+    """
     first = first_to_learn(encoder.vit)
     if first is None:
         return None
     prefix = FrozenPrefix(encoder, first, precision)
-    return prefix if prefix.agrees() else None
+    if prefix.agrees():
+        return prefix
+    print(
+        f"the {first} frozen blocks in front are computed in both passes: this model does not give "
+        "the same result when it is split behind them",
+        flush=True,
+    )
+    return None

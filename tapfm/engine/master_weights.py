@@ -75,6 +75,8 @@ class MasterAdamW(torch.optim.Optimizer):
             {"lr": 1e-3, "weight_decay": 0.0},
         )
         self.kept = {p: kind(weight) for each in pairs for p, weight in each}
+        for number, kept in enumerate(self.kept.values()):
+            kept.number = number
         for each in pairs:
             for stand_in, weight in each:
                 weight.register_post_accumulate_grad_hook(_summing_into(stand_in))
@@ -213,6 +215,8 @@ class PackedMasterState(MasterState):
     """The master's bits that the weight lacks, and 8-bit moments; fp32 only while in use."""
 
     names = ("low", "first", "first_scale", "root", "root_scale")
+    number = 0
+    """Of the weight, so that no two round by the same random numbers."""
 
     def __init__(self, weight: nn.Parameter):
         self.weight, self.updates = weight, 0
@@ -236,8 +240,9 @@ class PackedMasterState(MasterState):
         master, first, second = state
         rounded, self.low = split_bits(master)
         self.weight.copy_(rounded)
-        self.first, self.first_scale = pack(first, torch.int8, seed=self.updates)
-        self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=self.updates)
+        seed = self.updates + (self.number << 32)
+        self.first, self.first_scale = pack(first, torch.int8, seed=seed)
+        self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=seed)
 
 
 SCHEMES = {"master": MasterState, "residual": PackedMasterState, "offload": HostMasterState}

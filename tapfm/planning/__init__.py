@@ -1,6 +1,7 @@
 """Plans which training setups fit a GPU, and checks the installation.
 
     plan.py       tapfm plan: the setups that fit a GPU, before the run
+    cards.py      memory and assumed speed of each card
     doctor.py     tapfm doctor: versions, slide reading, a model's weights
     footprint.py  memory and work of one training step, counted without a GPU
 

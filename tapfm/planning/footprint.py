@@ -43,7 +43,7 @@ from tapfm.engine.frozen_prefix import FrozenPrefix, first_to_learn
 from tapfm.engine.memory import saved_bytes as autograd_bytes
 
 GIB = 2**30
-CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces, fragmentation
+CONTEXT_GIB = 0.9  # CUDA context, cuBLAS workspaces
 GRADIENT = 4  # bytes a parameter that learns: summed in fp32
 KEPT = {"adamw": 8, "master": 12, "residual": 4.03, "offload": 0}  # likewise, by the optimizer
 AT_ONCE = {"adamw": 0, "master": 0, "residual": 40, "offload": 0}  # a number of the largest tensor

@@ -1,13 +1,13 @@
 """`tapfm plan`: which training setups fit a GPU, found in seconds without a GPU or weights.
 
-    tapfm plan --model h_optimus_0 --gpu 24
+    tapfm plan --model h_optimus_0 --gpu L4
 
 `planning.footprint` counts the memory of each setup; here the largest chunk that fits is found for
 each, and the first setup that fits is chosen in this order: exact before approximate, without
 recomputation before with it, all parameters before some. `tapfm fit` on a GPU prints the same
 forecast for its own settings, and at the end the measured peaks beside it.
 
-Condition: tiles/s are the counted work over an assumed rate, not a measured one (`CARDS`).
+Condition: tiles/s are the counted work over an assumed rate, not a measured one (`cards`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 
 from slides.errors import SettingsError
 from tapfm.encoders.backbones import Backbone, find
+from tapfm.planning.cards import CARDS, card_for, card_memory, usable
 from tapfm.planning.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
 
-KEPT_BACK_GIB, KEPT_BACK = 0.25, 0.02  # not usable: driver, error correction, desktop
 CHUNK_CAP = 64  # matrix products are large enough to fill a GPU well below it
 GOOD_CHUNK = 8  # fewer tiles at once leave a GPU idle: recomputing blocks costs less
-CARDS = {"H200": 420, "RTX 4090": 105, "RTX 3090": 42, "A10G": 40}  # sustained TFLOP/s, assumed
 LAST = 4  # last-n is shown for a quarter of the blocks
 HOST_BYTES = 12  # host memory a parameter: master and moments
 SCHEMES = {
@@ -78,8 +77,12 @@ class Plan:
     model: str
     tile_px: int
     parameters: int
+    card: str
+    """Which card."""
     gpu_gib: float
+    """What the driver reports of it."""
     usable_gib: float
+    """The highest peak that fits."""
     options: tuple[Option, ...]
     """In order of preference."""
     choice: Option | None
@@ -100,13 +103,17 @@ def setups(depth: int) -> list[Setup]:
 
 
 def make_plan(
-    row: Backbone, *, gpu_gib: float, tile_px: int | None = None, chunk: int | None = None
+    row: Backbone,
+    *,
+    gpu: str | float | None,
+    tile_px: int | None = None,
+    chunk: int | None = None,
 ) -> Plan:
     """Return a plan for one GPU.
 
     Args:
         row: which model.
-        gpu_gib: nominal memory of the card, 24 for a "24 GB" one.
+        gpu: name of a card, or nominal memory in GiB; None is this machine's (`cards`).
         tile_px: side of the tiles; None is the model's own.
         chunk: tiles at once; None is the most that fit, up to `CHUNK_CAP`.
 
@@ -114,43 +121,42 @@ def make_plan(
         PlanError: a GPU or chunk of impossible size, or a model whose blocks differ.
         BackboneError: the tile is not a multiple of the model's patch.
     """
-    if not (math.isfinite(gpu_gib) and gpu_gib > 0):
-        raise PlanError(f"plan: --gpu is its memory in GiB, such as 24; got {gpu_gib:g}")
     if chunk is not None and chunk < 1:
         raise PlanError(f"plan: a chunk is 1 tile or more, got {chunk}")
     if not row.prefix_tokens:
         raise PlanError(f"plan: {row.key}: its blocks differ; only ViTs can be planned, choose one")
-    usable = max(0.0, gpu_gib - KEPT_BACK_GIB - KEPT_BACK * gpu_gib)
+    card, total = card_memory(gpu)
+    most = usable(total)
     footprint = Footprint(row, tile_px)
-    options = [_option(footprint, setup, usable, chunk) for setup in setups(footprint.depth)]
-    choice, reason = _choose(options, usable, chunk)
+    options = [_option(footprint, setup, most, chunk) for setup in setups(footprint.depth)]
+    choice, reason = _choose(options, most, chunk)
     parameters = sum(p.numel() for p in footprint.vit.parameters())
     return Plan(
-        row.key, footprint.side, parameters, gpu_gib, usable, tuple(options), choice, reason
+        row.key, footprint.side, parameters, card, total, most, tuple(options), choice, reason
     )
 
 
-def _option(footprint: Footprint, setup: Setup, usable: float, wanted: int | None) -> Option:
+def _option(footprint: Footprint, setup: Setup, most: float, wanted: int | None) -> Option:
     cost = footprint.cost(setup)
 
     def highest(chunk: int, keep: int = 1) -> float:
         return max(footprint.peaks(setup, cost, chunk, keep).values())
 
     sizes = range(CHUNK_CAP, 0, -1) if wanted is None else [wanted]
-    chunk = next((size for size in sizes if highest(size) <= usable), 0)
+    chunk = next((size for size in sizes if highest(size) <= most), 0)
     keeps = range(math.ceil(BAG_TILES / chunk), 1, -1) if chunk else ()
     return Option(
         setup,
         cost,
         chunk,
-        next((keep for keep in keeps if highest(chunk, keep) <= usable), 1),
+        next((keep for keep in keeps if highest(chunk, keep) <= most), 1),
         footprint.peaks(setup, cost, chunk or wanted or 1),
         good_gib=highest(wanted or GOOD_CHUNK),
         least_gib=highest(wanted or 1),
     )
 
 
-def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[Option | None, str]:
+def _choose(options: list[Option], most: float, wanted: int | None) -> tuple[Option | None, str]:
     good = wanted or GOOD_CHUNK
     fitting = [option for option in options if option.chunk]
     full = [option for option in fitting if option.full]
@@ -161,16 +167,16 @@ def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[O
         whole = min((o for o in options if o.full), key=lambda option: option.least_gib)
         smaller = f"smaller chunk than {wanted}, or a " if wanted and wanted > 1 else ""
         return None, (
-            f"nothing fits in {usable:.1f} GiB: the least is {least.name} with "
+            f"nothing fits in {most:.1f} GiB: the least is {least.name} with "
             f"{least.least_gib:.1f} GiB at chunk {wanted or 1}. Take a {smaller}card of "
-            f"{_card(least.least_gib)} GiB ({_card(whole.least_gib)} with {whole.name}, "
-            f"{_card(first.good_gib)} with {first.name} at chunk {good}), or a smaller model."
+            f"{card_for(least.least_gib)}; {card_for(whole.least_gib)} with {whole.name}; "
+            f"{card_for(first.good_gib)} with {first.name} at chunk {good}; or a smaller model."
         )
     choice = (large or full or fitting)[0]
     setup = choice.setup
     least = f"{choice.good_gib if choice.chunk >= good else choice.least_gib:.1f} GiB at chunk "
     reason = f"{SCHEMES[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
-    reason += f"{usable:.1f} are usable"
+    reason += f"{most:.1f} are usable"
     if not choice.full:
         return choice, f"training every parameter does not fit; {choice.name} does. {reason}."
     if setup.optimizer != first.setup.optimizer or setup.recompute:
@@ -186,16 +192,11 @@ def _choose(options: list[Option], usable: float, wanted: int | None) -> tuple[O
     return choice, reason
 
 
-def _card(peak: float) -> int:
-    """Return the nominal size of the smallest GPU that has `peak` GiB usable."""
-    return math.ceil((peak + KEPT_BACK_GIB) / (1 - KEPT_BACK))
-
-
 def plan_table(plan: Plan) -> str:
     """Return the plan as text: a line for each setup, the choice and its reason."""
     lines = [
         f"{plan.model}: {plan.parameters:,} parameters, tiles of {plan.tile_px} px; "
-        f"a {plan.gpu_gib:g} GiB card has {plan.usable_gib:.1f} GiB usable",
+        f"{plan.card} has {plan.gpu_gib:.2f} GiB, of which {plan.usable_gib:.1f} are usable",
         "",
         f"  {'trained, optimizer':<26}{'chunk':>6}"
         + "".join(f"{phase:>11}" for phase in PHASES)
@@ -217,7 +218,7 @@ def plan_table(plan: Plan) -> str:
     ]
     if plan.choice:
         work = plan.choice.cost.flop / 1e12
-        speeds = ", ".join(f"{rate / work:.0f} {name}" for name, rate in CARDS.items())
+        speeds = ", ".join(f"{card.tflops / work:.0f} {card.name}" for card in CARDS)
         chunk, keep = plan.choice.chunk, plan.choice.keep
         kept = f" --model.keep_chunks {keep}" if keep > 1 else ""
         lines += [
@@ -229,9 +230,9 @@ def plan_table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def run_plan(model: str, gpu: float, tile_px: int | None) -> int:
+def run_plan(model: str, gpu: str | None, tile_px: int | None) -> int:
     """Print the plan; return 0 if something fits, else 1."""
-    plan = make_plan(find(model), gpu_gib=gpu, tile_px=tile_px)
+    plan = make_plan(find(model), gpu=gpu, tile_px=tile_px)
     print(plan_table(plan))
     return 0 if plan.choice else 1
 
@@ -243,6 +244,30 @@ def forecast(
     footprint = Footprint(row, tile_px)
     peak = footprint.peaks(setup, footprint.cost(setup), chunk, keep)
     return {phase: value - CONTEXT_GIB for phase, value in peak.items()}
+
+
+def must_fit(row: Backbone, tile_px: int, peak: float) -> None:
+    """Refuse a run that would run out of this machine's GPU memory, and say what would fit.
+
+    Args:
+        row: which model.
+        tile_px: side of the tiles.
+        peak: of the run, context included, in GiB.
+
+    Raises:
+        PlanError: the peak is above what the card has usable.
+    """
+    card, total = card_memory(None)
+    if peak <= (most := usable(total)):
+        return
+    choice = make_plan(row, gpu=None, tile_px=tile_px).choice
+    what = "Nothing fits: take a smaller model or a larger card."
+    if choice:
+        what = f"What fits: {choice.setup.flags} --model.chunk {choice.chunk}"
+    raise PlanError(
+        f"model: this run would take {peak:.1f} GiB of GPU memory at its peak, and {card} has "
+        f"{most:.1f} of {total:.1f} GiB usable. {what}"
+    )
 
 
 def compare(predicted: Mapping[str, float], memory: Path) -> str:

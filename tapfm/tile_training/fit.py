@@ -161,7 +161,7 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
     trainer.callbacks += [
         TileLog(folder),
         BestWeights(folder, "f1"),
-        ResumePoint(folder, cli.config.resume_every),
+        ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every),
     ]
     resume = (folder / RESUME).exists()
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}

@@ -10,6 +10,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import Tensor, nn
 
 from tapfm.adapt.parameter_groups import parameter_groups
@@ -19,7 +20,7 @@ from tapfm.encoders.compiled import need_compiler
 from tapfm.engine.dither import dither
 from tapfm.engine.master_weights import MasterAdamW
 from tapfm.engine.memory import PhaseMeter
-from tapfm.settings import SettingsError, refuse
+from tapfm.settings import SettingsError, did_you_mean, refuse
 from tapfm.slide_model.model import SlideModel
 from tapfm.training.optim import Steps, warmup_cosine
 
@@ -178,6 +179,33 @@ def check_trainer(
             f"{max_epochs}), and leave trainer.max_steps out (it is {max_steps})"
         )
     return faults
+
+
+def check_accelerator(name: object) -> list[str]:
+    """Return what is wrong with a device by name: there is no such kind, or none here."""
+    kinds = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if isinstance(name, str) and name not in kinds:
+        near = did_you_mean(name, kinds)
+        return [f"trainer.accelerator: {name!r} is none of {', '.join(kinds)}.{near}"]
+    there = torch.cuda.is_available() or (name == "gpu" and torch.backends.mps.is_available())
+    if name in ("gpu", "cuda") and not there:
+        return [
+            f"trainer.accelerator is {name}, and PyTorch finds no GPU on this machine. Leave it "
+            "out, or set cpu."
+        ]
+    return []
+
+
+def check_parallel(strategy: object) -> list[str]:
+    """Return what is wrong with how Lightning shares a model among devices."""
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", strategy))
+    if not any(each in name.lower() for each in ("fsdp", "deepspeed", "modelparallel")):
+        return []
+    return [
+        f"trainer.strategy {name}: it divides the encoder among devices and expects one backward "
+        "pass of one graph; here each chunk has its own, and head and encoder are stepped in turn. "
+        "Take ddp, where each device has the whole encoder; `tapfm plan` says what fits on one."
+    ]
 
 
 def check_drop_path(drop_path: float) -> list[str]:

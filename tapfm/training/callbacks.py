@@ -133,23 +133,34 @@ class RunLog(Callback):
 
 
 class ResumePoint(Checkpoint):
-    """Writes last.ckpt every few slides and at each epoch's end.
+    """Writes last.ckpt by the clock or every few slides, and at each epoch's end.
 
     It is written between updates only, so that no half-summed gradient is lost.
+
+    Args:
+        folder: of the run.
+        minutes: between resume points within an epoch; 0 is none.
+        every: slides between them, instead; 0 goes by the clock.
     """
 
-    def __init__(self, folder: Path, every: int):
-        self.path, self.every = folder / RESUME, every
+    def __init__(self, folder: Path, minutes: float, every: int = 0):
+        self.path, self.minutes, self.every = folder / RESUME, minutes, every
+        self.saved = time.monotonic()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """Save if it is time; an epoch's last slide is left to `on_train_epoch_end`."""
         if not outputs:
             return  # the slide was skipped
         trainer.datamodule.trained(batch.turn)
-        due = self.every and module.slides_seen % self.every == 0
         between_updates = module.slides_seen % module.steps.accumulate == 0
-        if due and between_updates and not trainer.is_last_batch:
+        if between_updates and not trainer.is_last_batch and self.due(module.slides_seen):
             self.save(trainer)
+
+    def due(self, slides: int) -> bool:
+        """Return whether it is time; of several processes the first one's clock counts."""
+        if self.every or not self.minutes:
+            return bool(self.every) and slides % self.every == 0
+        return gather(time.monotonic() - self.saved >= 60 * self.minutes)[0]
 
     def on_train_epoch_end(self, trainer, module) -> None:
         """Save at each epoch's end."""
@@ -157,11 +168,12 @@ class ResumePoint(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the file under another name first: a crash leaves the one before it."""
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            with replacing(self.path) as partial:
+                trainer.save_checkpoint(partial, weights_only=False)
+        else:
             trainer.save_checkpoint(self.path, weights_only=False)  # waits for the one that writes
-            return
-        with replacing(self.path) as partial:
-            trainer.save_checkpoint(partial, weights_only=False)
+        self.saved = time.monotonic()
 
 
 class Progress(TQDMProgressBar):

@@ -66,7 +66,7 @@ class EncodeOnce(Callback):
                 break
             except torch.OutOfMemoryError as error:
                 fault = error.with_traceback(None)  # which would keep the memory
-            module.passes.halve(fault)
+            module.passes.shrink(fault)
             extraction = replace(extraction, chunk=module.chunk)
         for share in gather(failed):
             data.skipped |= share

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,7 +31,7 @@ from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
-from tapfm.planning.plan import compare, forecast
+from tapfm.planning.plan import compare, forecast, must_fit
 from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.recipe.frozen_means import FrozenMeans
 from tapfm.recipe.pull_to_start import PullToStart
@@ -42,11 +40,17 @@ from tapfm.recipe.solved_head import SolvedHead
 from tapfm.recipe.warm_start import WarmStart
 from tapfm.recipe.weight_average import WeightAverage
 from tapfm.regularisers import REGULARISERS
-from tapfm.settings import SettingsError, below, choose, did_you_mean, faults_of, refuse
+from tapfm.settings import SettingsError, below, choose, faults_of, refuse
 from tapfm.slide_model.aggregators import aggregator_options, name_of
 from tapfm.slide_model.model import read_model_config
 from tapfm.tasks import validation_figures
-from tapfm.training.alternating import check_drop_path, check_precision, check_trainer
+from tapfm.training.alternating import (
+    check_accelerator,
+    check_drop_path,
+    check_parallel,
+    check_precision,
+    check_trainer,
+)
 from tapfm.training.arguments import argument_faults
 from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
@@ -89,13 +93,17 @@ class Cli(LightningCLI):
             "--name", default=None, help="folder of this run; None: aggregator, strategy"
         )
         parser.add_argument(
-            "--resume_every", type=int, default=50, help="slides between resume points"
+            "--resume_minutes", type=float, default=5.0, help="between resume points; 0: each epoch"
+        )
+        parser.add_argument(
+            "--resume_every", type=int, default=0, help="slides between them, instead of minutes"
         )
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults(
             {
                 "seed_everything": 0,
                 "trainer.max_epochs": 20,
+                "trainer.devices": 1,
                 "trainer.num_sanity_val_steps": 0,
                 "trainer.log_every_n_steps": 1,
                 "trainer.enable_checkpointing": False,
@@ -135,10 +143,13 @@ class Cli(LightningCLI):
         """
         config = self.config
         faults = [*self.model_faults(config.model), *self.data_faults(config.data)]
-        faults += below(config.data, self.least, "data") + below(config, {"resume_every": 0})
+        faults += below(config.data, self.least, "data") + below(
+            config, {"resume_every": 0, "resume_minutes": 0}
+        )
         faults += check_trainer(**{key: config.trainer[key] for key in SCHEDULE})
         faults += below(config.trainer, {"check_val_every_n_epoch": 1}, "trainer")
         faults += check_accelerator(config.trainer.accelerator)
+        faults += check_parallel(config.trainer.strategy)
         refuse(faults, self.verb)
         strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         if self.config.data.get("features_dir") and strategy == "full":
@@ -194,21 +205,6 @@ class Cli(LightningCLI):
             raise SettingsError(f"trainer: {what} Correct that key, or leave it out.") from error
 
 
-def check_accelerator(name: object) -> list[str]:
-    """Return what is wrong with a device by name: there is no such kind, or none here."""
-    kinds = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    if isinstance(name, str) and name not in kinds:
-        near = did_you_mean(name, kinds)
-        return [f"trainer.accelerator: {name!r} is none of {', '.join(kinds)}.{near}"]
-    there = torch.cuda.is_available() or (name == "gpu" and torch.backends.mps.is_available())
-    if name in ("gpu", "cuda") and not there:
-        return [
-            f"trainer.accelerator is {name}, and PyTorch finds no GPU on this machine. Leave it "
-            "out, or set cpu."
-        ]
-    return []
-
-
 def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
     """Return model, data and trainer as the arguments say.
 
@@ -254,7 +250,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
-        ResumePoint(folder, cli.config.resume_every),
+        ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every),
     ]
     if splits := splits_to_encode(module, data):
         trainer.callbacks.insert(
@@ -322,6 +318,9 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     """Return the GPU memory that the run will take by phase, in GiB, and print the peak.
 
     None for models of other blocks, and for an encoder of which nothing learns.
+
+    Raises:
+        PlanError: it is more than the card has.
     """
     model_config, row = module.slide_model.model_config, module.slide_model.encoder.row
     if not row.prefix_tokens or not module.learns:
@@ -330,6 +329,7 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     expected = forecast(row, model_config.tile_px, setup, module.chunk, module.passes.keep)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
+    must_fit(row, model_config.tile_px, peak)
     return expected
 
 

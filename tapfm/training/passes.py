@@ -6,8 +6,8 @@
     passes.adapt(encoded)                 pass 2: adds to the encoder's .grad
 
 `engine.chunked` has the algorithm. This adds what a run meets: blocks in front of the first that
-learns are computed once (`engine.frozen_prefix`); where memory runs out, it goes on with half the
-chunk and the same gradient (`training.oom_retry`); and pass 2 may take a few tiles
+learns are computed once (`engine.frozen_prefix`); where memory runs out, it goes on with a
+smaller chunk and the same gradient (`training.oom_retry`); and pass 2 may take a few tiles
 (`engine.sampling`).
 
 Shapes: T tiles of a slide, C tiles of a chunk, D features.
@@ -53,7 +53,7 @@ class Passes:
 
     Args:
         model: whose encoder learns.
-        chunk: tiles in memory at once; halved where they do not fit.
+        chunk: tiles in memory at once; an eighth fewer where they do not fit.
         keep: chunks whose graphs are kept from pass 1.
         few: tiles of a slide that pass 2 takes; None is all.
         skip: whether tiles are looked for that get no gradient at all, and left out of pass 2.
@@ -88,7 +88,10 @@ class Passes:
         if bag.features is not None:
             return EncodedTiles(bag, self.model.tiles(bag, self.chunk), [])
         if self.boundary and adapting:
-            bag = replace(bag, tiles=FrozenPrefixTokens(self.boundary.tokens, bag.tiles, bag.seed))
+            tokens = FrozenPrefixTokens(
+                self.boundary.tokens, bag.tiles, bag.seed, device=self.model.device
+            )
+            bag = replace(bag, tiles=tokens)
         while True:
             keep = self.keep if adapting and self.few is None else 0
             try:
@@ -99,7 +102,7 @@ class Passes:
                 return EncodedTiles(bag, TileSet.of(bag.places, z_TD, score_T), kept)
             except torch.OutOfMemoryError as fault:
                 if keep <= 1:
-                    self._shrink(self.chunk // 2, fault)
+                    self._shrink(fewer(self.chunk), fault)
             if keep > 1:
                 print(f"memory ran out with {keep} graphs kept: going on with 1", flush=True)
                 self.keep = 1
@@ -177,16 +180,16 @@ class Passes:
                 )
             except torch.OutOfMemoryError as fault:
                 self._shrink(0, fault)
-        if retry.fits:
-            self._shrink(retry.fits)
+        if retry.fits:  # halves served for this slide; the next ones need not be so small
+            self._shrink(fewer(self.chunk))
 
-    def halve(self, fault: Exception) -> None:
-        """Continue with half the chunk, as memory ran out elsewhere.
+    def shrink(self, fault: Exception) -> None:
+        """Continue with a smaller chunk, as memory ran out elsewhere.
 
         Raises:
             ChunkError: not even one tile fits.
         """
-        self._shrink(self.chunk // 2, fault)
+        self._shrink(fewer(self.chunk), fault)
 
     def _shrink(self, tiles: int, fault: Exception | None = None) -> None:
         """Continue with fewer tiles at once.
@@ -204,3 +207,8 @@ class Passes:
             ) from fault
         print(f"memory ran out with {self.chunk} tiles at once: going on with {tiles}", flush=True)
         self.chunk = tiles
+
+
+def fewer(chunk: int) -> int:
+    """Return the chunk to go on with when memory ran out: an eighth less, one tile at least."""
+    return chunk - max(1, chunk // 8)

@@ -12,7 +12,7 @@ def plan(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm plan`; return its action."""
     add = verb.add_argument
     add("--model", default="h_optimus_0", help="foundation model (%(default)s)")
-    add("--gpu", type=float, default=24, help="GPU memory in GiB (%(default)s)")
+    add("--gpu", help="a card (L4, RTX 4090, A100 80, ...) or GiB; this machine's, or 24")
     add("--tile-px", type=int, help="side of a tile; the model's own")
     return later("tapfm.planning.plan:run_plan")
 

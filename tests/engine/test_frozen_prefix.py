@@ -100,6 +100,29 @@ def test_noise_in_front_of_the_boundary_is_the_same_in_both_passes():
         assert all(torch.equal(grads[name], results[0][2][name]) for name in grads)
 
 
+def test_an_encoder_that_cannot_be_split_is_said_to_be_computed_twice(monkeypatch, capsys):
+    monkeypatch.setattr(FrozenPrefix, "agrees", lambda self: False)
+    assert find_frozen_prefix(encoder_of("5 prefix")) is None
+    assert "the 4 frozen blocks in front are computed in both passes" in capsys.readouterr().out
+
+
+def test_random_numbers_of_the_device_that_computes_are_put_back(monkeypatch):
+    """Tiles lie on the host; what `make` draws, it draws where the encoder is."""
+    from tapfm.engine import frozen_prefix
+
+    seeded, real = [], frozen_prefix.chunk_rng
+
+    def noting(seed, number, device):
+        seeded.append(device)
+        return real(seed, number, CPU)
+
+    monkeypatch.setattr(frozen_prefix, "chunk_rng", noting)
+    there = torch.device("cuda", 0)
+    tokens = FrozenPrefixTokens(lambda tiles: tiles.float(), random_tiles(4), 1, device=there)
+    list(tokens.split(2))
+    assert seeded == [there, there]
+
+
 def test_smaller_chunks_start_anew():
     encoder = encoder_of("5 prefix")
     boundary = find_frozen_prefix(encoder)

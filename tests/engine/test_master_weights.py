@@ -168,3 +168,16 @@ def test_resumed_equals_never_stopped(scheme):
 def test_an_unknown_scheme_is_named():
     with pytest.raises(ValueError, match="'half' is none of adamw, master, residual, offload"):
         MasterAdamW([{"params": [nn.Parameter(start())]}], "half")
+
+
+def test_weights_of_equal_shape_round_by_other_random_numbers():
+    torch.manual_seed(0)
+    grad = torch.randn(64, 64)
+    weights = [nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = MasterAdamW([{"params": weights, "lr": 1e-3}], "residual")
+    for weight in weights:
+        (weight.float() * grad).sum().backward()
+    optimizer.step()
+    one, other = optimizer.kept.values()
+    assert torch.equal(one.first_scale, other.first_scale)
+    assert not torch.equal(one.first, other.first)

@@ -59,6 +59,8 @@ FIT = [
     ("--data.tiles_per_slide 0", "data.tiles_per_slide must be 1 or more, got 0"),
     ("--data.colour -3", "data.colour must be 0 or more, got -3"),
     ("--data.tiles.tile_px 0", "data.tiles: tile size must be at least 1 pixel, got 0"),
+    ("--resume_minutes -2", "resume_minutes must be 0 or more, got -2"),
+    ("--trainer.strategy fsdp", "trainer.strategy fsdp: it divides the encoder among devices"),
     ("--resume_every -2", "resume_every must be 0 or more, got -2"),
     ("--trainer.max_epochs 0", "give it 1 or more (it is 0)"),
     ("--trainer.precision 16-mixed", "trainer.precision is 16-mixed"),

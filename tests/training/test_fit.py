@@ -16,6 +16,7 @@ from slides.streaming.order import epoch_order
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.checkpoints import PACKAGED
+from tapfm.recipe import best_weights
 from tapfm.recipe.best_weights import BestWeights
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import AGGREGATORS
@@ -67,7 +68,7 @@ def test_weights_moved_and_load_again(finished):
 def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(models, "save", lambda model, path, **facts: saved.append(facts["epoch"]))
-    monkeypatch.setattr(callbacks, "adapted_fingerprint", lambda model: "0123")
+    monkeypatch.setattr(best_weights, "adapted_fingerprint", lambda model: "0123")
     module = SimpleNamespace(slide_model=None, provenance={})
     best = BestWeights(tmp_path)
     for epoch, (auroc, loss) in enumerate(
@@ -81,6 +82,24 @@ def test_of_two_models_that_rank_alike_the_surer_one_is_kept(tmp_path, monkeypat
         resumed.load_state_dict(best.state_dict())
         best = resumed
     assert saved == [0, 1, 2]
+
+
+def test_resume_points_go_by_the_clock_of_the_first_process(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    trainer = SimpleNamespace(is_last_batch=False, is_global_zero=True)
+    trainer.save_checkpoint = lambda path, weights_only: saved.append(now[0]) or path.touch()
+    trainer.datamodule = SimpleNamespace(trained=lambda turn: None)
+    module = SimpleNamespace(slides_seen=0, steps=SimpleNamespace(accumulate=2))
+    point = callbacks.ResumePoint(tmp_path, minutes=5)
+    for _ in range(16):
+        now[0] += 60
+        module.slides_seen += 1
+        point.on_train_batch_end(trainer, module, {"loss": 0}, SimpleNamespace(turn=None), 0)
+    assert saved == [360, 720], "five minutes, and then the end of an update"
+    assert [callbacks.ResumePoint(tmp_path, 0, every).due(20) for every in (0, 3, 10)] == [
+        False, False, True,
+    ]  # fmt: skip
 
 
 def test_the_head_goes_first(tmp_path):
@@ -356,7 +375,7 @@ def test_a_broken_slide_is_skipped_when_asked_and_stops_otherwise(tmp_path, caps
     assert "no slide of the val split could be read" in said
     assert all(f"s{number}: " in said for number in (7, 8, 9))
     for number in (7, 8, 9):  # of another size: their indexes are theirs no more
-        next((tmp_path / "slides").glob(f"s{number}.*")).write_bytes(b"no slide")
+        next((tmp_path / "slides").glob(f"s{number}.*")).write_bytes(b"no slide %d" % number)
     assert main([*arguments, "--name", "none"]) == 2
     said = capsys.readouterr().err
     assert "split val, no slide of which can be read: 3 faults" in said

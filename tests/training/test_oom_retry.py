@@ -161,10 +161,10 @@ def test_a_run_goes_on_with_what_fits(limited, tmp_path, capsys):
     assert main(["fit", "--config", str(config), "--name", "roomy", *arguments]) == 0
     limited(3)
     assert main(["fit", "--config", str(config), "--name", "tight", *arguments]) == 0
-    assert "with 5 tiles at once: going on with 2" in capsys.readouterr().out
+    assert "with 5 tiles at once: going on with 4" in capsys.readouterr().out
     roomy, tight = (pd.read_csv(tmp_path / "runs" / r / "metrics.csv") for r in ("roomy", "tight"))
     pd.testing.assert_frame_equal(roomy, tight, rtol=1e-3)
-    assert set(pd.read_csv(tmp_path / "runs" / "tight" / "memory.csv")["chunk"]) == {2}
+    assert set(pd.read_csv(tmp_path / "runs" / "tight" / "memory.csv")["chunk"]) == {3}
 
 
 def test_when_nothing_fits_the_error_says_what_would(limited, tmp_path, capsys):
