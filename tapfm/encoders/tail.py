@@ -166,13 +166,14 @@ def disagreement(vit: nn.Module, tail: ClsTail) -> float:
 
     Measured on a few random tokens of a fixed seed; a block works for any number of tokens.
     """
-    draw = torch.Generator().manual_seed(0)
+    # on the CPU, whatever torch's default device is: a generator draws on its own device alone
+    drawn = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
     like, tap = vit.cls_token, tail.tap
-    tokens = torch.randn(TILES, tap.first_patch + PATCHES, like.shape[-1], generator=draw)
+    tokens = torch.randn(TILES, tap.first_patch + PATCHES, like.shape[-1], **drawn)
     given = {}
     if getattr(vit, "rope", None) is not None:
         width = round(tail.attn.scale**-2)  # head width
-        given["rope"] = torch.randn(PATCHES, 2 * width, generator=draw).to(like)
+        given["rope"] = torch.randn(PATCHES, 2 * width, **drawn).to(like)
     training = vit.training
     vit.eval()
     found = []

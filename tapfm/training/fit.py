@@ -233,6 +233,9 @@ def run_fit(arguments: Sequence[str]) -> int:
     cli = read_config(arguments)
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
+    # deterministic algorithms would also fill new memory, a fifth of an offloaded step: no number
+    # depends on it, since none is read before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = False
     resume = (folder / RESUME).exists()
     module.provenance = provenance(data)
     model_config = module.slide_model.model_config

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tapfm.adapt.strategies import make_strategy
 from tapfm.encoders.backbones import Backbone, Encoder, load
-from tapfm.encoders.tail import TOLERANCE, ClsTail
+from tapfm.encoders.tail import TOLERANCE, ClsTail, disagreement
 from tapfm.engine.frozen_prefix import find_frozen_prefix
 from tests.adapt.test_adapt import CASES, FUSED_BIAS, MAKES, adapted, move
 from tests.tiny import MAKES as ENCODERS
@@ -112,6 +112,15 @@ def test_parity_can_fail():
     tail.vit.blocks[-1].attn.attn_drop.register_forward_hook(lambda _m, _a, out: out.roll(1, 2))
     with pytest.raises(AssertionError, match="z:"):
         assert_same(answer(tail), answer(whole))
+
+
+@pytest.mark.parametrize("make", ["5 prefix", "rope"])
+def test_it_is_checked_on_the_cpu_whatever_the_default_device_is(make):
+    """A benchmark makes its models under `with torch.device(...)`."""
+    encoder = tiny_encoder(make)
+    expected = disagreement(encoder.vit, encoder.tail)
+    with torch.device("meta"):
+        assert disagreement(encoder.vit, encoder.tail) == expected
 
 
 def test_drop_path_draws_the_same():
