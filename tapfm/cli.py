@@ -1,6 +1,7 @@
 """The command line. Each verb imports what it needs when it runs, so `--help` is instant.
 
-A fault that the user can mend is printed as one error, without a traceback, and the exit code is 2.
+A fault that the user can mend is printed as one error, without a traceback, and the exit code is 2;
+that of a run that was asked to stop is 128 and the signal's number.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # not one of ours: a fault of the program, with its traceback
         print(f"tapfm: {error}", file=sys.stderr)
         explain_config(argv, error)
-        return 2
+        return getattr(error, "exit_code", 2)
 
 
 def expand_segments() -> None:

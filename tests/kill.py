@@ -1,4 +1,4 @@
-"""A callback that kills its own process, as a power cut would."""
+"""Callbacks that kill their own process, as a power cut would, or ask it to stop."""
 
 import os
 import signal
@@ -13,3 +13,14 @@ class KillAfter(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if module.slides_seen == self.slides:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AskAfter(Callback):
+    """Sends this process a signal: 15 is a scheduler's, 2 is Ctrl+C."""
+
+    def __init__(self, slides: int, number: int):
+        self.slides, self.number = slides, number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.slides_seen == self.slides:
+            os.kill(os.getpid(), self.number)

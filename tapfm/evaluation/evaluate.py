@@ -36,6 +36,7 @@ from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError
 from tapfm.stats.metrics import auroc
 from tapfm.training.fit import CONFIG, read_config
+from tapfm.training.stopping import warn_if_unfinished
 
 GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group
 MIXED = "mixed"
@@ -109,6 +110,7 @@ def finished_runs(run: Path) -> list[Path]:
                 f"{folder}: a run on labelled tiles: `tapfm fit-tiles` left its report there."
             )
         check_same_data(folder, folders[0])
+        warn_if_unfinished(folder)
     return folders
 
 

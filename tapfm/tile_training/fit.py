@@ -39,6 +39,7 @@ from tapfm.training.callbacks import RESUME, ResumePoint, RunLog
 from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, read_config
 from tapfm.training.optim import Steps
 from tapfm.training.provenance import program
+from tapfm.training.stopping import StopOnSignal, begin, end
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 
@@ -158,14 +159,18 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
     if module.head == "probe":
         module.start_head(*frozen.probe.linear())
     add_tensorboard(trainer, folder)
+    resume_point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     trainer.callbacks += [
         TileLog(folder),
         BestWeights(folder, "f1"),
-        ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every),
+        resume_point,
+        StopOnSignal(folder, resume_point),
     ]
+    begin(folder)
     resume = (folder / RESUME).exists()
     point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **point)
+    end(folder)
     print(f"{folder / BEST}: the weights of the best validation macro F1")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
@@ -58,6 +59,7 @@ from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import changed_keys, rename_old_keys
 from tapfm.training.optim import Steps
 from tapfm.training.provenance import provenance
+from tapfm.training.stopping import StopOnSignal, begin, end
 
 CONFIG = "config.yaml"
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
@@ -241,6 +243,7 @@ def run_fit(arguments: Sequence[str]) -> int:
     model_config = module.slide_model.model_config
     if trainer.is_global_zero:
         prepare_folder(cli)
+        begin(folder)
         print(
             f"{folder}: {encoder_of(module)}; aggregator "
             f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
@@ -249,11 +252,13 @@ def run_fit(arguments: Sequence[str]) -> int:
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
+    resume_point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     trainer.callbacks += [
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
-        ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every),
+        resume_point,
+        StopOnSignal(folder, resume_point),
     ]
     if splits := splits_to_encode(module, data):
         trainer.callbacks.insert(
@@ -266,6 +271,7 @@ def run_fit(arguments: Sequence[str]) -> int:
     part()
     if not trainer.is_global_zero:
         return 0
+    end(folder)
     if expected:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")

@@ -1,0 +1,97 @@
+"""Ends a run that is asked to stop: after the update in hand, with a resume point, and a word.
+
+A scheduler sends SIGTERM, a user presses Ctrl+C (SIGINT). The first is noted, and the run goes on
+to the end of its update; then every process saves and stops at the same step, and the command ends
+with 128 + the signal's number, as the shell has it: 143, 130. What follows in a script does not run
+on half a model. A second Ctrl+C stops at once.
+
+Until a run is at its end its folder holds a file `unfinished`, which `tapfm test` and others name.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from tapfm.distributed import gather, several
+from tapfm.training.callbacks import ResumePoint
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+UNFINISHED = "unfinished"
+
+
+class RunStopped(RuntimeError):
+    """A run was asked to stop, and has."""
+
+    def __init__(self, number: int, folder: Path, saved: bool):
+        name = signal.Signals(number).name
+        where = "a resume point was saved" if saved else "its last resume point stands"
+        super().__init__(
+            f"{folder}: stopped by {name}, unfinished; {where}. The same command goes on there."
+        )
+        self.exit_code = 128 + number
+
+
+class StopOnSignal(Checkpoint):
+    """Notes signals to stop, and obeys between updates; the last of the callbacks.
+
+    Args:
+        folder: the run's.
+        point: saves the resume point.
+    """
+
+    def __init__(self, folder: Path, point: ResumePoint):
+        self.folder, self.point, self.asked = folder, point, 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Listen, in place of Lightning, whose handler waits for processes that may have gone.
+
+        Lightning puts back the handlers from before the run.
+        """
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """Remember the signal; a second Ctrl+C is not waited for."""
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+        print(f"{signal.Signals(number).name}: stopping after this update", flush=True)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """Save and stop between updates, all processes together if any was asked."""
+        if module.slides_seen % module.steps.accumulate and not trainer.is_last_batch:
+            return
+        if asked := max(gather(self.asked)):
+            saves = not trainer.is_last_batch  # the epoch's end is not complete here
+            if saves:
+                self.point.save(trainer)
+            raise RunStopped(asked, self.folder, saves)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *more) -> None:
+        """Stop within a validation, where one process need not wait for others."""
+        if self.asked and not several():
+            raise RunStopped(self.asked, self.folder, saved=False)
+
+
+def begin(folder: Path) -> None:
+    """Mark a run as unfinished."""
+    (folder / UNFINISHED).touch()
+
+
+def end(folder: Path) -> None:
+    """Mark a run as finished."""
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def warn_if_unfinished(folder: Path) -> None:
+    """Print a line if a run's folder is of one that did not reach its end."""
+    if (folder / UNFINISHED).exists():
+        print(
+            f"{folder}: this run did not finish: its best weights so far are used. `tapfm fit` "
+            "with the same settings goes on with it."
+        )

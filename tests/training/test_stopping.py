@@ -1,0 +1,57 @@
+"""A run that is asked to stop saves, says so, and goes on later as one never stopped."""
+
+import json
+
+import pytest
+
+from tapfm.cli import main
+from tests.cohorts import write_cohort
+from tests.training.test_fit import tapfm
+
+
+def asked(number, slides):
+    kind = {"class_path": "tests.kill.AskAfter", "init_args": {"slides": slides, "number": number}}
+    return ["--trainer.callbacks", json.dumps([kind])]
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(15, "SIGTERM", 143), (2, "SIGINT", 130)])
+def test_it_stops_after_the_update_and_goes_on_to_the_same_end(tmp_path, number, name, code):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--resume_every", "0"]
+    tapfm(*fit, "--name", "whole")
+    stopped = tapfm(*fit, "--name", "stopped", *asked(number, 9), check=False)
+    assert stopped.returncode == code
+    run = tmp_path / "runs" / "stopped"
+    said = f"tapfm: {run}: stopped by {name}, unfinished; a resume point was saved."
+    assert said in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (run / "unfinished").exists()
+    slides = len((run / "metrics.csv").read_text().splitlines()) - 1
+    assert slides == 10 + 1, "to the end of an update of two, and a row of validation"
+    tested = tapfm("test", "--run", str(run.parent))
+    assert f"{run}: this run did not finish" in tested.stdout
+    tapfm(*fit, "--name", "stopped")
+    assert not (run / "unfinished").exists()
+    for file in ("metrics.csv", "best.safetensors"):
+        assert (run / file).read_bytes() == (tmp_path / "runs" / "whole" / file).read_bytes()
+
+
+def test_in_a_validation_the_last_resume_point_stands(tmp_path, monkeypatch, capsys):
+    import os
+    import signal
+
+    from tapfm.training.module import SlideModule
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    step = SlideModule.validation_step
+
+    def asking(self, bag, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, bag, index)
+
+    monkeypatch.setattr(SlideModule, "validation_step", asking)
+    config = write_cohort(tmp_path)
+    assert main(["fit", "--config", str(config)]) == 143
+    assert "its last resume point stands" in capsys.readouterr().err
+    for number, handler in before.items():
+        assert signal.getsignal(number) == handler, "a program that calls tapfm has its own again"
