@@ -53,7 +53,11 @@ def _renaming(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777  # as the umask has it; safetensors makes its own 0600
         yield partial
+        with suppress(OSError):  # a file system without permissions
+            partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,9 +1,14 @@
 """A file is complete or does not exist."""
 
+import gzip
+import os
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from slides.errors import IndexFileError, NoTissueError
-from slides.files import DAMAGE, damage_as, files_below, replacing
+from slides.files import DAMAGE, damage_as, decode_text, files_below, replacing, write_text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -14,6 +19,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_permissions_of_the_umask_whoever_writes_it(tmp_path, umask, mode):
+    """safetensors makes its files 0600, so a colleague could not read a shared model."""
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "a.safetensors") as partial:
+            save_file({"a": np.zeros(2)}, partial)
+        write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "a.txt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_text_is_read_in_the_encodings_of_spreadsheets(encoding, pack):
+    assert decode_text(pack("Köln;0,5\n".encode(encoding))) == "Köln;0,5\n"
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

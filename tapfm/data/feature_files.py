@@ -164,9 +164,9 @@ def _stamp(
     mpp0: Callable[[], float | None],
 ) -> SlideFeatures:
     """Return STAMP features with level-0 corners; without any if no unit is named."""
-    if attrs.get("unit") != "um" or "tile_size_um" not in attrs:
+    side_um = float(attrs.get("tile_size_um", attrs.get("tile_size", 0)))  # 2.1 renamed it
+    if attrs.get("unit") != "um" or not side_um:
         return found
-    side_um = float(attrs["tile_size_um"])
     own = float(attrs.get("mpp", side_um / float(attrs.get("tile_size_px", 224))))
     mpp = mpp0() or own
     coords0 = (coords.astype(np.float64) / mpp).round().astype(np.int64)

@@ -4,11 +4,12 @@
     <job>/<M>x_<P>px_<O>px_overlap/features_<encoder>/<slide>.h5       `features` (T, D), `coords`,
                                                                        `scores` (T,)
 
-so that CLAM, TRIDENT, STAMP and Patho-Bench users read them as their own. `coords` carries the
-index's attributes, `features` the encoder's fingerprint, licence and precision; `scores` are raw
-CLS scores, for aggregators that use them (`data.features_dir`). A file is whole or not there; run
-again, what is there and of the same tiles, weights and precision is kept. The frozen baselines of
-`tapfm test` keep features and RGB numbers the same way: this is the one writer.
+so that TRIDENT and Patho-Bench read them as their own; CLAM and STAMP have layouts of their own
+(other_formats.py). `coords` carries the index's attributes, `features` the encoder's fingerprint,
+licence and precision; `scores` are raw CLS scores, for aggregators that use them
+(`data.features_dir`). A file is whole or not there; run again, what is there and of the same tiles,
+weights and precision is kept. The frozen baselines of `tapfm test` keep features and RGB numbers
+the same way: this is the one writer.
 
 Price: one forward pass a tile; in memory, the pixels of a few chunks and the features of one slide.
 
@@ -44,6 +45,7 @@ from tapfm import __version__
 from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
+from tapfm.frozen.other_formats import write_formats
 from tapfm.slide_model.model import (
     SlideModel,
     adapted_fingerprint,
@@ -264,8 +266,9 @@ def run_features(
     precision: str | None = None,
     chunk: int = 16,
     device: str | None = None,
+    formats: Sequence[str] = (),
 ) -> int:
-    """`tapfm features`: index what is not indexed, then extract what is not extracted.
+    """`tapfm features`: index and extract what is not there yet; return 0, or 2 if a slide failed.
 
     Args:
         source: slides and tiles.
@@ -278,9 +281,7 @@ def run_features(
         precision: what is computed in; None is the publisher's on a GPU and fp32 on a CPU.
         chunk: tiles on the device at once.
         device: where to; None is CUDA where there is one.
-
-    Returns:
-        0, or 2 if any slide failed.
+        formats: layouts of other programs, to write too (`tapfm.frozen.other_formats`).
 
     Raises:
         BackboneError, CheckpointError: no such model, or its weights do not fit.
@@ -288,10 +289,9 @@ def run_features(
         SlideError: with `on_error: stop`, the first slide's fault.
     """
     encoder, header, fingerprint = load_encoder(model, weights, source.tiles.tile_px)
-    row, trained = encoder.row, header.get("mpp")
-    mpp = source.tiles.mpp
-    if mpp != (trained or row.mpp):
-        print(f"tiles at {mpp:g} microns per pixel; the model is for {trained or row.mpp:g}")
+    row, mpp = encoder.row, header.get("mpp") or encoder.row.mpp
+    if source.tiles.mpp != mpp:
+        print(f"tiles at {source.tiles.mpp:g} microns per pixel; the model is for {mpp:g}")
     name = name or (f"{row.key}_{fingerprint[:8]}" if header else row.key)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or (row.precision if device.startswith("cuda") else "fp32")
@@ -299,12 +299,12 @@ def run_features(
     if stain:
         refuse_other_stains(source.rows, f"stain normalisation by {stain}")
     extraction = Extraction(encoder.to(device), name, fingerprint, precision, dtype, chunk, stain)
-
     _, failed = index_and_cache(source)
     folder = (out or source.index_dir) / source.tiles.grid.tag / f"features_{name}"
-    rows = [row for row in source.rows if row.slide_id not in failed]
+    rows = [each for each in source.rows if each.slide_id not in failed]
     kept, tiles, lost = extract(extraction, rows, replace(source, stain=stain), folder)
     failed |= lost
+    write_formats(formats, folder, [each for each in rows if each.slide_id not in failed], source)
     for reason in failed.values():
         print(f"tapfm: {reason}", file=sys.stderr)
     print(

@@ -92,8 +92,10 @@ def features(verb: ArgumentParser) -> Do:
     add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the files (%(default)s)")
     add("--precision", choices=("fp32", "fp16", "bf16"),
         help="of the encoder; the publisher's on a GPU, else fp32")  # fmt: skip
+    add("--format", nargs="+", default=(), choices=("clam", "stamp"), dest="formats",
+        help="write them also as these programs read them")  # fmt: skip
     device_flags(verb)
-    rest = ("name", "dtype", "precision", "chunk", "device", "weights")
+    rest = ("name", "dtype", "precision", "chunk", "device", "weights", "formats")
 
     def do(model: str, out: Path | None, **given) -> int:
         from tapfm.frozen.features import run_features, tiles_of

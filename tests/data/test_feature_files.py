@@ -166,6 +166,12 @@ class TestStamp(Contract):
         np.testing.assert_array_equal(found.coords0, 2 * write.lattice(TILES))
         assert found.step0 == 224
 
+    def test_the_side_of_a_tile_by_its_older_name(self, tmp_path):
+        with h5py.File(self.write(tmp_path), "r+") as file:
+            file.attrs["tile_size"] = file.attrs["tile_size_um"]
+            del file.attrs["tile_size_um"]
+        np.testing.assert_array_equal(read(tmp_path).coords0, write.lattice(TILES))
+
     def test_coordinates_in_no_unit_are_not_known(self, tmp_path):
         with h5py.File(self.write(tmp_path), "r+") as file:
             del file.attrs["unit"]

@@ -1,10 +1,13 @@
 """Features are the encoder's, in TRIDENT's layout; a file is whole or absent, and kept if right."""
 
+from types import SimpleNamespace
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from slides.errors import SettingsError
 from slides.files import WriteError
 from slides.grid import Grid
 from slides.streaming.chunks import read_tiles
@@ -12,10 +15,12 @@ from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.cli import main
+from tapfm.data.feature_files import read_slide
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import fingerprint
 from tapfm.frozen import features
 from tapfm.frozen.features import Extraction, FeatureError
+from tapfm.frozen.other_formats import write_slide
 from tapfm.slide_model import model as models
 from tests.cohorts import LABELS, write_cohort
 from tests.conftest import stained_picture, write_pyramid
@@ -118,6 +123,39 @@ def test_run_again_it_keeps_what_is_right_and_remakes_what_is_not(slide, tmp_pat
         assert f"one.x: the features there are {why}" in said.out + said.err
     with h5py.File(path) as file:
         assert np.isfinite(file["features"][:]).all()
+
+
+def test_features_as_clam_and_stamp_lay_them_out(slide, tmp_path, capsys):
+    job = tmp_path / "job"
+    assert extract(slide, job, "--format", "clam", "stamp") == 0
+    with h5py.File(job / TAG / "features_demo_vit" / "one.x.h5") as file:
+        z_TD, coords0 = file["features"][:], file["coords"][:]
+    clam, stamp = (job / TAG / f"features_demo_vit_{name}" for name in ("clam", "stamp"))
+    with h5py.File(clam / "h5_files" / "one.x.h5") as file:
+        np.testing.assert_array_equal(file["features"][:], z_TD)
+        np.testing.assert_array_equal(file["coords"][:], coords0)
+    z = torch.load(clam / "pt_files" / "one.x.pt", weights_only=True)
+    np.testing.assert_array_equal(z, z_TD)
+    with h5py.File(stamp / "one.x.h5") as file:
+        np.testing.assert_array_equal(file["feats"][:], z_TD.astype(np.float16))
+        np.testing.assert_allclose(file["coords"][:], coords0 * 0.25)
+        assert dict(file.attrs) == {
+            "extractor": "demo_vit", "unit": "um", "tile_size_um": 16.0, "tile_size_px": 32,
+            "feat_type": "tile",
+        }  # fmt: skip
+    for folder, writer in ((clam, "CLAM"), (stamp, "STAMP")):
+        found = read_slide(folder, "one.x", lambda: 0.25)
+        assert found.writer == writer
+        np.testing.assert_array_equal(found.coords0, coords0)
+        assert (found.size0, found.step0) == (64, 64)
+
+
+def test_features_beyond_half_precision_are_not_written_for_stamp(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.full((1, 2), 1e5, np.float32)
+        file["features"].attrs["encoder"] = "big"
+    with pytest.raises(SettingsError, match="s: features of big exceed 65504"):
+        write_slide(["stamp"], tmp_path / "a.h5", SimpleNamespace(slide_id="s"))
 
 
 def test_features_of_other_weights_are_not_overwritten(slide, tmp_path, capsys):
