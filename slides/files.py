@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import socket
 import zipfile
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -21,6 +22,7 @@ from pathlib import Path
 from slides.errors import IndexFileError, SlideError
 
 UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # of the GDC
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
 PLACE = 65_536  # bytes that a fingerprint reads at each of three places
 DAMAGE = (  # everything that h5py, numpy and json raise for lost or changed bytes
     OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
@@ -50,17 +52,49 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _renaming(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; rename it once its bytes are on the disk, and then the new name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode & 0o777  # as the umask has it; safetensors makes its own 0600
         yield partial
         with suppress(OSError):  # a file system without permissions
             partial.chmod(mode)
+        if partial.is_file():
+            _sync(partial)
         os.replace(partial, path)
+        with suppress(OSError):  # not every file system syncs a folder
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)  # some file systems report a full disk only here
+    finally:
+        os.close(place)
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what killed processes of this machine left half-written in a folder."""
+    for path in folder.glob(".*.partial"):
+        found = re.fullmatch(r"\..+\.(?P<host>[^.]+)\.(?P<process>\d+)\.partial", path.name)
+        if found and found["host"] == HOST and not _alive(int(found["process"])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def names_of(slide_id: str, path: str | Path | None = None) -> tuple[str, ...]:
@@ -99,8 +133,6 @@ def write_whole(path: Path, data: bytes, name: str) -> None:
     try:
         with _renaming(path) as partial, open(partial, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # some file systems report a full disk only here
     except OSError as error:
         raise IndexFileError(
             f"{name}: {len(data)} bytes could not be written to {path}: "

@@ -35,7 +35,7 @@ from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
-from tapfm.training.callbacks import RESUME, ResumePoint, RunLog
+from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, read_config
 from tapfm.training.optim import Steps
 from tapfm.training.provenance import program
@@ -159,17 +159,17 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
     if module.head == "probe":
         module.start_head(*frozen.probe.linear())
     add_tensorboard(trainer, folder)
-    resume_point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
+    point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     trainer.callbacks += [
         TileLog(folder),
         BestWeights(folder, "f1"),
-        resume_point,
-        StopOnSignal(folder, resume_point),
+        point,
+        StopOnSignal(folder, point),
     ]
     begin(folder)
-    resume = (folder / RESUME).exists()
-    point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
-    trainer.fit(module, datamodule=data, **point)
+    resume = resume_point(folder)
+    begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
+    trainer.fit(module, datamodule=data, **begun)
     end(folder)
     print(f"{folder / BEST}: the weights of the best validation macro F1")
 

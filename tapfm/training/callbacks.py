@@ -9,19 +9,24 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from slides.errors import SettingsError
 from slides.files import replacing
 from tapfm.distributed import gather
 from tapfm.training.module import DivergedError
 
-RESUME = "last.ckpt"
+RESUME, BEFORE = "last.ckpt", "before.ckpt"  # the last resume point, and the one before it
 
 
 class CsvLog:
@@ -132,6 +137,14 @@ class RunLog(Callback):
         self.keep = state
 
 
+class DirectIO(TorchCheckpointIO):
+    """Writes a checkpoint where it is to be, not by way of memory and TMPDIR as Lightning does."""
+
+    def save_checkpoint(self, checkpoint: dict, path: Path, storage_options=None) -> None:
+        """Write the file; `ResumePoint.save` gives it its name once it is whole."""
+        torch.save(checkpoint, path)
+
+
 class ResumePoint(Checkpoint):
     """Writes last.ckpt by the clock or every few slides, and at each epoch's end.
 
@@ -146,6 +159,10 @@ class ResumePoint(Checkpoint):
     def __init__(self, folder: Path, minutes: float, every: int = 0):
         self.path, self.minutes, self.every = folder / RESUME, minutes, every
         self.saved = time.monotonic()
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Let Lightning write to the file itself."""
+        trainer.strategy.checkpoint_io = DirectIO()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """Save if it is time; an epoch's last slide is left to `on_train_epoch_end`."""
@@ -167,13 +184,41 @@ class ResumePoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the file under another name first: a crash leaves the one before it."""
+        """Write the file under another name first, and keep the one before it."""
         if trainer.is_global_zero:
+            if self.path.exists():
+                (before := self.path.with_name(BEFORE)).unlink(missing_ok=True)
+                os.link(self.path, before)
             with replacing(self.path) as partial:
                 trainer.save_checkpoint(partial, weights_only=False)
         else:
             trainer.save_checkpoint(self.path, weights_only=False)  # waits for the one that writes
         self.saved = time.monotonic()
+
+
+def resume_point(folder: Path) -> Path | None:
+    """Return a run's last resume point that is whole; None if it has none.
+
+    Raises:
+        SettingsError: there are some, and all are damaged.
+    """
+    there = [folder / name for name in (RESUME, BEFORE) if (folder / name).exists()]
+    for path in there:
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+        except (OSError, zipfile.BadZipFile, EOFError) as error:
+            damaged = str(error)
+        if damaged is None:
+            return path
+        print(f"{path}: damaged ({damaged}): going back to the resume point before it", flush=True)
+    if there:
+        raise SettingsError(
+            f"{folder}: its resume points are damaged. Delete "
+            f"{' and '.join(path.name for path in there)} to start the run anew, or give another "
+            "--name."
+        )
+    return None
 
 
 class Progress(TQDMProgressBar):

@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from slides.files import write_text
+from slides.files import clear_partials, write_text
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue
 from tapfm.adapt.strategies import make_strategy, strategy_spec
@@ -53,7 +53,7 @@ from tapfm.training.alternating import (
     check_trainer,
 )
 from tapfm.training.arguments import argument_faults
-from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog
+from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import changed_keys, rename_old_keys
@@ -235,10 +235,9 @@ def run_fit(arguments: Sequence[str]) -> int:
     cli = read_config(arguments)
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
-    # deterministic algorithms would also fill new memory, a fifth of an offloaded step: no number
-    # depends on it, since none is read before it is written
+    # a fifth of an offloaded step, and no number is read before it is written
     torch.utils.deterministic.fill_uninitialized_memory = False
-    resume = (folder / RESUME).exists()
+    resume = resume_point(folder)
     module.provenance = provenance(data)
     model_config = module.slide_model.model_config
     if trainer.is_global_zero:
@@ -252,21 +251,21 @@ def run_fit(arguments: Sequence[str]) -> int:
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
-    resume_point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
+    point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     trainer.callbacks += [
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
-        resume_point,
-        StopOnSignal(folder, resume_point),
+        point,
+        StopOnSignal(folder, point),
     ]
     if splits := splits_to_encode(module, data):
         trainer.callbacks.insert(
             0, EncodeOnce(Path(cli.config.features or folder.parent / "frozen"), splits)
         )
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
-    point = {"ckpt_path": folder / RESUME, "weights_only": True} if resume else {}
-    trainer.fit(module, datamodule=data, **point)
+    begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
+    trainer.fit(module, datamodule=data, **begun)
     save_choice(module, folder, recipe)
     part()
     if not trainer.is_global_zero:
@@ -349,6 +348,7 @@ def prepare_folder(cli: Cli) -> None:
         SettingsError: the folder holds a run with another config.
     """
     folder, text = cli.folder, cli.parser.dump(cli.config, skip_unset=False)
+    clear_partials(folder)
     if (folder / RESUME).exists() and (folder / CONFIG).exists():
         then, now = yaml.safe_load((folder / CONFIG).read_text()), yaml.safe_load(text)
         then, now = ({key: each[key] for key in DESCRIBES_RUN} for each in (then, now))

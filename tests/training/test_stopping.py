@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from slides.files import HOST
 from tapfm.cli import main
 from tests.cohorts import write_cohort
 from tests.training.test_fit import tapfm
@@ -55,3 +56,33 @@ def test_in_a_validation_the_last_resume_point_stands(tmp_path, monkeypatch, cap
     assert "its last resume point stands" in capsys.readouterr().err
     for number, handler in before.items():
         assert signal.getsignal(number) == handler, "a program that calls tapfm has its own again"
+
+
+def test_a_damaged_resume_point_is_passed_over_for_the_one_before(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config)]
+    tapfm(*fit, "--name", "whole")
+    tapfm(*fit, "--name", "cut", *asked(15, 13), check=False)
+    run = tmp_path / "runs" / "cut"
+    data = (run / "last.ckpt").read_bytes()
+    (run / "last.ckpt").write_bytes(data[: len(data) // 2])
+    (run / ".last.ckpt.elsewhere.1.partial").touch()
+    left = run / f".best.safetensors.{HOST}.{2**22 - 1}.partial"
+    left.touch()
+    assert main([*fit, "--name", "cut"]) == 0
+    assert f"{run / 'last.ckpt'}: damaged" in capsys.readouterr().out
+    assert not left.exists(), "of a process that is no more"
+    assert (run / ".last.ckpt.elsewhere.1.partial").exists(), "of another machine: perhaps it runs"
+    for file in ("metrics.csv", "best.safetensors"):
+        assert (run / file).read_bytes() == (tmp_path / "runs" / "whole" / file).read_bytes()
+    for name in ("last.ckpt", "before.ckpt"):
+        (run / name).write_bytes(b"nothing")
+    assert main([*fit, "--name", "cut"]) == 2
+    assert "its resume points are damaged. Delete last.ckpt and before" in capsys.readouterr().err
+
+
+def test_a_resume_point_needs_no_room_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    config = write_cohort(tmp_path)
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
