@@ -1,6 +1,7 @@
 """What a run leaves behind: the model of the chosen share, and the frozen one beside it.
 
     best.safetensors       encoder at W(a) with its slide model; for a = 0 the frozen one
+    adapted.safetensors    the best epoch as it was trained, whatever was chosen
     control.safetensors    the frozen encoder with the slide model fitted on its features
     interpolation.json     a, the curve over a, and the reason
 
@@ -11,16 +12,18 @@ slide model, chosen in the same way.
 from __future__ import annotations
 
 import json
-from functools import partial
+import shutil
 from pathlib import Path
 
 import lightning as L
 
-from slides.files import write_text
+from slides.files import replacing, write_text
 from tapfm.adapt.interpolation import between, learned, put
 from tapfm.data.datamodule import SlideData
+from tapfm.distributed import gather
 from tapfm.recipe.best_weights import BEST
 from tapfm.recipe.interpolation import Candidates, Interpolation, frozen_model, interpolate
+from tapfm.recipe.warm_start import VIEWS
 from tapfm.recipe.weight_average import WeightAverage
 from tapfm.slide_model.model import (
     adapted_fingerprint,
@@ -29,14 +32,14 @@ from tapfm.slide_model.model import (
     save,
 )
 
-CONTROL = "control.safetensors"
+ADAPTED, CONTROL = "adapted.safetensors", "control.safetensors"
 INTERPOLATION = "interpolation.json"
 
 
 def choose_and_save(
     module: L.LightningModule, data: SlideData, folder: Path, mean: WeightAverage | None
 ) -> Interpolation:
-    """Choose the share of the change, and write the three files; return the choice.
+    """Choose the share of the change, and write the files; return the choice.
 
     Args:
         module: the run after its last epoch, on the device to compute on.
@@ -45,15 +48,20 @@ def choose_and_save(
         mean: of the weights, if one was kept.
     """
     model, start = module.slide_model, module.start
-    _, facts = read_model_config(folder / BEST)
-    load_weights(model, folder / BEST)
+    best = folder / ADAPTED
+    if not best.exists() and module.trainer.is_global_zero:
+        with replacing(best) as copy:
+            shutil.copyfile(folder / BEST, copy)
+    gather(None)  # the other processes wait for the file
+    _, facts = read_model_config(best)
+    load_weights(model, best)
     ends = {"best epoch": learned(model.encoder.vit)}
     if mean:
         ends["mean of the weights"] = mean.weights()
+    train = partial(data.seen_in_training, VIEWS if data.varies else 1)
     candidates = Candidates(
-        module, partial(data.seen_in_training, 1), data.val_dataloader, data.weighted_task, start,
-        data.seed,
-    )  # fmt: skip
+        module, train, data.val_dataloader, data.weighted_task, start, data.seed
+    )
     choice, heads, end = interpolate(candidates, ends, module.steps.interpolate)
     if not module.trainer.is_global_zero:
         return choice

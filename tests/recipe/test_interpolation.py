@@ -112,6 +112,10 @@ def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, str
     assert taken["loss"] <= choice["curve"][0]["loss"], "never worse than frozen on validation"
     assert taken["loss"] - least <= taken["error"]
 
+    adapted, facts = models.read_model_config(run / "adapted.safetensors")
+    assert adapted.strategy["name"] == strategy, "whatever was chosen, it is not lost"
+    assert "interpolation" not in facts
+
     before = (run / "best.safetensors").read_bytes()
     assert main(fit) == 0
     assert (run / "best.safetensors").read_bytes() == before, "chosen once"
