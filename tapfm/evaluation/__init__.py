@@ -7,6 +7,7 @@
     study_table.py     a study's table, intervals and differences
     probe.py           tapfm probe: how strongly a cohort's labels act on each block
     probe_figure.py    a probe's result for a part of the encoder, and its figure
+    robustness.py      what adapting did to robustness: CKA, stain draws, RI and MaRI
     drift.py           how far features have moved, by linear CKA
 
 Reads runs; trains no encoder, but for the probe's own small fit.

@@ -10,8 +10,6 @@ A run that saved its frozen control is compared with it; that verdict is printed
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 
@@ -20,12 +18,12 @@ import torch
 import yaml
 from PIL import Image
 
-from slides.cohort.table import SlideRow
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
 from tapfm.data.datamodule import SlideData
-from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows
+from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows, groups_of
+from tapfm.evaluation.robustness import with_robustness
 from tapfm.inference.heatmap import overlay_png
 from tapfm.inference.prediction import Prediction
 from tapfm.recipe.best_weights import BEST
@@ -39,14 +37,15 @@ from tapfm.training.fit import CONFIG, read_config
 from tapfm.training.stopping import warn_if_unfinished
 
 GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group
-MIXED = "mixed"
 TUMOUR_TILE = 0.5  # share from which a tile counts as tumour; from there to 0 it is not used
 # Data settings that define the bags to be fitted and tested; the others say how tiles are read, or
 # how a run samples and augments them in training.
 COMPARED = "table", "slides_dir", "features_dir", "labels", "task", "bags", "pool", "tiles", "stain"
 
 
-def run_test(run: Path, split: str, overlays: int, features: Path | None = None) -> int:
+def run_test(
+    run: Path, split: str, overlays: int, features: Path | None = None, robustness: bool = False
+) -> int:
     """Evaluate every run below a folder and write `<run>/report_<split>`; return 0.
 
     Args:
@@ -54,6 +53,7 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
         split: the split to report on.
         overlays: number of slides to draw.
         features: folder of frozen features that several folders share; None is `<run>/frozen`.
+        robustness: measure what adapting did to it, see `evaluation.robustness`.
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
@@ -78,6 +78,9 @@ def run_test(run: Path, split: str, overlays: int, features: Path | None = None)
     aurocs = {}
     for folder in folders:
         of_run, slides = evaluate_run(first, folder, split, device)
+        if robustness and of_run[-1].control:
+            control, own = of_run
+            of_run = [control, with_robustness(first, folder, own, control, split, device)]
         rows += of_run
         if each_slide := tile_auroc(data, slides, masks):
             aurocs[folder.name] = float(np.mean(list(each_slide.values())))
@@ -112,17 +115,6 @@ def finished_runs(run: Path) -> list[Path]:
         check_same_data(folder, folders[0])
         warn_if_unfinished(folder)
     return folders
-
-
-def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
-    """Return the site or stain of each slide and case; `mixed` for a case with several."""
-    known = defaultdict(set)
-    for row in rows:
-        for name in (row.case_id, row.slide_id):
-            known[name] |= {getattr(row, kind)} - {""}
-    return {
-        name: next(iter(values), "") if len(values) < 2 else MIXED for name, values in known.items()
-    }
 
 
 def check_same_data(folder: Path, first: Path) -> None:

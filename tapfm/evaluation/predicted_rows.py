@@ -6,7 +6,8 @@ control, and its own, which stays end to end where the frozen encoder is what wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from slides.cohort.cases import group_by_case
+from slides.cohort.table import SlideRow
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
 from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
@@ -37,6 +39,8 @@ from tapfm.recipe.saved_model import CONTROL
 from tapfm.reports.rows import SAME_HEAD, ResultRow, row_folder, row_of_run
 from tapfm.slide_model import model as models
 from tapfm.training.fit import Cli
+
+MIXED = "mixed"
 
 
 def evaluate_run(
@@ -200,3 +204,14 @@ def result_row(
         if split == "val" or not val
         else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
     )
+
+
+def groups_of(rows: Sequence[SlideRow], kind: str) -> dict[str, str]:
+    """Return the site or stain of each slide and case; `mixed` for a case with several."""
+    known = defaultdict(set)
+    for row in rows:
+        for name in (row.case_id, row.slide_id):
+            known[name] |= {getattr(row, kind)} - {""}
+    return {
+        name: next(iter(values), "") if len(values) < 2 else MIXED for name, values in known.items()
+    }

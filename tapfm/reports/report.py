@@ -17,8 +17,8 @@ Keys of metrics_<split>.json. An INTERVAL is {value, low, high, draws}, 95 %; wh
 null. LABELS stands for an entry a label, and `macro`: the mean of those that its `labels` names.
 
     split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
-    verdicts [{run, row, control, figure, outcome, difference INTERVAL, choice, sentence}], one for
-        each adapted run, see `verdict`
+    verdicts [{run, row, control, figure, outcome, difference INTERVAL, choice, robustness,
+        sentence}], one for each adapted run, see `verdict`
     task {name, labels, ...}, see `tapfm.tasks`
     arms.<title>
         end_to_end

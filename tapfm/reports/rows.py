@@ -47,6 +47,8 @@ class ResultRow:
     """
     choice: Mapping[str, Any] | None = None
     """How much of an adapted run's change is saved: a, source, reason, curve; with a control."""
+    robustness: Mapping[str, Any] | None = None
+    """What adapting did to robustness, as `tapfm test --robustness` measures it."""
 
 
 def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]:

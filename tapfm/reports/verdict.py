@@ -24,6 +24,8 @@ from tapfm.stats.bootstrap import Interval, percentiles
 if TYPE_CHECKING:
     from tapfm.tasks import Task
 
+FALL = 0.05  # of RI or MaRI, from which robustness is called lost
+
 
 def verdicts(
     task: Task, rows: Sequence[ResultRow], figure: Callable[[ResultRow], np.ndarray], draws: int
@@ -38,7 +40,8 @@ def verdicts(
 
     Returns:
         For each: `run`, `row` and `control` (titles), `figure`, `outcome` (see `outcome_of`),
-        `difference` (Interval), `choice` (a, source, reason, curve) and `sentence`.
+        `difference` (Interval), `choice` (a, source, reason, curve), `robustness` (None unless it
+        was measured) and `sentence`.
     """
     of_title, found = {row.title: row for row in rows}, []
     for row in rows:
@@ -46,15 +49,20 @@ def verdicts(
             continue
         gain = percentiles(figure(row) - figure(of_title[row.control]))
         name, title = row.title.removeprefix(END_TO_END), figure_name(task)
+        outcome = outcome_of(gain, [row.choice["a"]])
+        said = sentence(name, title, gain, draws, [row.choice])
+        if row.robustness:
+            said += f" {robustness_sentence(title, outcome, row.robustness)}"
         found.append({
             "run": name,
             "row": row.title,
             "control": row.control,
             "figure": title,
-            "outcome": outcome_of(gain, [row.choice["a"]]),
+            "outcome": outcome,
             "difference": asdict(gain),
             "choice": dict(row.choice),
-            "sentence": sentence(name, title, gain, draws, [row.choice]),
+            "robustness": row.robustness,
+            "sentence": said,
         })  # fmt: skip
     return found
 
@@ -99,3 +107,34 @@ def sentence(
             "nothing": f"adapting gained nothing that this cohort can show: {than}; {saved}.",
         }[outcome_of(gain, shares)]
     )
+
+
+def robustness_sentence(figure: str, outcome: str, facts: Mapping[str, Any]) -> str:
+    """Return what adapting did to robustness, in words.
+
+    It is called lost if stain draws take more of the figure than of the control's, by an interval
+    above 0, or if RI or MaRI is below the control's by `FALL` or more.
+
+    Args:
+        figure: the task's figure in words.
+        outcome: see `outcome_of`.
+        facts: of `evaluation.robustness`.
+    """
+    parts = [f"linear CKA to the frozen encoder's features {facts['cka']:.2f}"]
+    lost = False
+    if drop := facts.get("drop"):
+        run, control, more = (Interval(**drop[kind]) for kind in ("run", "control", "more"))
+        lost = more.low > 0
+        parts.append(
+            f"stain draws take {span(run, sign='+')} of {figure}, {span(control, sign='+')} of the "
+            f"frozen encoder's, {span(more, sign='+')} more"
+        )
+    for kind, name in (("ri", "RI"), ("mari", "MaRI")):
+        if index := facts.get(kind):
+            lost = lost or index["control"] - index["run"] >= FALL
+            parts.append(f"{name} {index['run']:.2f}, frozen {index['control']:.2f}")
+    parts += [f"no {what}: {why}" for what, why in facts["left_out"].items()]
+    opening = "It lost robustness" if lost else "Robustness"
+    if lost and outcome == "gained":
+        opening = "It gained and lost robustness"
+    return f"{opening}: {'; '.join(parts)}."

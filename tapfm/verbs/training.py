@@ -33,6 +33,11 @@ def test(verb: ArgumentParser) -> Do:
     run_flags(verb)
     add("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
     add("--features", type=Path, help="frozen features that several folders share; <run>/frozen")
+    add(
+        "--robustness",
+        action="store_true",
+        help="of adapted runs and their controls: drift, stain draws, RI, MaRI; two more passes",
+    )
     return later("tapfm.evaluation.evaluate:run_test")
 
 

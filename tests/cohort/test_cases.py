@@ -17,7 +17,7 @@ from slides.streaming.stream import Augment, BagDataset
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.engine.chunked import adapt_bag, encode_bag
-from tapfm.evaluation.evaluate import groups_of
+from tapfm.evaluation.predicted_rows import groups_of
 from tapfm.inference.prediction import Prediction, pool_cases
 from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import make_aggregator

@@ -81,8 +81,20 @@ def test_each_adapted_run_has_its_verdict(tested):
     )
 
 
-def test_the_verdicts_are_printed_first(runs, tested, capsys):
-    assert main(["test", "--run", str(runs), "--overlays", "0"]) == 0
+def test_the_verdicts_are_printed_first_and_robustness_beside_them(runs, tested, capsys):
+    assert main(["test", "--run", str(runs), "--overlays", "0", "--robustness"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(" ".join(each["sentence"] for each in tested["verdicts"]))
+    found = json.loads((runs / "report_test" / "metrics_test.json").read_text())["verdicts"]
+    assert printed.startswith(" ".join(each["sentence"] for each in found))
     assert "frozen, linear probe: " in printed
+    half, none = found
+    assert half["sentence"].startswith(tested["verdicts"][0]["sentence"] + " ")
+    assert none == tested["verdicts"][1], "the same encoder"
+    facts = half["robustness"]
+    assert 0.5 < facts["cka"] < 1
+    assert facts["tiles"] == 149
+    assert list(facts["left_out"]) == ["RI and MaRI"]
+    run, control, more = (facts["drop"][kind]["value"] for kind in ("run", "control", "more"))
+    assert more == pytest.approx(run - control)
+    page = (runs / "report_test" / "report.html").read_text()
+    assert "linear CKA to the frozen features" in page

@@ -10,7 +10,7 @@ import pytest
 from tapfm.reports.outcome_report import write_outcomes
 from tapfm.reports.report import write_results
 from tapfm.reports.rows import ResultRow
-from tapfm.reports.verdict import outcome_of, sentence
+from tapfm.reports.verdict import outcome_of, robustness_sentence, sentence
 from tapfm.stats.bootstrap import Interval, percentiles, with_point
 from tapfm.stats.metrics import paired_difference
 from tests.reports.test_report import DRAWS, LABELS, arms, in_order
@@ -45,6 +45,34 @@ def test_each_outcome_in_words(ends, a, outcome, said):
     gain = Interval(*ends, 0 if math.isnan(ends[0]) else 100)
     assert outcome_of(gain, [a]) == outcome
     assert sentence("r", "AUROC", gain, 100, [CHOICE | {"a": a}]) == said
+
+
+def test_a_gain_that_costs_robustness_is_named():
+    def drop(value, low, high):
+        ends = {"value": value, "low": low, "high": high, "draws": 9}
+        return {"run": ends, "control": ends, "more": ends}
+
+    index = {"ri": {"run": 0.7, "control": 0.72}, "mari": {"run": 0.7, "control": 0.7}}
+    kept = {"cka": 0.934, "left_out": {}, "drop": drop(0.01, -0.02, 0.03), **index}
+    assert robustness_sentence("AUROC", "gained", kept) == (
+        "Robustness: linear CKA to the frozen encoder's features 0.93; stain draws take +0.010 "
+        "[-0.020, +0.030] of AUROC, +0.010 [-0.020, +0.030] of the frozen encoder's, +0.010 "
+        "[-0.020, +0.030] more; RI 0.70, frozen 0.72; MaRI 0.70, frozen 0.70."
+    )
+    for change in (
+        {"drop": drop(0.05, 0.01, 0.09)},
+        {"ri": {"run": 0.6, "control": 0.7}},
+        {"mari": {"run": 0.6, "control": 0.7}},
+    ):
+        said = robustness_sentence("AUROC", "gained", kept | change)
+        assert said.startswith("It gained and lost robustness: ")
+        said = robustness_sentence("AUROC", "nothing", kept | change)
+        assert said.startswith("It lost robustness: ")
+    bare = {"cka": 1.0, "left_out": {"RI and MaRI": "no sites", "stain draws": "another stain"}}
+    assert robustness_sentence("AUROC", "gained", bare) == (
+        "Robustness: linear CKA to the frozen encoder's features 1.00; no RI and MaRI: no sites; "
+        "no stain draws: another stain."
+    )
 
 
 def test_a_difference_without_draws_is_no_gain():

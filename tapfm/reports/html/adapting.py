@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tapfm.reports.html.panels import WIDE, panel
-from tapfm.reports.html.tables import Html, html, table
+from tapfm.reports.html.tables import Html, html, interval_cell, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,22 @@ def adapting(verdicts: Sequence[Mapping]) -> Iterator[str]:
              f"{p['error']:.4f}", "" if p["figure"] is None else f"{p['figure']:.4f}", p["head"]]
             for p in choice["curve"]
         ])  # fmt: skip
+        if facts := verdict.get("robustness"):
+            yield robustness_table(verdict["figure"], facts)
+
+
+def robustness_table(figure: str, facts: Mapping) -> Html:
+    """Return what `tapfm test --robustness` measured, of the adapted and the frozen encoder."""
+    rows = [["linear CKA to the frozen features", f"{facts['cka']:.3f}", "1", ""]]
+    if drop := facts.get("drop"):
+        cells = (interval_cell(drop[kind], sign="+") for kind in ("run", "control", "more"))
+        rows.append([f"{figure} lost under stain draws", *cells])
+    for kind, name in (("ri", "RI"), ("mari", "MaRI")):
+        if index := facts.get(kind):
+            own, frozen = index["run"], index["control"]
+            rows.append([name, f"{own:.3f}", f"{frozen:.3f}", f"{own - frozen:+.3f}"])
+    rows += [[what, why, "", ""] for what, why in facts["left_out"].items()]
+    return table(["robustness", "adapted", "frozen", "difference"], rows)
 
 
 def curve_panel(run: str, choice: Mapping) -> Html:
