@@ -20,18 +20,26 @@ from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.streaming.balance import balanced_order
-from slides.streaming.bounded_tiles import host_budget, joined, tiles_to_hold
+from slides.streaming.bounded_tiles import host_budget, joined
 from slides.streaming.order import SlideSampler, Turn, repeated
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
-from slides.streaming.stream import Augment, BagDataset, Skipped, SlideLoader
+from slides.streaming.stream import Augment, BagDataset, SlideLoader
 from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.feature_files import SlideFeatures
 from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, open_features
-from tapfm.data.streamed import Streamed, bag_of, check_val, labelled, places_of, targets
+from tapfm.data.streamed import (
+    Streamed,
+    as_bag,
+    check_val,
+    labelled,
+    places_of,
+    targets,
+    tiles_held,
+)
 from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
@@ -242,20 +250,34 @@ class SlideData(L.LightningDataModule):
         bags, workers = self.training_bags(rows), 0 if self.known(rows) else self.workers
         return SlideLoader(bags, self.sampler, workers, PREFETCH, pin_memory=pin)
 
-    def training_bags(self, rows: list[SlideRow]) -> BagDataset:
-        """Return a dataset of training bags: tiles drawn, augmented, in memory."""
-        drawn = {"budget": self.tiles_per_slide, "seed": self.seed, "sampling": self.sampling}
+    def training_bags(self, rows: list[SlideRow], plain: int = 0) -> BagDataset:
+        """Return a dataset of training bags: tiles drawn, augmented, in memory.
+
+        `plain`: not augmented, and with the tiles of so many bags in one.
+        """
+        few, augment = self.tiles_per_slide, self.augment
+        if plain:
+            few, augment = few and plain * few, None
+        drawn = {"budget": few, "seed": self.seed, "sampling": self.sampling}
         if features := self.known(rows):
             return FeatureBags(rows, features, **drawn)
-        how = {"augment": self.augment, "on_error": self.on_error, "hold": self.hold(rows)}
+        how = {
+            "augment": augment,
+            "on_error": self.on_error,
+            "hold": tiles_held(rows, self.room, PREFETCH, self),
+        }
         return BagDataset(rows, self.tile_source, **drawn, **how, workers=self.streaming_workers)
 
-    def seen_in_training(self, epochs: int) -> Iterator[Bag]:
-        """Yield this process's share of the training bags of the first epochs."""
+    def seen_in_training(self, epochs: int, *, plain: bool = False) -> Iterator[Bag]:
+        """Yield this process's share of the training bags of the first epochs.
+
+        `plain`: one bag a slide, with as many tiles, as they are on the slide.
+        """
         rows, (rank, world) = self.training_rows, self.place
-        turns = [Turn(epoch, slide, slide) for epoch in range(epochs) for slide in range(len(rows))]
-        workers = 0 if self.known(rows) else self.workers
-        loader = SlideLoader(self.training_bags(rows), turns[rank::world], workers, PREFETCH)
+        times = range(1 if plain else epochs)
+        turns = [Turn(epoch, slide, slide) for epoch in times for slide in range(len(rows))]
+        workers, bags = 0 if self.known(rows) else self.workers, epochs if plain else 0
+        loader = SlideLoader(self.training_bags(rows, bags), turns[rank::world], workers, PREFETCH)
         for item in loader:
             if bag := self.on_before_batch_transfer(item, 0):
                 yield bag
@@ -266,20 +288,10 @@ class SlideData(L.LightningDataModule):
         few = self.tiles_per_slide is not None
         return few or any(vars(self.augment).values())
 
-    def hold(self, rows: list[SlideRow]) -> int:
-        """Return how many tiles of a slide are kept in memory; print a note if not all."""
-        bags = self.workers * PREFETCH + 2  # read ahead, in training, and about to be let go
-        slides = bags * max(len(row.slides) for row in rows)
-        kept = self.features.kept_bytes if self.features else 0
-        hold = tiles_to_hold(max(0, self.budget - kept), self.tiles.tile_px, slides)
-        most = max(len(self.tile_source.index(slide)) for row in rows for slide in row.slides)
-        if hold < min(most, self.tiles_per_slide or most):
-            print(
-                f"data.host_gb: {self.budget / 1e9:.1f} GB hold {hold} tiles of each of {slides} "
-                f"slides (of data.workers {self.workers}); the largest has {most}, and what is "
-                "beyond is read again in each pass."
-            )
-        return hold
+    @property
+    def room(self) -> int:
+        """Bytes of host memory for this process's tiles, beside its features."""
+        return max(0, self.budget - (self.features.kept_bytes if self.features else 0))
 
     @property
     def budget(self) -> int:
@@ -341,19 +353,7 @@ class SlideData(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int) -> Bag | None:
         """Return a loader's item as a `Bag`; note a skipped slide and return None."""
-        if isinstance(batch, Bag):
-            return batch
-        if isinstance(batch, Skipped):
-            if self.place[1] > 1:
-                raise SlideError(
-                    f"{batch.reason} Several processes train together and cannot leave out a slide "
-                    "that one of them finds broken: take it out of the table."
-                )
-            self.skipped[batch.slide_id] = batch.reason
-            return None
-        if self.place[1] == 1:  # others would wait for a slide that this one leaves out
-            batch.on_fault(partial(self.skip, batch.slide_id))
-        return bag_of(batch, self.seed, self.tiles.mpp)
+        return as_bag(batch, self)
 
     def trained(self, turn: Turn) -> None:
         """Note a finished turn: resuming begins after it."""

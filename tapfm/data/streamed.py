@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from slides.cohort.table import SlideRow
-from slides.errors import CohortError
+from slides.errors import CohortError, SlideError
 from slides.seeds import stable_seed
+from slides.streaming.bounded_tiles import tiles_to_hold
 from slides.streaming.order import Turn
 from slides.streaming.prefetch import Prefetcher
-from slides.streaming.stream import TileBag
+from slides.streaming.stream import Skipped, TileBag
 from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, Places
 
@@ -46,6 +49,28 @@ def labelled(rows: list[SlideRow], names: Sequence[str]) -> list[SlideRow]:
         return rows
     print(f"{len(rows) - len(known)} of {len(rows)} training bags have no known label: left out")
     return known
+
+
+def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> int:
+    """Return how many tiles of a slide are kept in memory; print a note if not all.
+
+    Args:
+        rows: bags.
+        room: bytes.
+        ahead: bags that each worker reads ahead.
+        data: the data module, for `workers`, `tiles`, `tile_source` and `tiles_per_slide`.
+    """
+    bags = data.workers * ahead + 2  # read ahead, in training, and about to be let go
+    slides = bags * max(len(row.slides) for row in rows)
+    hold = tiles_to_hold(room, data.tiles.tile_px, slides)
+    most = max(len(data.tile_source.index(slide)) for row in rows for slide in row.slides)
+    if hold < min(most, data.tiles_per_slide or most):
+        print(
+            f"data.host_gb: {room / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides (of "
+            f"data.workers {data.workers}); the largest has {most}, and what is beyond is read "
+            "again in each pass."
+        )
+    return hold
 
 
 def check_val(rows: list[SlideRow], world: int) -> list[SlideRow]:
@@ -85,3 +110,25 @@ def places_of(indices: Sequence[TileIndex]) -> Places:
     """Return where the tiles of the slides of a bag lie, slide after slide."""
     coords0, steps0 = [each.coords0 for each in indices], [each.step0 for each in indices]
     return Places.of(coords0, steps0, indices[0].grid.mpp)
+
+
+def as_bag(item: Bag | Skipped | TileBag, data: Any) -> Bag | None:
+    """Return a loader's item as a `Bag`; note a skipped slide with the data module, return None.
+
+    Raises:
+        SlideError: it is skipped where several processes train.
+    """
+    if isinstance(item, Bag):
+        return item
+    several = data.place[1] > 1
+    if isinstance(item, Skipped):
+        if several:
+            raise SlideError(
+                f"{item.reason} Several processes train together and cannot leave out a slide "
+                "that one of them finds broken: take it out of the table."
+            )
+        data.skipped[item.slide_id] = item.reason
+        return None
+    if not several:  # others would wait for a slide that this one leaves out
+        item.on_fault(partial(data.skip, item.slide_id))
+    return bag_of(item, data.seed, data.tiles.mpp)

@@ -59,7 +59,7 @@ def choose_and_save(
     ends = {"best epoch": learned(model.encoder.vit)}
     if mean:
         ends["mean of the weights"] = mean.weights()
-    train = partial(data.seen_in_training, VIEWS if data.varies else 1)
+    train = partial(data.seen_in_training, VIEWS, plain=True)  # as validation sees its slides
     candidates = Candidates(
         module, train, data.val_dataloader, data.weighted_task, start, data.seed
     )
