@@ -11,6 +11,7 @@ from tapfm.adapt.interpolation import between, learned, put
 from tapfm.adapt.strategies import STRATEGIES, scaled_parts
 from tapfm.cli import main
 from tapfm.encoders import backbones
+from tapfm.recipe import interpolation
 from tapfm.recipe.interpolation import one_standard_error
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import ModelConfig, build
@@ -144,3 +145,22 @@ def test_without_shares_the_best_epoch_is_saved(tmp_path):
     run = next((tmp_path / "runs").iterdir())
     assert "interpolation" not in models.read_model_config(run / "best.safetensors")[1]
     assert not (run / "control.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_verdict_is_of_what_was_saved(tmp_path, monkeypatch, capsys, place):
+    """A run to its end, then `tapfm test`: whatever share was saved, it is compared with frozen."""
+    monkeypatch.setattr(
+        interpolation, "one_standard_error", lambda losses_PB: (place, np.zeros(len(losses_PB)))
+    )
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", "lora", *RUN]
+    assert main([*fit, "--model.steps.interpolate", "[0, 1]"]) == 0
+    capsys.readouterr()
+    assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "0"]) == 0
+    first = capsys.readouterr().out.strip().splitlines()[0]
+    assert first.startswith("tapfm_gated_lora: ")
+    assert ("nothing was kept (a = 0)" in first) == (place == 0)
+    report = json.loads((tmp_path / "runs" / "report_test" / "metrics_test.json").read_text())
+    titles = set(report["arms"])
+    assert {"frozen encoder, same head, tapfm_gated_lora", "end to end, tapfm_gated_lora"} <= titles
