@@ -39,7 +39,7 @@ from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, read_config
 from tapfm.training.optim import Steps
 from tapfm.training.provenance import program
-from tapfm.training.stopping import StopOnSignal, begin, end
+from tapfm.training.stopping import StopOnSignal, running
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 
@@ -111,12 +111,18 @@ def run_fit_tiles(arguments: Sequence[str]) -> int:
             f"fit-tiles trains in one process, and the trainer has {cli.trainer.world_size}. "
             "Set trainer.devices: 1."
         )
+    with running(cli.folder):
+        fit_and_report(cli)
+    return 0
+
+
+def fit_and_report(cli: TileCli) -> None:
+    """Fit the baselines, train, and report."""
     prepare_folder(cli)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probes = fit_probes(cli, frozen_features(cli, device))
     train(cli, probes[PROBE])
     report(cli, probes, device)
-    return 0
 
 
 @dataclass(frozen=True)
@@ -166,11 +172,9 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
         point,
         StopOnSignal(folder, point),
     ]
-    begin(folder)
     resume = resume_point(folder)
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **begun)
-    end(folder)
     print(f"{folder / BEST}: the weights of the best validation macro F1")
 
 

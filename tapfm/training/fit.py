@@ -59,7 +59,7 @@ from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import changed_keys, rename_old_keys
 from tapfm.training.optim import Steps
 from tapfm.training.provenance import provenance
-from tapfm.training.stopping import StopOnSignal, begin, end
+from tapfm.training.stopping import StopOnSignal, running
 
 CONFIG = "config.yaml"
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
@@ -90,16 +90,13 @@ class Cli(LightningCLI):
 
     def add_run_arguments(self, parser) -> None:
         """Add the flags of runs on slides or tiles."""
-        parser.add_argument("--run_dir", default="runs/run", help="folder of the cohort's runs")
-        parser.add_argument(
-            "--name", default=None, help="folder of this run; None: aggregator, strategy"
-        )
-        parser.add_argument(
+        add = parser.add_argument
+        add("--run_dir", default="runs/run", help="folder of the cohort's runs")
+        add("--name", default=None, help="folder of this run; None: aggregator, strategy")
+        add(
             "--resume_minutes", type=float, default=5.0, help="between resume points; 0: each epoch"
         )
-        parser.add_argument(
-            "--resume_every", type=int, default=0, help="slides between them, instead of minutes"
-        )
+        add("--resume_every", type=int, default=0, help="slides between them, instead of minutes")
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults(
             {
@@ -233,6 +230,13 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
 def run_fit(arguments: Sequence[str]) -> int:
     """Index what is not indexed, then train. Returns 0."""
     cli = read_config(arguments)
+    with running(cli.folder, writes=cli.trainer.is_global_zero):
+        train(cli)
+    return 0
+
+
+def train(cli: Cli) -> None:
+    """Train to the last epoch, from where an earlier call stopped, and choose what is saved."""
     module, data, folder = cli.model, cli.datamodule, cli.folder
     trainer: L.Trainer = cli.trainer
     # a fifth of an offloaded step, and no number is read before it is written
@@ -242,7 +246,6 @@ def run_fit(arguments: Sequence[str]) -> int:
     model_config = module.slide_model.model_config
     if trainer.is_global_zero:
         prepare_folder(cli)
-        begin(folder)
         print(
             f"{folder}: {encoder_of(module)}; aggregator "
             f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
@@ -260,21 +263,18 @@ def run_fit(arguments: Sequence[str]) -> int:
         StopOnSignal(folder, point),
     ]
     if splits := splits_to_encode(module, data):
-        trainer.callbacks.insert(
-            0, EncodeOnce(Path(cli.config.features or folder.parent / "frozen"), splits)
-        )
+        shared = Path(cli.config.features or folder.parent / "frozen")
+        trainer.callbacks.insert(0, EncodeOnce(shared, splits))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
     trainer.fit(module, datamodule=data, **begun)
     save_choice(module, folder, recipe)
     part()
     if not trainer.is_global_zero:
-        return 0
-    end(folder)
+        return
     if expected:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
-    return 0
 
 
 def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:

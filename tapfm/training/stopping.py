@@ -5,23 +5,30 @@ to the end of its update; then every process saves and stops at the same step, a
 with 128 + the signal's number, as the shell has it: 143, 130. What follows in a script does not run
 on half a model. A second Ctrl+C stops at once.
 
-Until a run is at its end its folder holds a file `unfinished`, which `tapfm test` and others name.
+Until a run is at its end its folder holds a file `unfinished`, which `tapfm test` names. A lock
+keeps a second run from writing there at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import lightning as L
+from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Checkpoint
 
+from slides.errors import SettingsError
+from slides.files import HOST
 from tapfm.distributed import gather, several
 from tapfm.training.callbacks import ResumePoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-UNFINISHED = "unfinished"
+UNFINISHED, LOCK = "unfinished", ".lock"
 
 
 class RunStopped(RuntimeError):
@@ -34,6 +41,10 @@ class RunStopped(RuntimeError):
             f"{folder}: stopped by {name}, unfinished; {where}. The same command goes on there."
         )
         self.exit_code = 128 + number
+
+
+class RunBusy(SettingsError):
+    """Another process trains in the same folder."""
 
 
 class StopOnSignal(Checkpoint):
@@ -78,14 +89,35 @@ class StopOnSignal(Checkpoint):
             raise RunStopped(self.asked, self.folder, saved=False)
 
 
-def begin(folder: Path) -> None:
-    """Mark a run as unfinished."""
-    (folder / UNFINISHED).touch()
+@contextmanager
+def running(folder: Path, *, writes: bool = True) -> Iterator[None]:
+    """Keep a run's folder to this run, and mark it as unfinished until its end.
 
+    Args:
+        folder: the run's.
+        writes: whether this process is the one of a run that writes.
 
-def end(folder: Path) -> None:
-    """Mark a run as finished."""
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    Raises:
+        RunBusy: another run is going on there. A run that was killed holds nothing.
+    """
+    if not writes:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, mark = FileLock(folder / LOCK), folder / UNFINISHED
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunBusy(
+            f"{folder}: another `tapfm fit` is running there ({mark.read_text().strip()}). Wait "
+            "for its end, or give another --name or --run_dir."
+        ) from None
+    try:
+        mark.write_text(f"{HOST}, process {os.getpid()}\n")
+        yield
+        mark.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def warn_if_unfinished(folder: Path) -> None:

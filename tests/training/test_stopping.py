@@ -6,6 +6,7 @@ import pytest
 
 from slides.files import HOST
 from tapfm.cli import main
+from tapfm.training.stopping import running
 from tests.cohorts import write_cohort
 from tests.training.test_fit import tapfm
 
@@ -86,3 +87,18 @@ def test_a_resume_point_needs_no_room_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     config = write_cohort(tmp_path)
     assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    run = tmp_path / "runs" / "tapfm_gated"
+    with pytest.raises(KeyError), running(run):
+        assert main(fit) == 2
+        said = capsys.readouterr().err
+        assert f"{run}: another `tapfm fit` is running there ({HOST}, process" in said
+        assert not (run / "config.yaml").exists(), "nothing was written there"
+        raise KeyError
+    assert (run / "unfinished").exists()
+    assert main(fit) == 0, "what failed holds nothing"
+    assert not (run / "unfinished").exists()
