@@ -240,7 +240,7 @@ class PackedMasterState(MasterState):
         master, first, second = state
         rounded, self.low = split_bits(master)
         self.weight.copy_(rounded)
-        seed = self.updates + (self.number << 32)
+        seed = hash((self.updates, self.number)) % 2**32  # a CPU's generator takes 32 bits
         self.first, self.first_scale = pack(first, torch.int8, seed=seed)
         self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=seed)
 

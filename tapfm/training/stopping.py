@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,11 @@ class StopOnSignal(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Listen, in place of Lightning, whose handler waits for processes that may have gone.
 
-        Lightning puts back the handlers from before the run.
+        Lightning puts back the handlers from before the run. Python hears signals in its first thread
+        alone.
         """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in SIGNALS:
             signal.signal(number, self.note)
 

@@ -103,7 +103,7 @@ def test_noise_in_front_of_the_boundary_is_the_same_in_both_passes():
 def test_an_encoder_that_cannot_be_split_is_said_to_be_computed_twice(monkeypatch, capsys):
     monkeypatch.setattr(FrozenPrefix, "agrees", lambda self: False)
     assert find_frozen_prefix(encoder_of("5 prefix")) is None
-    assert "the 4 frozen blocks in front are computed in both passes" in capsys.readouterr().out
+    assert "the 2 frozen blocks in front are computed in both passes" in capsys.readouterr().out
 
 
 def test_random_numbers_of_the_device_that_computes_are_put_back(monkeypatch):
