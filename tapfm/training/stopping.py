@@ -62,8 +62,8 @@ class StopOnSignal(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Listen, in place of Lightning, whose handler waits for processes that may have gone.
 
-        Lightning puts back the handlers from before the run. Python hears signals in its first thread
-        alone.
+        Lightning puts back the handlers from before the run. Python hears signals in its first
+        thread alone.
         """
         if threading.current_thread() is not threading.main_thread():
             return
