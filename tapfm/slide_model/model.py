@@ -194,10 +194,9 @@ def build(
 def save(model: SlideModel, path: Path, **facts: object) -> None:
     """Write what was trained, and the model_config; `path` is whole or not there."""
     trained = model.trained_state()
-    whole = len(trained) == len(model.state_dict())
+    base = None if len(trained) == len(model.state_dict()) else model.base_digest()
     model_config = {**asdict(model.model_config), "strategy": strategy_spec(model.strategy)}
-    base = None if whole else model.base_digest()
-    header = {"tapfm": __version__, **model_config, "base_digest": base, **facts}
+    header = {**facts, "tapfm": __version__, **model_config, "base_digest": base}
     state = {k: v.detach().cpu().contiguous() for k, v in trained.items()}
     with replacing(path) as partial:
         save_file(state, partial, {"tapfm": json.dumps(header)})
@@ -248,6 +247,8 @@ def load(path: Path) -> SlideModel:
         raise CheckpointError(f"{_needs_base(model_config, path)}: {error}") from error
     model = SlideModel(model_config, encoder)
     model.round_weights()
+    if not digest and len(model.trained_state()) < len(model.state_dict()):
+        raise CheckpointError(f"{path}: neither holds an encoder nor names one. Fit it anew.")
     if digest and model.base_digest() != digest:
         raise CheckpointError(
             f"{_needs_base(model_config, path)}, and {source or 'the package'} holds another one. "

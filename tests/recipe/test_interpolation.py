@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tapfm.adapt.interpolation import between, learned, put
 from tapfm.adapt.strategies import STRATEGIES, scaled_parts
@@ -122,10 +124,11 @@ def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, str
     assert (run / "best.safetensors").read_bytes() == before, "chosen once"
 
 
-def test_the_saved_models_have_the_losses_of_the_curve(tmp_path):
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_the_saved_models_have_the_losses_of_the_curve(tmp_path, strategy):
     """Loaded from their files, both give validation the loss that the curve says."""
     config = write_cohort(tmp_path, tiles_per_slide=None, turns=False, colour=0.0)
-    assert main(["fit", "--config", str(config), "--model.strategy", "lora", *RUN]) == 0
+    assert main(["fit", "--config", str(config), "--model.strategy", strategy, *RUN]) == 0
     run = next((tmp_path / "runs").iterdir())
     choice = json.loads((run / "interpolation.json").read_text())
     data = read_config(["--config", str(run / "config.yaml")]).datamodule
@@ -136,6 +139,21 @@ def test_the_saved_models_have_the_losses_of_the_curve(tmp_path):
         loss = float(data.weighted_task.loss()(logits, targets))
         said = next(point["loss"] for point in choice["curve"] if point["a"] == a)
         assert loss == pytest.approx(said, rel=1e-4)
+
+
+def test_a_model_without_an_encoder_is_refused(tmp_path):
+    """Not completed by random weights; facts of another model do not say whose encoder it is."""
+    frozen = build(ModelConfig("demo_vit", "gated", ("A",), 32, 0.5, strategy={"name": "frozen"}))
+    path = tmp_path / "best.safetensors"
+    models.save(frozen, path, base_digest=None)
+    loaded = models.load(path).encoder.vit.state_dict()
+    for name, value in frozen.encoder.vit.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["tapfm"])
+    save_file(load_file(path), path, {"tapfm": json.dumps({**header, "base_digest": None})})
+    with pytest.raises(models.CheckpointError, match="neither holds an encoder nor names one"):
+        models.load(path)
 
 
 def test_without_shares_the_best_epoch_is_saved(tmp_path):
