@@ -1,0 +1,272 @@
+"""Traits planted into real tissue: what adapting gains over the frozen encoder, part by part.
+
+    python -m benchmarks.tissue                         every row on three seeds of planting
+    python -m benchmarks.tissue --only lora --seeds 0   some of them
+    python -m benchmarks.tissue --minutes 60            begin no fit after so long
+
+Slides are quarters of real H&E windows (`benchmarks.tissue_plants`): enlarged nuclei, cleared
+nuclei and a coin, each its own label, dealt within every patient. Patients of train, val and test
+are others. The encoder is a ViT-S/14 with DINOv2's architecture, no pathology model, which is
+(nearly) blind to both traits, so that there is something to adapt to.
+
+Each row is compared with its control: the same run's frozen encoder with a slide model fitted in
+the same way (`tapfm.recipe.saved_model`). Intervals are of paired differences, averaged over the
+seeds; cases are drawn, with their slides of all seeds. It also says whether the planted tiles are
+found: the AUROC of a tile's own logit within positive slides.
+
+A fit that is finished is not repeated, and one that was stopped goes on. Writes
+results/tissue.json and the table between the markers in README.md. Price: 15 to 25 minutes of one
+core a fit, and four for a seed's frozen rows.
+Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
+10.5281/zenodo.6382734.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from benchmarks.tissue_plants import DATA, TILE, write_cohort
+
+from benchmarks.record import RESULTS, facts, rewrite
+from slides.files import write_json
+from tapfm.data.bag import Bag
+from tapfm.evaluation.predicted_rows import frozen_rows
+from tapfm.evaluation.study import TAPFM
+from tapfm.recipe.best_weights import BEST
+from tapfm.recipe.saved_model import CONTROL, INTERPOLATION
+from tapfm.slide_model.model import SlideModel, load
+from tapfm.stats.bootstrap import percentiles, with_point
+from tapfm.stats.metrics import auroc, auroc_draws
+from tapfm.training.fit import Cli, read_config
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "cohorts" / "tissue.yaml"
+WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
+LABELS = "KARYOMEGALY", "VESICULAR", "NOISE"
+DRAWS = 2000
+# one core for each fit; and tiles of 65 tokens, for which torch's fused attention is slow on a CPU
+HOW = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
+ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
+    "lora": {},
+    "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
+                       "steps": {"encoder_lr": 2e-5}}},
+    "one label: KARYOMEGALY": {"data": {"labels": ["KARYOMEGALY"]}},
+    "one label: VESICULAR": {"data": {"labels": ["VESICULAR"]}},
+    "one label: NOISE": {"data": {"labels": ["NOISE"]}},
+    "without mean of weights": {"model": {"steps": {"average": 0.0}}},
+    "without warm start": {"model": {"steps": {"warm_start": False}}},
+    "without balanced steps": {"data": {"sampler": "shuffled"},
+                               "model": {"steps": {"accumulate": 1}}},
+    "all tiles in a step": {"data": {"tiles_per_slide": None}, "trainer": {"max_epochs": 3,
+                            "check_val_every_n_epoch": 1}},
+    "tapfm_gated": {"model": {"aggregator": "tapfm_gated"}},
+    "lora on q, k and v": {"model": {"strategy": {"name": "lora", "alpha": 8.0}}},
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tissue")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "tissue")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    arguments = parser.parse_args()
+    about, began = facts("cpu"), time.monotonic()
+    torch.set_num_threads(1)
+    for row, seed in product(arguments.only, arguments.seeds):
+        folder = arguments.out / str(seed) / row.replace(" ", "_").replace(":", "")
+        if (folder / "cell.json").exists() or time.monotonic() - began > 60 * arguments.minutes:
+            continue
+        run_cell(row, seed, folder, arguments.data / str(seed))
+        cells = sorted(arguments.out.glob("*/*/cell.json"))
+        result = {**about, **summary([json.loads(cell.read_text()) for cell in cells])}
+        write_json(RESULTS / "tissue.json", result)
+        rewrite("tissue", markdown(result))
+        print(markdown(result))
+    return 0
+
+
+def run_cell(row: str, seed: int, folder: Path, data: Path) -> None:
+    """Plant, fit, and note what the run's model and its control say of the test slides."""
+    if not (data / "cohort.csv").exists():  # the last of its files
+        write_cohort(data, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / "cell.yaml"
+    places = {name: str(data / name) for name in ("index", "cache")}
+    changes = {
+        "run_dir": str(folder),
+        "name": "run",
+        "seed_everything": seed,
+        "model": {"weights": str(WEIGHTS)},
+        "data": {"table": str(data / "cohort.csv"), "index_dir": places["index"],
+                 "cache_dir": places["cache"]},
+    }  # fmt: skip
+    own.write_text(yaml.safe_dump(merged(changes, ROWS[row])))
+    arguments, began = ["--config", str(CONFIG), "--config", str(own)], time.monotonic()
+    if subprocess.run([*TAPFM, "fit", *arguments], env=os.environ | HOW, check=False).returncode:
+        raise SystemExit(f"tissue: {row}, seed {seed}: fit failed")
+    minutes = (time.monotonic() - began) / 60
+    run, truth = folder / "run", read_truth(data / "tiles.csv")
+    cli = read_config(arguments)
+    frozen = folder.parent / "frozen.json"
+    if not frozen.exists():
+        write_json(frozen, frozen_predictions(seed, data, folder.parent))
+    models = {name: judge(load(run / file), cli, truth)
+              for name, file in (("adapted", BEST), ("control", CONTROL))}  # fmt: skip
+    choice = json.loads((run / INTERPOLATION).read_text())
+    cell = {"row": row, "seed": seed, "labels": list(cli.datamodule.label_names),
+            "minutes": minutes, "interpolation": choice, **models,
+            "frozen": json.loads(frozen.read_text())}  # fmt: skip
+    write_json(folder / "cell.json", cell)
+
+
+def frozen_predictions(seed: int, data: Path, folder: Path) -> dict[str, list]:
+    """Return logits of the frozen rows of `tapfm test`, by title, and of which slides."""
+    places = ["--data.table", str(data / "cohort.csv"), "--data.index_dir", str(data / "index"),
+              "--data.cache_dir", str(data / "cache"), "--seed_everything", str(seed),
+              "--model.weights", str(WEIGHTS)]  # fmt: skip
+    plain = ["--model.strategy", "full", "--trainer.logger", "false"]
+    cli = read_config(["--config", str(CONFIG), *places, *plain])
+    rows = frozen_rows(cli, folder / "frozen", "test", "cpu")
+    return {row.title: {"cases": list(row.case_ids), "y_NK": row.y_NK.tolist(),
+                        "logits_NK": row.p_NK.tolist()} for row in rows}  # fmt: skip
+
+
+@torch.no_grad()
+def judge(model: SlideModel, cli: Cli, truth: Mapping[tuple[str, str], set]) -> dict[str, Any]:
+    """Return cases, targets and logits of the test slides, and how well planted tiles are found."""
+    data, found = cli.datamodule, defaultdict(list)
+    tiles: dict[str, list[float]] = defaultdict(list)
+    for bag in data.test_dataloader():
+        output = model(bag, cli.model.chunk)
+        found["cases"].append(bag.case_id)
+        found["y_NK"].append(bag.labels_K.tolist())
+        found["logits_NK"].append(output.logits_K.tolist())
+        for k, label in enumerate(data.label_names):
+            said_T = output.weights_T
+            if output.tile_logits_TK is not None:
+                said_T = output.tile_logits_TK[:, k]
+            value = tile_auroc(bag, said_T.numpy(), truth[bag.slide_id, label])
+            tiles[label] += [] if np.isnan(value) else [value]
+    planted = {label: float(np.mean(each)) for label, each in tiles.items() if each}
+    return {**found, "tile_auroc": planted}
+
+
+def tile_auroc(bag: Bag, said_T: np.ndarray, planted: set[tuple[int, int]]) -> float:
+    """Return how well a number a tile tells a slide's planted tiles from the others; or nan."""
+    side0 = bag.places.grid_px0_T.mean().item()  # a little off TILE: tiles are of one mpp
+    cells = ((bag.places.coords0_T2 + side0 / 2) // TILE).long().tolist()
+    is_planted = [(column, row) in planted for column, row in cells]
+    return auroc(np.array(is_planted, float), said_T)
+
+
+def read_truth(path: Path) -> dict[tuple[str, str], set[tuple[int, int]]]:
+    """Return the planted tiles' columns and rows, by slide and label; none for others."""
+    planted = defaultdict(set)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            for label in LABELS:
+                if row.get(label.lower()) == "1":
+                    cell = int(row["x"]) // TILE, int(row["y"]) // TILE
+                    planted[row["slide_id"], label].add(cell)
+    return planted
+
+
+def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return AUROC and paired differences of every row, averaged over its seeds."""
+    frozen, rows = {}, {}
+    for cell in cells:
+        for title, row in cell["frozen"].items():
+            frozen.setdefault(title, {})[cell["seed"]] = row | {"labels": LABELS}
+    by_row: dict[str, list] = defaultdict(list)
+    for cell in cells:
+        by_row[cell["row"]].append(cell)
+    for title, seeds in frozen.items():
+        rows[title] = {"seeds": sorted(seeds), "figures": figures([*seeds.values()])}
+    for row in filter(by_row.get, ROWS):
+        own = sorted(by_row[row], key=lambda cell: cell["seed"])
+        adapted, control = ([cell[name] | {"labels": cell["labels"]} for cell in own]
+                            for name in ("adapted", "control"))  # fmt: skip
+        rows[row] = {
+            "seeds": [cell["seed"] for cell in own], "figures": figures(adapted),
+            "control": figures(control), "gain": figures(adapted, control),
+            "a": [cell["interpolation"]["a"] for cell in own],
+            "tile_auroc": {label: float(np.mean([each["tile_auroc"][label] for each in adapted]))
+                           for label in adapted[0]["tile_auroc"] if label != "NOISE"},
+            "minutes": float(np.mean([cell["minutes"] for cell in own])),
+        }  # fmt: skip
+    return {"rows": rows}
+
+
+def figures(own: Sequence[Mapping], minus: Sequence[Mapping] = ()) -> dict[str, list[float]]:
+    """Return value, low and high of each label's AUROC, or of its difference, mean over seeds."""
+    found = {}
+    for k, label in enumerate(own[0]["labels"]):
+        drawn = []
+        for n, each in enumerate(own):
+            y_N, times_BN = np.array(each["y_NK"])[:, k], with_point(each["cases"], DRAWS, 0)
+            value_B = auroc_draws(y_N, np.array(each["logits_NK"])[:, k], times_BN)
+            if minus:
+                value_B = value_B - auroc_draws(
+                    y_N, np.array(minus[n]["logits_NK"])[:, k], times_BN
+                )
+            drawn.append(value_B)
+        each = percentiles(np.mean(drawn, axis=0))
+        found[label] = [each.value, each.low, each.high]
+    return found
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return a row a model: AUROC, gain over its control, a, planted tiles found, minutes."""
+    head = ["row", "seeds", *LABELS, *(f"{label} gained" for label in LABELS[:2]), "a",
+            "tiles found", "minutes"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for title, row in result["rows"].items():
+        cells = [title, ", ".join(map(str, row["seeds"]))]
+        cells += [spelled(row["figures"].get(label)) for label in LABELS]
+        cells += [spelled(row.get("gain", {}).get(label), "+") for label in LABELS[:2]]
+        cells.append(", ".join(f"{a:g}" for a in row.get("a", [])))
+        found = row.get("tile_auroc", {})
+        cells.append(", ".join(f"{found[label]:.2f}" for label in LABELS[:2] if label in found))
+        cells.append(f"{row['minutes']:.0f}" if "minutes" in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        f"\n{result['machine']}; {result['date']}, commit {result['commit']}, torch "
+        f"{result['torch']}, timm {result['timm']}."
+    )
+    return "\n".join(lines)
+
+
+def spelled(figure: Sequence[float] | None, sign: str = "") -> str:
+    """Return a figure with its interval."""
+    if figure is None:
+        return ""
+    value, low, high = figure
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested keys of both; `over` wins."""
+    return {**base, **{
+        key: merged(base[key], value) if isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
