@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from benchmarks.tissue_plants import DATA, TILE, write_cohort
 
 from benchmarks.record import RESULTS, facts, rewrite
+from benchmarks.tissue_plants import DATA, TILE, write_cohort
 from slides.files import write_json
 from tapfm.data.bag import Bag
 from tapfm.evaluation.predicted_rows import frozen_rows
@@ -93,12 +93,19 @@ def main() -> int:
         if (folder / "cell.json").exists() or time.monotonic() - began > 60 * arguments.minutes:
             continue
         run_cell(row, seed, folder, arguments.data / str(seed))
-        cells = sorted(arguments.out.glob("*/*/cell.json"))
-        result = {**about, **summary([json.loads(cell.read_text()) for cell in cells])}
+        write_table(arguments.out, about)
+    write_table(arguments.out, about)
+    return 0
+
+
+def write_table(out: Path, about: Mapping[str, str]) -> None:
+    """Write the results of all finished fits, and the table."""
+    cells = [json.loads(cell.read_text()) for cell in sorted(out.glob("*/*/cell.json"))]
+    if cells:
+        result = {**about, **summary(cells)}
         write_json(RESULTS / "tissue.json", result)
         rewrite("tissue", markdown(result))
         print(markdown(result))
-    return 0
 
 
 def run_cell(row: str, seed: int, folder: Path, data: Path) -> None:
