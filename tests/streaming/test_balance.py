@@ -16,7 +16,7 @@ from slides.errors import SettingsError
 from slides.streaming.balance import balanced_order
 from slides.streaming.order import SlideSampler
 from tapfm.cli import main
-from tapfm.evaluation import evaluate
+from tapfm.evaluation import predicted_rows
 from tapfm.frozen import warm_heads
 from tapfm.recipe.best_weights import BestWeights
 from tapfm.tasks import learn_task
@@ -138,8 +138,8 @@ def test_frozen_rows_and_head_start_weigh_what_they_do_not_draw(tmp_path, monkey
 
     monkeypatch.setattr(warm_heads, "solve_head", noting(warm_heads.solve_head))
     monkeypatch.setattr(warm_heads, "fit_attention", noting(warm_heads.fit_attention))
-    rows = [(*row, noting(fit)) for *row, fit in evaluate.FROZEN_ROWS]
-    monkeypatch.setattr(evaluate, "FROZEN_ROWS", rows)
+    rows = [(*row, noting(fit)) for *row, fit in predicted_rows.FROZEN_ROWS]
+    monkeypatch.setattr(predicted_rows, "FROZEN_ROWS", rows)
     offer = BestWeights.offer
     monkeypatch.setattr(BestWeights, "offer", lambda *a, **k: offered.append(a) or offer(*a, **k))
     still = ["--model.steps.encoder_lr", "0", "--model.steps.head_lr", "1e-12"]
