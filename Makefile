@@ -62,7 +62,7 @@ fit-%: $(READY)
 	$(BIN)/tapfm fit $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
 		--model.aggregator $(AGGREGATOR) $(OWN)
 
-test: $(READY) ## lint, and every test that needs no GPU and no download (20 minutes at most)
+test: $(READY) ## lint, and every test that needs no GPU and no download (20 to 30 minutes)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu'
 
