@@ -15,7 +15,7 @@ seeds; cases are drawn, with their slides of all seeds. It also says whether the
 found: the AUROC of a tile's own logit within positive slides.
 
 A fit that is finished is not repeated, and one that was stopped goes on. Writes
-results/tissue.json and the table between the markers in README.md. Price: 15 to 25 minutes of one
+results/tissue.json and the table between the markers in README.md. Price: about 30 minutes of one
 core a fit, and four for a seed's frozen rows.
 Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
 10.5281/zenodo.6382734.

@@ -1,4 +1,4 @@
-"""What tells the planted slides apart: colour, traces of the planting, the frozen encoder.
+"""Measures what tells planted slides apart: colour, traces of planting, the frozen encoder.
 
 Run by `python -m benchmarks.tissue_plants --check DIR`. Each row is a logistic regression on a few
 numbers a slide, AUROC for each label: fitted on the train patients, on the validation and on the

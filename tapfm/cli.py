@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def expand_segments() -> None:
-    """Let CUDA's allocator grow its segments, unless the user has set how it allocates.
+    """Set CUDA's allocator to grow its segments, unless the user has set how it allocates.
 
     Chunks of tiles of several sizes leave gaps in fixed segments: 3.5 to 14 % more is reserved than
     is allocated, with growing ones less than 1 %. It must be set before CUDA starts.

@@ -6,6 +6,7 @@ Strategies, aggregators, regularisers and bag transforms are all named in a conf
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ __all__ = [
     "choose_each",
     "did_you_mean",
     "faults_of",
+    "plain",
     "refuse",
     "spec_of",
 ]
@@ -34,6 +36,11 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the closest of the known words, or an empty string."""
     near = get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def plain(name: str) -> str:
+    """Return a name as it is compared: lower-case letters and digits alone."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def faults_of(*calls: Callable[[], object]) -> list[str]:

@@ -55,7 +55,7 @@ class Calls:
     cases: Mapping[str, Mapping[str, bool]]
     """Case -> gene -> mutated; an absent gene is unknown."""
     notes: tuple[str, ...] = ()
-    """What was left out or could not be read, a line each."""
+    """Lines on rows that were left out or could not be read."""
 
     def value(self, case: str, gene: str) -> float:
         """Return 1.0, 0.0 or nan (unknown); nan for a case that the source does not know."""

@@ -68,6 +68,17 @@ def _sampled(rows, place: int, notes: list[str]):
         notes.append(f"{len(nameless)} rows name no sample and are left out: {some_rows(nameless)}")
 
 
+def _records(header, rows, column: str, cases, faults: list[str], notes: list[str]):
+    """Yield each sample's row number, cells by column, and genes; add to `faults` and `notes`."""
+    place = header.index(column)
+    for number, cells in _sampled(rows, place, notes):
+        if len(cells) != len(header):
+            faults.append(f"row {number}: {len(cells)} cells, and the header has {len(header)}")
+        else:
+            record = dict(zip(header, cells, strict=True))
+            yield number, record, cases[case_of(cells[place])]
+
+
 def _maf(header, rows, rules, notes):
     """Return the cases of a MAF, a note on who counts as profiled, and faults; add to `notes`."""
     cases, odd, unread, denied, faults = defaultdict(CaseGenes), Counter(), Counter(), 0, []
@@ -109,13 +120,8 @@ def _maf(header, rows, rules, notes):
 def _matrix(header, rows, rules, notes):
     """Return the cases of a cBioPortal matrix, an empty note, and faults; add to `notes`."""
     cases, faults, unread = defaultdict(CaseGenes), _missing_genes(header, rules), Counter()
-    place = header.index("SAMPLE_ID")
-    for number, cells in _sampled(rows, place, notes):
-        if len(cells) != len(header):
-            faults.append(f"row {number}: {len(cells)} cells, and the header has {len(header)}")
-            continue
-        record = dict(zip(header, cells, strict=True))
-        case = cases[case_of(cells[place])]
+    samples = _records(header, rows, "SAMPLE_ID", cases, faults, notes)
+    for number, record, case in samples:
         for gene in rules.keys() & record.keys():
             cell = record[gene]
             if is_missing(cell) or cell.lower() in NOT_SEQUENCED:
@@ -157,13 +163,8 @@ def _gigapath(header, rows, rules, notes):
     finer = [gene for gene, rule in rules.items() if rule in ("truncating", "hotspot")]
     if finer:
         faults.append(f"the table has no protein changes, so no rule for {', '.join(finer)}")
-    place = header.index("case_submitter_id")
-    for number, cells in _sampled(rows, place, notes):
-        if len(cells) != len(header):
-            faults.append(f"row {number}: {len(cells)} cells, and the header has {len(header)}")
-            continue
-        record = dict(zip(header, cells, strict=True))
-        case = cases[case_of(cells[place])]
+    slides = _records(header, rows, "case_submitter_id", cases, faults, notes)
+    for number, record, case in slides:
         for gene in rules.keys() & record.keys():
             if is_missing(record[gene]):
                 continue

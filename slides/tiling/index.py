@@ -54,7 +54,7 @@ class _Outcome:
     row: dict
     error: SlideError | None
     note: str
-    """What the user should know of a slide that is indexed; "" is nothing."""
+    """Warning about a slide that was indexed all the same; empty if there is none."""
 
 
 def index_cohort(

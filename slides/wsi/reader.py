@@ -133,7 +133,7 @@ class Slide:
 
     @property
     def contradiction(self) -> str:
-        """What the file states if the table's mpp contradicts it, else ""."""
+        """Return what the file states where the table's mpp contradicts it; else "" (nothing)."""
         if self._table_mpp is None:
             return ""
         return stated_otherwise(self.facts.properties, self._table_mpp)

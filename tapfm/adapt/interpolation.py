@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 
+def learning(vit: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name."""
+    return {name: each for name, each in vit.named_parameters() if each.requires_grad}
+
+
 def learned(vit: nn.Module) -> dict[str, Tensor]:
     """Return a copy on the CPU of the parameters that learn, by name."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in vit.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: each.detach().cpu().clone() for name, each in learning(vit).items()}
 
 
 def between(

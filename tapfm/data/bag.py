@@ -116,7 +116,7 @@ class Moment:
     seed: int
     """A function of run seed, epoch and slide."""
     slide_id: str = ""
-    """Of the bag."""
+    """Name of the slide, or of the bag's case."""
 
 
 @dataclass(frozen=True)

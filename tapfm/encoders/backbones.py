@@ -29,14 +29,9 @@ from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.encoders.compiled import compile_blocks, pad_chunks
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
-from tapfm.settings import did_you_mean
+from tapfm.settings import did_you_mean, plain
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _plain(name: str) -> str:
-    """Return a name as it is compared: lower-case letters and digits alone."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _names() -> Mapping[str, Backbone]:
@@ -45,11 +40,11 @@ def _names() -> Mapping[str, Backbone]:
     for row in ROWS:
         hub = [row.source, row.source.partition(":")[2]] if row.source != "package" else []
         for name in (row.key, *row.aliases, *hub):
-            assert names.setdefault(_plain(name), row) is row, f"{name} names two models"
+            assert names.setdefault(plain(name), row) is row, f"{name} names two models"
     for name, row in list(names.items()):
         for feature in ("cls", "cls+mean") if row.prefix_tokens else ():
             other = row if feature == row.feature else _with_feature(row, feature)
-            names.setdefault(name + _plain(feature), other)
+            names.setdefault(name + plain(feature), other)
     return MappingProxyType(names)
 
 
@@ -82,9 +77,9 @@ def find(key: str) -> Backbone:
     Raises:
         BackboneError: no such model; the message says why, or lists those there are.
     """
-    if row := NAMES.get(_plain(key)):
+    if row := NAMES.get(plain(key)):
         return row
-    if reason := {_plain(name): why for name, why in LEFT_OUT.items()}.get(_plain(key)):
+    if reason := {plain(name): why for name, why in LEFT_OUT.items()}.get(plain(key)):
         raise BackboneError(f"model: {key} is known and left out: {reason}. Choose another.")
     near = did_you_mean(key, BACKBONES)
     raise BackboneError(f"model: {key!r} is none of {', '.join(BACKBONES)}.{near}")

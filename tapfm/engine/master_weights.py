@@ -216,7 +216,7 @@ class PackedMasterState(MasterState):
 
     names = ("low", "first", "first_scale", "root", "root_scale")
     number = 0
-    """Of the weight, so that no two round by the same random numbers."""
+    """Number of the weight; it seeds rounding, so that no two weights round alike."""
 
     def __init__(self, weight: nn.Parameter):
         self.weight, self.updates = weight, 0

@@ -167,7 +167,7 @@ class SampledTiles:
     """Features of the same tiles by several encoders, and where the tiles come from."""
 
     z_ND: list[Tensor]
-    """Of each encoder, on the CPU."""
+    """Features by each encoder, on the CPU."""
     slides: list[str]
     cases: list[str]
 

@@ -20,7 +20,7 @@ import torch
 
 from slides.errors import SettingsError
 from tapfm.planning.footprint import CONTEXT_GIB, GIB
-from tapfm.settings import did_you_mean
+from tapfm.settings import did_you_mean, plain
 
 RESERVED = 1.01  # reserved over allocated memory
 SPARE_GIB = 0.5
@@ -67,8 +67,8 @@ def card_memory(asked: str | float | None) -> tuple[str, float]:
             total = torch.cuda.mem_get_info()[1] / GIB
             return f"this machine's {torch.cuda.get_device_name()}", total
         asked = 24
-    by_name = {plain(card.name): card for card in CARDS}
-    if found := by_name.get(plain(str(asked))):
+    by_name = {_short(card.name): card for card in CARDS}
+    if found := by_name.get(_short(str(asked))):
         return f"a card like {found.name}", found.total_gib
     try:
         nominal = float(asked)
@@ -87,10 +87,9 @@ def card_memory(asked: str | float | None) -> tuple[str, float]:
     return f"a {nominal:g} GiB card", LEAST_SHARE * nominal
 
 
-def plain(name: str) -> str:
-    """Return a card's name as it is compared: lower-case letters and digits, without RTX."""
-    letters = "".join(each for each in name.lower() if each.isalnum())
-    return letters.removeprefix("nvidia").removeprefix("rtx")
+def _short(name: str) -> str:
+    """Return a card's name as it is compared, without NVIDIA and RTX."""
+    return plain(name).removeprefix("nvidia").removeprefix("rtx")
 
 
 def usable(total_gib: float) -> float:

@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from tapfm.adapt import interpolation
+
 
 class WeightAverage(Callback):
     """Keeps the mean of the weights of the encoder that learn.
@@ -65,5 +67,4 @@ def made_update(trainer: L.Trainer, module: L.LightningModule, outputs: object) 
 
 def learning(module: L.LightningModule) -> list[tuple[str, nn.Parameter]]:
     """Return names and parameters of the encoder that learn."""
-    named = module.slide_model.encoder.vit.named_parameters()
-    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    return list(interpolation.learning(module.slide_model.encoder.vit).items())

@@ -55,14 +55,9 @@ class FeatureAnchor(Regulariser):
     needs_frozen = True
 
     def __init__(self, weight: float):
-        super().__init__()
-        self.own_weight = weight
+        super().__init__(weight)
         self.frozen: dict[str, Tensor] = {}
         self.scale_D = torch.ones(1)
-
-    def weight(self, moment: Moment) -> float:
-        """Return the weight, the same throughout."""
-        return self.own_weight
 
     def see_frozen(self, names: Sequence[str], means: Sequence[Tensor], scale_D: Tensor) -> None:
         """Keep each slide's mean frozen feature (D,), and the spread of features over tiles."""
@@ -75,7 +70,7 @@ class FeatureAnchor(Regulariser):
         z_D = tiles.z_TD.mean(0)
         z0_D = self.frozen.get(moment.slide_id)
         if z0_D is None:
-            value = 0 * z_D.sum()
+            value = z_D.new_zeros(())
         else:
             apart_D = (z_D - z0_D.to(z_D.device)) / self.scale_D.to(z_D.device)
             value = apart_D.square().mean()

@@ -55,13 +55,8 @@ class TwoViews(Regulariser):
     columns = ("views_apart",)
 
     def __init__(self, weight: float):
-        super().__init__()
-        self.own_weight = weight
+        super().__init__(weight)
         self.before: dict[str, Tensor] = {}
-
-    def weight(self, moment: Moment) -> float:
-        """Return the weight, the same throughout."""
-        return self.own_weight
 
     def forward(
         self, tiles: TileSet, output: SlideOutput, moment: Moment
@@ -72,7 +67,7 @@ class TwoViews(Regulariser):
         self.before.clear()  # another slide's only view
         if before_K is None:
             self.before[moment.slide_id] = logits_K.detach()
-            value = 0 * logits_K.sum()
+            value = logits_K.new_zeros(())
         else:
             value = (logits_K - before_K.to(logits_K.device)).square().mean()
         return value, {"views_apart": value.detach().sqrt()}

@@ -27,9 +27,16 @@ class Regulariser(nn.Module):
     needs_frozen: ClassVar[bool] = False
     """Whether `see_frozen` is called before the first slide of a run."""
 
+    def __init__(self, weight: float = 0.0):
+        super().__init__()
+        self.own_weight = weight
+
     def weight(self, moment: Moment) -> float:
-        """Return the factor of the term at this moment; 0 is bit for bit as if it were absent."""
-        raise NotImplementedError
+        """Return the factor of the term, the same throughout unless a subclass says otherwise.
+
+        Weight 0 is bit for bit as if the term were absent.
+        """
+        return self.own_weight
 
     def see_frozen(self, names: Sequence[str], means: Sequence[Tensor], scale_D: Tensor) -> None:
         """Take each training slide's mean frozen feature (D,), and their spread over tiles."""

@@ -206,6 +206,7 @@ def _where_unstated(name: str, path: Path, mpp: float | None) -> float | None:
 
     from slides.errors import SlideError
     from slides.wsi.reader import Slide
+    from slides.wsi.resolution import stated_otherwise
 
     if mpp is None:
         return None
@@ -214,8 +215,7 @@ def _where_unstated(name: str, path: Path, mpp: float | None) -> float | None:
             warnings.simplefilter("ignore")  # repeated when the slide is read
             if slide.mpp_source == "objective power":  # a guess
                 return mpp
-            with Slide(path, mpp, name) as given:
-                other = given.contradiction
+            other = stated_otherwise(slide.facts.properties, mpp)
     except SlideError:  # it states none, or cannot be read, which is reported later
         return mpp
     if other:

@@ -71,7 +71,7 @@ def test_read_as_what_it_shows(name, direct, tmp_path):
 def test_refused_with_the_reason(name, tmp_path):
     path = SLIDES[name].write(tmp_path / "a.tif")
     with pytest.raises(NotASlideError, match=f"a: .*{SLIDES[name].refused}") as caught:
-        Slide(path, mpp=0.5).facts  # noqa: B018
+        Slide(path, mpp=0.5).facts  # noqa: B018, reading the property opens the file
     assert "leave this slide out" in str(caught.value)
 
 
