@@ -16,6 +16,8 @@ MUTATIONS ?= $(firstword $(wildcard data/$(COHORT)/mutations.*) data/$(COHORT)/m
 PROFILED ?= $(wildcard data/$(COHORT)/cases_sequenced.txt)
 # runs at a time: the demo's small model gains nothing from a second core, so each run takes one
 JOBS ?= $(if $(filter demo,$(COHORT)),2,1)
+# processes that the tests run in, of up to 3 GiB each
+WORKERS ?= 2
 
 # the first Python that is new enough; torch 2.15 and zarr 3 want 3.11
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -62,12 +64,12 @@ fit-%: $(READY)
 	$(BIN)/tapfm fit $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
 		--model.aggregator $(AGGREGATOR) $(OWN)
 
-test: $(READY) ## lint, and every test that needs no GPU and no download (20 to 30 minutes)
+test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes on 2 cores)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadfile
 
 test-all: $(READY) ## every test this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY) ## what `test` checks of the code's form; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
