@@ -125,7 +125,8 @@ class Candidates:
             for bags, split in ((self.train, "train"), (self.val, "val"))
         )
         val.sort(key=lambda slide: slide.slide_id)
-        aggregator, head = slide_model_for(self.trained, model, train, val, self.task, self.seed)
+        trained = self.trained if a > 0 else None
+        aggregator, head = slide_model_for(trained, model, train, val, self.task, self.seed)
         figure, *_ = figures(aggregator, val, self.task)
         losses_B = drawn_losses(aggregator, val, self.task, self.seed)
         return Point(a, float(losses_B[0]), 0.0, figure, head), aggregator, losses_B
@@ -163,12 +164,14 @@ def interpolate(
 
 
 def slide_model_for(
-    trained: Aggregator, model: SlideModel, train: Sequence[FrozenSlide],
+    trained: Aggregator | None, model: SlideModel, train: Sequence[FrozenSlide],
     val: Sequence[FrozenSlide], task: Task, seed: int,
 ) -> tuple[Aggregator, str]:  # fmt: skip
     """Return the slide model with the lowest validation loss on features, on the CPU.
 
-    Tried are a new one, and the one that the run trained with its head solved anew.
+    Tried are a new one, and the one that the run trained with its head solved anew. The frozen
+    encoder is given a new one alone (`trained` None): attention that learned together with an
+    encoder has seen through it what the frozen one does not show.
     """
     with undisturbed(CPU):
         torch.manual_seed(seed)
@@ -176,7 +179,7 @@ def slide_model_for(
         anew = make_aggregator(config.aggregator, model.encoder.dim, len(config.labels))
         lines = fit_slide_model(anew.to(model.device), train, val, task, seed)
         anew, found = anew.cpu(), "; ".join(lines)
-        if not trained.learns_weights:
+        if trained is None or not trained.learns_weights:
             return anew, found
         kept = deepcopy(trained)
         if kept.linear_head:

@@ -124,6 +124,22 @@ def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, str
     assert (run / "best.safetensors").read_bytes() == before, "chosen once"
 
 
+def test_the_control_knows_nothing_of_the_run(tmp_path):
+    """However long attention was trained with an encoder that moved, the control is the same."""
+    config, controls = write_cohort(tmp_path), {}
+    for rate in ("1e-4", "1e-2"):
+        fit = ["fit", "--config", str(config), "--model.aggregator", "gated", "--name", rate, *RUN]
+        assert main([*fit, "--model.steps.head_lr", rate, "--trainer.max_epochs", "1"]) == 0
+        run = next((tmp_path / "runs").glob(f"*{rate}*"))
+        controls[rate] = load_file(run / "control.safetensors")
+        best = load_file(run / "adapted.safetensors")
+        gate = "aggregator.gate.tanh.weight"
+        assert not torch.equal(best[gate], controls[rate][gate])
+    first, second = controls.values()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_the_saved_models_have_the_losses_of_the_curve(tmp_path, strategy):
     """Loaded from their files, both give validation the loss that the curve says."""
