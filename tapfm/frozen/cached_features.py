@@ -38,3 +38,12 @@ def cache_features(
                 found.append(FrozenSlide.of(*slide, score_T, bag.places.take(kept_T)))
             bar.update(bag.count)
     return found
+
+
+def cache_splits(
+    model: SlideModel, chunk: int, train: Iterable[Bag], val: Iterable[Bag], title: str
+) -> tuple[list[FrozenSlide], list[FrozenSlide]]:
+    """Return training and validation bags as slides on features; the latter sorted by id."""
+    train_slides = cache_features(model, chunk, train, f"{title} train")
+    val_slides = cache_features(model, chunk, val, f"{title} val")
+    return train_slides, sorted(val_slides, key=lambda slide: slide.slide_id)

@@ -34,7 +34,7 @@ from tapfm.adapt.strategies import scaled_parts
 from tapfm.data.bag import Bag
 from tapfm.distributed import gather
 from tapfm.encoders import backbones
-from tapfm.frozen.cached_features import cache_features
+from tapfm.frozen.cached_features import cache_splits
 from tapfm.frozen.fitter import CPU, undisturbed, val_logits
 from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.frozen.warm_heads import figures, fit_slide_model, solve_head
@@ -120,11 +120,8 @@ class Candidates:
             model = frozen_model(model, self.start).to(model.device)
         else:
             put(model.encoder.vit, between(self.start, end, a, self.scaled))
-        train, val = (
-            cache_features(model, self.module.chunk, bags(), f"a {a:g} {split}")
-            for bags, split in ((self.train, "train"), (self.val, "val"))
-        )
-        val.sort(key=lambda slide: slide.slide_id)
+        chunk, bags = self.module.chunk, (self.train(), self.val())
+        train, val = cache_splits(model, chunk, *bags, f"a {a:g}")
         trained = self.trained if a > 0 else None
         aggregator, head = slide_model_for(trained, model, train, val, self.task, self.seed)
         figure, *_ = figures(aggregator, val, self.task)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from tapfm.frozen.cached_features import cache_features
+from tapfm.frozen.cached_features import cache_splits
 from tapfm.frozen.warm_heads import solve_head
 
 
@@ -30,8 +30,8 @@ class SolvedHead(Callback):
             return
         self.solved = epoch
         data, model, chunk = trainer.datamodule, module.slide_model, module.chunk
-        train = cache_features(model, chunk, data.seen_in_training(1), f"epoch {epoch + 1} train")
-        val = cache_features(model, chunk, data.val_dataloader(), f"epoch {epoch + 1} val")
+        bags = data.seen_in_training(1), data.val_dataloader()
+        train, val = cache_splits(model, chunk, *bags, f"epoch {epoch + 1}")
         model.aggregator.cpu()
         solve_head(model.aggregator, train, val, data.weighted_task)
         model.aggregator.to(module.device)

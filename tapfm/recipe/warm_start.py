@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from tapfm.frozen.cached_features import cache_features
+from tapfm.frozen.cached_features import cache_splits
 from tapfm.frozen.warm_heads import figures, fit_slide_model
 from tapfm.recipe.best_weights import BestWeights
 
@@ -32,9 +32,8 @@ class WarmStart(Callback):
         task = data.weighted_task  # here every slide comes as often, however the run draws them
         model, chunk = module.slide_model, module.chunk
         views = VIEWS if data.varies else 1
-        train = cache_features(model, chunk, data.seen_in_training(views), "frozen train")
-        val = cache_features(model, chunk, data.val_dataloader(), "frozen val")
-        val.sort(key=lambda slide: slide.slide_id)
+        bags = data.seen_in_training(views), data.val_dataloader()
+        train, val = cache_splits(model, chunk, *bags, "frozen")
         aggregator = model.aggregator
         lines = fit_slide_model(aggregator, train, val, task, data.seed)
         figure, loss, _ = figures(aggregator, val, module.task)  # as the run's epochs are
