@@ -158,10 +158,13 @@ def test_nothing_imports_the_command_line():
 
 
 def test_rooms_and_files_are_small():
-    """At most 14 files a room beside its `__init__`, 360 lines a file, 60 a function."""
+    """At most 14 files a room beside its `__init__`, 360 lines a file, 60 a function.
+
+    A room of methods, of which each is one file, has as many as there are methods.
+    """
     for package in PACKAGES:
         inside = [m for m in MODULES if m.rpartition(".")[0] == package and m not in PACKAGES]
-        assert len(inside) <= 14, package
+        assert len(inside) <= 14 or package in BESIDE, package
     for path in MODULES.values():
         text = path.read_text()
         assert text.count("\n") <= 360, path

@@ -186,6 +186,7 @@ def _epochs(
     turns = [*turns.values()]
     for epoch in range(recipe.schedule.epochs):
         model.train()
+        model.set_progress(epoch / recipe.schedule.epochs)
         loss.train()
         for batch in next(orders):
             for parameter in learning:

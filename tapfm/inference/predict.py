@@ -146,7 +146,7 @@ def predict_row(
     for slide, part, index in zip(row.slides, parts, indices, strict=True):
         write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
         if draw:
-            draw_slide(out, slide, index, part, _values(model.task, part))
+            draw_slide(out, slide, index, part, model.task)
     tqdm.write(f"{row.slide_id}: {tiles.count} tiles; {_values(model.task, whole)}")
     return whole
 
@@ -192,25 +192,28 @@ def _values(task: Task, prediction: Prediction) -> str:
 
 
 def draw_slide(
-    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, values: str
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, task: Task
 ) -> None:
     """Write `<slide>.png`, tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
 
-    `values` are the predicted values, for the title.
+    Tiles that have values of their own, in the label's unit, have them in the GeoJSON by name.
     """
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
     effective = f"{effective_tiles(weights_T):.1f} effective of {len(index)} tiles"
-    title = f"{row.slide_id}: {values}; {effective}"
+    title = f"{row.slide_id}: {_values(task, prediction)}; {effective}"
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
+    measured = {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)}
+    if (values_TP := prediction.tile_values_TP) is not None:
+        measured |= dict(zip(task.predictions, values_TP.T, strict=True))
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
     write_geojson(
         out / f"{row.slide_id}.geojson",
         index.coords0,
         index.size0,
-        {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)},
+        measured,
         index.bounds0,
         row.slide_id,
     )

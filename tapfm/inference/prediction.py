@@ -42,11 +42,16 @@ class Prediction:
     """Tile weights, summing to 1."""
     logits_K: np.ndarray | None = None
     """The logits behind `probs_K`, for `pool_cases`."""
+    tile_values_TP: np.ndarray | None = None
+    """The same predicted numbers of each tile, where the aggregator gives tiles logits."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
     """Return the prediction of one bag, by the forward path of training; `model` in eval mode."""
     output = model(bag, chunk)
+    tile_values_TP = None
+    if output.tile_logits_TK is not None:
+        tile_values_TP = model.task.predict(output.tile_logits_TK).cpu().numpy()
     return Prediction(
         bag.slide_id,
         bag.case_id,
@@ -54,6 +59,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         model.task.predict(output.logits_K).cpu().numpy(),
         output.weights_T.cpu().numpy(),
         output.logits_K.cpu().numpy(),
+        tile_values_TP,
     )
 
 
@@ -102,17 +108,19 @@ def pool_cases(
 def slide_by_slide(
     prediction: Prediction, slides: Sequence[SlideRow], counts: Sequence[int]
 ) -> list[Prediction]:
-    """Return a case's prediction once for each slide, with that slide's tile weights.
+    """Return a case's prediction once for each slide, with that slide's tiles' numbers.
 
     Args:
         prediction: the case's.
         slides: its slides, in the order of its tiles.
         counts: tiles of each slide; the weights of all slides together sum to 1.
     """
-    weights_S = np.split(prediction.weights_T, np.cumsum(counts)[:-1])
+    ends = np.cumsum(counts)[:-1]
+    weights_S, values_TP = np.split(prediction.weights_T, ends), prediction.tile_values_TP
+    values_S = [None] * len(slides) if values_TP is None else np.split(values_TP, ends)
     return [
-        replace(prediction, slide_id=row.slide_id, weights_T=weights_T)
-        for row, weights_T in zip(slides, weights_S, strict=True)
+        replace(prediction, slide_id=row.slide_id, weights_T=weights_T, tile_values_TP=values_TP)
+        for row, weights_T, values_TP in zip(slides, weights_S, values_S, strict=True)
     ]
 
 
@@ -150,9 +158,14 @@ def write_predictions(
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex | SlideFeatures) -> None:
-    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, where known, as h5."""
+    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, where known, as h5.
+
+    Where tiles have values of their own they are there as `values` (T, P), as predictions are.
+    """
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["weights"] = prediction.weights_T
+        if prediction.tile_values_TP is not None:
+            file["values"] = prediction.tile_values_TP
         if index.coords0 is None:
             return
         coords = file.create_dataset("coords", data=index.coords0)

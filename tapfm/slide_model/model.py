@@ -31,7 +31,7 @@ from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
 from tapfm.engine.chunked import encode_bag
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
-from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet
+from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet, check_task
 from tapfm.slide_model.feature_encoder import FeatureEncoder, need_encoder
 from tapfm.tasks import make_task
 
@@ -101,12 +101,8 @@ class SlideModel(nn.Module):
             encoder.require_score(f"aggregator {spec['name']}")
         if self.aggregator.uses_coords and model_config.features:
             encoder.require_coords(f"aggregator {spec['name']}")
-        if self.task.loss_has_memory and self.aggregator.loss_calls > 1:
-            raise SettingsError(
-                f"model.aggregator {spec['name']} with data.task survival, "
-                "loss: cox: Cox's loss remembers one risk of each slide, and this aggregator has "
-                f"{self.aggregator.loss_calls} that learn. Take loss: hazard, or tapfm_gated."
-            )
+        task = model_config.task["name"]
+        check_task(self.aggregator, spec["name"], task, memory=self.task.loss_has_memory)
 
     @property
     def device(self) -> torch.device:

@@ -46,6 +46,10 @@ class MaskedBCE(nn.Module):
         )
         return (each_K * known_K).sum() / known_K.sum().clamp(min=1)
 
+    def positives(self, labels_K: Tensor) -> Tensor:
+        """Return which labels a slide has, (K,): 1, 0, or nan where unknown."""
+        return labels_K
+
 
 class MaskedCrossEntropy(nn.Module):
     """Cross-entropy of one class among K, averaged over the slides whose class is known.
@@ -77,6 +81,11 @@ class MaskedCrossEntropy(nn.Module):
             reduction="none",
         )
         return (each_N * known_N).sum() / known_N.sum().clamp(min=1)
+
+    def positives(self, class_1: Tensor) -> Tensor:
+        """Return which class a slide has, (K,): 1 and else 0; nan where unknown."""
+        numbers_K = torch.arange(len(self.weight_K), device=class_1.device)
+        return torch.where(class_1.isnan(), class_1, (numbers_K == class_1).to(class_1))
 
 
 class MaskedMSE(nn.Module):

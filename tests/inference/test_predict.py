@@ -69,6 +69,29 @@ def test_predict_and_heatmap(saved, slide, tmp_path, capsys):
     np.testing.assert_array_equal(ring.max(0), coords[0] + 64)
 
 
+def test_tiles_with_logits_of_their_own_are_written_in_the_labels_unit(saved, slide, tmp_path):
+    """Here a slide's probability is the mean of its tiles'."""
+    spec = {"name": "additive", "attention": False, "probability": True}
+    torch.manual_seed(0)
+    model_config = models.ModelConfig("demo_vit", spec, LABELS, TILE, 0.5)
+    model = models.SlideModel(model_config, backbones.load("demo_vit", "random", tile_px=TILE))
+    path, out = tmp_path / "m.safetensors", tmp_path / "out"
+    models.save(model, path, tissue={"min_area_um2": 1000.0})
+    assert main(["heatmap", str(slide), "--model", str(path), "--out", str(out)]) == 0
+    names = [f"p_{label}" for label in LABELS]
+    with h5py.File(out / "one_weights.h5") as file:
+        values_TP = file["values"][:]
+    predicted = pd.read_csv(out / "predictions.csv").loc[0, names].to_numpy(float)
+    np.testing.assert_allclose(values_TP.mean(0), predicted, atol=1e-6)
+    assert values_TP.std(0).min() > 1e-6
+    tiles = json.loads((out / "one.geojson").read_text())["features"]
+    found = [[tile["properties"]["measurements"][name] for name in names] for tile in tiles]
+    np.testing.assert_allclose(found, values_TP, atol=1e-3)
+    assert main(["predict", str(slide), "--model", str(saved), "--out", str(tmp_path / "p")]) == 0
+    with h5py.File(tmp_path / "p" / "one_weights.h5") as file:
+        assert "values" not in file, "weights are all that tapfm_gated has"
+
+
 def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkeypatch):
     """Not by those of the logits, which are hazards, and as many."""
     task = {"name": "survival", "time": "t", "event": "e", "edges": (12.0, 24.0), "horizon": 14.0}

@@ -28,6 +28,11 @@ TARGET = torch.tensor([1.0, 0.0, 1.0])
 SPECS = {
     **{name: {"name": name} for name in AGGREGATORS},
     "transmil, few landmarks": {"name": "transmil", "width": 16, "landmarks": 5},
+    "clam, one row": {"name": "clam", "multi": False, "group": 2},
+    "additive, plain mean": {"name": "additive", "attention": False},
+    "additive, probabilities": {"name": "additive", "probability": True},
+    "mamba": {"name": "mamba", "width": 32, "chunk": 5, "rate": 4},
+    "mamba, local": {"name": "mamba", "width": 32, "chunk": 5, "scan": "local"},
 }
 every = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_bag = pytest.mark.parametrize("counts", [(), CASE], ids=["slide", "case"])
@@ -222,10 +227,15 @@ def test_losses_are_the_declared_terms_of_the_declared_number_of_calls(spec):
     close(aggregator.loss(tiles, TARGET, loss), sum(terms.values()))
 
 
+def other(value):
+    """Return another value of an option that is a number or a truth value; a word stays."""
+    return not value if isinstance(value, bool) else value if isinstance(value, str) else 2 * value
+
+
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_options_come_back_from_yaml_and_from_the_command_line(name, capsys):
     default = aggregator_options(name)
-    changed = replace(default, **{key: 2 * value for key, value in asdict(default).items()})
+    changed = replace(default, **{key: other(value) for key, value in asdict(default).items()})
     spec = spec_of(AGGREGATORS, changed)
     assert aggregator_options(yaml.safe_load(yaml.safe_dump(spec))) == changed
     assert changed != default or not asdict(default)

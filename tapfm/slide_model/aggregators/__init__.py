@@ -9,6 +9,12 @@
     pooling.py       what these four share: gate, min-max, weighted mean
     dsmil.py         a critical tile for each label, and all tiles by their likeness to it
     transmil.py      tiles attend to each other and to their neighbours on the slide
+    clam.py          attention, and tile classifiers taught by what it looks at
+    additive.py      a value for each tile in the label's unit, whose mean is the slide's
+    mamba.py         tiles in a row, each with a decaying memory of those before it
+    otsurv.py        tiles transported to learned prototypes, the surest first
+    graph.py         tiles take in those that touch them
+    case_transformer.py  each slide pooled, then a transformer over the slides of a case
     tile_head.py     class logits of single tiles, for labelled tiles
 
 Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
@@ -21,11 +27,17 @@ from dataclasses import replace
 from typing import Any
 
 from tapfm.settings import SettingsError, Spec, choose, spec_of
+from tapfm.slide_model.aggregators.additive import Additive
+from tapfm.slide_model.aggregators.case_transformer import CaseTransformer
+from tapfm.slide_model.aggregators.clam import Clam
 from tapfm.slide_model.aggregators.contract import Aggregator, AggregatorOptions
 from tapfm.slide_model.aggregators.dsmil import Dsmil
 from tapfm.slide_model.aggregators.gated import Gated
+from tapfm.slide_model.aggregators.graph import Graph
 from tapfm.slide_model.aggregators.hierarchical import Hierarchical
+from tapfm.slide_model.aggregators.mamba import Mamba
 from tapfm.slide_model.aggregators.mean import Mean
+from tapfm.slide_model.aggregators.otsurv import OtSurv
 from tapfm.slide_model.aggregators.tapfm import Tapfm
 from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
 from tapfm.slide_model.aggregators.tile_head import TileHead
@@ -51,6 +63,12 @@ AGGREGATORS: dict[str, type] = {
     "hierarchical": Hierarchical,
     "dsmil": Dsmil,
     "transmil": TransMil,
+    "clam": Clam,
+    "additive": Additive,
+    "mamba": Mamba,
+    "otsurv": OtSurv,
+    "graph": Graph,
+    "case_transformer": CaseTransformer,
 }
 
 

@@ -74,6 +74,8 @@ class Aggregator(nn.Module):
     """Whether logits are `head(embedding_E)`, so that a linear probe can solve the head."""
     loss_calls: ClassVar[int] = 1
     """How often `losses` calls the task's loss."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """Names of the tasks that it serves; empty is all."""
     terms: ClassVar[tuple[str, ...]] = ()
     """Names of the terms that `losses` returns where there are several: columns of metrics.csv."""
 
@@ -88,6 +90,9 @@ class Aggregator(nn.Module):
     def learns_weights(self) -> bool:
         """Return whether layers before the head learn."""
         return any(not name.startswith(("norm.", "head.")) for name, _ in self.named_parameters())
+
+    def set_progress(self, progress: float) -> None:
+        """Take the share of the run that is over, 0 to 1, in front of each training step."""
 
     def standardised(self, z_TD: Tensor) -> Tensor:
         """Return the features, centred and scaled."""
@@ -131,3 +136,28 @@ def need_coords(tiles: Places, name: str) -> Tensor:
             "coordinates. Give features with coordinates, or take tapfm_gated."
         )
     return tiles.lattice()
+
+
+def check_task(aggregator: nn.Module, name: str, task: str, *, memory: bool) -> None:
+    """Refuse a task that an aggregator cannot serve.
+
+    Args:
+        aggregator: an `Aggregator`, or the head of labelled tiles.
+        name: the aggregator's.
+        task: the task's.
+        memory: whether its loss keeps numbers of earlier slides.
+
+    Raises:
+        SettingsError: it learns from others alone, or calls a loss with a memory more than once.
+    """
+    if aggregator.tasks and task not in aggregator.tasks:
+        raise SettingsError(
+            f"model.aggregator {name} as it is set learns from {' or '.join(aggregator.tasks)} "
+            f"labels alone, and data.task is {task}. Take tapfm_gated, or change the task."
+        )
+    if memory and aggregator.loss_calls > 1:
+        raise SettingsError(
+            f"model.aggregator {name} with data.task survival, loss: cox: Cox's loss remembers one "
+            f"risk of each slide, and this aggregator has {aggregator.loss_calls} that learn. Take "
+            "loss: hazard, or tapfm_gated."
+        )

@@ -16,7 +16,7 @@ class TileHead(nn.Module):
         labels: number of classes K.
     """
 
-    uses_score, uses_coords, loss_calls = False, False, 1
+    uses_score, uses_coords, loss_calls, tasks = False, False, 1, ()
 
     def __init__(self, dim: int, labels: int):
         super().__init__()

@@ -1,0 +1,322 @@
+"""Every aggregator on planted tiles in features mode: AUROC, tile AUROC, seconds, memory.
+
+    python -m benchmarks.aggregators                encode, train every row on five splits, compare
+    python -m benchmarks.aggregators --only clam    rows that are missing, of these names
+    python -m benchmarks.aggregators --table        the table alone, from what is there
+
+Bags of 100 real H&E tiles of the needle cohort, as DINOv2 ViT-S/14 features; in a positive, 2 are
+from the adenoma's head. Each split deals the source tiles anew, so no tile of a test bag is in any
+training bag; bags of one part share tiles. Every source tile is turned by quarters as its name
+says, since which way is up tells much of this tissue. Places are dealt at random: what a method
+makes of neighbours is noise here. One patient carries the class: this measures methods and is no
+clinical claim. The RGB row says how much colour alone gives. Tiles: Pathology Atlas, CC BY 4.0,
+Serdar Balci / Memorial Pathology, doi 10.5281/zenodo.6382734.
+
+A fit is the run's own objective, bag by bag, AdamW, updates of 8 bags, the epoch of least
+validation loss. The rate is the better of two on the first split's validation bags. Cost is of one
+training step on 10,000 tiles, CPU seconds of one thread and bytes that autograd holds, and of a
+forward pass on 20,000. Writes results/aggregators.json after each row, and the table between the
+markers in README.md. Price: about 25 minutes of one core.
+
+A row is added to ROWS: a regulariser or bag transform goes beside an aggregator there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.record import RESULTS, facts, rewrite
+from slides.files import write_json
+from slides.seeds import stable_seed
+from slides.wsi.reader import Slide
+from tapfm.data.bag import Moment, Places
+from tapfm.encoders import backbones
+from tapfm.engine.memory import SavedBytes
+from tapfm.frozen.frozen_slide import FrozenSlide, feature_statistics, standardise
+from tapfm.settings import Spec
+from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.stats.bootstrap import interval, percentiles, with_point
+from tapfm.stats.metrics import auroc, auroc_draws
+from tapfm.tasks.losses import MaskedBCE
+from tapfm.training.objective import Objective, make_objective
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))
+WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
+FEATURES = ROOT / "runs" / "aggregators" / "features.pt"
+RESULT = RESULTS / "aggregators.json"
+OTHERS = 1400  # source tiles without the class; with it there are 185
+BAG, PLANTED = 100, 2
+BAGS = {"train": 150, "val": 50, "test": 80}
+POOLS = {"train": 0.6, "val": 0.15, "test": 0.25}  # shares of the source tiles
+SPLITS, EPOCHS, UPDATE, RATES = 5, 8, 8, (1e-3, 3e-4)
+STEP_TILES, FORWARD_TILES, MIB = 10_000, 20_000, 2**20
+REFERENCE, DRAWS = "gated", 2000
+TARGET = torch.tensor([1.0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared."""
+
+    aggregator: Spec
+    regularisers: Sequence[Spec] = ()
+    bag_transforms: Sequence[Spec] = ()
+    colours: bool = False
+    """Whether tiles are means and deviations of their colours, not features."""
+
+
+ROWS = {
+    "rgb, gated": Row("gated", colours=True),
+    "mean": Row("mean"),
+    "gated": Row("gated"),
+    "additive": Row("additive"),
+    "additive, plain mean of probabilities": Row(
+        {"name": "additive", "attention": False, "probability": True}
+    ),
+    "dsmil": Row("dsmil"),
+    "transmil, width 256": Row({"name": "transmil", "width": 256}),
+    "clam, one row (SB)": Row({"name": "clam", "multi": False}),
+    "clam, a row a label (MB)": Row("clam"),
+    "mamba, reordered, width 256": Row({"name": "mamba", "width": 256}),
+    "mamba, local, width 256": Row({"name": "mamba", "scan": "local", "width": 256}),
+    "otsurv": Row("otsurv"),
+    "graph": Row("graph"),
+    "case_transformer": Row("case_transformer"),
+}
+
+
+@dataclass
+class Fit:
+    """The best epoch of a fit."""
+
+    loss: float = float("inf")
+    logits_N: list[float] = field(default_factory=list)
+    """Of the test bags."""
+    tile_aurocs: list[float] = field(default_factory=list)
+    """Of the tile weights, and where there are any of the tiles' logits, over positive bags."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    done = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    if not arguments.table:
+        tiles, about = source_tiles(), facts("cpu")
+        for name in arguments.only:
+            if name not in done:
+                done[name] = measure(ROWS[name], tiles)
+                print(name, {k: v for k, v in done[name].items() if k != "splits"}, flush=True)
+                write_json(RESULT, about | {"rows": done})
+    result = json.loads(RESULT.read_text())
+    rewrite("aggregators", markdown(result))
+    print(markdown(result))
+    return 0
+
+
+def source_tiles() -> dict[str, torch.Tensor]:
+    """Return features, colours and class of every source tile that is used; encode them once."""
+    if FEATURES.exists():
+        return torch.load(FEATURES, weights_only=True)
+    with (DATA / "needle" / "tiles.csv").open() as file:
+        rows = {(row["src"], row["src_x"], row["src_y"]): row for row in csv.DictReader(file)}
+    ranked = sorted(rows, key=lambda key: stable_seed("tile", *key))
+    chosen = [key for key in ranked if rows[key]["target"] == "1"]
+    chosen += [key for key in ranked if rows[key]["target"] == "0"][:OTHERS]
+    encoder = backbones.load("dinov2_vits14", str(WEIGHTS), tile_px=112).eval()
+    z, colours = [], []
+    for key in tqdm(chosen, "encode", unit=" tiles"):
+        row = rows[key]
+        with Slide(DATA / "needle" / "slides" / f"{row['slide_id']}.tif") as slide:
+            pixels = np.asarray(slide.region(int(row["x"]), int(row["y"]), 224, 224))
+        pixels = np.rot90(pixels, stable_seed("turn", *key) % 4)
+        half = pixels.reshape(112, 2, 112, 2, 3).mean((1, 3)).round().astype(np.uint8)
+        tile = torch.from_numpy(half.copy()).permute(2, 0, 1)
+        colours.append(torch.cat([tile.float().mean((1, 2)), tile.float().std((1, 2))]))
+        with torch.no_grad():
+            z.append(encoder.encode(tile[None], "bf16")[0][0].float())
+    y = torch.tensor([float(rows[key]["target"]) for key in chosen])
+    found = {"z": torch.stack(z), "colours": torch.stack(colours), "y": y}
+    FEATURES.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, FEATURES)
+    return found
+
+
+def bags_of(split: int, tiles: dict, colours: bool) -> dict[str, list[tuple[FrozenSlide, list]]]:
+    """Return the bags of a split by part, each with the rows of its planted tiles."""
+    rng, found = np.random.default_rng([17, split]), {part: [] for part in BAGS}
+    z, y = tiles["colours" if colours else "z"], tiles["y"].numpy()
+    pools = [
+        np.split(
+            rng.permutation(np.flatnonzero(y == side)),
+            (np.cumsum([*POOLS.values()])[:-1] * (y == side).sum()).astype(int),
+        )
+        for side in (0, 1)
+    ]
+    for (part, count), others, planted in zip(BAGS.items(), *pools, strict=True):
+        for n in range(count):
+            rows = rng.choice(others, BAG, replace=False)
+            places, label = rng.permutation(BAG), float(n % 2)
+            if label:
+                rows[:PLANTED] = rng.choice(planted, PLANTED, replace=False)
+            where = lattice(places)
+            name = f"{split}-{part}-{n}"
+            slide = FrozenSlide.of(name, name, z[rows], torch.tensor([label]), places=where)
+            found[part].append((slide, list(range(PLANTED)) if label else []))
+    return found
+
+
+def lattice(places: np.ndarray) -> Places:
+    """Return tiles at these places of a square lattice, row by row."""
+    side = -(-(len(places) ** 0.5) // 1)
+    corners = np.stack([places % side, places // side], 1).astype(np.int64) * 448
+    return Places.of([corners], [448.0], 0.5)
+
+
+def measure(row: Row, tiles: dict) -> dict:
+    """Return a row's figures on every split, and what it costs."""
+    rate, splits, used = None, [], 0.0
+    for split in range(SPLITS):
+        bags = bags_of(split, tiles, row.colours)
+        began = time.process_time()
+        fits = {lr: fit(row, bags, lr, split) for lr in ([rate] if rate else RATES)}
+        used += time.process_time() - began
+        rate = min(fits, key=lambda lr: fits[lr].loss)
+        best, y = fits[rate], [slide.target_Y.item() for slide, _ in bags["test"]]
+        splits.append({"y": y, "logits": best.logits_N, "val_loss": best.loss,
+                       "tile_auroc": best.tile_aurocs})  # fmt: skip
+    model = objective_of(row, tiles["z"].shape[1])[1]
+    return {
+        "rate": rate, "fit_cpu_s": used / (SPLITS + len(RATES) - 1), "splits": splits,
+        "parameters": sum(p.numel() for p in model.parameters()), **cost(row, tiles["z"].shape[1]),
+    }  # fmt: skip
+
+
+def objective_of(row: Row, dim: int) -> tuple[Objective, torch.nn.Module]:
+    """Return a row's objective and its aggregator."""
+    aggregator = make_aggregator(row.aggregator, dim, 1)
+    loss = MaskedBCE([1.0])
+    return make_objective(loss, aggregator, row.bag_transforms, row.regularisers), aggregator
+
+
+def fit(row: Row, bags: dict, lr: float, seed: int) -> Fit:
+    """Return the epoch of least validation loss."""
+    torch.manual_seed(seed)
+    train, val, test = ([slide for slide, _ in bags[part]] for part in BAGS)
+    objective, model = objective_of(row, train[0].z_TD.shape[1])
+    standardise(model, *feature_statistics(train))
+    learning = [*model.parameters(), *objective.parameters()]
+    optimizer, best, steps = torch.optim.AdamW(learning, lr, weight_decay=1e-2), Fit(), 0
+    for epoch in range(EPOCHS):
+        model.train()
+        for n in torch.randperm(len(train)).tolist():
+            moment = Moment(steps / (EPOCHS * len(train)), epoch, stable_seed(seed, epoch, n))
+            target = train[n].target_Y
+            (objective(model, train[n].tiles, target, moment).loss / UPDATE).backward()
+            steps += 1
+            if steps % UPDATE == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            losses = [objective.task_loss(model(s.tiles).logits_K, s.target_Y) for s in val]
+            if (mean := float(torch.stack(losses).mean())) < best.loss:
+                outputs = [model(slide.tiles) for slide in test]
+                logits_N = [float(output.logits_K) for output in outputs]
+                best = Fit(mean, logits_N, tile_aurocs(outputs, bags["test"]))
+    return best
+
+
+def tile_aurocs(outputs: Sequence, bags: Sequence) -> list[float]:
+    """Return the mean AUROC over positive bags of the tiles' weights, and of their logits."""
+    found = []
+    for output, (_, planted) in zip(outputs, bags, strict=True):
+        if planted:
+            truth = np.zeros(BAG)
+            truth[planted] = 1
+            each = [output.weights_T]
+            each += [] if output.tile_logits_TK is None else [output.tile_logits_TK[:, 0]]
+            found.append([auroc(truth, values.double().numpy()) for values in each])
+    return np.mean(found, axis=0).tolist()
+
+
+def cost(row: Row, dim: int) -> dict[str, float]:
+    """Return CPU seconds and MiB of a training step, and seconds of a forward pass."""
+    torch.manual_seed(0)
+    objective, model = objective_of(row, dim)
+    found = {}
+    for name, count in (("step", STEP_TILES), ("forward", FORWARD_TILES)):
+        z_TD, places = torch.randn(count, dim), lattice(np.arange(count))
+        tiles = FrozenSlide.of("s", "s", z_TD, TARGET, places=places).tiles
+        runs = []
+        for _ in range(3):
+            one, began = copy.deepcopy(model), time.process_time()
+            if name == "step":
+                with SavedBytes(but=one.parameters()) as held:
+                    objective(one, tiles, TARGET, Moment(0.5, 0, 1)).loss.backward()
+                found["step_mib"] = held.peak / MIB
+            else:
+                with torch.no_grad():
+                    one(tiles)
+            runs.append(time.process_time() - began)
+        found[f"{name}_cpu_s"] = min(runs)
+    return found
+
+
+def drawn(row: dict) -> Iterator[np.ndarray]:
+    """Yield the AUROC of each split's test bags, as found and in bootstrap draws."""
+    for split, each in enumerate(row["splits"]):
+        times_BN = with_point([*map(str, range(len(each["y"])))], DRAWS, split)
+        yield auroc_draws(np.array(each["y"]), np.array(each["logits"]), times_BN)
+
+
+def markdown(result: dict) -> str:
+    """Return a line a row."""
+    lines = [
+        "| aggregator | parameters | AUROC [95 %] | minus `gated` [95 %] "
+        "| tile AUROC: weights, logits | CPU s a fit "
+        "| CPU s, MiB of a step on 10,000 tiles | CPU s forward, 20,000 tiles |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    areas = {name: np.mean([*drawn(row)], axis=0) for name, row in result["rows"].items()}
+    for name in [name for name in ROWS if name in areas]:
+        row, area = result["rows"][name], interval(areas[name])
+        gain = ""
+        if name != REFERENCE and REFERENCE in areas:
+            over = percentiles(areas[name] - areas[REFERENCE])
+            loses = ", loses" if over.high < 0 else ""
+            gain = f"{over.value:+.3f} [{over.low:+.3f}, {over.high:+.3f}]{loses}"
+        tile = np.mean([each["tile_auroc"] for each in row["splits"]], axis=0)
+        lines.append(
+            f"| {name} | {row['parameters']:,} | {area.value:.3f} [{area.low:.3f}, {area.high:.3f}]"
+            f" | {gain} | {', '.join(f'{value:.3f}' for value in tile)} | {row['fit_cpu_s']:.0f} "
+            f"| {row['step_cpu_s']:.2f}, {row['step_mib']:.0f} | {row['forward_cpu_s']:.2f} |"
+        )
+    counts = ", ".join(f"{count} {part}" for part, count in BAGS.items())
+    lines.append(
+        f"\nBags of {BAG} tiles, {PLANTED} planted; {counts}; {SPLITS} splits, whose mean is "
+        f"given; one thread. {result['machine']}; "
+        f"{result['date']}, commit {result['commit']}, torch {result['torch']}, timm "
+        f"{result['timm']}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
