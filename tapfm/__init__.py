@@ -24,6 +24,7 @@ Packages in the order of a run; each lists its files in its own docstring:
 and beside them:
 
     cli.py           the command line: the list of verbs
+    config_paths.py  finds configs by name, and resolves the paths in them
     config.py        what indexing reads of a config
     settings.py      settings: what is wrong with them, all at once; things chosen by name
     distributed.py   what several GPUs tell each other

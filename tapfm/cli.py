@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from tapfm.verbs import Parser, cohorts, later, reading, training
 
@@ -82,7 +81,10 @@ def explain_config(argv: Sequence[str], error: Exception) -> None:
     """Print a config's opening comment if its cohort cannot be read."""
     from slides.errors import CohortError
     from tapfm.config import preamble
+    from tapfm.config_paths import find_config
 
-    configs = [Path(value) for key, value in pairwise(argv) if key == "--config"]
-    if isinstance(error, CohortError) and configs and (says := preamble(configs[0])):
+    if not isinstance(error, CohortError):
+        return
+    configs = [find_config(value) for key, value in pairwise(argv) if key == "--config"]
+    if configs and (says := preamble(configs[0])):
         print(f"\n{configs[0]} says:\n{says}", file=sys.stderr)

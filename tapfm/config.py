@@ -12,11 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from slides.cohort.table import read_cohort
 from slides.errors import SettingsError
 from slides.streaming.settings import Source, TileSettings
 from slides.streaming.stain import METHODS
 from slides.tiling.tissue import Tissue
+from tapfm.config_paths import find_config, located
 from tapfm.settings import did_you_mean, refuse
 
 
@@ -75,8 +78,12 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
 
 def _read_data(configs: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
     data: dict[str, Any] = {}
-    for config in configs:
-        data = _merged(data, _keys(read_yaml(config).get("data"), f"{config}: data"))
+    configs = [find_config(config) for config in configs]
+    for config, node in zip(configs, located(configs), strict=True):
+        found = read_yaml(config)
+        if node is not None:
+            found = yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
+        data = _merged(data, _keys(found.get("data"), f"{config}: data"))
     known = data_keys()
     faults = [
         f"data.{key}: there is no such key.{did_you_mean(key, known)}"
@@ -111,8 +118,6 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
     Raises:
         SettingsError: there is no such file, or it is something else.
     """
-    import yaml
-
     if not file.is_file():
         there = sorted(path.stem for path in file.parent.glob("*.yaml"))
         listed = f" There are: {', '.join(there)}." if there else ""

@@ -3,6 +3,7 @@
     table.py           reads the cohort table; lists all its faults at once
     table_file.py      the file of a table, as programs write it, to rows of text
     leaks.py           one patient or one picture in two parts
+    counts.py          cases, slides and label values of each split
     cases.py           a patient's slides as one bag
     targets.py         label columns by task: 0 and 1, classes, numbers, times
     splits.py          splits cases into train, val and test

@@ -46,3 +46,18 @@ def group_by_case(rows: Sequence[SlideRow], names: Sequence[str]) -> list[SlideR
     if faults:
         raise CohortError(all_faults("data.bags: case", faults))
     return merged
+
+
+def unlabelled(rows: Sequence[SlideRow], names: Sequence[str], bags: str) -> frozenset[str]:
+    """Return the slides that teach nothing: no label of them, or of their case, is known.
+
+    Args:
+        rows: training slides.
+        names: the label columns; without any, no slide is returned.
+        bags: what shares labels, a `slide` or a `case`.
+    """
+    if not names:
+        return frozenset()
+    each = group_by_case(rows, names) if bags == "case" else rows
+    blank = (row for row in each if all(map(math.isnan, row.labels[: len(names)])))
+    return frozenset(slide.slide_id for row in blank for slide in row.slides)

@@ -18,14 +18,15 @@ import json
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slides.cohort.counts import Tally
 from slides.cohort.leaks import cases_in_two_splits, repeated_values, same_pictures
 from slides.cohort.spelling import is_missing, missing_words, read_number
 from slides.cohort.table_file import file_at, read_table, repeated_columns
-from slides.cohort.targets import Cells, make_columns
+from slides.cohort.targets import Cells, Columns, Labels, make_columns
 from slides.errors import CohortError, SettingsError, all_faults, some
 from slides.grid import MPP_RANGE
 
@@ -73,12 +74,18 @@ class Cohort:
     """The slides, in the table's order."""
     classes: tuple[str, ...] = ()
     """Class names of a multi-class label, in order of their numbers."""
+    columns: Columns = field(default=Labels(), compare=False)
+    """How the label columns were read."""
 
     def split(self, name: str) -> tuple[SlideRow, ...]:
         """Return the slides of one split, in the table's order; may be empty."""
         if name not in SPLITS:
             raise SettingsError(f"split is {name!r}: give one of {', '.join(SPLITS)}")
         return tuple(row for row in self.rows if row.split == name)
+
+    def tally(self, rows: Sequence[SlideRow]) -> Tally:
+        """Return the counts of label values among some of its slides."""
+        return self.columns.tally(self.labels, self.classes, rows)
 
     def without(self, slide_ids: Collection[str]) -> Cohort:
         """Return the cohort without the given slides."""
@@ -159,7 +166,7 @@ def read_cohort(
     if need_slides:
         _warn_of_copies(table, rows.values())
     each = (replace(row, labels=values.rows[number]) for number, row in rows.items())
-    return Cohort(tuple(labels), tuple(each), values.classes)
+    return Cohort(tuple(labels), tuple(each), values.classes, columns)
 
 
 def _header_faults(

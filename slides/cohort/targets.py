@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+from slides.cohort.counts import Tally, class_tally, label_tally, number_tally, time_tally
 from slides.cohort.spelling import MISSING, is_missing, look_alike, read_number
 from slides.cohort.strata import Strata, class_strata, label_strata, number_strata, time_strata
 from slides.errors import CohortError, some, some_rows
@@ -75,6 +76,8 @@ class Columns(Protocol):
     """Whether every cell is 0, 1 or unknown."""
     strata: ClassVar[Callable[..., Strata]]
     """Labels of 0 and 1 by which cases are stratified, one of `slides.cohort.strata`."""
+    tally: ClassVar[Callable[..., Tally]]
+    """Counts of label values, one of `slides.cohort.counts`."""
 
     def choose(self, requested: Sequence[str] | None, free: Sequence[str]) -> Sequence[str]:
         """Return the names of the columns.
@@ -127,6 +130,7 @@ class Classes(Columns):
 
     apart: ClassVar = False
     strata: ClassVar = staticmethod(class_strata)
+    tally: ClassVar = staticmethod(class_tally)
 
     def choose(self, requested, free):
         """Return the requested column, or the only one there is."""
@@ -172,6 +176,7 @@ class Times(Columns):
     event: str
     apart: ClassVar = False
     strata: ClassVar = staticmethod(time_strata)
+    tally: ClassVar = staticmethod(time_tally)
 
     def choose(self, requested, free):
         """Return the two columns, time and event."""
@@ -293,6 +298,7 @@ class Labels(EachColumn):
     lacking: ClassVar = staticmethod(_one_class)
     binary: ClassVar = True
     strata: ClassVar = staticmethod(label_strata)
+    tally: ClassVar = staticmethod(label_tally)
 
 
 @dataclass(frozen=True)
@@ -307,6 +313,7 @@ class Numbers(EachColumn):
     )
     lacking: ClassVar = staticmethod(_one_value)
     strata: ClassVar = staticmethod(number_strata)
+    tally: ClassVar = staticmethod(number_tally)
 
 
 COLUMNS: dict[str, type[Columns]] = {

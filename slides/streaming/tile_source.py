@@ -26,7 +26,13 @@ from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import StainedSlide
 from slides.streaming.workers import StreamedSlide
-from slides.tiling.index import TileIndex, index_path, read_index, why_outdated
+from slides.tiling.index import (
+    TileIndex,
+    index_path,
+    ledger_reason,
+    read_index,
+    why_outdated,
+)
 from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 
@@ -64,6 +70,10 @@ class TileSource:
                 "made. The ledger beside it has the reason; fix that, and run `tapfm index`."
             )
         return index
+
+    def why_not(self, row: SlideRow) -> str | None:
+        """Return why a slide has no index, as the ledger of indexing says; None if it does not."""
+        return ledger_reason(self.index_dir, self.grid, row.slide_id)
 
     def __call__(self, row: SlideRow) -> tuple[SlideSource, TileIndex]:
         """Return the open pixels (cached, stain-normalised if set) and the index."""

@@ -262,6 +262,16 @@ def why_outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
     return ""
 
 
+def ledger_reason(index_dir: Path, grid: Grid, slide_id: str) -> str | None:
+    """Return why indexing left a slide out, as the ledger says; None if it does not."""
+    try:
+        with open(Path(index_dir) / grid.tag / "ledger.csv", newline="", encoding="utf-8") as file:
+            found = {row.get("slide_id"): row for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return None
+    return found.get(slide_id, {}).get("reason") or None
+
+
 def _write_ledger(path: Path, rows: list[dict]) -> None:
     """Write the ledger as CSV; rows of slides outside this run stay."""
     named = {row["slide_id"] for row in rows}

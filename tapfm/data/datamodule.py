@@ -16,7 +16,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from slides.cohort.cases import group_by_case
+from slides.cohort.cases import group_by_case, unlabelled
 from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import CohortError, SettingsError, SlideError, all_faults
 from slides.streaming.balance import balanced_order
@@ -35,8 +35,8 @@ from tapfm.data.streamed import (
     Streamed,
     as_bag,
     check_val,
-    labelled,
     places_of,
+    readable,
     targets,
     tiles_held,
 )
@@ -154,8 +154,14 @@ class SlideData(L.LightningDataModule):
     def source(self) -> Source:
         """Return slides and settings for `tapfm index`."""
         how = self.tile_source
-        where = self.cohort.rows, how.index_dir, how.cache_dir
+        where = self.used, how.index_dir, how.cache_dir
         return Source(*where, self.tiles, self.on_error, self.workers, how.stain, how.cache_gb)
+
+    @cached_property
+    def used(self) -> list[SlideRow]:
+        """The slides, less those of training without a known label, which teach nothing."""
+        lost = unlabelled(self.cohort.split("train"), self.cohort.labels, self.bags)
+        return [row for row in self.cohort.rows if row.slide_id not in lost]
 
     @cached_property
     def weighted_task(self) -> Task:
@@ -219,15 +225,8 @@ class SlideData(L.LightningDataModule):
         Raises:
             CohortError: all of them are skipped.
         """
-        rows, every = [], self.cohort.split(split)
-        for row in every:
-            try:
-                self.index(row)
-                rows.append(row)
-            except SlideError as fault:
-                if self.on_error != "skip":
-                    raise
-                self.skipped.setdefault(row.slide_id, str(fault))  # indexing said why
+        every = [row for row in self.used if row.split == split]
+        rows = readable(every, self)
         if every and not rows:
             why = [self.skipped[row.slide_id] for row in every]
             raise CohortError(all_faults(f"split {split}, no slide of which can be read", why))
@@ -235,8 +234,8 @@ class SlideData(L.LightningDataModule):
 
     @cached_property
     def training_rows(self) -> list[SlideRow]:
-        """The bags of training; those without a known label, which teach nothing, are left out."""
-        return labelled(self.rows("train"), self.cohort.labels)
+        """The bags of training."""
+        return self.rows("train")
 
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""

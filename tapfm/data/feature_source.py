@@ -227,7 +227,7 @@ def open_features(folder: str, pixels: Mapping[str, object], data: Any) -> Featu
             f"data.features_dir: features have no pixels, and {', '.join(given)} can only change "
             "pixels. Leave each at its default (null or 0), or leave features_dir out."
         )
-    rows, how = data.cohort.rows, (data.tiles.mpp, data.budget, data.on_error)
+    rows, how = data.used, (data.tiles.mpp, data.budget, data.on_error)
     source = FeatureSource(Path(folder), rows, *how)
     bare = [name for name, each in source.slides.items() if each.coords0 is None]
     if bare and data.sampling == "spatial":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,16 +38,23 @@ def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
     return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
 
 
-def labelled(rows: list[SlideRow], names: Sequence[str]) -> list[SlideRow]:
-    """Return the training bags of which a label is known, and print how many others there are.
+def readable(rows: Sequence[SlideRow], data: Any) -> list[SlideRow]:
+    """Return the slides with tiles; note the others and why with the data module.
 
-    Without label columns (`names`) all bags are returned.
+    Raises:
+        SlideError: a slide has none, and `data.on_error` is not skip.
     """
-    known = [row for row in rows if not all(map(math.isnan, row.labels[: len(names)]))]
-    if not names or len(known) == len(rows):
-        return rows
-    print(f"{len(rows) - len(known)} of {len(rows)} training bags have no known label: left out")
-    return known
+    found = []
+    for row in rows:
+        try:
+            data.index(row)
+            found.append(row)
+        except SlideError as fault:
+            if data.on_error != "skip":
+                raise
+            why = None if data.known([row]) else data.tile_source.why_not(row)
+            data.skipped.setdefault(row.slide_id, why or str(fault))
+    return found
 
 
 def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> int:

@@ -21,6 +21,7 @@ from PIL import Image
 from slides.errors import CohortError
 from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
+from tapfm.config_paths import with_absolute_paths
 from tapfm.data.datamodule import SlideData
 from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows, groups_of
 from tapfm.evaluation.robustness import with_robustness
@@ -72,12 +73,14 @@ def run_test(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fitted: list[str] = []
+    given = first.config.get("features")  # of the run, if several folders share them
+    features = features or (Path(given) if given else run / "frozen")
     rows = frozen_rows(first, run / "frozen", split, device, features, fitted.append)
     masks = Path(first.config.data.table).parent / "truth"
     groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
     aurocs = {}
     for folder in folders:
-        of_run, slides = evaluate_run(first, folder, split, device)
+        of_run, slides = evaluate_run(first, folder, split, device, features)
         if robustness and of_run[-1].control:
             control, own = of_run
             of_run = [control, with_robustness(first, folder, own, control, split, device)]
@@ -125,7 +128,8 @@ def check_same_data(folder: Path, first: Path) -> None:
     """
     defaults = {key: each.default for key, each in signature(SlideData).parameters.items()}
     one, other = (
-        defaults | yaml.safe_load((each / CONFIG).read_text())["data"] for each in (first, folder)
+        defaults | with_absolute_paths(yaml.safe_load((each / CONFIG).read_text()))["data"]
+        for each in (first, folder)
     )
     if changed := [key for key in COMPARED if one[key] != other[key]]:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
+from tapfm.data.feature_source import FeatureSource, KnownBags
 from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
 from tapfm.frozen.features import Extraction, frozen_extraction, read_features
 from tapfm.frozen.fitter import Fitted
@@ -44,9 +45,12 @@ MIXED = "mixed"
 
 
 def evaluate_run(
-    cli: Cli, folder: Path, split: str, device: str
+    cli: Cli, folder: Path, split: str, device: str, features: Path
 ) -> tuple[list[ResultRow], list[Prediction]]:
     """Predict validation and `split` with a run's models; write predictions and tile weights.
+
+    `features` is the folder of frozen features; where a model's encoder is that of them, they are
+    used and no tile is encoded again.
 
     Returns:
         Its row of the report, before it that of its control if it saved one, and a prediction for
@@ -54,7 +58,7 @@ def evaluate_run(
     """
     data, path = cli.datamodule, folder / BEST
     model_config, facts = models.read_model_config(path)
-    of, slides = predict_splits(cli, path, folder, split, device)
+    of, slides = predict_splits(cli, path, folder, split, device, features)
     cohort = {row.slide_id: row for row in data.cohort.rows}
     for each in slides:
         index = data.index(cohort[each.slide_id])
@@ -69,13 +73,13 @@ def evaluate_run(
         for part, predictions in of.items():
             write_predictions(below / f"predictions_{part}.csv", data.task, predictions)
     else:
-        of, _ = predict_splits(cli, path, below, split, device)
+        of, _ = predict_splits(cli, path, below, split, device, features)
     control = result_row(f"{SAME_HEAD}{folder.name}", below, of, split, end_to_end=False)
     return [control, replace(row, control=control.title, choice=choice)], slides
 
 
 def predict_splits(
-    cli: Cli, path: Path, out: Path, split: str, device: str
+    cli: Cli, path: Path, out: Path, split: str, device: str, features: Path
 ) -> tuple[dict[str, list[Prediction]], list[Prediction]]:
     """Predict validation and `split` with a saved model; write predictions_<part>.csv.
 
@@ -85,16 +89,44 @@ def predict_splits(
     data, of, slides = cli.datamodule, {}, []
     model, name = models.load(path).to(device), f"{path.parent.name} {path.stem}"
     for part in dict.fromkeys(("val", split)):
-        parts = data.streamed(data.rows(part))
+        rows = data.rows(part)
+        parts = known_bags(model, data, rows, cli.model.chunk, features) or data.streamed(rows)
         predictions = predict_all(model, parts, cli.model.chunk, f"{name} {part}")
         if part == split:
-            bags = {bag.slide_id: bag.slides for bag in data.rows(split)}
+            bags = {bag.slide_id: bag.slides for bag in rows}
             for each in predictions:
                 counts = [len(data.index(row)) for row in bags[each.slide_id]]
                 slides += slide_by_slide(each, bags[each.slide_id], counts)
         of[part] = by_case(data, part, predictions)
         write_predictions(out / f"predictions_{part}.csv", model.task, of[part])
     return of, slides
+
+
+def known_bags(
+    model: models.SlideModel, data: SlideData, rows: Sequence[SlideRow], chunk: int, folder: Path
+) -> KnownBags | None:
+    """Return bags of the features that a model's encoder made before; None if any is missing.
+
+    Args:
+        model: saved by a run, on its device.
+        data: the cohort.
+        rows: the bags.
+        chunk: tiles at once; it names nothing and changes nothing.
+        folder: of the frozen features of a cohort's runs.
+    """
+    learns = any(each.requires_grad for each in model.encoder.parameters())
+    rounded = model.model_config.precision == "bf16-true"  # after features are made
+    if learns or rounded or data.features or model.model_config.features:
+        return None
+    extraction = frozen_extraction(model, chunk, data.tile_source.stain)
+    folder = folder / data.tiles.grid.tag / f"features_{extraction.name}"
+    slides = [slide for row in rows for slide in row.slides]
+    if not slides or not folder.is_dir():
+        return None
+    for slide in slides:
+        if extraction.fault(folder / f"{slide.slide_id}.h5", data.index(slide)):
+            return None
+    return KnownBags(rows, FeatureSource(folder, slides, data.tiles.mpp, data.budget))
 
 
 def frozen_rows(

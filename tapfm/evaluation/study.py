@@ -38,6 +38,7 @@ from slides.errors import SettingsError
 from slides.files import write_json, write_text
 from slides.streaming.settings import index_and_cache
 from tapfm.config import read_data, read_source, read_yaml
+from tapfm.config_paths import find_config
 from tapfm.evaluation.study_cells import Cell, Study
 from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
 
@@ -63,7 +64,9 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
     for key in ("config", "seeds", "strategies", "aggregators"):
         if key in found:
             listed = found[key] if isinstance(found[key], list | tuple) else [found[key]]
-            found[key] = tuple(str(each) if key == "config" else each for each in listed)
+            found[key] = tuple(
+                str(find_config(each)) if key == "config" else each for each in listed
+            )
     study = Study(**{**found, "out": str(found["out"])})
     names_of = {
         "seeds": study.seeds,
@@ -102,7 +105,7 @@ def run_study(study: Study) -> int:
     print(f"{out}: {len(cells)} cells, {len(cells) - len(todo)} finished before")
     if todo:
         first = out / "folds" / "index.yaml"
-        first.write_text(yaml.safe_dump({"data": {"table": str(tables[0])}}))
+        first.write_text(yaml.safe_dump({"data": {"table": str(tables[0].absolute())}}))
         if not data.get("features_dir"):
             index_and_cache(read_source([*map(Path, study.config), first]))  # once, for all cells
     failed = {}
@@ -161,9 +164,9 @@ def plan_cells(study: Study, tables: Sequence[Path]) -> list[Cell]:
         is_config = isinstance(strategy, str) and strategy.endswith((".yaml", ".yml"))
         if not is_config:
             model["strategy"] = strategy if isinstance(strategy, str) else dict(strategy)
-        changes = {"seed_everything": seed, "run_dir": str(folder), "name": RUN,
-                   "features": str(Path(study.out) / "frozen"),
-                   "model": model, "data": {"table": str(table)}}  # fmt: skip
+        changes = {"seed_everything": seed, "run_dir": str(folder.absolute()), "name": RUN,
+                   "features": str(Path(study.out).absolute() / "frozen"),
+                   "model": model, "data": {"table": str(table.absolute())}}  # fmt: skip
         configs = (*study.config, *([strategy] if is_config else []))
         cells.append(Cell(fold, seed, row, folder, changes, configs))
     return cells

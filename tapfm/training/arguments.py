@@ -144,7 +144,7 @@ def _given(arguments: Sequence[str]) -> tuple[list[Given], list[str]]:
             continue
         value = value if equals else each.words[1]
         try:
-            inline = not Path(value).is_file() and ("{" in value or "\n" in value)
+            inline = "\n" in value or ("{" in value and not Path(value).is_file())
             if not inline:
                 read_yaml(Path(value))
                 value = Path(value).read_text()

@@ -8,6 +8,7 @@ config is continued; one of another config is refused.
 from __future__ import annotations
 
 import logging
+import shlex
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from slides.grid import Grid
 from slides.tiling.tissue import Tissue
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
+from tapfm.config_paths import localised, with_absolute_paths
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import part
 from tapfm.encoders.backbones import find
@@ -52,6 +54,7 @@ from tapfm.training.alternating import (
     check_precision,
     check_trainer,
 )
+from tapfm.training.announce import announce
 from tapfm.training.arguments import argument_faults
 from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
@@ -216,7 +219,7 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
         warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
         return kind(
             *kind.kinds,
-            args=list(arguments),
+            args=localised(arguments),
             run=False,
             save_config_callback=None,
             trainer_defaults={"callbacks": [Progress()]},
@@ -243,14 +246,9 @@ def train(cli: Cli) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     resume = resume_point(folder)
     module.provenance = provenance(data)
-    model_config = module.slide_model.model_config
     if trainer.is_global_zero:
         prepare_folder(cli)
-        print(
-            f"{folder}: {encoder_of(module)}; aggregator "
-            f"{name_of(model_config.aggregator)}; predicts {', '.join(module.task.targets)}; "
-            f"chunks of {module.chunk} tiles in {model_config.precision}"
-        )
+        announce(folder, module, data)
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
@@ -275,6 +273,7 @@ def train(cli: Cli) -> None:
     if expected:
         print(compare(expected, folder / "memory.csv"))
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
+    print(f"next: tapfm test --run {shlex.quote(str(folder.parent))}")
 
 
 def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:
@@ -304,16 +303,6 @@ def save_choice(module: SlideModule, folder: Path, recipe: Sequence[Callback]) -
         figure = f"{module.task.title} {point.figure:.3f}"
         rank_zero_only(print)(f"a = {point.a:g}: validation loss {point.loss:.3f}, {figure}")
     rank_zero_only(print)(f"saved: a = {choice.a:g} of the {choice.source}: {choice.reason}")
-
-
-def encoder_of(module: SlideModule) -> str:
-    """Return what a run has for an encoder, and what of it learns, in words."""
-    config, encoder = module.slide_model.model_config, module.slide_model.encoder
-    if known := config.features:
-        made_by = f" of {known['encoder']}" if known["encoder"] else ""
-        return f"features{made_by} in {known['folder']}, {known['dim']} a tile, strategy frozen"
-    what = module.strategy.describe(encoder.vit)
-    return f"{config.model}, {what} at {module.encoder_lr:g}"
 
 
 def add_tensorboard(trainer: L.Trainer, folder: Path) -> None:
@@ -347,7 +336,9 @@ def prepare_folder(cli: Cli) -> None:
     Raises:
         SettingsError: the folder holds a run with another config.
     """
-    folder, text = cli.folder, cli.parser.dump(cli.config, skip_unset=False)
+    folder = cli.folder
+    saved = with_absolute_paths(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False)))
+    text = yaml.safe_dump(saved, sort_keys=False)
     clear_partials(folder)
     if (folder / RESUME).exists() and (folder / CONFIG).exists():
         then, now = yaml.safe_load((folder / CONFIG).read_text()), yaml.safe_load(text)

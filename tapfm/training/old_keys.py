@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from tapfm.config_paths import with_absolute_paths
 from tapfm.settings import spec_of
 from tapfm.slide_model.aggregators import AGGREGATORS, aggregator_options, name_of
 
@@ -47,7 +48,8 @@ def changed_keys(
         now: what it is to be continued with.
         defaults: full key -> value, which a missing key counts as.
     """
-    then = {**then, "model": {**then["model"], "steps": {**then["model"]["steps"]}}}
+    then, now = with_absolute_paths(then), with_absolute_paths(now)
+    then["model"]["steps"] = dict(then["model"]["steps"])
     rename_old_keys(then["model"])
     then, now = ({**each, "model": {**each["model"], **_aggregator(each["model"])}}
                  for each in (then, now))  # fmt: skip

@@ -207,3 +207,37 @@ def test_tile_auroc_by_hand(run, tmp_path):
     assert found(right.astype(float)) == {row.slide_id: 1.0}
     assert found(1 - right.astype(float)) == {row.slide_id: 0.0}
     assert tile_auroc(data, [], tmp_path) == {}
+
+
+def test_a_frozen_run_is_tested_on_the_features_that_it_has(tmp_path, monkeypatch, capsys):
+    """Bit for bit as if its tiles were encoded again, and none is; so is a run's `--features`."""
+    config = write_cohort(tmp_path)
+    shared = ["--features", str(tmp_path / "elsewhere")]
+    fit = ["fit", "--config", str(config), "--model.strategy", "frozen", *shared]
+    assert main([*fit, "--trainer.max_epochs", "1"]) == 0
+    run = tmp_path / "runs" / "tapfm_gated_frozen"
+    with monkeypatch.context() as patched:
+        patched.setattr("tapfm.evaluation.predicted_rows.known_bags", lambda *_: None)
+        assert main(["test", "--run", str(run.parent), "--overlays", "0"]) == 0
+    assert not list((run.parent / "frozen").rglob("features_demo_vit_*"))
+    encoded = [(run / f"predictions_{part}.csv").read_text() for part in ("val", "test")]
+    monkeypatch.setattr("tapfm.slide_model.model.encode_bag", None)
+    monkeypatch.setattr("tapfm.frozen.features.encode_bag", None)
+    for part in ("val", "test"):
+        (run / f"predictions_{part}.csv").unlink()
+    assert main(["test", "--run", str(run.parent), "--overlays", "0"]) == 0
+    assert [(run / f"predictions_{part}.csv").read_text() for part in ("val", "test")] == encoded
+
+
+def test_a_slide_that_could_not_be_indexed_has_the_reason_of_indexing(tmp_path, capsys):
+    config = write_cohort(tmp_path, on_error="skip")
+    (tmp_path / "slides" / "s11.svs").write_text("no slide")
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  slides +7 +3 +4$", said, re.M)
+    assert re.search(r"^  EGFR 1 +3 +2 +2$", said, re.M)
+    assert f"next: tapfm test --run {tmp_path / 'runs'}" in said
+    assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "0"]) == 0
+    figures = json.loads((tmp_path / "runs" / "report_test" / "metrics_test.json").read_text())
+    (left,) = [each for each in figures["skipped"] if each["slide_id"] == "s11"]
+    assert "NotASlideError" in left["reason"]
