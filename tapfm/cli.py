@@ -29,7 +29,7 @@ VERBS = {
     "heatmap": (reading.heatmap, "predict, and draw: PNG overlay and GeoJSON for QuPath"),
     "features": (reading.features, "features of every tile, for other tools to read"),
     "pathpt": (training.pathpt, "name every tile by learned prompts, from few slides"),
-    "export": (reading.export, "an encoder as a plain timm model, for other tools"),
+    "export": (reading.export, "a model for other tools: timm, ONNX, TorchScript, peft"),
     "doctor": (training.doctor, "what is installed, and whether a model loads right"),
 }
 LIGHTNINGS = {

@@ -197,7 +197,7 @@ class Encoder(nn.Module):
             mean_CD = tokens[:, self.vit.num_prefix_tokens :].mean(1)
             z_CD = torch.cat([z_CD, mean_CD], dim=1)
         z_CD = z_CD.to(torch.promote_types(z_CD.dtype, torch.float32))
-        score_C = self.tap.take_score() if self.tap else z_CD.new_zeros(len(z_CD))
+        score_C = self.tap.take_score() if self.tap else z_CD.new_zeros(z_CD.shape[0])
         return z_CD, score_C
 
 

@@ -48,7 +48,7 @@ class AttentionPool(nn.Module):
         k_CNE, v_CNE = self.to_kv(self.ln_k(tokens_CND)).chunk(2, dim=-1)
         q_CH1, k_CHN, v_CHN = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for each in (q_1E.expand(len(tokens_CND), 1, -1), k_CNE, v_CNE)
+            for each in (q_1E.expand(tokens_CND.shape[0], 1, -1), k_CNE, v_CNE)
         )
         pooled_CH1 = F.scaled_dot_product_attention(q_CH1, k_CHN, v_CHN)
         return self.norm(self.to_out(pooled_CH1.transpose(1, 2).flatten(2))[:, 0])

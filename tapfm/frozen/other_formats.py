@@ -4,9 +4,11 @@
             features_<encoder>_clam/pt_files/<slide>.pt    a tensor (T, D)
     STAMP   features_<encoder>_stamp/<slide>.h5            `feats` in half precision, `coords` in
                                                            micrometres; attributes on the file
+    pt      features_<encoder>_pt/<slide>.pt               a tensor (T, D), as eva and others read
+    TRIDENT features_<encoder>/<slide>.h5                  those files themselves: nothing is added
 
-Both are read back by `data.features_dir`. STAMP's version is not written: it refuses files of a
-newer one than its own.
+CLAM's and STAMP's are read back by `data.features_dir`. STAMP's version is not written: it refuses
+files of a newer one than its own.
 
 Source: CLAM of 2025-04, STAMP 2.4 (`stamp.preprocessing`).
 
@@ -68,8 +70,7 @@ def _clam(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> Non
     with replacing(folder / "h5_files" / f"{name}.h5") as path, h5py.File(path, "w") as file:
         file["features"] = z_TD.astype(np.float32)
         file["coords"] = index.coords0
-    with replacing(folder / "pt_files" / f"{name}.pt") as path:
-        torch.save(torch.from_numpy(z_TD.astype(np.float32)), path)
+    _pt(folder / "pt_files", z_TD, index, encoder)
 
 
 def _stamp(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> None:
@@ -90,7 +91,14 @@ def _stamp(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> No
         file.attrs["feat_type"] = "tile"
 
 
+def _pt(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> None:
+    with replacing(folder / f"{index.slide_id}.pt") as path:
+        torch.save(torch.from_numpy(z_TD.astype(np.float32)), path)
+
+
 FORMATS: dict[str, Callable[[Path, np.ndarray, TileIndex, str], None]] = {
     "clam": _clam,
     "stamp": _stamp,
+    "pt": _pt,
+    "trident": lambda *_: None,
 }

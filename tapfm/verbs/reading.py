@@ -92,7 +92,8 @@ def features(verb: ArgumentParser) -> Do:
     add("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the files (%(default)s)")
     add("--precision", choices=("fp32", "fp16", "bf16"),
         help="of the encoder; the publisher's on a GPU, else fp32")  # fmt: skip
-    add("--format", nargs="+", default=(), choices=("clam", "stamp"), dest="formats",
+    add("--format", nargs="+", default=(), dest="formats",
+        choices=("trident", "clam", "stamp", "pt"),
         help="write them also as these programs read them")  # fmt: skip
     device_flags(verb)
     rest = ("name", "dtype", "precision", "chunk", "device", "weights", "formats")
@@ -111,6 +112,9 @@ def export(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm export`; return its action."""
     encoder_flags(verb)
     verb.add_argument("--out", type=Path, required=True, help="folder")
+    verb.add_argument("--format", choices=("timm", "onnx", "torchscript", "peft"), default="timm",
+        dest="form", help="timm: the encoder; onnx, torchscript: with the aggregator; peft: the "
+        "adapter of lora or dora (%(default)s)")  # fmt: skip
     return later("tapfm.inference.export:run_export")
 
 

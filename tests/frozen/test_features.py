@@ -127,7 +127,7 @@ def test_run_again_it_keeps_what_is_right_and_remakes_what_is_not(slide, tmp_pat
 
 def test_features_as_clam_and_stamp_lay_them_out(slide, tmp_path, capsys):
     job = tmp_path / "job"
-    assert extract(slide, job, "--format", "clam", "stamp") == 0
+    assert extract(slide, job, "--format", "trident", "clam", "stamp", "pt") == 0
     with h5py.File(job / TAG / "features_demo_vit" / "one.x.h5") as file:
         z_TD, coords0 = file["features"][:], file["coords"][:]
     clam, stamp = (job / TAG / f"features_demo_vit_{name}" for name in ("clam", "stamp"))
@@ -136,6 +136,8 @@ def test_features_as_clam_and_stamp_lay_them_out(slide, tmp_path, capsys):
         np.testing.assert_array_equal(file["coords"][:], coords0)
     z = torch.load(clam / "pt_files" / "one.x.pt", weights_only=True)
     np.testing.assert_array_equal(z, z_TD)
+    plain = torch.load(job / TAG / "features_demo_vit_pt" / "one.x.pt", weights_only=True)
+    np.testing.assert_array_equal(plain, z_TD)
     with h5py.File(stamp / "one.x.h5") as file:
         np.testing.assert_array_equal(file["feats"][:], z_TD.astype(np.float16))
         np.testing.assert_allclose(file["coords"][:], coords0 * 0.25)

@@ -137,7 +137,7 @@ class PromptTokens(nn.Module):
         for name, span in self.spans.items():
             if depth == 0 or name in self.renew:
                 new = self.get_submodule(name)(depth).to(x_CND.dtype)
-                pieces.append(new.expand(len(x_CND), -1, -1))
+                pieces.append(new.expand(x_CND.shape[0], -1, -1))
             else:
                 pieces.append(x_CND[:, span])
         pieces.append(x_CND[:, self.end if depth else self.prefix :])

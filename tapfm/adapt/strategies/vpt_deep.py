@@ -65,5 +65,5 @@ def _give_prompts(
     vit: nn.Module, depth: int, prefix: int, first_patch: int, _block: nn.Module, args: tuple
 ) -> tuple:
     x_CND, *rest = args
-    prompts_CND = vit.prompts[depth].to(x_CND.dtype).expand(len(x_CND), -1, -1)
+    prompts_CND = vit.prompts[depth].to(x_CND.dtype).expand(x_CND.shape[0], -1, -1)
     return torch.cat([x_CND[:, :prefix], prompts_CND, x_CND[:, first_patch:]], dim=1), *rest

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
@@ -27,7 +28,7 @@ class MeanPooling(Aggregator):
         """Return logits, equal weights, the mean tile, and each tile's logits; see `Aggregator`."""
         x_TD = self.standardised(tiles.z_TD)
         b_D = x_TD.mean(0)
-        weights_T = x_TD.new_full((len(x_TD),), 1 / len(x_TD))
+        weights_T = torch.zeros_like(x_TD[:, 0]).softmax(0)  # 1 / T, for any T of a fixed graph
         return SlideOutput(self.head(b_D), weights_T, b_D, tile_logits_TK=self.head(x_TD))
 
 
