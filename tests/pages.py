@@ -65,5 +65,24 @@ ILLEGIBLE = """[...document.querySelectorAll('.panel svg')].flatMap(svg => {
   return found;
 })"""
 ROWS = "[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))"
+# text that is seen and smaller than 12 px
+SMALL = """[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
+  && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+  && parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.outerHTML.slice(0, 99))"""
+# text whose contrast with the background it lies on (WCAG 2.1) is below 4.5
+FAINT = """(() => {
+  const parts = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => { const [r, g, b] = parts(c).map(v => (v /= 255) <= 0.04045 ? v / 12.92
+    : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = e => { for (; e; e = e.parentElement) { const c =
+    getComputedStyle(e).backgroundColor; const p = parts(c);
+    if (p.length < 4 || p[3] === 1) return c; } return 'rgb(255, 255, 255)'; };
+  return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
+    && !e.closest('svg, :disabled')
+    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).flatMap(e => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    return ratio < 4.5 ? [ratio.toFixed(2) + ' ' + e.outerHTML.slice(0, 99)] : [];
+  }); })()"""
 BRIGHT = """(() => { const style = getComputedStyle(document.body);
   return [style.backgroundColor, style.color].map(c => Number(c.match(/\\d+/)[0])); })()"""

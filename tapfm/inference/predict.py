@@ -196,7 +196,7 @@ def draw_slide(
 ) -> None:
     """Write `<slide>.png`, tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
 
-    Tiles that have values of their own, in the label's unit, have them in the GeoJSON by name.
+    Predictions of each tile alone are in the GeoJSON by name.
     """
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
@@ -206,8 +206,8 @@ def draw_slide(
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     measured = {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)}
-    if (values_TP := prediction.tile_values_TP) is not None:
-        measured |= dict(zip(task.predictions, values_TP.T, strict=True))
+    if (probs_TP := prediction.tile_probs_TP) is not None:
+        measured |= dict(zip(task.predictions, probs_TP.T, strict=True))
     overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
     write_geojson(
         out / f"{row.slide_id}.geojson",

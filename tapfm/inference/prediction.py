@@ -42,16 +42,18 @@ class Prediction:
     """Tile weights, summing to 1."""
     logits_K: np.ndarray | None = None
     """The logits behind `probs_K`, for `pool_cases`."""
-    tile_values_TP: np.ndarray | None = None
-    """The same predicted numbers of each tile, where the aggregator gives tiles logits."""
+    tile_probs_TP: np.ndarray | None = None
+    """Predicted numbers of each tile, as if the slide were that tile alone, where there are any."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
     """Return the prediction of one bag, by the forward path of training; `model` in eval mode."""
-    output = model(bag, chunk)
-    tile_values_TP = None
-    if output.tile_logits_TK is not None:
-        tile_values_TP = model.task.predict(output.tile_logits_TK).cpu().numpy()
+    with torch.no_grad():
+        tiles = model.tiles(bag, chunk)
+        output = model.aggregator(tiles)
+        alone_TK = output.tile_logits_TK
+        if alone_TK is None:
+            alone_TK = model.aggregator.alone(tiles)
     return Prediction(
         bag.slide_id,
         bag.case_id,
@@ -59,7 +61,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         model.task.predict(output.logits_K).cpu().numpy(),
         output.weights_T.cpu().numpy(),
         output.logits_K.cpu().numpy(),
-        tile_values_TP,
+        None if alone_TK is None else model.task.predict(alone_TK).cpu().numpy(),
     )
 
 
@@ -108,19 +110,19 @@ def pool_cases(
 def slide_by_slide(
     prediction: Prediction, slides: Sequence[SlideRow], counts: Sequence[int]
 ) -> list[Prediction]:
-    """Return a case's prediction once for each slide, with that slide's tiles' numbers.
+    """Return a case's prediction once for each slide, with that slide's tile weights.
 
     Args:
         prediction: the case's.
         slides: its slides, in the order of its tiles.
         counts: tiles of each slide; the weights of all slides together sum to 1.
     """
-    ends = np.cumsum(counts)[:-1]
-    weights_S, values_TP = np.split(prediction.weights_T, ends), prediction.tile_values_TP
-    values_S = [None] * len(slides) if values_TP is None else np.split(values_TP, ends)
+    ends, tiles_TP = np.cumsum(counts)[:-1], prediction.tile_probs_TP
+    weights_S = np.split(prediction.weights_T, ends)
+    probs_S = [None] * len(slides) if tiles_TP is None else np.split(tiles_TP, ends)
     return [
-        replace(prediction, slide_id=row.slide_id, weights_T=weights_T, tile_values_TP=values_TP)
-        for row, weights_T, values_TP in zip(slides, weights_S, values_S, strict=True)
+        replace(prediction, slide_id=row.slide_id, weights_T=weights_T, tile_probs_TP=probs_TP)
+        for row, weights_T, probs_TP in zip(slides, weights_S, probs_S, strict=True)
     ]
 
 
@@ -158,14 +160,14 @@ def write_predictions(
 
 
 def write_weights(path: Path, prediction: Prediction, index: TileIndex | SlideFeatures) -> None:
-    """Write tile weights (T,) and their corners (T, 2), level-0 pixels, where known, as h5.
+    """Write tile weights (T,), predictions (T, P) and corners (T, 2), where known, as h5.
 
-    Where tiles have values of their own they are there as `values` (T, P), as predictions are.
+    Corners are level-0 pixels; predictions those of each tile alone, see `Aggregator.alone`.
     """
     with replacing(path) as partial, h5py.File(partial, "w") as file:
         file["weights"] = prediction.weights_T
-        if prediction.tile_values_TP is not None:
-            file["values"] = prediction.tile_values_TP
+        if prediction.tile_probs_TP is not None:
+            file["predictions"] = prediction.tile_probs_TP.astype(np.float32)
         if index.coords0 is None:
             return
         coords = file.create_dataset("coords", data=index.coords0)

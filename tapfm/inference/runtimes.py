@@ -33,7 +33,7 @@ from slides.files import replacing
 from tapfm.encoders.backbones import BackboneError, Encoder
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import TILES, name_of
-from tapfm.slide_model.aggregators.contract import TileSet
+from tapfm.slide_model.aggregators.contract import OneSlide
 from tapfm.slide_model.model import SlideModel
 
 OPSET = 18
@@ -71,7 +71,7 @@ class Aggregate(nn.Module):
 
     def forward(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions (P,) and weights (T,)."""
-        output = self.aggregator(_one_slide(features, scores))
+        output = self.aggregator(OneSlide.of_features(features, scores))
         return self.task.predict(output.logits_K), output.weights_T
 
 
@@ -102,21 +102,6 @@ class Whole(nn.Module):
         """Return predictions (1, P); of labelled tiles (T, P)."""
         predictions = self.aggregate(*self.encode(tiles))[0]
         return (predictions if predictions.ndim == 2 else predictions[None],)
-
-
-class OneSlide(TileSet):
-    """The tiles of one slide, however many: their number stays unknown while a graph is traced."""
-
-    @property
-    def counts(self) -> list[int]:
-        """Return the number of all tiles."""
-        return [self.z_TD.shape[0]]
-
-
-def _one_slide(z_TD: Tensor, score_T: Tensor) -> TileSet:
-    of_T = torch.zeros_like(score_T, dtype=torch.int64)
-    unknown = {"coords0_T2": None, "grid_px0_T": None, "mpp": 0.0}
-    return OneSlide(slide_of_T=of_T, z_TD=z_TD, score_T=score_T, **unknown)
 
 
 def parts(encoder: Encoder, model: SlideModel | None, *, whole: bool) -> dict[str, nn.Module]:
@@ -225,7 +210,7 @@ def check(
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference relative to the largest value, or 1; inf for another shape or nan."""
+    """Return the largest difference relative to the largest value, or 1; inf if unlike."""
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))

@@ -1,4 +1,4 @@
-"""Verbs that read slides (`tapfm index`, `predict`, `heatmap`, `features`), and `export`."""
+"""Verbs that read slides: `tapfm index`, `predict`, `heatmap`, `features`, `view`; `export`."""
 
 from __future__ import annotations
 
@@ -116,6 +116,18 @@ def export(verb: ArgumentParser) -> Do:
         dest="form", help="timm: the encoder; onnx, torchscript: with the aggregator; peft: the "
         "adapter of lora or dora (%(default)s)")  # fmt: skip
     return later("tapfm.inference.export:run_export")
+
+
+def view(verb: ArgumentParser) -> Do:
+    """Add the flags of `tapfm view`; return its action."""
+    add = verb.add_argument
+    add("run", type=Path, help="folder of a run that was tested")
+    add("--split", choices=("val", "test"), default="test", help="(%(default)s)")
+    add("--port", type=at_least(0), default=8765, help="of 127.0.0.1; 0 is any (%(default)s)")
+    add("--static", type=Path, help="folder for the page as files, to send; nothing is served")
+    add("--static-px", type=at_least(256), default=4096, dest="side",
+        help="longest side of the slides in files (%(default)s)")  # fmt: skip
+    return later("tapfm.viewer.server:run_view")
 
 
 def encoder_flags(verb: ArgumentParser) -> None:

@@ -80,7 +80,7 @@ def test_tiles_with_logits_of_their_own_are_written_in_the_labels_unit(saved, sl
     assert main(["heatmap", str(slide), "--model", str(path), "--out", str(out)]) == 0
     names = [f"p_{label}" for label in LABELS]
     with h5py.File(out / "one_weights.h5") as file:
-        values_TP = file["values"][:]
+        values_TP = file["predictions"][:]
     predicted = pd.read_csv(out / "predictions.csv").loc[0, names].to_numpy(float)
     np.testing.assert_allclose(values_TP.mean(0), predicted, atol=1e-6)
     assert values_TP.std(0).min() > 1e-6
@@ -89,7 +89,7 @@ def test_tiles_with_logits_of_their_own_are_written_in_the_labels_unit(saved, sl
     np.testing.assert_allclose(found, values_TP, atol=1e-3)
     assert main(["predict", str(slide), "--model", str(saved), "--out", str(tmp_path / "p")]) == 0
     with h5py.File(tmp_path / "p" / "one_weights.h5") as file:
-        assert "values" not in file, "weights are all that tapfm_gated has"
+        assert file["predictions"].shape == (len(file["weights"]), len(names)), "each tile alone"
 
 
 def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkeypatch):

@@ -134,6 +134,18 @@ def test_one_tile(spec):
 
 
 @every
+def test_a_tile_alone_is_a_slide_of_one_tile(spec):
+    aggregator, tiles = made(spec), leaves()
+    found_TK = aggregator.alone(tiles)
+    if aggregator.uses_coords:
+        assert found_TK is None
+        return
+    singles = [tile_set(tiles.z_TD[t : t + 1], tiles.score_T[t : t + 1]) for t in range(T)]
+    close(found_TK, torch.stack([aggregator(each).logits_K for each in singles]))
+    assert not found_TK.requires_grad
+
+
+@every
 @every_bag
 def test_the_order_of_a_slides_tiles_does_not_matter(spec, counts):
     aggregator, tiles = made(spec), leaves(counts=counts)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from tapfm.data.bag import Places
 from tapfm.settings import SettingsError
 
+ALONE = 4096  # tiles at once: bounds memory on slides of any size
+
 
 @dataclass(frozen=True, kw_only=True)
 class TileSet(Places):
@@ -36,6 +38,23 @@ class TileSet(Places):
     def of(cls, places: Places, z_TD: Tensor, score_T: Tensor) -> TileSet:
         """Return the features and scores of the tiles at these places."""
         return cls(**vars(places), z_TD=z_TD, score_T=score_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSlide(TileSet):
+    """The tiles of one slide, whose number a graph or a map over tiles may leave open."""
+
+    @classmethod
+    def of_features(cls, z_TD: Tensor, score_T: Tensor) -> OneSlide:
+        """Return tiles of one slide whose places are unknown."""
+        of_T = torch.zeros_like(score_T, dtype=torch.int64)
+        unknown = {"coords0_T2": None, "grid_px0_T": None, "mpp": 0.0}
+        return cls(slide_of_T=of_T, z_TD=z_TD, score_T=score_T, **unknown)
+
+    @property
+    def counts(self) -> list[int]:
+        """Return the number of all tiles."""
+        return [self.z_TD.shape[0]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,20 @@ class Aggregator(nn.Module):
     def forward(self, tiles: TileSet) -> SlideOutput:
         """Return logits, tile weights and embedding of a bag."""
         raise NotImplementedError
+
+    def alone(self, tiles: TileSet) -> Tensor | None:
+        """Return logits (T, K) of each tile, as if the slide were that tile alone.
+
+        None where the method looks at where tiles lie.
+        """
+        if self.uses_coords:
+            return None
+
+        def logits(z_D: Tensor, score: Tensor) -> Tensor:
+            return self(OneSlide.of_features(z_D[None], score[None])).logits_K
+
+        with torch.no_grad():
+            return torch.vmap(logits, chunk_size=ALONE)(tiles.z_TD, tiles.score_T)
 
     def losses(self, output: SlideOutput, target_Y: Tensor, loss: nn.Module) -> dict[str, Tensor]:
         """Return the terms to minimise, by name; one term, the task's loss of the logits.
