@@ -112,7 +112,7 @@ def choose_by_class(task: Task, row: ResultRow, facts: Mapping) -> Examples:
         "the class that was predicted as another with the lowest probability."
     )
     targets_NL = _one_or_zero(np.stack(list(rest.values()), axis=1))
-    return Examples(about, tuple(CLASS), {}, slides, task.labels, targets_NL, row.p_NK)
+    return Examples(about, tuple(CLASS), {}, slides, task.classes, targets_NL, row.p_NK)
 
 
 def choose_by_value(task: Task, row: ResultRow, facts: Mapping) -> Examples:

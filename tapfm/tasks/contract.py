@@ -32,6 +32,8 @@ class Task(ABC):
     """Value of `monitor` for random predictions; nan if there is none."""
     undefined: ClassVar[str] = "undefined"
     """What tables say where `monitor` is undefined."""
+    mixes_slides: ClassVar[bool] = False
+    """Whether there is a `mixed_loss`."""
     loss_has_memory: bool = False
     """Whether the loss keeps numbers of earlier slides, so that a step may compute it only once."""
 
@@ -67,6 +69,15 @@ class Task(ABC):
     @abstractmethod
     def loss(self) -> nn.Module:
         """Return the loss: (K,) or (N, K) logits and (Y,) or (N, Y) targets to one number."""
+
+    def mixed_loss(self, logits_K: Tensor, target_NY: Tensor) -> Tensor:
+        """Return the loss of a bag with tiles of several slides, of `mixes_slides` tasks alone.
+
+        Args:
+            logits_K: of the bag.
+            target_NY: of its slides.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def predict(self, logits_NK: Tensor) -> Tensor:

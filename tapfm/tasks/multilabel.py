@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tapfm.settings import SettingsError
@@ -26,6 +27,7 @@ class Multilabel(ColumnTask):
     pos_weight: tuple[float, ...] = ()
     """Negatives over positives of each label, in the training split; empty is 1 for each."""
 
+    mixes_slides: ClassVar = True
     monitor: ClassVar = "auroc"
     title: ClassVar = "macro AUROC"
     report: ClassVar = "labels"
@@ -46,6 +48,16 @@ class Multilabel(ColumnTask):
     def loss(self) -> nn.Module:
         """Return weighted binary cross-entropy."""
         return MaskedBCE(self.pos_weight or [1.0] * len(self.labels))
+
+    def mixed_loss(self, logits_K: Tensor, target_NY: Tensor) -> Tensor:
+        """Return binary cross-entropy; see `Task`.
+
+        A label is 1 if it is 1 in any slide, unknown if it is 1 in none and unknown in one.
+        """
+        unknown_K = target_NY.isnan().any(0)
+        any_K = (target_NY == 1).any(0).to(logits_K)
+        wanted_K = torch.where(unknown_K & (any_K == 0), torch.nan, any_K)
+        return MaskedBCE([1.0] * len(self.labels)).to(logits_K)(logits_K, wanted_K)
 
     def predict(self, logits_NK: Tensor) -> Tensor:
         """Return a probability a label, the sigmoid of its logit."""

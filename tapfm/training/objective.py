@@ -11,17 +11,19 @@ Shapes: Y numbers of a target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tapfm.bag_transforms import make_bag_transforms
+from tapfm.bag_transforms.contract import Step
 from tapfm.data.bag import Moment
 from tapfm.regularisers import make_regularisers
-from tapfm.settings import Spec
+from tapfm.settings import SettingsError, Spec
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
+from tapfm.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Outcome:
     """The loss of a step, the model's output, and figures to log."""
 
     loss: Tensor
-    """Task's loss and regularisers."""
+    """Task's loss, terms of transforms, and regularisers."""
     output: SlideOutput
     figures: dict[str, Tensor]
     """By column of metrics.csv, detached: train/loss is of the task alone."""
@@ -42,17 +44,28 @@ class Objective(nn.Module):
         task_loss: the task's.
         transforms: bag transforms by name, applied in order.
         regularisers: by name.
+        mixed_loss: the task's loss of a bag with tiles of several slides; None if it has none.
     """
 
     def __init__(
-        self, task_loss: nn.Module, transforms: nn.ModuleDict, regularisers: nn.ModuleDict
+        self,
+        task_loss: nn.Module,
+        transforms: nn.ModuleDict,
+        regularisers: nn.ModuleDict,
+        mixed_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.task_loss, self.transforms, self.regularisers = task_loss, transforms, regularisers
+        self.mixed_loss = mixed_loss
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Return the transforms and regularisers in order."""
+        return [*self.transforms.values(), *self.regularisers.values()]
 
     def columns(self, aggregator: Aggregator) -> list[str]:
         """Return the columns of metrics.csv that a step fills beside train/loss."""
-        own = [name for each in self.regularisers.values() for name in each.columns]
+        own = [name for each in self.parts for name in each.columns]
         return [f"train/{name}" for name in [*aggregator.terms, *own]]
 
     def forward(
@@ -67,6 +80,12 @@ class Objective(nn.Module):
         loss = torch.stack([*terms.values()]).sum()
         figures = {f"train/{name}": terms[name].detach() for name in aggregator.terms}
         figures["train/loss"] = loss.detach()
+        step = Step(aggregator, output, target_Y, self.mixed_loss, moment)
+        for transform in self.transforms.values():
+            term, own = transform.term(step)
+            if term is not None:
+                loss = loss + term
+            figures |= {f"train/{name}": value.detach() for name, value in own.items()}
         for regulariser in self.regularisers.values():
             weight = regulariser.weight(moment)
             with torch.set_grad_enabled(weight != 0):
@@ -76,17 +95,44 @@ class Objective(nn.Module):
             figures |= {f"train/{name}": value.detach() for name, value in own.items()}
         return Outcome(loss, output, figures)
 
+    def after_update(self) -> None:
+        """Tell the transforms that the aggregator's weights were updated."""
+        for transform in self.transforms.values():
+            transform.after_update()
+
 
 def make_objective(
-    task_loss: nn.Module,
+    task: Task,
     aggregator: Aggregator,
     bag_transforms: Sequence[Spec] | None,
     regularisers: Sequence[Spec] | None,
+    *,
+    frozen: bool = False,
 ) -> Objective:
     """Return the objective of a run, its transforms and regularisers named as in a config.
 
+    Args:
+        task: what is predicted.
+        aggregator: what the transforms and regularisers stand beside.
+        bag_transforms: as in a config.
+        regularisers: as in a config.
+        frozen: whether the encoder's weights stay as they are.
+
     Raises:
-        SettingsError: one of them cannot be, or cannot serve with this aggregator.
+        SettingsError: one of them cannot be, or cannot serve with this aggregator or task.
     """
     transforms = make_bag_transforms(bag_transforms or [], aggregator)
-    return Objective(task_loss, transforms, make_regularisers(regularisers or [], aggregator))
+    for name, each in transforms.items():
+        if each.mixes_slides and not task.mixes_slides:
+            raise SettingsError(
+                f"model.bag_transforms: {name} makes bags of several slides, and "
+                f"{type(task).__name__.lower()} has no target for those. Leave it out, or take "
+                "data.task: multilabel or multiclass."
+            )
+        if each.of_features and not frozen:
+            raise SettingsError(
+                f"model.bag_transforms: {name} was fitted to features of a frozen encoder, and "
+                "here it learns. Leave it out, or take model.strategy: frozen."
+            )
+    terms = make_regularisers(regularisers or [], aggregator)
+    return Objective(task.loss(), transforms, terms, task.mixed_loss)

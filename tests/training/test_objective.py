@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from slides.errors import SettingsError
 from tapfm import regularisers
 from tapfm.bag_transforms import BAG_TRANSFORMS, make_bag_transforms
 from tapfm.cli import main
 from tapfm.data.bag import Bag, Moment
 from tapfm.regularisers import REGULARISERS, make_regularisers
 from tapfm.regularisers.contract import Regulariser
-from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
+from tapfm.slide_model.aggregators import AGGREGATORS
 from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.slide_model.model import ModelConfig, SlideModel
 from tapfm.tasks.losses import MaskedBCE
@@ -78,15 +79,23 @@ def two_passes(name, terms, changes, chunk=4):
     return gradients(model), encoded
 
 
+def serves(name, terms, changes):
+    try:
+        objective_of(model_of(name), EVERY[terms], CHANGES[changes])
+    except SettingsError:
+        return False
+    return True
+
+
 def served():
-    """Return each aggregator with each regulariser that takes it, and with none."""
-    attention = {name for name in AGGREGATORS if make_aggregator(name, 8, 3).has_attention}
-    return [(name, terms) for name in AGGREGATORS for terms in EVERY
-            if terms != "aem" or name in attention]  # fmt: skip
+    """Return each aggregator with each part that takes it, and one aggregator with each pair."""
+    return [
+        (name, terms, changes) for name in AGGREGATORS for terms in EVERY for changes in CHANGES
+        if ("none" in (terms, changes) or name == "tapfm_gated") and serves(name, terms, changes)
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CHANGES)
-@pytest.mark.parametrize(("name", "terms"), served())
+@pytest.mark.parametrize(("name", "terms", "changes"), served())
 def test_the_gradient_is_that_of_one_graph(name, terms, changes):
     expected = one_graph(name, EVERY[terms], CHANGES[changes])
     found, _ = two_passes(name, EVERY[terms], CHANGES[changes])
@@ -166,7 +175,8 @@ def test_parameters_and_state_of_a_term_are_trained_saved_and_resumed_to_the_bit
     options.build = lambda self, aggregator: Pull(aggregator.head.in_features)
     monkeypatch.setitem(regularisers.REGULARISERS, "pull", options)
     config = write_cohort(tmp_path)
-    own = ["--model.regularisers", "[pull]"]
+    changes = "[{name: mhim, warm_up: 0.2}, {name: packmil, slides: 3}]"
+    own = ["--model.regularisers", "[pull]", "--model.bag_transforms", changes]
     fit(config, "--name", "whole", *own)
 
     class StopError(RuntimeError):
@@ -199,5 +209,7 @@ def test_parameters_and_state_of_a_term_are_trained_saved_and_resumed_to_the_bit
         kept = state["state_dict"]
         assert kept["objective.regularisers.pull.place_E"].norm() > 0
         assert kept["objective.regularisers.pull.mean"] > 0
-    assert all(torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
+    for key, value in whole["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed["state_dict"][key]), key
     assert pd.read_csv(runs / "whole" / "metrics.csv")["train/distance"].dropna().gt(0).all()

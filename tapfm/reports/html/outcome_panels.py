@@ -32,7 +32,11 @@ WHEN = 4  # times at which numbers at risk are given
 
 def label_curves(task: Task, rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield ROC, precision and recall, and reliability of each label."""
-    for kind, panels in label_panels(task.labels, rows).items():
+    yield from _label_curves(task.labels, rows)
+
+
+def _label_curves(names: Sequence[str], rows: Sequence[ResultRow]) -> Iterator[str]:
+    for kind, panels in label_panels(names, rows).items():
         yield f"<h3>{kind}</h3>{key(rows)}{_side_by_side(panels)}"
     yield (
         f'<p class="soft">Calibration: slides in {BINS} bins of equal number by probability; few '
@@ -46,14 +50,14 @@ def class_curves(task: Task, rows: Sequence[ResultRow]) -> Iterator[str]:
     each = [np.stack(list(task.one_vs_rest(row.y_NK).values()), axis=1) for row in rows]
     rest = [replace(row, y_NK=y_NK) for row, y_NK in zip(rows, each, strict=True)]
     yield '<p class="soft">Each class against the rest.</p>'
-    yield from label_curves(task, rest)
+    yield from _label_curves(task.classes, rest)
     yield "<h3>Confusions</h3>"
     for row in rows:
         lines = [
             [name, *map(str, counts), f"{counts[k] / sum(counts):.0%}" if sum(counts) else ""]
-            for k, (name, counts) in enumerate(zip(task.labels, confusion(task, row), strict=True))
+            for k, (name, counts) in enumerate(zip(task.classes, confusion(task, row), strict=True))
         ]
-        yield table([f"{task.column} is \\ predicted", *task.labels, "right"], lines, row.title)
+        yield table([f"{task.column} is \\ predicted", *task.classes, "right"], lines, row.title)
 
 
 def confusion(task: Task, row: ResultRow) -> list[list[int]]:
@@ -62,9 +66,9 @@ def confusion(task: Task, row: ResultRow) -> list[list[int]]:
 
     known_N = ~np.isnan(row.y_NK[:, 0])
     if not known_N.any():
-        return np.zeros((len(task.labels),) * 2, int).tolist()
+        return np.zeros((len(task.classes),) * 2, int).tolist()
     y_N, predicted_N = row.y_NK[known_N, 0].astype(int), row.p_NK[known_N].argmax(1)
-    return confusion_matrix(y_N, predicted_N, labels=range(len(task.labels))).tolist()
+    return confusion_matrix(y_N, predicted_N, labels=range(len(task.classes))).tolist()
 
 
 def value_curves(task: Task, rows: Sequence[ResultRow]) -> Iterator[str]:

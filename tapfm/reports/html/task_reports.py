@@ -5,8 +5,8 @@
     values   predicted against true values
     times    Kaplan-Meier curves of the halves of higher and lower risk, log-rank test
 
-A kind's functions read from the task: `values` only the labels, `classes` also the column and
-`one_vs_rest`, `times` the column of times and the horizon.
+A kind's functions read from the task: `values` only the labels, `classes` the classes, the column
+and `one_vs_rest`, `times` the column of times and the horizon.
 """
 
 from __future__ import annotations
