@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -126,8 +127,9 @@ class EachColumn(Columns):
 
 @dataclass(frozen=True)
 class Classes(Columns):
-    """One column of class names; their numbers follow alphabetical order."""
+    """One column of class names, numbered in `order`, or numbers by size and names by letter."""
 
+    order: Sequence[str] = ()
     apart: ClassVar = False
     strata: ClassVar = staticmethod(class_strata)
     tally: ClassVar = staticmethod(class_tally)
@@ -145,10 +147,14 @@ class Classes(Columns):
     def read(self, cells, splits):
         """Return numbers, faults and class names, see `Columns.read`."""
         known, (name,) = cells.known(0), cells.names
-        classes = sorted(set(known.values()), key=_order)
+        classes = [str(each) for each in self.order] or sorted(set(known.values()), key=_order)
         place = {text: float(at) for at, text in enumerate(classes)}
         rows = {row: (place.get(known.get(row), math.nan),) for row in cells.texts}
-        faults = named_as_mean(f"column {name!r}: class", classes)
+        others = sorted(set(known.values()) - set(classes))
+        faults = [f"data.task.order lacks {some(others)}: list every class, low to high"] * bool(
+            others
+        )
+        faults += named_as_mean(f"column {name!r}: class", classes)
         if len(classes) < 2:
             faults.append(
                 f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "
@@ -319,10 +325,13 @@ class Numbers(EachColumn):
 COLUMNS: dict[str, type[Columns]] = {
     "multilabel": Labels,
     "multiclass": Classes,
+    "ordinal": Classes,
     "regression": Numbers,
+    "expression": Numbers,
     "survival": Times,
 }
-"""Task -> how its columns are read. Fields of a kind are columns that the task's options name."""
+"""Task -> how its columns are read. Fields of a kind that have no default are columns that the
+task's options name."""
 
 
 def named_columns(task: str) -> list[str]:
@@ -333,7 +342,7 @@ def named_columns(task: str) -> list[str]:
     """
     if task not in tuple(COLUMNS):
         raise CohortError(f"data.task {task!r} is none of {', '.join(COLUMNS)}")
-    return [field.name for field in fields(COLUMNS[task])]
+    return [field.name for field in fields(COLUMNS[task]) if field.default is NO_DEFAULT]
 
 
 def make_columns(task: str | Mapping[str, Any]) -> Columns:
@@ -348,4 +357,5 @@ def make_columns(task: str | Mapping[str, Any]) -> Columns:
     if not all(isinstance(options.get(key), str) for key in wanted):
         each = ", ".join(f"{key}: COLUMN" for key in wanted)
         raise CohortError(f"data.task {name} needs its columns: {{name: {name}, {each}}}")
-    return COLUMNS[name](*(options[key] for key in wanted))
+    there = [field.name for field in fields(COLUMNS[name]) if field.name in options]
+    return COLUMNS[name](**{key: options[key] for key in there})

@@ -4,7 +4,9 @@
     columns.py     base of tasks in which each column is a target by itself
     multilabel.py  labels of 0 and 1, each by itself
     multiclass.py  one of several classes
+    ordinal.py     one of several ordered classes
     regression.py  numbers
+    expression.py  numbers of many genes, also compared within a slide
     survival.py    times to an event: hazards, or Cox's partial likelihood
     losses.py      losses that mask unknown labels
     cox.py         Cox's partial likelihood at one slide a step
@@ -28,8 +30,10 @@ import numpy as np
 
 from tapfm.settings import SettingsError, did_you_mean, refuse
 from tapfm.tasks.contract import Task
+from tapfm.tasks.expression import Expression
 from tapfm.tasks.multiclass import Multiclass
 from tapfm.tasks.multilabel import Multilabel
+from tapfm.tasks.ordinal import Ordinal
 from tapfm.tasks.regression import Regression
 from tapfm.tasks.survival import Survival
 
@@ -40,7 +44,9 @@ __all__ = [
 TASKS: dict[str, type[Task]] = {
     "multilabel": Multilabel,
     "multiclass": Multiclass,
+    "ordinal": Ordinal,
     "regression": Regression,
+    "expression": Expression,
     "survival": Survival,
 }
 

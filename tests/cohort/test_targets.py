@@ -177,7 +177,7 @@ def test_times_that_cannot_be(read):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("ranking", "'ranking' is none of multilabel, multiclass, regression, survival"),
+        ("ranking", "'ranking' is none of multilabel, multiclass, ordinal, regression, "),
         ("survival", "survival needs its columns"),
         ({"name": "survival", "time": "t"}, "survival needs its columns"),
     ],

@@ -98,7 +98,9 @@ def registered(monkeypatch):
 
 
 VARIANTS = {name: (name, {}) for name in (*TASKS, "counts")} | {
-    "cox": ("survival", {"loss": "cox"}), "two bins": ("survival", {"bins": 2})
+    "cox": ("survival", {"loss": "cox"}), "two bins": ("survival", {"bins": 2}),
+    "cumulative": ("ordinal", {"loss": "cumulative"}),
+    "ordered": ("ordinal", {"order": ["c", "a", "b"]}), "log": ("expression", {"log": True}),
 }  # fmt: skip
 
 
