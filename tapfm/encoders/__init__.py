@@ -7,6 +7,7 @@
     heads.py                the heads of KEEP and CONCH v1.5, behind timm's model
     attention.py            a tile's score from the last block's CLS row
     tail.py                 the last block for the CLS token alone
+    merging.py              like patch tokens merged block by block (ToMe)
     compiled.py             torch.compile of blocks, for chunks of one shape
     fingerprint.py          a short hash of what an encoder computes
 

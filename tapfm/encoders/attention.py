@@ -78,6 +78,7 @@ class ClsTap:
         self.q: Tensor | None = None
         self.k: Tensor | None = None
         self.row: Tensor | None = None
+        self.log_size_CN: Tensor | None = None  # of merged tokens, see `encoders.merging`
         attn.register_forward_pre_hook(self._see_rope, with_kwargs=True)
         for name, norm in zip("qk", norms, strict=True):
             norm.register_forward_hook(partial(self._see, name))  # a lambda would not be copied
@@ -109,6 +110,8 @@ class ClsTap:
             patches = apply_rot_embed_cat(k_CHNE[:, :, first:], rope, half=self.rotate_half)
             k_CHNE = torch.cat([k_CHNE[:, :, :first], patches.to(k_CHNE.dtype)], dim=2)
         self.row = cls_row(q_CHNE, k_CHNE, self.scale)
+        if self.log_size_CN is not None:
+            self.row = self.row + self.log_size_CN[:, None].to(self.row.dtype)
         return self.row
 
     def take_score(self) -> Tensor:

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tapfm.encoders.attention import ClsTap, NoClsAttentionError
 from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.encoders.compiled import compile_blocks, pad_chunks
+from tapfm.encoders.merging import TokenMerging
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
 from tapfm.settings import did_you_mean, plain
@@ -96,6 +97,7 @@ class Encoder(nn.Module):
         tail: compute the last block for the CLS token alone where nothing else is read
             (`encoders.tail`).
         compiled: compile all blocks but the last (`encoders.compiled`); chunks are of one size.
+        merge: patch tokens that each block but the last merges (`encoders.merging`).
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Encoder(nn.Module):
         recompute: bool = False,
         tail: bool = True,
         compiled: bool = False,
+        merge: int = 0,
     ):
         super().__init__()
         self.vit, self.row, self.dim = vit, row, row.dim
@@ -121,9 +124,10 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.compiled = compiled
+        self.merging = TokenMerging(self, merge, recompute) if merge else None
         if compiled:
             compile_blocks(list(blocks(vit)[:-1]))
-        if recompute:
+        if recompute and not merge:
             for block in blocks(vit)[:-1]:
                 _recompute(block)
 
@@ -194,7 +198,8 @@ class Encoder(nn.Module):
         else:
             z_CD = tokens[:, 0]
         if self.row.feature == "cls+mean":
-            mean_CD = tokens[:, self.vit.num_prefix_tokens :].mean(1)
+            patches, merging = tokens[:, self.vit.num_prefix_tokens :], self.merging
+            mean_CD = merging.mean(patches) if merging else patches.mean(1)
             z_CD = torch.cat([z_CD, mean_CD], dim=1)
         z_CD = z_CD.to(torch.promote_types(z_CD.dtype, torch.float32))
         score_C = self.tap.take_score() if self.tap else z_CD.new_zeros(z_CD.shape[0])
@@ -265,6 +270,7 @@ def load(
     recompute: bool = False,
     compiled: bool = False,
     drop_path: float = 0.0,
+    merge: int = 0,
 ) -> Encoder:
     """Return an encoder with its weights; print their source, licence and gate.
 
@@ -277,8 +283,10 @@ def load(
         recompute: activation checkpointing of all blocks but the last.
         compiled: torch.compile of all blocks but the last.
         drop_path: stochastic depth rate while training.
+        merge: patch tokens that each block merges.
 
     Raises:
+        SettingsError: as `TokenMerging`.
         BackboneError: unknown model, missing weights, or weights of another model.
     """
     row = find(key)
@@ -290,7 +298,7 @@ def load(
     vit = build(row, tile_px, drop_path_rate=drop_path)  # even if 0: some have a default
     if state is not None:
         load_state(vit, row, state)
-    encoder = Encoder(vit, row, recompute=recompute, compiled=compiled)
+    encoder = Encoder(vit, row, recompute=recompute, compiled=compiled, merge=merge)
     if encoder.tail is None and encoder.tap and row.feature == "cls":
         print(
             f"{row.key}: the last block is computed for every token: {encoder.no_tail}",

@@ -167,7 +167,7 @@ def find_frozen_prefix(encoder: Encoder, precision: str = "fp32") -> FrozenPrefi
     computed in both passes.
     """
     first = first_to_learn(encoder.vit)
-    if first is None:
+    if first is None or encoder.merging:  # merged tokens have sizes, which are not kept
         return None
     prefix = FrozenPrefix(encoder, first, precision)
     if prefix.agrees():

@@ -211,7 +211,8 @@ def frozen_model(model: SlideModel, start: Weights) -> SlideModel:
     there = {**encoder.vit.state_dict(), **start}
     vit.load_state_dict({name: there[name] for name in vit.state_dict()})
     frozen = SlideModel(
-        replace(config, strategy={"name": "frozen"}), backbones.Encoder(vit, encoder.row)
+        replace(config, strategy={"name": "frozen"}),
+        backbones.Encoder(vit, encoder.row, merge=config.merge_tokens),
     )
     frozen.round_weights()
     return frozen.eval()

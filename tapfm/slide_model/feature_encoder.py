@@ -22,7 +22,7 @@ class FeatureEncoder(nn.Module):
         features: `ModelConfig.features`.
     """
 
-    compiled = False
+    compiled, merging = False, None
 
     def __init__(self, features: Mapping[str, Any]):
         super().__init__()

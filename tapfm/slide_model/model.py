@@ -68,9 +68,17 @@ class ModelConfig:
     features: Mapping[str, Any] | None = None
     """Of a model on features: `dim`; whether there are `scores`, `coords`; `encoder`, `folder`."""
 
+    merge_tokens: int = 0
+    """Patch tokens that each block of the encoder merges, see `tapfm.encoders.merging`."""
+
     def __post_init__(self):
         if isinstance(self.aggregator, str):
             object.__setattr__(self, "aggregator", {"name": self.aggregator})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return what `backbones.load` must know of the tiles and tokens."""
+        return {"tile_px": self.tile_px, "merge": self.merge_tokens}
 
 
 class SlideModel(nn.Module):
@@ -95,6 +103,8 @@ class SlideModel(nn.Module):
         self.task = make_task(model_config.task, model_config.labels)
         self.strategy = make_strategy(model_config.strategy)
         self.strategy.prepare(encoder.vit)
+        if encoder.merging:
+            encoder.merging.check(model_config.strategy["name"])
         spec = model_config.aggregator
         self.aggregator = make_aggregator(spec, encoder.dim, len(model_config.labels))
         if self.aggregator.uses_score:
@@ -114,10 +124,7 @@ class SlideModel(nn.Module):
         return self.encoder.encode(tiles_CP, self.model_config.precision)
 
     def round_weights(self) -> None:
-        """Turn the encoder's weights to bfloat16 where the model_config's precision says so.
-
-        Done once they are loaded, and once the optimizer has taken their exact values.
-        """
+        """Turn the weights of a bf16-true encoder to bfloat16, once loaded or once optimized."""
         if self.model_config.precision == "bf16-true":
             for parameter in self.encoder.parameters():  # not buffers: RoPE's angles need fp32
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -126,8 +133,8 @@ class SlideModel(nn.Module):
     def tiles(self, bag: Bag, chunk: int) -> TileSet:
         """Return features and raw scores of a bag, streamed in chunks unless they are known."""
         if bag.features is not None:
-            known = bag.features.z_TD.to(self.device), bag.features.score_T.to(self.device)
-            return TileSet.of(bag.places, *known)
+            known = bag.features
+            return TileSet.of(bag.places, known.z_TD.to(self.device), known.score_T.to(self.device))
         encode = self.encoder.sized(self.encode, chunk)
         z_TD, score_T, _ = encode_bag(encode, bag.tiles.split(chunk), seed=0, device=self.device)
         return TileSet.of(bag.places, z_TD.detach(), score_T.detach())
@@ -176,14 +183,8 @@ def build(
         return SlideModel(config, FeatureEncoder(config.features))
     if (weights := config.weights) not in (None, "hub", "random"):
         weights = str(Path(weights).resolve())
-    encoder = backbones.load(
-        config.model,
-        weights,
-        tile_px=config.tile_px,
-        recompute=recompute,
-        compiled=compiled,
-        drop_path=drop_path,
-    )
+    how = {"recompute": recompute, "compiled": compiled, "drop_path": drop_path}
+    encoder = backbones.load(config.model, weights, **config.sizes, **how)
     return SlideModel(replace(config, weights=weights), encoder)
 
 
@@ -215,8 +216,7 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
             "Give the best.safetensors of a run directory. (A pathpt.safetensors is for "
             "`tapfm predict` and `heatmap` alone.)"
         ) from error
-    names = ModelConfig.__dataclass_fields__
-    fields = {k: header.pop(k) for k in list(header) if k in names}
+    fields = {k: header.pop(k) for k in list(header) if k in ModelConfig.__dataclass_fields__}
     fields["labels"] = tuple(fields["labels"])
     if isinstance(fields["aggregator"], str):  # version 0.1
         fields["aggregator"] = as_of_0_1(fields["aggregator"], header.pop("temperature", None))
@@ -238,7 +238,7 @@ def load(path: Path) -> SlideModel:
     digest = facts.get("base_digest")
     source = _base(model_config, path) if digest else "random"
     try:
-        encoder = backbones.load(model_config.model, source, tile_px=model_config.tile_px)
+        encoder = backbones.load(model_config.model, source, **model_config.sizes)
     except backbones.BackboneError as error:
         raise CheckpointError(f"{_needs_base(model_config, path)}: {error}") from error
     model = SlideModel(model_config, encoder)
@@ -289,7 +289,7 @@ def load_encoder(
     vit = backbones.build(row, model_config.tile_px)
     backbones.load_state(vit, row, adapted.strategy.export(adapted.encoder.vit))
     print(f"{model}: adapted from {row.terms}", file=sys.stderr)
-    encoder = backbones.Encoder(vit, row).eval()
+    encoder = backbones.Encoder(vit, row, merge=model_config.merge_tokens).eval()
     return encoder, {**asdict(model_config), **facts}, _fingerprint(encoder)
 
 
@@ -321,9 +321,8 @@ def load_weights(model: SlideModel, path: Path) -> SlideModel:
     with safe_open(path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     wanted = {k: v.shape for k, v in model.trained_state().items()}
-    wrong = sorted(
-        k for k in wanted.keys() | state.keys() if k not in state or wanted.get(k) != state[k].shape
-    )
+    found = {k: v.shape for k, v in state.items()}
+    wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
     if wrong:
         config = model.model_config
         raise CheckpointError(
@@ -340,9 +339,8 @@ def _base(model_config: ModelConfig, path: Path) -> str | None:
     if model_config.weights in (None, "hub"):
         return model_config.weights
     there = Path(model_config.weights)
-    for each in (there, path.parent / there.name):
-        if each.exists():
-            return str(each)
+    if found := [each for each in (there, path.parent / there.name) if each.exists()]:
+        return str(found[0])
     raise CheckpointError(
         f"{_needs_base(model_config, path)}, and {there} is not there. "
         f"Put it back, or put {there.name} beside {path.name}."

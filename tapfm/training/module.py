@@ -87,6 +87,8 @@ class SlideModule(AlternatingModule):
             exact values are kept: master, residual or offload (`engine.master_weights`).
         temperature: old name of the aggregator's option of that name.
         drop_path: stochastic depth of the encoder while training.
+        merge_tokens: patch tokens that each block of the encoder merges (`encoders.merging`):
+            faster, of other features; 0 merges none.
         backward_tiles: tiles of a slide that pass 2 takes, drawn by the size of their gradients, so
             that the encoder's is right on average (`engine.sampling`); None is all: exact.
         cosine_every: after so many slides, measure how near the gradient of `backward_tiles` is to
@@ -116,6 +118,7 @@ class SlideModule(AlternatingModule):
         optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
         temperature: float | None = None,
         drop_path: float = 0.0,
+        merge_tokens: int = 0,
         backward_tiles: int | None = None,
         cosine_every: int | None = None,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
@@ -125,20 +128,21 @@ class SlideModule(AlternatingModule):
         how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
         of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
                       "weights": weights, "precision": precision != "fp32",
-                      "backward_tiles": backward_tiles}  # fmt: skip
+                      "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
         faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
         faults += check_pull(steps.pull, optimizer)
         refuse([*faults, *check_features(features, strategy["name"], **of_encoder)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
-            tile_px, mpp, precision, strategy, weights, task, features,
+            tile_px, mpp, precision, strategy, weights, task, features, merge_tokens,
         )  # fmt: skip
         super().__init__(build(config, **how), steps, optimizer)
         self.task = self.slide_model.task
         self.objective = make_objective(
-            self.task.loss(), self.slide_model.aggregator, bag_transforms, regularisers
-        )
+            self.task, self.slide_model.aggregator, bag_transforms, regularisers,
+            frozen=not self.learns,
+        )  # fmt: skip
         skip = len(self.objective.transforms) > 0
         self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
         self.cosine_every, self.recompute = cosine_every, recompute
@@ -216,6 +220,12 @@ class SlideModule(AlternatingModule):
         return super().head_parameters() + parameter_groups(
             self.objective.named_parameters(), self.steps.head_lr, self.steps.weight_decay
         )
+
+    def configure_optimizers(self):
+        """Return both optimizers; the objective follows the head's updates."""
+        optimizers = super().configure_optimizers()
+        optimizers[0].register_step_post_hook(lambda *_: self.objective.after_update())
+        return optimizers
 
     def on_fit_start(self) -> None:
         """Find the encoder's frozen prefix; see `AlternatingModule`.
