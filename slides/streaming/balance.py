@@ -13,7 +13,10 @@ never. A slide that comes again in an epoch shows other tiles (`Turn.visit`).
 The order depends only on seed, epoch and the tree, like that of `order`.
 
 Source: Pedersen et al. 2022 (H2G-Net, Front Med 9:971873), hierarchical sampling.
-Differs: slides are drawn, and then tiles within a slide as usual; sites are a level.
+Differs: slides are drawn, and then tiles within a slide as usual, where the authors draw patches;
+    sites are a level, sections of a slide are none. An epoch has as many places as slides. Rates in
+    training are then those of the tree, so that probabilities are of even classes: the report's
+    calibration on validation takes that back, and no logit is moved.
 """
 
 from __future__ import annotations

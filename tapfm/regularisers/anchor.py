@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from tapfm.data.bag import Moment
-from tapfm.regularisers.contract import Regulariser
-from tapfm.settings import SettingsError
+from tapfm.regularisers.contract import Regulariser, check_weight
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 
@@ -38,10 +37,7 @@ class Anchor:
     """Factor of the term."""
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise SettingsError(
-                f"model.regularisers anchor: weight must be 0 or more, got {self.weight}"
-            )
+        check_weight("anchor", self.weight)
 
     def build(self, aggregator: Aggregator) -> FeatureAnchor:
         """See `RegulariserOptions`."""

@@ -26,8 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from tapfm.data.bag import Moment
-from tapfm.regularisers.contract import Regulariser
-from tapfm.settings import SettingsError
+from tapfm.regularisers.contract import Regulariser, check_weight
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 
@@ -39,10 +38,7 @@ class Consistency:
     """Factor of the term."""
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise SettingsError(
-                f"model.regularisers consistency: weight must be 0 or more, got {self.weight}"
-            )
+        check_weight("consistency", self.weight)
 
     def build(self, aggregator: Aggregator) -> TwoViews:
         """See `RegulariserOptions`."""

@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from tapfm.data.bag import Moment
+from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 
@@ -53,3 +54,13 @@ class RegulariserOptions(Protocol):
 
     def build(self, aggregator: Aggregator) -> Regulariser:
         """Return the module; SettingsError where it cannot serve with this aggregator."""
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Refuse a weight below 0.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if not weight >= 0:
+        raise SettingsError(f"model.regularisers {name}: weight must be 0 or more, got {weight}")
