@@ -13,6 +13,7 @@ Shapes: T tiles of a slide, D features, K labels.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
 from tapfm.slide_model.feature_encoder import MODEL, check_features
 from tapfm.slide_model.model import ModelConfig, build
+from tapfm.slide_model.start import start_from as start_from_run
 from tapfm.tasks import validation_figures
 from tapfm.training.alternating import (
     AlternatingModule,
@@ -70,6 +72,8 @@ class SlideModule(AlternatingModule):
         weights: a .safetensors file, a folder with one, `hub`, or None for those in the package.
         aggregator: from tiles to a slide, by name, or by name and options:
             `{name: tapfm, temperature: 0.3}`; hierarchical is of cases (`data.bags`).
+        start_from: folder of another run, whose aggregator is the start of this one's; its head
+            too, where the logits have the same names (`slide_model.start`).
         strategy: what of the encoder learns, by name, or by name and options:
             `{name: lora, rank: 16}`; the options are those of the README's table.
         regularisers: terms beside the task's loss, each by name, or by name and options.
@@ -105,6 +109,7 @@ class SlideModule(AlternatingModule):
         model: str = "demo_vit",
         weights: str | None = None,
         aggregator: AggregatorName | Options = "tapfm_gated",
+        start_from: str | None = None,
         strategy: StrategyName | Options = "full",
         regularisers: list[str | Options] | None = None,
         bag_transforms: list[str | Options] | None = None,
@@ -131,17 +136,21 @@ class SlideModule(AlternatingModule):
                       "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
         faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
-        faults += check_pull(steps.pull, optimizer)
+        faults += check_pull(steps.pull, optimizer) + check_start(start_from, steps.warm_start)
         refuse([*faults, *check_features(features, strategy["name"], **of_encoder)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
             tile_px, mpp, precision, strategy, weights, task, features, merge_tokens,
         )  # fmt: skip
         super().__init__(build(config, **how), steps, optimizer)
+        if start_from:
+            new = start_from_run(self.slide_model, Path(start_from))
+            print(f"aggregator from {start_from}; new: {', '.join(new) or 'nothing'}", flush=True)
         self.task = self.slide_model.task
+        frozen = features["encoder"] if features else model
         self.objective = make_objective(
-            self.task, self.slide_model.aggregator, bag_transforms, regularisers,
-            frozen=not self.learns,
+            self.task.loss(), self.slide_model.aggregator, bag_transforms, regularisers,
+            task=self.task, encoder=None if self.learns else frozen,
         )  # fmt: skip
         skip = len(self.objective.transforms) > 0
         self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
@@ -288,6 +297,16 @@ class SlideModule(AlternatingModule):
             for key, value in checkpoint["state_dict"].items()
         }
         super().on_load_checkpoint(checkpoint)
+
+
+def check_start(start_from: str | None, warm_start: bool) -> list[str]:
+    """Return what is wrong with two starts of the aggregator at once."""
+    if start_from and warm_start:
+        return [
+            f"model.start_from {start_from} and model.steps.warm_start both say how the aggregator "
+            "starts, and the second would undo the first: leave one out"
+        ]
+    return []
 
 
 def check_pull(pull: float, optimizer: str) -> list[str]:
