@@ -4,6 +4,7 @@
     tile_dropout.py  a share of the tiles is left out, and not encoded again
     mhim.py          tiles that a teacher finds easy are left out (MHIM-MIL)
     packmil.py       tiles left out of several slides make one more bag (PackMIL)
+    histaug.py       features changed as an augmentation of the pixels would (HistAug)
 
 Adding a transform is a file with a module and the frozen dataclass of its options, and its name
 here; `configs/bag_transforms` has a YAML of each. A transform never imports another.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from tapfm.bag_transforms.contract import BagTransform
+from tapfm.bag_transforms.histaug import HistAug
 from tapfm.bag_transforms.mhim import Mhim
 from tapfm.bag_transforms.packmil import PackMil
 from tapfm.bag_transforms.tile_dropout import TileDropout
@@ -24,7 +26,12 @@ from tapfm.slide_model.aggregators.contract import Aggregator
 
 __all__ = ["BAG_TRANSFORMS", "BagTransform", "make_bag_transforms"]
 
-BAG_TRANSFORMS: dict[str, type] = {"tile_dropout": TileDropout, "mhim": Mhim, "packmil": PackMil}
+BAG_TRANSFORMS: dict[str, type] = {
+    "tile_dropout": TileDropout,
+    "mhim": Mhim,
+    "packmil": PackMil,
+    "histaug": HistAug,
+}
 
 
 def make_bag_transforms(specs: Sequence[Spec], aggregator: Aggregator) -> nn.ModuleDict:

@@ -42,8 +42,8 @@ class BagTransform(nn.Module):
     """Names of the figures that `term` returns: columns `train/<name>` of metrics.csv."""
     mixes_slides: ClassVar[bool] = False
     """Whether `term` asks for the loss of a bag with tiles of several slides."""
-    of_features: ClassVar[bool] = False
-    """Whether it serves only where the features are those of a frozen encoder."""
+    encoder: str | None = None
+    """Name of the encoder whose features, frozen, it serves alone; None serves all."""
 
     def forward(self, tiles: TileSet, moment: Moment) -> TileSet:
         """Return the tiles that the aggregator is given."""

@@ -7,6 +7,7 @@
     baselines.py        the frozen rows of a report: mean-pool MLP, gated attention, RGB statistics
     linear_probe.py     the linear probe, by the task's own loss: convex, solved by L-BFGS
     warm_heads.py       the heads of the warm start: a solved linear probe, trained attention
+    augmenter.py        `tapfm histaug`: the network of that bag transform, fitted to an encoder
     cached_features.py  slides as a run's encoder sees them now
 
 Nothing here steps an encoder's optimizer.

@@ -102,37 +102,40 @@ class Objective(nn.Module):
 
 
 def make_objective(
-    task: Task,
+    task_loss: nn.Module,
     aggregator: Aggregator,
     bag_transforms: Sequence[Spec] | None,
     regularisers: Sequence[Spec] | None,
     *,
-    frozen: bool = False,
+    task: Task | None = None,
+    encoder: str | None = None,
 ) -> Objective:
     """Return the objective of a run, its transforms and regularisers named as in a config.
 
     Args:
-        task: what is predicted.
+        task_loss: the task's.
         aggregator: what the transforms and regularisers stand beside.
         bag_transforms: as in a config.
         regularisers: as in a config.
-        frozen: whether the encoder's weights stay as they are.
+        task: whose loss that is; None refuses transforms that ask it for more.
+        encoder: name of the frozen encoder; "" is unknown, and None one that learns.
 
     Raises:
         SettingsError: one of them cannot be, or cannot serve with this aggregator or task.
     """
     transforms = make_bag_transforms(bag_transforms or [], aggregator)
     for name, each in transforms.items():
-        if each.mixes_slides and not task.mixes_slides:
+        if each.mixes_slides and not (task and task.mixes_slides):
             raise SettingsError(
                 f"model.bag_transforms: {name} makes bags of several slides, and "
                 f"{type(task).__name__.lower()} has no target for those. Leave it out, or take "
                 "data.task: multilabel or multiclass."
             )
-        if each.of_features and not frozen:
+        if each.encoder is not None and encoder not in ("", each.encoder):
+            found = f"are of {encoder}" if encoder else "change as the encoder learns"
             raise SettingsError(
-                f"model.bag_transforms: {name} was fitted to features of a frozen encoder, and "
-                "here it learns. Leave it out, or take model.strategy: frozen."
+                f"model.bag_transforms: {name} was fitted to frozen features of {each.encoder}, "
+                f"and these {found}. Leave it out, or take those features."
             )
     terms = make_regularisers(regularisers or [], aggregator)
-    return Objective(task.loss(), transforms, terms, task.mixed_loss)
+    return Objective(task_loss, transforms, terms, task and task.mixed_loss)

@@ -1,7 +1,7 @@
 """The verbs of the command line: each function adds a verb's flags and returns its action.
 
     cohorts.py    demo, labels, split
-    reading.py    index, predict, heatmap, features, export, view
+    reading.py    index, predict, heatmap, features, histaug, export, view
     training.py   plan, probe, test, study, report, pathpt, doctor
 
 An action takes the flags by name, imports what it needs, and returns the exit code. Nothing heavy

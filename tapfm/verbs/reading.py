@@ -1,4 +1,4 @@
-"""Verbs that read slides: `tapfm index`, `predict`, `heatmap`, `features`, `view`; `export`."""
+"""Verbs that read slides: `index`, `predict`, `heatmap`, `features`, `histaug`, `view`; `export`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tapfm.verbs import Do, at_least, config_flag, device_flags, later
+from tapfm.verbs import Do, at_least, config_flag, device, device_flags, later
 
 if TYPE_CHECKING:
     from slides.cohort.table import SlideRow
@@ -104,6 +104,31 @@ def features(verb: ArgumentParser) -> Do:
         how = {key: given.pop(key) for key in rest}
         source = source_of("features", out or Path("data/index"), lambda: tiles_of(model), **given)
         return run_features(source, model, out=out, **how)
+
+    return do
+
+
+def histaug(verb: ArgumentParser) -> Do:
+    """Add the flags of `tapfm histaug`; return its action."""
+    add = verb.add_argument
+    source_flags(verb, "the config's or model's own")
+    encoder_flags(verb)
+    add("--out", type=Path, required=True, help="the network's file")
+    add("--steps", type=at_least(1), default=2000, help="of training (%(default)s)")
+    add("--batch", type=at_least(1), default=32, help="tiles of a step (%(default)s)")
+    add("--tiles", type=at_least(2), default=2048, help="to train on (%(default)s)")
+    add("--colour", type=float, default=0.2, help="largest change of colour (%(default)s)")
+    add("--seed", type=int, default=0, help="of tiles and changes (%(default)s)")
+    add("--device", type=device, help="cuda or cpu; cuda where there is one")
+    rest = ("weights", "out", "steps", "batch", "tiles", "colour", "seed", "device")
+
+    def do(model: str, **given) -> int:
+        from tapfm.frozen.augmenter import run_histaug
+        from tapfm.frozen.features import tiles_of
+
+        how = {key: given.pop(key) for key in rest}
+        source = source_of("histaug", Path("data/index"), lambda: tiles_of(model), **given)
+        return run_histaug(source, model, **how)
 
     return do
 

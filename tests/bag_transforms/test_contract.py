@@ -13,6 +13,7 @@ from tapfm.bag_transforms import BAG_TRANSFORMS, make_bag_transforms
 from tapfm.data.bag import Moment, Places
 from tapfm.slide_model.aggregators import AGGREGATORS, make_aggregator
 from tapfm.slide_model.aggregators.contract import TileSet
+from tests.bag_transforms.examples import example
 from tests.bags import tile_set
 
 T, D, K, CASE = 9, 5, 3, (5, 4)
@@ -24,7 +25,7 @@ with_each = pytest.mark.parametrize("aggregator", AGGREGATORS)
 def made(name, aggregator="gated", **options):
     torch.manual_seed(2)
     learner = make_aggregator(aggregator, D, K).double()
-    return learner, make_bag_transforms([{"name": name, **options}], learner)[name].double()
+    return learner, make_bag_transforms([example(name, D, **options)], learner)[name].double()
 
 
 def leaves(count=T, counts=()):

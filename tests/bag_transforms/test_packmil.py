@@ -151,6 +151,6 @@ def test_the_objective_adds_it_and_other_tasks_are_refused():
     assert second.loss.item() == pytest.approx((second.figures["train/loss"] + 0.4 * own).item())
     task = learn_task("regression", ["x"], (), [[1], [2]])
     with pytest.raises(SettingsError, match="packmil makes bags of several slides, and regression"):
-        make_objective(task, learner, ["packmil"], None)
+        make_objective(task.loss(), learner, ["packmil"], None, task=task)
     with pytest.raises(SettingsError, match=r"share must be in \(0, 1\)(.|\n)*slides must"):
         PackMil(share=1.0, slides=1)

@@ -23,6 +23,7 @@ from tapfm.slide_model.model import ModelConfig, SlideModel
 from tapfm.tasks.losses import MaskedBCE
 from tapfm.training.objective import Objective
 from tapfm.training.passes import Passes
+from tests.bag_transforms.examples import example
 from tests.bags import places
 from tests.cohorts import write_cohort
 from tests.tiny import random_tiles, tiny_encoder
@@ -30,7 +31,7 @@ from tests.tiny import random_tiles, tiny_encoder
 TILES, MOMENT = 23, Moment(0.25, 1, seed=11, slide_id="s")
 TARGET = torch.tensor([1.0, torch.nan, 0.0])
 EVERY = {"none": [], **{name: [{"name": name}] for name in REGULARISERS}}
-CHANGES = {"none": [], **{name: [{"name": name}] for name in BAG_TRANSFORMS}}
+CHANGES = {"none": [], **{name: [example(name, 24)] for name in BAG_TRANSFORMS}}
 
 
 def model_of(aggregator):
