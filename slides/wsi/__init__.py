@@ -7,7 +7,8 @@
     resolution.py    microns per pixel, from the table or the file's properties
     jpeg_tiles.py    JPEG tiles decoded without OpenSlide, to the same bits
     jpeg_colours.py  JPEG tiles that contradict the TIFF's colour tag
-    plain_image.py   a plain PNG, JPEG or TIFF as a slide with one level
+    tiff_image.py    a TIFF that OpenSlide does not open, part by part
+    plain_image.py   a plain PNG or JPEG as a slide with one level, whole in memory
     tiff_tags.py     the directories of a TIFF
     diagnose.py      why a file was refused, or that it is cut short
 

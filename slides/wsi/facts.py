@@ -63,7 +63,7 @@ def why_misread(path: Path, handle: openslide.OpenSlide, facts: SlideFacts) -> s
     Raises:
         OpenSlideError: it cannot be read.
     """
-    if facts.vendor not in (*VENDORS, PLAIN):
+    if facts.vendor not in VENDORS:
         return None
     generic = facts.vendor in ("generic-tiff", PLAIN)
     fault = why_pages_mislead(path, (facts.width0, facts.height0), generic)

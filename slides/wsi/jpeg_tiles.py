@@ -188,18 +188,27 @@ class JpegDecoder:
         return tile
 
 
-class _Cache:
-    """Decoded tiles of this process; the least recently used ones are dropped first."""
+class TileCache:
+    """Decoded tiles of this process; the least recently used ones are dropped first.
 
-    def __init__(self):
+    Args:
+        limit: Bytes of tiles that are kept.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
         self.clear()
+        if hasattr(os, "register_at_fork"):  # another thread may own the lock as the process forks
+            os.register_at_fork(after_in_child=self.clear)
 
     def clear(self) -> None:
+        """Drop all tiles."""
         self.tiles: dict[tuple, np.ndarray] = {}
         self.bytes = 0
         self.lock = threading.Lock()
 
     def get(self, key: tuple) -> np.ndarray | None:
+        """Return a tile, or None if it is not kept."""
         with self.lock:
             tile = self.tiles.pop(key, None)
             if tile is not None:
@@ -207,21 +216,21 @@ class _Cache:
             return tile
 
     def put(self, key: tuple, tile: np.ndarray) -> None:
+        """Keep a tile; its key begins with the number of its file."""
         with self.lock:
             self.bytes += tile.nbytes - (self.tiles[key].nbytes if key in self.tiles else 0)
             self.tiles[key] = tile
-            while self.bytes > CACHE_BYTES:
+            while self.bytes > self.limit and self.tiles:
                 self.bytes -= self.tiles.pop(next(iter(self.tiles))).nbytes
 
     def forget(self, number: int) -> None:
+        """Drop the tiles of a file."""
         with self.lock:
             for key in [key for key in self.tiles if key[0] == number]:
                 self.bytes -= self.tiles.pop(key).nbytes
 
 
-_cache, _serial = _Cache(), itertools.count()
-if hasattr(os, "register_at_fork"):  # another thread may own the lock while the process forks
-    os.register_at_fork(after_in_child=_cache.clear)
+_cache, _serial = TileCache(CACHE_BYTES), itertools.count()
 
 
 def _one(tags: dict[int, np.ndarray], tag: int, default: int = 0) -> int:

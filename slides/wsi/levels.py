@@ -32,6 +32,7 @@ from slides.wsi.jpeg_colours import ycbcr_to_rgb
 from slides.wsi.jpeg_tiles import JpegDecoder, NotDirectError
 from slides.wsi.plain_image import PlainImage, is_plain
 from slides.wsi.pyramid import DROPPED, VENDORS, same_picture
+from slides.wsi.tiff_image import TiffImage
 
 CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
 CHECKED = 512  # pixels: side of the first region of each level, which is read both ways
@@ -195,20 +196,25 @@ class Levels:
                 self._handle.set_cache(_process_cache(os.getpid()))
             except (openslide.OpenSlideError, OSError) as error:
                 self._handle = None
-                if not self._is_plain():
-                    raise NotASlideError(why_refused(self.name, self.path, error)) from error
-                self._handle = PlainImage(self.path, self.name)
+                self._handle = self._picture(error)
             self._pid = os.getpid()
         return self._handle
 
-    def _is_plain(self) -> bool:
-        """Return whether the file is an undamaged plain picture that OpenSlide cannot open."""
-        if not self.path.is_file():
-            return False
-        contents = tiff_contents(self.path)
-        if contents is None:
-            return is_plain(self.path)
-        return not contents.tiled and contents.reach <= self.path.stat().st_size
+    def _picture(self, error: Exception) -> TiffImage | PlainImage:
+        """Return the handle of an undamaged picture that OpenSlide cannot open.
+
+        Raises:
+            NotASlideError: it is none, and why OpenSlide refuses it.
+        """
+        contents = tiff_contents(self.path) if self.path.is_file() else None
+        plain = self.path.is_file() and is_plain(self.path)
+        if contents is not None and contents.reach <= self.path.stat().st_size:
+            with contextlib.suppress(openslide.OpenSlideError):
+                return TiffImage(self.path)
+            plain = not contents.tiled
+        if not plain:
+            raise NotASlideError(why_refused(self.name, self.path, error)) from error
+        return PlainImage(self.path, self.name)
 
     def _directly(self) -> JpegDecoder:
         if self._direct is None:

@@ -1,7 +1,8 @@
-"""A plain picture (PNG, JPEG, untiled TIFF) as a slide with one level, held in memory.
+"""A plain PNG or JPEG as a slide with one level, held in memory.
 
-Such files state only a printer's resolution, so the cohort table must give mpp. `PlainImage` has
-the part of an OpenSlide handle's interface that `levels.Levels` uses.
+TIFFs that `slides.wsi.tiff_image` leaves are read here too, as Pillow has them. PNG and JPEG state
+only a printer's resolution, so the cohort table must give mpp. `PlainImage` has the part of an
+OpenSlide handle's interface that `levels.Levels` uses.
 
 Price: the whole picture is decoded at the first read, 3 bytes a pixel in each process that reads
 it; more than `MAX_PIXELS` is refused, because such a picture should be a pyramid.

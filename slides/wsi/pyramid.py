@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-VENDORS = ("aperio", "generic-tiff", "trestle", "dicom")  # other formats state their downsamples
+# Other formats state their downsamples; plain images have levels where they are TIFFs.
+VENDORS = ("aperio", "generic-tiff", "trestle", "dicom", "plain image")
 DROPPED = math.inf  # downsample of a level that is not the slide's: no tile is as coarse
 ROUNDING = 1.0  # pixels of a level: sides are rounded down, up or to the nearest
 AREA0 = (512, 2048)  # level-0 pixels: least and largest side of a square that is compared

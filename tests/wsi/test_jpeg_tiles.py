@@ -301,13 +301,13 @@ class TestHandle:
             np.testing.assert_array_equal(tile, alone[n % len(alone)])
 
     def test_the_cache_is_bounded_and_emptied_on_close(self, shared_tiff, monkeypatch):
-        monkeypatch.setattr(direct, "CACHE_BYTES", 5 * 96 * 80 * 3)
+        monkeypatch.setattr(direct._cache, "limit", 5 * 96 * 80 * 3)
         direct._cache.clear()
         with Slide(shared_tiff) as slide:
             for x0, y0 in pairwise(range(0, 400, 7)):
                 slide.levels.pixels(x0, y0, 0, 90, 90)
                 held = sum(tile.nbytes for tile in direct._cache.tiles.values())
-                assert 0 < held == direct._cache.bytes <= direct.CACHE_BYTES
+                assert 0 < held == direct._cache.bytes <= direct._cache.limit
         assert direct._cache.bytes == 0 == len(direct._cache.tiles)
 
     def test_tiles_handed_out_are_the_callers_to_write(self, shared_tiff):

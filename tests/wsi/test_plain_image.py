@@ -106,7 +106,7 @@ def test_what_it_does_not_read(tmp_path, monkeypatch):
         _ = Slide(save(tmp_path, "png")).width0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["png", "jpg"])
 def test_the_limit_is_ours_and_not_pillows(tmp_path, way, monkeypatch):
     """Pillow refuses twice its limit before our sentence with the way out is reached."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
