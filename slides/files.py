@@ -97,13 +97,18 @@ def _alive(process: int) -> bool:
     return True
 
 
+def slide_stem(path: str | Path) -> str:
+    """Return a slide's file name without its ending; inner dots (TCGA barcodes) stay."""
+    return re.sub(r"(\.ome(?=\.tiff?$))?\.[^.]*$", "", Path(path).name, flags=re.IGNORECASE)
+
+
 def names_of(slide_id: str, path: str | Path | None = None) -> tuple[str, ...]:
     """Return the names by which files of a slide may be called, the likeliest first.
 
     They are its slide_id, its file's name without the extension, and both without the UUID that
     the GDC adds to a TCGA barcode: `tapfm labels` drops it, and other programs keep it.
     """
-    stem = re.sub(r"(\.ome)?\.[^.]*$", "", Path(path or "").name, flags=re.IGNORECASE)
+    stem = slide_stem(path or "")
     names = [slide_id, stem, UUID.sub("", slide_id), UUID.sub("", stem)]
     return tuple(dict.fromkeys(filter(None, names)))
 

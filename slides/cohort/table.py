@@ -29,6 +29,7 @@ from slides.cohort.table_file import file_at, read_table, repeated_columns
 from slides.cohort.targets import Cells, Columns, Labels, make_columns
 from slides.errors import CohortError, SettingsError, all_faults, some
 from slides.grid import MPP_RANGE
+from slides.wsi.slide_file import slide_file
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("case_id", "slide_id", "slide_path", "split")
@@ -206,7 +207,7 @@ def _row(number, record, base, faults, required) -> SlideRow:
     path = Path()
     if slide_path := record.get("slide_path"):
         try:
-            path = file_at(base, slide_path)
+            path = slide_file(file_at(base, slide_path))
             found = path.resolve().exists()
         except (OSError, RuntimeError):  # too long a name, circular links, unknown home
             path, found = Path(slide_path), False

@@ -1,6 +1,7 @@
 """One open slide: its levels, true mpp, tiles at (x0, y0), and why a file cannot be opened.
 
     reader.py        one open slide: a tile at (x0, y0), thumbnails
+    slide_file.py    the file by which a slide is opened that is a folder: DICOM, MIRAX
     facts.py         sizes, levels and properties; why pixels would be wrong
     levels.py        pixels of its levels, by OpenSlide or decoded directly
     pyramid.py       each level's true downsample; whether it shows the slide

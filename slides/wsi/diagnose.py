@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slides.wsi.slide_file import why_folder
 from slides.wsi.tiff_tags import directories
 
 WIDTH, HEIGHT, BITS, COMPRESSION = 256, 257, 258, 259
@@ -137,7 +138,7 @@ def why_refused(name: str, path: Path, error: Exception) -> str:
     if not path.exists():
         return f"{name}: there is no file {path}. Correct slide_path, {ways}."
     if path.is_dir():
-        return f"{name}: {path} is a folder. Give the slide's file inside it, {ways}."
+        return f"{name}: {why_folder(path)}, {ways}."
     with open(path, "rb") as file:
         head = file.read(16)
     size, contents = path.stat().st_size, tiff_contents(path)

@@ -11,13 +11,13 @@ three times that through OpenSlide.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from slides.errors import NotASlideError
+from slides.files import slide_stem
 from slides.grid import Grid
 from slides.wsi.diagnose import tiff_contents, truncated
 from slides.wsi.facts import SlideFacts
@@ -252,9 +252,3 @@ class Slide:
         if self._mpp is None:
             self._mpp = find_mpp(self.facts.properties, self.name, self._table_mpp)
         return self._mpp
-
-
-def slide_stem(path: str | Path) -> str:
-    """Return the file name without its extension; inner dots (TCGA barcodes) stay."""
-    name = Path(path).name
-    return re.sub(r"(?i)(\.ome)(?=\.tiff?$)", "", name).rsplit(".", 1)[0] if "." in name else name

@@ -225,13 +225,13 @@ def rows_of_files(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
     """
     from slides.cohort.table import SlideRow
     from slides.errors import SettingsError
-    from slides.wsi.reader import slide_stem
+    from slides.wsi.slide_file import slide_file, slide_name
 
     named: dict[str, Path] = {}
-    for path in paths:
-        if (other := named.setdefault(slide_stem(path), path)) is not path:
+    for path in dict.fromkeys(map(slide_file, paths)):  # `slides/*` names a MIRAX slide twice
+        if (other := named.setdefault(name := slide_name(path), path)) is not path:
             raise SettingsError(
-                f"{slide_stem(path)}: {other} and {path} both have this name, and the files of one "
+                f"{name}: {other} and {path} both have this name, and the files of one "
                 "would overwrite those of the other. Rename one, or run them apart, each with "
                 "its own --out."
             )
