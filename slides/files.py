@@ -116,8 +116,8 @@ def names_of(slide_id: str, path: str | Path | None = None) -> tuple[str, ...]:
 def files_below(folder: Path) -> list[Path]:
     """Return all files in a folder and the folders below it, linked ones too, sorted by path.
 
-    A link to a folder that it lies in is not entered again. Files that macOS puts beside others on
-    foreign disks (`._name`) are left out.
+    A link to a folder that it lies in is not entered again. Hidden files and folders are left out:
+    what macOS (`._name`) and notebooks (`.ipynb_checkpoints`) put beside others.
     """
     found, waiting = [], [(Path(folder), frozenset(Path(folder).resolve().parents))]
     while waiting:
@@ -126,9 +126,11 @@ def files_below(folder: Path) -> list[Path]:
         if here in above or not place.is_dir():
             continue
         for path in place.iterdir():
+            if path.name.startswith("."):
+                continue
             if path.is_dir():
                 waiting.append((path, above | {here}))
-            elif path.is_file() and not path.name.startswith("._"):
+            elif path.is_file():
                 found.append(path)
     return sorted(found)
 

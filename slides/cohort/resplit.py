@@ -1,8 +1,9 @@
 """`tapfm split`: splits a cohort table again, at random or as another tool's files say.
 
 Every column but `split` is kept. One split goes to a table, several go to a folder: a table each
-(`cohort_0.csv`, for `data.table`) and, if requested, CLAM's and Patho-Bench's files. Slide paths
-relative to the table's folder become relative to the new table's; with `slides_dir` they stay.
+(`cohort_0.csv`, for `data.table`) and, if requested, the files of CLAM, Patho-Bench and STAMP.
+Slide paths relative to the table's folder become relative to the new table's; with `slides_dir`
+they stay.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from slides.cohort.split_files import (
     read_records,
     read_split,
     slide_names,
+    stamp_text,
 )
 from slides.cohort.splits import (
     FRACTIONS,
@@ -80,9 +82,9 @@ def run_split(
         fractions: shares of train, val and test.
         seed: seed of the random split.
         preserve_sites: keep the cases of a site together; TCGA barcodes name their site.
-        source: a CLAM or Patho-Bench file to read the split from.
-        fold: the fold of a Patho-Bench file.
-        formats: any of table, clam, clam-bool, patho-bench.
+        source: a CLAM, Patho-Bench or STAMP file to read the split from.
+        fold: the fold of a Patho-Bench or STAMP file.
+        formats: any of table, clam, clam-bool, patho-bench, stamp.
         task: the type of the labels: a name, or a name and options (`slides.cohort.targets`).
         slides_dir: folder of relative slide paths, which are then kept; None is the table's.
         missing: the user's words for unknown labels, beside NA and the like.
@@ -229,6 +231,8 @@ def _files(
             files[out / f"splits_{number}.csv"] = clam_text(case_of, split)
         if "clam-bool" in formats:
             files[out / f"splits_{number}_bool.csv"] = clam_bool_text(case_of, split)
+    if "stamp" in formats:
+        files[out / "splits.json"] = stamp_text(splits)
     if "patho-bench" in formats:
         for label in labels:
             known = {row["slide_id"]: zero_or_one(row[label]) for row in records}

@@ -1,15 +1,17 @@
-"""Split files of other tools, CLAM and Patho-Bench: read and written.
+"""Split files of other tools, CLAM, Patho-Bench and STAMP: read and written.
 
     CLAM         splits_0.csv       a column each for train, val, test: ragged lists of slide_id
                  splits_0_bool.csv  a row a slide; True in one of three columns
     Patho-Bench  <task>/k=all.tsv   case_id, slide_id, the label, fold_0, fold_1, ... with the
                  <task>/config.yaml part's name in each; and the meaning of the label's numbers
+    STAMP        splits.json        train_patients and test_patients of each fold: cases
 
 A split that is read becomes case -> part. A case in two parts of one split (a leak) and slides that
 the cohort does not have are refused. Slides that the file does not name are left out. A slide may
 be named by its id, its file, with ending and folder or without, or by its features' file.
 
-Source: CLAM's `create_splits_seq.py` and the format of Patho-Bench's split files.
+Source: CLAM's `create_splits_seq.py`, the format of Patho-Bench's split files, and STAMP 2.4's
+    `crossval`, which takes the splits that it finds in its output folder.
 """
 
 from __future__ import annotations
@@ -92,6 +94,18 @@ def patho_bench_texts(
     return {"k=all.tsv": csv_text([header, *rows], "\t"), "config.yaml": config}
 
 
+def stamp_text(splits: Sequence[Split]) -> str:
+    """Return STAMP's `splits.json`; STAMP draws its validation patients from those that train."""
+    folds = [
+        {
+            "train_patients": [case for case, part in split.items() if part != "test"],
+            "test_patients": [case for case, part in split.items() if part == "test"],
+        }
+        for split in splits
+    ]
+    return json.dumps({"splits": folds}, indent=4) + "\n"
+
+
 def slide_names(slides: Iterable[tuple[str, str, str]]) -> dict[str, str]:
     """Return name -> case of slides given as (slide_id, path or "", case_id).
 
@@ -117,17 +131,14 @@ def find_slide(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def read_records(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the header of another tool's split file, and its rows by column.
+    """Return the header of another tool's split file, and its rows by column; none of STAMP's.
 
     Raises:
         SplitError: it cannot be read.
     """
-    try:
-        text = decode_text(Path(path).read_bytes())
-    except OSError as error:
-        raise SplitError(f"{path}: no readable split ({error}). Correct its path.") from error
-    except ValueError as error:
-        raise SplitError(f"{path}: no readable split: {error}") from error
+    text = _text(path)
+    if text.lstrip().startswith("{"):
+        return [], []
     first = text.partition("\n")[0]
     separator = "\t" if "\t" in text else max(",;", key=first.count)
     lines = [
@@ -163,12 +174,12 @@ def label_conflicts(
 
 
 def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
-    """Return case -> part from a CLAM CSV of either form or a Patho-Bench `k=all.tsv`.
+    """Return case -> part from a CLAM CSV of either form, Patho-Bench's or STAMP's file.
 
     Args:
         path: the file; its columns show which kind it is.
         case_of: slide name -> case_id of the cohort's slides, see `slide_names`.
-        fold: column fold_<n> of a Patho-Bench file; a CLAM file has one split.
+        fold: fold of a Patho-Bench or STAMP file; a CLAM file has one split.
 
     Raises:
         SplitError: no such file or format, unknown slides, or a case in two parts.
@@ -176,7 +187,10 @@ def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
     header, records = read_records(path)
     column = f"fold_{fold}"
     faults: list[str] = []
-    if {"slide_id", column} <= set(header):
+    if not header and (text := _text(path)).strip():
+        parts = _stamp_parts(path, text, fold)
+        case_of = {case: case for case in case_of.values()}
+    elif {"slide_id", column} <= set(header):
         cut = [n for n, row in enumerate(records, start=2) if len(row) < len(header)]
         if cut:
             raise SplitError(f"{path}: row {cut[0]} is cut off. Copy the file again.")
@@ -186,12 +200,40 @@ def read_split(path: Path, case_of: Mapping[str, str], fold: int = 0) -> Split:
     else:
         raise SplitError(
             f"{path}: its columns are {', '.join(header)[:99]}. Give a CLAM split (train, val, "
-            f"test) or a Patho-Bench k=all.tsv with slide_id and {column}."
+            f"test), a Patho-Bench k=all.tsv with slide_id and {column}, or STAMP's splits.json."
         )
     split = _by_case(parts, case_of, faults)
     if faults:
         raise SplitError(all_faults(path, faults))
     return split
+
+
+def _text(path: Path) -> str:
+    try:
+        return decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise SplitError(f"{path}: no readable split ({error}). Correct its path.") from error
+    except ValueError as error:
+        raise SplitError(f"{path}: no readable split: {error}") from error
+
+
+def _stamp_parts(path: Path, text: str, fold: int) -> list[tuple[str, str, str]]:
+    """Return (case, part, place) of one fold of STAMP's file."""
+    try:
+        folds = json.loads(text)["splits"]
+        if not 0 <= fold < len(folds):
+            raise SplitError(f"{path}: it has {len(folds)} folds, from 0: fold {fold} is not one.")
+        return [
+            (str(case), part, f"{part}_patients")
+            for part in ("train", "test")
+            for case in folds[fold][f"{part}_patients"]
+        ]
+    except (ValueError, LookupError, TypeError) as error:
+        if isinstance(error, SplitError):
+            raise
+        raise SplitError(
+            f"{path}: no splits of STAMP ({type(error).__name__}: {error}). Give its splits.json."
+        ) from error
 
 
 def _clam_parts(header, records, faults) -> Iterable[tuple[str, str, str]]:

@@ -26,8 +26,8 @@ IDS = ("case_id", "slide_id")  # columns of names, which pandas may have turned 
 def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return header and (row number, cells), as stripped text; blank rows are left out.
 
-    Columns without a name whose cells are blank are left out too. Rows are numbered as a
-    spreadsheet does: the header is row 1.
+    Columns without a name whose cells are blank are left out too; pandas calls its row numbers
+    `Unnamed: 0`, which is no name. Rows are numbered as a spreadsheet does: the header is row 1.
 
     Raises:
         CohortError: the file is missing, of another format, or has no header.
@@ -44,7 +44,7 @@ def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             f"{table}: tables end in .csv, .tsv or .parquet, this one in {suffix or 'nothing'}."
             " Save it as one of them."
         )
-    header = [tidy(name) for name in lines[0]] if lines else []
+    header = [re.sub(r"^Unnamed: \d+$", "", tidy(name)) for name in lines[0]] if lines else []
     if not any(header):
         raise CohortError(f"{table}: no header. The first row must name the columns.")
     paths = {place for place, name in enumerate(header) if name in PATHS}
@@ -101,6 +101,9 @@ def _parquet_lines(table: Path) -> list[list[str]]:
     except (ValueError, OSError, ImportError) as error:
         why = f"not a readable Parquet file ({error}). Write it again, or save it as .csv."
         raise CohortError(f"{table}: {why}") from error
+
+    if any(frame.index.names):  # set_index before to_parquet
+        frame = frame.reset_index()
 
     def text(value) -> str:
         if pandas.isna(value):

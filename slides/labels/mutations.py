@@ -3,16 +3,17 @@
     MAF                data_mutations.txt, a GDC MAF; plain or .gz; a row a mutation. For the GDC's
                        one file per case: `cat` them into one, headers included
     cBioPortal matrix  a row a sample, a column a gene; WT, NS (not sequenced) or protein changes,
-                       MUTATED if it has no name; or 0 and 1
+                       MUTATED if it has no name; or 0 and 1. Also alterations_across_samples.tsv
     GigaPath table     a row a slide, a True or False for each gene
 
 A case is 1 if any of its tumour samples has a mutation that the gene's rule (variants.py) counts,
 0 if it was *profiled* and none has one, and unknown otherwise, never 0. It is unknown too if it has
 a mutation of which the file does not say enough: no class, or a hotspot without a protein change.
 Rows that say themselves that they are no somatic mutation (Mutation_Status, Validation_Status) and
-rows without a sample are left out and counted. A matrix states who was profiled. The others do not:
-without a list of profiled samples a case counts as profiled only if the file proves it by a
-mutation of any gene (False in GigaPath's table may mean "not in the MAF").
+rows without a sample are left out and counted. A matrix states who was profiled, and so may a MAF
+(`#sequenced_samples:`). The others do not: without a list of profiled samples a case counts as
+profiled only if the file proves it by a mutation of any gene (False in GigaPath's table may mean
+"not in the MAF").
 
 Price: the unpacked text in memory and one pass over it; 0.2 s for a matrix of 2 MB.
 Condition: every gene was sequenced in every profiled sample (exomes; not a mix of gene panels).
@@ -35,7 +36,7 @@ from slides.cohort.spelling import is_missing
 from slides.cohort.tcga_names import case_of, is_tumour
 from slides.errors import LabelError, all_faults, some
 from slides.labels.source_kinds import KINDS
-from slides.labels.source_text import read_bytes, source_table, source_text
+from slides.labels.source_text import read_bytes, sequenced_samples, source_table, source_text
 from slides.labels.variants import HOTSPOTS, RULES
 
 
@@ -122,7 +123,8 @@ def read_calls(path: Path, rules: Mapping[str, str], profiled: Path | str | None
     ]
     if faults:
         raise LabelError(all_faults(path, faults))
-    who = _mark_profiled(path, kind, cases, rules, profiled) or who
+    samples = sequenced_samples(source_text(path, data)) if kind == "MAF" else []
+    who = _mark_profiled(path, kind, cases, rules, profiled, samples) or who
     if kind == "GigaPath table":
         rules = dict.fromkeys(rules, "as published")
     called = {case: found.calls(rules) for case, found in sorted(cases.items())}
@@ -146,14 +148,21 @@ def _check_rules(path: Path, rules: Mapping[str, str]) -> None:
         raise LabelError(all_faults(path, faults))
 
 
-def _mark_profiled(path: Path, kind: str, cases: dict, rules, profiled) -> str:
-    """Mark the cases that count as profiled, and return who does; "" if the file decides."""
+def _mark_profiled(path: Path, kind: str, cases: dict, rules, profiled, samples: list[str]) -> str:
+    """Mark the cases that count as profiled, and return who does; "" if the file decides.
+
+    `samples` are those that the file itself names as sequenced.
+    """
     if kind == "cBioPortal matrix":
         return "as the file says: NS is not sequenced"
     if profiled == "all":
         for case in cases.values():
             case.profiled |= set(rules)
         return "everyone in the file, as asked"
+    if profiled is None and samples:
+        for case in {case_of(sample) for sample in samples if is_tumour(sample)}:
+            cases[case].profiled |= set(rules)
+        return f"the {len(samples)} samples that the file names as sequenced, and whoever has a row"
     if profiled is None:
         return ""
     names = read_profiled(profiled)

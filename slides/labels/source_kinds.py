@@ -18,7 +18,7 @@ from slides.cohort.targets import zero_or_one
 from slides.cohort.tcga_names import case_of, is_tumour
 from slides.errors import LISTED, some_rows
 from slides.labels.protein_change import protein_change
-from slides.labels.variants import CLASSES, change_counts, row_counts
+from slides.labels.variants import CLASSES, change_counts, class_word, row_counts
 
 # GigaPath's gene columns; LKB1 never matches, since it is an alias of STK11
 GIGAPATH_GENES = (
@@ -30,8 +30,8 @@ NOT_SOMATIC = {  # column of a MAF -> values, in lower case, of rows that are no
     "Validation_Status": {"wildtype", "invalid", "redacted"},
 }
 CHANGES = ("HGVSp_Short", "HGVSp", "Protein_Change", "Amino_Acid_Change")  # columns of a MAF
-NOT_SEQUENCED = frozenset({"ns", "np"})  # cells of a matrix, in lower case
-WILD = frozenset({"wt", "wildtype", "wild type", "wild-type"})
+NOT_SEQUENCED = frozenset({"ns", "np", "not profiled"})  # cells of a matrix, in lower case
+WILD = frozenset({"wt", "wildtype", "wild type", "wild-type", "no alteration"})
 NAMELESS = frozenset({"mutated", "mut", "mutant"})  # changes in a matrix without a name
 
 
@@ -99,7 +99,7 @@ def _maf(header, rows, rules, notes):
         counts = row_counts(gene, rules[gene], kind, change)
         case.add(gene, counts)
         if counts is None:
-            known = kind.lower() in CLASSES
+            known = class_word(kind) in CLASSES
             (unread if known else odd)[gene if known else kind] += 1
     if denied:
         notes.append(f"{denied} rows of these genes say that they are no somatic mutation")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,14 +62,37 @@ def source_table(path: Path, data: bytes) -> tuple[list[str], Rows]:
         raise LabelError(f"{path}: it is empty. Download it again.")
     # In a MAF quotes are plain characters; in a CSV they enclose commas.
     style = {"delimiter": ";"} if first.count(";") > first.count(",") else {}
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if "\t" in first else style
+    if "\t" in first:
+        plain = {} if first.startswith('"') else {"quoting": csv.QUOTE_NONE}  # R quotes all text
+        style = {"delimiter": "\t"} | plain
     header = [name.strip() for name in next(csv.reader([first], **style))]
     rows = (
         (n, [cell.strip() for cell in cells])
         for n, cells in enumerate(csv.reader(lines, **style), start=number + 1)
         if any(cells) and cells[0][:1] != "#" and cells[: len(header)] != header
     )
-    return header, _filled(path, rows, len(header), text.endswith(("\n", "\r")))
+    rows = _filled(path, rows, len(header), text.endswith(("\n", "\r")))
+    return _matrix_names(header), rows
+
+
+def sequenced_samples(text: str) -> list[str]:
+    """Return the samples that a MAF's comments name as sequenced, as cBioPortal writes them."""
+    comments = itertools.takewhile(lambda line: line.startswith("#"), io.StringIO(text))
+    said = (re.match(r"#\s*sequenced[ _]samples:(.*)", line) for line in comments)
+    return [sample for match in said if match for sample in match[1].split()]
+
+
+def _matrix_names(header: list[str]) -> list[str]:
+    """Return the columns of cBioPortal's table of alterations as those of its matrix.
+
+    It has a column of all alterations of a gene, EGFR, and one of each kind, `EGFR: MUT`.
+    """
+    if "Sample ID" not in header:
+        return header
+    kinds = {name.removesuffix(": MUT") for name in header if name.endswith(": MUT")}
+    names = {"Sample ID": "SAMPLE_ID"} | {f"{gene}: MUT": gene for gene in kinds}
+    names |= {gene: f"{gene}: any" for gene in kinds}
+    return [names.get(name, name) for name in header]
 
 
 def _filled(path: Path, rows: Rows, width: int, ends: bool) -> Rows:

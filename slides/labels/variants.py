@@ -44,11 +44,16 @@ HOTSPOTS = {  # protein changes, as `protein_change` spells them
 }
 
 
+def class_word(kind: str) -> str:
+    """Return a Variant_Classification as `CLASSES` spells it: `Missense Mutation` too."""
+    return kind.lower().replace(" ", "_")
+
+
 def row_counts(gene: str, rule: str, kind: str, change: str) -> bool | None:
     """Return whether a rule counts a row of a MAF; None if the row does not tell."""
     if rule == "listed":
         return True
-    kind = CLASSES.get(kind.lower(), "")
+    kind = CLASSES.get(class_word(kind), "")
     if gene == "TERT" and kind == "5'Flank":
         return rule != "truncating"
     if not kind:

@@ -102,14 +102,25 @@ def index_from_coordinates(path: str | Path, slide: Slide, grid: Grid) -> tuple[
         SlideError: the slide cannot be read.
     """
     slide.check_complete()
-    index = read_coordinates(path, slide, grid)
-    note = ""
+    index, notes = _each_once(read_coordinates(path, slide, grid))
     if other := grid.other_tiles(index.grid):
-        index, note = _fitted(index, grid, slide, other)
+        index, fitted = _fitted(index, grid, slide, other)
+        notes.insert(0, fitted)
     if not len(index):
         raise NoTissueError(f"{slide.name}: no tile in {path}. Choose tiles, or leave it out.")
     slide.read(*index.coords0[len(index) // 2].tolist(), index.grid)  # check that pixels are there
-    return index, note
+    if over := (index.coords0 + index.size0 > (slide.width0, slide.height0)).any(-1).sum():
+        notes.append(f"{over} tiles reach over the slide's edge: white there, black in other tools")
+    return index, "; ".join(notes)
+
+
+def _each_once(index: TileIndex) -> tuple[TileIndex, list[str]]:
+    """Return the index with each tile once, and what was left out: CLAM's contours overlap."""
+    first = np.sort(np.unique(index.coords0, axis=0, return_index=True)[1])
+    if not (twice := len(index) - len(first)):
+        return index, []
+    kept = {name: getattr(index, name)[first] for name in ("coords0", "tissue_fraction")}
+    return replace(index, **kept), [f"{twice} tiles are listed more than once and taken once"]
 
 
 def _fitted(index: TileIndex, grid: Grid, slide: Slide, other: str) -> tuple[TileIndex, str]:

@@ -86,10 +86,10 @@ def split(verb: ArgumentParser) -> Do:
     add("--folds", type=int, help="cross-validation")
     add("--repeats", type=int, help="Monte-Carlo cross-validation")
     add("--from", type=Path, dest="source", metavar="FILE",
-        help="CLAM's or Patho-Bench's to take the split from")  # fmt: skip
-    add("--fold", type=int, default=0, help="of a Patho-Bench file (%(default)s)")
+        help="CLAM's, Patho-Bench's or STAMP's to take the split from")  # fmt: skip
+    add("--fold", type=int, default=0, help="of Patho-Bench's or STAMP's file (%(default)s)")
     add("--format", nargs="+", default=["table"], dest="formats", help="what to write: any of "
-        "these", choices=("table", "clam", "clam-bool", "patho-bench"))  # fmt: skip
+        "these", choices=("table", "clam", "clam-bool", "patho-bench", "stamp"))  # fmt: skip
     split_flags(verb)
     return later("slides.cohort.resplit:run_split")
 

@@ -44,3 +44,13 @@ def test_a_download_on_another_disk_is_found(tmp_path):
     checked = check_files(listed, tmp_path / "slides", progress=False)
     assert not checked.faults
     assert checked.found["id0"] == tmp_path / "slides" / "link" / "batch" / "id0" / "a.svs"
+
+
+def test_hidden_folders_and_files_are_no_class_and_no_tile(tmp_path):
+    """Notebooks keep copies of what they opened, and macOS what it could not store."""
+    touch(tmp_path, *(f"{kind}/{n}.png" for kind in "xy" for n in range(8)))
+    touch(tmp_path, ".ipynb_checkpoints/0-checkpoint.png", "x/.ipynb_checkpoints/1.png",
+          "x/._2.png", "x/.3.png")  # fmt: skip
+    found = read_tiles(tmp_path)
+    assert found.classes == ("x", "y")
+    assert len(found.rows) == 16

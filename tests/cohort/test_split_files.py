@@ -1,6 +1,7 @@
-"""CLAM's and Patho-Bench's split files are read and written, and leaks refused."""
+"""CLAM's, Patho-Bench's and STAMP's split files are read and written, and leaks refused."""
 
 import io
+import json
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from slides.cohort.split_files import (
     patho_bench_texts,
     read_split,
     slide_names,
+    stamp_text,
 )
 from slides.errors import SplitError
 
@@ -63,6 +65,38 @@ def test_each_form_is_read_back(write):
     assert read_split(write(task, "k=all.tsv"), CASE_OF, fold=1) == SPLIT
 
 
+class TestStamp:
+    SPLITS = '{"splits": [{"train_patients": ["a", "b"], "test_patients": ["d"]}]}'
+
+    def test_cases_are_read_by_fold(self, write):
+        other = {"a": "test", "b": "train", "c": "train", "d": "train"}
+        text = stamp_text([SPLIT, other])
+        assert read_split(write(text, "splits.json"), CASE_OF, fold=1) == other
+        trains = {case: "test" if part == "test" else "train" for case, part in SPLIT.items()}
+        assert read_split(write(text, "splits.json"), CASE_OF) == trains
+
+    def test_as_stamp_writes_it(self, write):
+        found = read_split(write(self.SPLITS, "splits.json"), CASE_OF)
+        assert found == {"a": "train", "b": "train", "d": "test"}
+        assert json.loads(stamp_text([found]))["splits"][0] == {
+            "train_patients": ["a", "b"], "test_patients": ["d"],
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("old", "new", "fold", "message"),
+        [
+            ("", "", 1, "it has 1 folds, from 0: fold 1 is not one"),
+            ('"d"', '"a"', 0, "case a is in train .* and test"),
+            ('"d"', '"z"', 0, "1 slides are not in the cohort: z"),
+            ("splits", "folds", 0, "no splits of STAMP .*splits.json"),
+            ("}]}", "", 0, "no splits of STAMP"),
+        ],
+    )
+    def test_what_it_cannot_be_is_said(self, old, new, fold, message, write):
+        with pytest.raises(SplitError, match=message):
+            read_split(write(self.SPLITS.replace(old, new), "splits.json"), CASE_OF, fold)
+
+
 def test_a_file_of_train_and_test_only(write):
     assert read_split(write(",train,test\n0,001,005\n1,003,\n"), CASE_OF) == {
         "a": "train", "b": "train", "d": "test",
@@ -107,7 +141,7 @@ def test_a_split_that_names_files_is_read(write):
         ("case_id\tslide_id\tfold_0\na\t001\ttrian\n", "row 2: 001 is in 'trian'"),
         (",train,val,test\n0,777,004,005\n", "1 slides are not in the cohort: 777"),
         ("case_id\tslide_id\tfold_0\na\t001\ttrain\na\t00", "row 3 is cut off"),
-        ("slide_id,label\n001,1\n", "Give a CLAM split .* or a Patho-Bench k=all.tsv .*fold_0"),
+        ("slide_id,label\n001,1\n", "Give a CLAM split .* a Patho-Bench k=all.tsv .*fold_0"),
         ("", "its columns are"),
     ],
 )

@@ -196,6 +196,21 @@ def test_a_sound_parquet_table_as_pandas_types_it(write, tmp_path):
     check_sound(read_cohort(tmp_path / "cohort.parquet"), tmp_path)
 
 
+@pytest.mark.parametrize("column", ["slide_id", "split"])
+def test_a_parquet_table_whose_index_is_a_column(write, tmp_path, column):
+    """pandas keeps what `set_index` took out of the columns apart."""
+    pandas = pytest.importorskip("pandas")
+    write(sound_table())
+    frame = pandas.read_csv(tmp_path / "cohort.csv").set_index(column)
+    frame.to_parquet(tmp_path / "cohort.parquet")
+    check_sound(read_cohort(tmp_path / "cohort.parquet"), tmp_path)
+
+
+def test_the_row_numbers_of_pandas_are_no_label(write, tmp_path):
+    numbered = [[str(number), *row] for number, row in enumerate(sound_table())]
+    check_sound(read_cohort(write(numbered, header=["Unnamed: 0", *HEADER])), tmp_path)
+
+
 def test_parquet_booleans_are_labels_and_ids_stay_text(write, tmp_path):
     pandas = pytest.importorskip("pandas")
     write([])

@@ -97,6 +97,44 @@ def test_a_list_of_the_profiled_makes_zeros_of_those_without_a_row(write, text):
     assert calls.count("EGFR", ["TCGA-05-0001", "TCGA-05-0006", "TCGA-05-0007"]) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("word", ["sequenced_samples", "sequenced samples"])
+def test_a_maf_that_names_the_sequenced_needs_no_list(write, word):
+    """cBioPortal's own MAFs begin so; without it, a case without a mutation is unknown."""
+    said = f"#{word}: TCGA-05-0001-01 TCGA-05-0006-01\tTCGA-05-0007-11\n"
+    calls = read_calls(write(said + MAF), {"EGFR": "nonsynonymous"})
+    assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1, "5": 0, "6": 0}
+    assert "names as sequenced" in calls.profiled
+
+
+def test_a_maf_that_r_wrote_has_quotes_round_all_text(write):
+    rows = MAF.partition("\n")[2]
+    quoted = "\n".join("\t".join(f'"{cell}"' for cell in row.split("\t"))
+                       for row in rows.splitlines())  # fmt: skip
+    rules = dict.fromkeys(["EGFR", "TERT"], "nonsynonymous")
+    assert read_calls(write(quoted + "\n"), rules).cases == read_calls(write(MAF), rules).cases
+
+
+def test_a_class_with_a_space_is_that_class(write):
+    spaced = MAF.replace("Missense_Mutation", "Missense Mutation")
+    assert spaced != MAF
+    rules = dict.fromkeys(["EGFR", "TERT"], "nonsynonymous")
+    assert read_calls(write(spaced), rules).cases == read_calls(write(MAF), rules).cases
+
+
+def test_alterations_across_samples_are_a_matrix_of_their_mutations(write):
+    """cBioPortal's download of a query; an amplification is no mutation."""
+    rows = [
+        "Study ID\tSample ID\tPatient ID\tAltered\tEGFR\tEGFR: MUT\tEGFR: AMP",
+        "luad\tTCGA-05-0001-01\tTCGA-05-0001\t1\tMUT: L858R;\tL858R\tno alteration",
+        "luad\tTCGA-05-0002-01\tTCGA-05-0002\t1\tAMP;\tno alteration\tAMP",
+        "luad\tTCGA-05-0003-01\tTCGA-05-0003\t0\tnot profiled\tnot profiled\tnot profiled",
+    ]
+    calls = read_calls(write("\n".join(rows) + "\n"), {"EGFR": "nonsynonymous"})
+    assert calls.kind == "cBioPortal matrix"
+    assert [calls.value(f"TCGA-05-000{n}", "EGFR") for n in (1, 2)] == [1.0, 0.0]
+    assert math.isnan(calls.value("TCGA-05-0003", "EGFR"))
+
+
 def test_a_matrix_says_who_was_profiled_gene_by_gene(write):
     calls = read_calls(write(MATRIX), dict.fromkeys(["EGFR", "KRAS", "STK11"], "nonsynonymous"))
     assert values(calls, "EGFR") == {"1": 1, "2": 0, "3": 1}

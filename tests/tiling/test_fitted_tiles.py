@@ -20,6 +20,8 @@ from tests.tiling.test_other_tools import CORNERS0, clam, trident
 
 LATTICE0 = np.stack(np.meshgrid(np.arange(0, 1400, 448), np.arange(0, 1000, 448)), -1)
 LATTICE0 = LATTICE0.reshape(-1, 2)[:4]
+INSIDE0 = LATTICE0[:3]
+FAR0 = np.array([[1400, 0], [0, 1100]])  # squares that reach over the slide's edges
 LEVEL0 = {"patch_level": 0, "downsample": (1.0, 1.0)}
 
 
@@ -94,8 +96,9 @@ def test_other_extents_are_refused(write, grid, slide, tmp_path):
 
 class TestCornersAlone:
     def test_as_far_apart_as_the_tiles_asked_for(self, slide, tmp_path):
-        index, note = index_from_coordinates(bare(tmp_path / "a.h5"), slide, Grid(224, 0.5))
-        np.testing.assert_array_equal(index.coords0, LATTICE0)
+        path = bare(tmp_path / "a.h5", INSIDE0)
+        index, note = index_from_coordinates(path, slide, Grid(224, 0.5))
+        np.testing.assert_array_equal(index.coords0, INSIDE0)
         assert (index.size0, index.grid, note) == (448, Grid(224, 0.5), "")
         assert index.origin.startswith("corners without a size: ")
 
@@ -116,3 +119,27 @@ def test_the_ledger_says_so_and_the_index_is_kept(coordinate_slide, tmp_path, ca
     index = read_index(index_path(tmp_path, grid, "a"), grid, tissue)
     np.testing.assert_array_equal(index.coords0, CORNERS0 + 32)
     assert index_cohort(rows, tmp_path, grid, tissue, progress=False)[0]["status"] == "kept"
+
+
+class TestOfOverlappingContours:
+    """CLAM lists a square once for each contour that it lies in."""
+
+    def test_a_square_listed_twice_is_one_tile(self, slide, tmp_path):
+        coords0 = np.concatenate([INSIDE0, INSIDE0[1:], INSIDE0[:1]])
+        path = clam(tmp_path / "a.h5", coords0, patch_size=448, **LEVEL0)
+        index, note = index_from_coordinates(path, slide, Grid(448, 0.25))
+        np.testing.assert_array_equal(index.coords0, INSIDE0)
+        assert note == "3 tiles are listed more than once and taken once"
+        assert len(index.tissue_fraction) == len(INSIDE0)
+
+    def test_no_word_where_each_is_listed_once(self, slide, tmp_path):
+        path = clam(tmp_path / "a.h5", INSIDE0, patch_size=448, **LEVEL0)
+        assert index_from_coordinates(path, slide, Grid(448, 0.25))[1] == ""
+
+
+def test_tiles_over_the_edge_are_white_and_named(slide, tmp_path):
+    coords0 = np.concatenate([INSIDE0, FAR0])
+    path = clam(tmp_path / "a.h5", coords0, patch_size=448, **LEVEL0)
+    index, note = index_from_coordinates(path, slide, Grid(448, 0.25))
+    assert note == "2 tiles reach over the slide's edge: white there, black in other tools"
+    assert (slide.read(1400, 0, index.grid)[:, 1531 - 1400 :] == 255).all()

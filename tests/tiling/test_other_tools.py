@@ -48,10 +48,10 @@ def trident(path, coords0=CORNERS0, **other):
     return path
 
 
-def clam(path, **other):
+def clam(path, coords0=CORNERS0, **other):
     attrs = {"patch_size": 224, "patch_level": 1, "downsample": (2.0, 2.0)} | other
     with h5py.File(path, "w") as file:
-        data = file.create_dataset("coords", data=CORNERS0.astype(np.int32))
+        data = file.create_dataset("coords", data=coords0.astype(np.int32))
         data.attrs.update({key: value for key, value in attrs.items() if value is not None})
     return path
 
