@@ -8,6 +8,7 @@
     probe.py           tapfm probe: how strongly a cohort's labels act on each block
     probe_figure.py    a probe's result for a part of the encoder, and its figure
     robustness.py      what adapting did to robustness: CKA, stain draws, RI and MaRI
+    site_leakage.py    how well slide embeddings tell sites, before and after
     drift.py           how far features have moved, by linear CKA
 
 Reads runs; trains no encoder, but for the probe's own small fit.

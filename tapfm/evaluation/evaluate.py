@@ -10,6 +10,7 @@ A run that saved its frozen control is compared with it; that verdict is printed
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tapfm.config_paths import with_absolute_paths
 from tapfm.data.datamodule import SlideData
 from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows, groups_of
 from tapfm.evaluation.robustness import with_robustness
+from tapfm.evaluation.site_leakage import site_leakage
 from tapfm.inference.heatmap import overlay_png
 from tapfm.inference.prediction import Prediction
 from tapfm.recipe.best_weights import BEST
@@ -81,6 +83,9 @@ def run_test(
     aurocs = {}
     for folder in folders:
         of_run, slides = evaluate_run(first, folder, split, device, features)
+        if of_run[-1].control and of_run[-1].choice["a"]:
+            leaked = site_leakage(of_run[1], of_run[0], groups["site"])
+            of_run[1] = replace(of_run[1], sites=leaked)
         if robustness and of_run[-1].control:
             control, own = of_run
             of_run = [control, with_robustness(first, folder, own, control, split, device)]

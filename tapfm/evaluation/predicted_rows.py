@@ -224,6 +224,7 @@ def result_row(
     """Return a row of the report from predictions of its split and of validation."""
     # None for the val split itself: thresholds are not judged on the split they were chosen on
     metrics, predictions, val = folder / "metrics.csv", of[split], of["val"]
+    embeddings = [each.embedding_E for each in predictions]
     return ResultRow(
         title,
         end_to_end=end_to_end,
@@ -235,6 +236,7 @@ def result_row(
         validation=None
         if split == "val" or not val
         else (np.stack([each.labels_K for each in val]), np.stack([each.probs_K for each in val])),
+        embeddings_NE=None if any(e is None for e in embeddings) else np.stack(embeddings),
     )
 
 

@@ -44,6 +44,8 @@ class Prediction:
     """The logits behind `probs_K`, for `pool_cases`."""
     tile_probs_TP: np.ndarray | None = None
     """Predicted numbers of each tile, as if the slide were that tile alone, where there are any."""
+    embedding_E: np.ndarray | None = None
+    """The bag's embedding; of a pooled case the mean of its slides'."""
 
 
 def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
@@ -62,6 +64,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         output.weights_T.cpu().numpy(),
         output.logits_K.cpu().numpy(),
         None if alone_TK is None else model.task.predict(alone_TK).cpu().numpy(),
+        output.embedding_E.detach().float().flatten().cpu().numpy(),
     )
 
 
@@ -90,9 +93,11 @@ def pool_cases(
         cases: rows of `slides.cohort.cases.group_by_case` with each case's targets; a case without
             a predicted slide is left out.
     """
-    logits = defaultdict(list)
+    logits, embeddings = defaultdict(list), defaultdict(list)
     for each in predictions:
         logits[each.case_id].append(torch.as_tensor(each.logits_K))
+        if each.embedding_E is not None:
+            embeddings[each.case_id].append(each.embedding_E)
     pooled = []
     for case in cases:
         if each := logits.get(case.case_id):
@@ -101,8 +106,11 @@ def pool_cases(
             known_K = np.array(case.labels, np.float32)
             predicted_K = task.predict(pooled_K).numpy()
             none = np.empty(0)  # a pooled case has no tile weights
+            own = embeddings[case.case_id]
+            mean_E = np.mean(own, 0) if own else None
+            name = case.case_id
             pooled.append(
-                Prediction(case.case_id, case.case_id, known_K, predicted_K, none, pooled_K.numpy())
+                Prediction(name, name, known_K, predicted_K, none, pooled_K.numpy(), mean_E)
             )
     return pooled
 

@@ -18,7 +18,8 @@ null. LABELS stands for an entry a label, and `macro`: the mean of those that it
 
     split, slides, cases, draws, seed, reference, skipped [{slide_id, reason}]
     verdicts [{run, row, control, figure, outcome, difference INTERVAL, choice, robustness,
-        sentence}], one for each adapted run, see `verdict`
+        sites {run, control, more INTERVAL; chance, slides, sites}, sentence}], one for each
+        adapted run, see `verdict`
     task {name, labels, ...}, see `tapfm.tasks`
     arms.<title>
         end_to_end

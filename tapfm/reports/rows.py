@@ -49,6 +49,10 @@ class ResultRow:
     """How much of an adapted run's change is saved: a, source, reason, curve; with a control."""
     robustness: Mapping[str, Any] | None = None
     """What adapting did to robustness, as `tapfm test --robustness` measures it."""
+    embeddings_NE: np.ndarray | None = None
+    """The embedding of each slide, where the row has them."""
+    sites: Mapping[str, Any] | None = None
+    """How well embeddings tell sites, of a run and its control, see `evaluation.site_leakage`."""
 
 
 def row_of_run(name: str, strategy: str | Mapping[str, Any]) -> tuple[str, bool]:

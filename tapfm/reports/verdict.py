@@ -41,7 +41,7 @@ def verdicts(
     Returns:
         For each: `run`, `row` and `control` (titles), `figure`, `outcome` (see `outcome_of`),
         `difference` (Interval), `choice` (a, source, reason, curve), `robustness` (None unless it
-        was measured) and `sentence`.
+        was measured), `sites` (of `evaluation.site_leakage`, or None) and `sentence`.
     """
     of_title, found = {row.title: row for row in rows}, []
     for row in rows:
@@ -51,6 +51,8 @@ def verdicts(
         name, title = row.title.removeprefix(END_TO_END), figure_name(task)
         outcome = outcome_of(gain, [row.choice["a"]])
         said = sentence(name, title, gain, draws, [row.choice])
+        if row.sites:
+            said += f" {sites_sentence(row.sites)}"
         if row.robustness:
             said += f" {robustness_sentence(title, outcome, row.robustness)}"
         found.append({
@@ -62,6 +64,7 @@ def verdicts(
             "difference": asdict(gain),
             "choice": dict(row.choice),
             "robustness": row.robustness,
+            "sites": row.sites,
             "sentence": said,
         })  # fmt: skip
     return found
@@ -138,3 +141,14 @@ def robustness_sentence(figure: str, outcome: str, facts: Mapping[str, Any]) -> 
     if lost and outcome == "gained":
         opening = "It gained and lost robustness"
     return f"{opening}: {'; '.join(parts)}."
+
+
+def sites_sentence(facts: Mapping[str, Any]) -> str:
+    """Return how well embeddings tell sites, in words; `facts` of `evaluation.site_leakage`."""
+    run, control, more = (Interval(**facts[kind]) for kind in ("run", "control", "more"))
+    opening = "It leaks sites" if more.low > 0 else "Sites"
+    return (
+        f"{opening}: embeddings tell the site of {span(run)} of the slides, the frozen encoder's "
+        f"of {span(control)}, {span(more, sign='+')} more (chance {facts['chance']:.2f}, "
+        f"{facts['sites']} sites, {facts['slides']} slides)."
+    )

@@ -1,6 +1,7 @@
 """`tapfm test` compares each adapted run with the frozen encoder that the run saved beside it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -81,7 +82,16 @@ def test_each_adapted_run_has_its_verdict(tested):
     )
 
 
-def test_the_verdicts_are_printed_first_and_robustness_beside_them(runs, tested, capsys):
+def two_sites(rows, kind):
+    """Return the two sites, x and y, of every case and slide by its number."""
+    names = {name for row in rows for name in (row.case_id, row.slide_id)}
+    return {name: "xy"[int(re.sub(r"\D", "", name)) % 2] for name in names}
+
+
+def test_the_verdicts_are_printed_first_and_robustness_beside_them(
+    runs, tested, capsys, monkeypatch
+):
+    monkeypatch.setattr("tapfm.evaluation.evaluate.groups_of", two_sites)
     assert main(["test", "--run", str(runs), "--overlays", "0", "--robustness"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     found = json.loads((runs / "report_test" / "metrics_test.json").read_text())["verdicts"]
@@ -98,3 +108,11 @@ def test_the_verdicts_are_printed_first_and_robustness_beside_them(runs, tested,
     assert more == pytest.approx(run - control)
     page = (runs / "report_test" / "report.html").read_text()
     assert "linear CKA to the frozen features" in page
+    assert tested["verdicts"][0]["sites"] is None, "the table has no sites"
+    sites = half["sites"]
+    assert (sites["sites"], sites["chance"]) == (2, 0.5)
+    assert sites["more"]["value"] == pytest.approx(
+        sites["run"]["value"] - sites["control"]["value"]
+    )
+    assert "embeddings tell the site of" in half["sentence"]
+    assert "site told by the nearest slides" in page

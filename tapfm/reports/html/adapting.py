@@ -35,6 +35,8 @@ def adapting(verdicts: Sequence[Mapping]) -> Iterator[str]:
         ])  # fmt: skip
         if facts := verdict.get("robustness"):
             yield robustness_table(verdict["figure"], facts)
+        if facts := verdict.get("sites"):
+            yield sites_table(facts)
 
 
 def robustness_table(figure: str, facts: Mapping) -> Html:
@@ -49,6 +51,14 @@ def robustness_table(figure: str, facts: Mapping) -> Html:
             rows.append([name, f"{own:.3f}", f"{frozen:.3f}", f"{own - frozen:+.3f}"])
     rows += [[what, why, "", ""] for what, why in facts["left_out"].items()]
     return table(["robustness", "adapted", "frozen", "difference"], rows)
+
+
+def sites_table(facts: Mapping) -> Html:
+    """Return how well embeddings tell sites, of the adapted and the frozen encoder."""
+    cells = [interval_cell(facts["run"]), interval_cell(facts["control"]),
+             interval_cell(facts["more"], sign="+")]  # fmt: skip
+    name = f"site told by the nearest slides' (chance {facts['chance']:.2f})"
+    return table(["slide embeddings", "adapted", "frozen", "difference"], [[name, *cells]])
 
 
 def curve_panel(run: str, choice: Mapping) -> Html:
