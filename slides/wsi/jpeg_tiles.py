@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 
 from slides.wsi.tiff_tags import JPEG_TABLES, directories
 
+ALONE = 2  # references to a tile that nobody else has: of a variable, and of the function asked
 CACHE_BYTES = 64 << 20  # for all slides of this process: holds one row of tiles of a large slide
 VENDORS = ("aperio", "generic-tiff")  # other formats overlap tiles or leave some out
 JPEG, RGB, YCBCR = 7, 2, 6  # TIFF's numbers
@@ -91,11 +93,12 @@ class JpegDecoder:
         self.odd = False
         self._descriptor = None
         self._number = next(_serial)
+        self._headers: dict[
+            bytes, tuple[bytes, bytes]
+        ] = {}  # of `Level.head`: tile's, and stream's
         reason = "" if vendor in VENDORS else f"the format is {vendor}"
         if not hasattr(os, "pread"):
             reason = "this system has no pread"
-        elif not reason and find_spec("simplejpeg") is None:
-            reason = "simplejpeg is not installed"
         found = [tags for tags, _ in directories(path) if TILE_WIDTH in tags] if not reason else []
         holes = False
         for number, size in enumerate(level_sizes):
@@ -135,17 +138,16 @@ class JpegDecoder:
         grid = self.levels[level]
         if grid is None:
             raise NotDirectError(self.why_not[level])
+        (row, y_t), (column, x_t) = divmod(y_r, grid.tile_height), divmod(x_r, grid.tile_width)
+        whole = not (x_t or y_t) and (width, height) == (grid.tile_width, grid.tile_height)
+        if whole and 0 <= x_r <= grid.width - width and 0 <= y_r <= grid.height - height:
+            return self._decode(grid, row * grid.columns + column)
         left, top = max(x_r, 0), max(y_r, 0)
         right, bottom = min(x_r + width, grid.width), min(y_r + height, grid.height)
         if left >= right or top >= bottom:
             return np.full((height, width, 3), 255, np.uint8)
         rows = range(top // grid.tile_height, -(-bottom // grid.tile_height))
         columns = range(left // grid.tile_width, -(-right // grid.tile_width))
-        if (x_r, y_r, width, height) == (
-            columns[0] * grid.tile_width, rows[0] * grid.tile_height,
-            grid.tile_width, grid.tile_height,
-        ) and (right, bottom) == (x_r + width, y_r + height):  # fmt: skip
-            return self._decode(grid, rows[0] * grid.columns + columns[0])
         inside = (right - left, bottom - top) == (width, height)
         out = np.empty((height, width, 3), np.uint8)
         if not inside:
@@ -164,14 +166,12 @@ class JpegDecoder:
         key = self._number, level, number
         tile = _cache.get(key)
         if tile is None:
-            tile = self._decode(grid, number)
+            tile = self._decode(grid, number, _cache.spare(grid.tile_width * grid.tile_height * 3))
             _cache.put(key, tile)
         return tile
 
-    def _decode(self, grid: Level, number: int) -> np.ndarray:
-        """Return one decoded tile, (tile_height, tile_width, 3) uint8."""
-        import simplejpeg
-
+    def _decode(self, grid: Level, number: int, into: np.ndarray | None = None) -> np.ndarray:
+        """Return one decoded tile, (tile_height, tile_width, 3) uint8; `into` is memory for it."""
         count = int(grid.counts[number])
         if count > MAX_SIDE**2 * 3:
             raise NotDirectError(f"a tile of {count} bytes")
@@ -179,13 +179,21 @@ class JpegDecoder:
             data = os.pread(self._descriptor, count, int(grid.offsets[number]))
             if len(data) != count:
                 raise NotDirectError("the file ends within a tile")
-            stream = _stream(grid.head, data, grid.tile_width, grid.tile_height)
-            tile = simplejpeg.decode_jpeg(stream)
+            tile = simplejpeg.decode_jpeg(self._stream(grid, data), buffer=into)
         except (OSError, OverflowError, ValueError) as error:
             raise NotDirectError(str(error)) from error
         if tile.shape != (grid.tile_height, grid.tile_width, 3):
             raise NotDirectError(f"a tile came as {tile.shape}")
         return tile
+
+    def _stream(self, grid: Level, data: bytes) -> bytes:
+        """Return a tile's whole JPEG stream; the headers of a level's tiles are mostly the same."""
+        known = self._headers.get(grid.head)
+        if known and data.startswith(known[0]):
+            return known[1] + data[len(known[0]) :]
+        stream, own = _stream(grid.head, data, grid.tile_width, grid.tile_height)
+        self._headers[grid.head] = data[:own], stream[: len(stream) - len(data) + own]
+        return stream
 
 
 class TileCache:
@@ -193,10 +201,12 @@ class TileCache:
 
     Args:
         limit: Bytes of tiles that are kept.
+        reuse: Keep the memory of dropped tiles for `spare`, one tile's more than the limit: new
+            memory can cost as much as decoding a tile.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
+    def __init__(self, limit: int, reuse: bool = False):
+        self.limit, self.reuse = limit, reuse
         self.clear()
         if hasattr(os, "register_at_fork"):  # another thread may own the lock as the process forks
             os.register_at_fork(after_in_child=self.clear)
@@ -204,6 +214,7 @@ class TileCache:
     def clear(self) -> None:
         """Drop all tiles."""
         self.tiles: dict[tuple, np.ndarray] = {}
+        self.spares: list[np.ndarray] = []
         self.bytes = 0
         self.lock = threading.Lock()
 
@@ -221,16 +232,33 @@ class TileCache:
             self.bytes += tile.nbytes - (self.tiles[key].nbytes if key in self.tiles else 0)
             self.tiles[key] = tile
             while self.bytes > self.limit and self.tiles:
-                self.bytes -= self.tiles.pop(next(iter(self.tiles))).nbytes
+                self._drop(next(iter(self.tiles)))
+
+    def spare(self, size: int) -> np.ndarray | None:
+        """Return memory of `size` bytes that was a tile's, (size,) uint8; None if there is none."""
+        with self.lock:
+            if self.spares and self.spares[-1].nbytes == size:
+                return self.spares.pop()
+            self.spares.clear()  # of tiles of another size
+            return None
+
+    def _drop(self, key: tuple) -> None:
+        tile = self.tiles.pop(key)
+        self.bytes -= tile.nbytes
+        waiting = sum(each.nbytes for each in self.spares[:1]) * len(self.spares)
+        if not self.reuse or self.bytes + waiting > self.limit:
+            return
+        if tile.flags.c_contiguous and sys.getrefcount(tile) == ALONE:
+            self.spares.append(tile.reshape(-1))
 
     def forget(self, number: int) -> None:
         """Drop the tiles of a file."""
         with self.lock:
             for key in [key for key in self.tiles if key[0] == number]:
-                self.bytes -= self.tiles.pop(key).nbytes
+                self._drop(key)
 
 
-_cache, _serial = TileCache(CACHE_BYTES), itertools.count()
+_cache, _serial = TileCache(CACHE_BYTES, reuse=True), itertools.count()
 
 
 def _one(tags: dict[int, np.ndarray], tag: int, default: int = 0) -> int:
@@ -282,8 +310,8 @@ def _tables(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _stream(head: bytes, data: bytes, width: int, height: int) -> bytes:
-    """Return a tile's JPEG stream with the TIFF's tables and colour space inserted."""
+def _stream(head: bytes, data: bytes, width: int, height: int) -> tuple[bytes, int]:
+    """Return a tile's JPEG stream with tables and colour space, and the length of its headers."""
     if data[:2] != b"\xff\xd8":
         raise NotDirectError("a tile is no JPEG")
     parts, at, kept = [head], 2, 2
@@ -297,7 +325,7 @@ def _stream(head: bytes, data: bytes, width: int, height: int) -> bytes:
             if size != (width, height) or data[at + 9 : at + 10] != b"\x03":
                 raise NotDirectError(f"a tile's JPEG is {size[0]} x {size[1]}")
         elif marker == SOS:
-            return b"".join([*parts, data[kept:]])
+            return b"".join([*parts, data[kept:]]), at
         at = end
 
 

@@ -147,6 +147,9 @@ class Levels:
         Raises:
             UnreadableRegionError: it cannot be decoded.
         """
+        if not level and 0 in self._proven and self._direct is not None:  # nearly every tile
+            with contextlib.suppress(NotDirectError):  # then with the reason, below
+                return self._direct.pixels(0, x0, y0, width_r, height_r)
         rgb = self._pixels(x0, y0, level, width_r, height_r)
         ds = self.facts.level_downsamples[level] if level else 1.0
         if level and ds != self.facts.stated_downsamples[level]:  # beyond the slide is padding

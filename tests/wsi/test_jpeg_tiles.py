@@ -5,6 +5,7 @@ sides are libjpeg-turbo with the same transform and upsampling, and stitching co
 files fall back with one warning, and then the pixels are OpenSlide's by construction.
 """
 
+import io
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from slides.errors import SlideError
 from slides.grid import Grid
@@ -309,6 +311,45 @@ class TestHandle:
                 held = sum(tile.nbytes for tile in direct._cache.tiles.values())
                 assert 0 < held == direct._cache.bytes <= direct._cache.limit
         assert direct._cache.bytes == 0 == len(direct._cache.tiles)
+
+    def test_memory_that_is_used_again_is_nobodys(self, shared_tiff, monkeypatch):
+        """Three tiles fit in the cache, so each read of two threads takes another tile's memory."""
+        monkeypatch.setattr(direct._cache, "limit", 3 * 96 * 80 * 3)
+        direct._cache.clear()
+        taken, spare = [], direct._cache.spare
+        monkeypatch.setattr(
+            direct._cache, "spare", lambda size: taken.append(spare(size)) or taken[-1]
+        )
+        corners = [(x, y) for x in range(0, 600, 37) for y in range(0, 300, 41)]
+        with Slide(shared_tiff) as slide, Slide(shared_tiff, direct=False) as reference:
+            truth = [reference.levels.pixels(*c, 0, 64, 64) for c in corners]
+            kept = [slide.levels.pixels(*c, 0, 64, 64) for c in corners]
+            with ThreadPoolExecutor(4) as pool:
+                both = list(pool.map(lambda c: slide.levels.pixels(*c, 0, 64, 64), corners * 3))
+        for n, tile in enumerate([*kept, *both]):
+            np.testing.assert_array_equal(tile, truth[n % len(truth)])
+        again = [each for each in taken if each is not None]
+        assert len(again) > 100
+        assert not any(np.shares_memory(each, tile) for each in again[:20] for tile in kept[:50])
+        held = direct._cache.bytes + sum(each.nbytes for each in direct._cache.spares)
+        assert held <= direct._cache.limit + 96 * 80 * 3
+
+    def test_tiles_with_headers_of_their_own(self, tmp_path):
+        """Tables within the tiles, of two qualities: a header that is known is not each tile's."""
+
+        def other(number, data):
+            image = Image.open(io.BytesIO(data))
+            file = io.BytesIO()
+            image.save(file, "jpeg", quality=40 if number % 3 else 85, subsampling="4:2:0")
+            return file.getvalue()
+
+        path = jpeg_tiff(tmp_path / "a.tif", damage=other)
+        with Slide(path) as fast, Slide(path, direct=False) as slow:
+            for x0, y0 in ((0, 0), (80, 96), (160, 96), (240, 96), (33, 50), (400, 200)):
+                for width, height in ((80, 96), (150, 120)):
+                    regions = [s.levels.pixels(x0, y0, 0, width, height) for s in (fast, slow)]
+                    np.testing.assert_array_equal(*regions)
+            assert fast.decoders[0] == "direct"
 
     def test_tiles_handed_out_are_the_callers_to_write(self, shared_tiff):
         with Slide(shared_tiff) as slide:
