@@ -1,4 +1,4 @@
-"""Verbs that read slides: `index`, `predict`, `heatmap`, `features`, `histaug`, `view`, `export`."""
+"""Verbs that read slides: index, predict, heatmap, features, histaug, view, export."""
 
 from __future__ import annotations
 
