@@ -330,8 +330,7 @@ COLUMNS: dict[str, type[Columns]] = {
     "expression": Numbers,
     "survival": Times,
 }
-"""Task -> how its columns are read. Fields of a kind that have no default are columns that the
-task's options name."""
+"""Task -> how its columns are read. The task's options name a kind's fields without default."""
 
 
 def named_columns(task: str) -> list[str]:
@@ -357,5 +356,5 @@ def make_columns(task: str | Mapping[str, Any]) -> Columns:
     if not all(isinstance(options.get(key), str) for key in wanted):
         each = ", ".join(f"{key}: COLUMN" for key in wanted)
         raise CohortError(f"data.task {name} needs its columns: {{name: {name}, {each}}}")
-    there = [field.name for field in fields(COLUMNS[name]) if field.name in options]
-    return COLUMNS[name](**{key: options[key] for key in there})
+    own = {field.name for field in fields(COLUMNS[name])}
+    return COLUMNS[name](**{key: options[key] for key in options if key in own})
