@@ -174,12 +174,12 @@ def tiles_of(shown: Shown, names: tuple[str, ...]) -> dict[str, Any]:
     effective = effective_tiles(weights_T)
     by_name = {}
     if predicted_TP is not None:
-        by_name = {k: [short(v) for v in predicted_TP[:, n]] for n, k in enumerate(names)}
+        by_name = {k: shortened(predicted_TP[:, n]) for n, k in enumerate(names)}
     return {
         "x": coords0[:, 0].tolist(),
         "y": coords0[:, 1].tolist(),
         "side": size0,
-        "weights": [short(value) for value in weights_T],
+        "weights": shortened(weights_T),
         "predictions": by_name,
         "effective": short(effective),
         "flat": bool(effective > FLAT * len(weights_T)) and len(weights_T) > 1,
@@ -189,6 +189,11 @@ def tiles_of(shown: Shown, names: tuple[str, ...]) -> dict[str, Any]:
 def short(value: float) -> float:
     """Return a number to four digits, as JSON writes it shortest."""
     return float(f"{value:.4g}")
+
+
+def shortened(values_T: np.ndarray) -> list[float]:
+    """Return numbers to four digits."""
+    return np.char.mod("%.4g", values_T).astype(float).tolist()
 
 
 def as_script(call: str, *values: Any) -> str:

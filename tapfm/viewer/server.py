@@ -2,7 +2,8 @@
 
     /                              the page; /page/... its script and style
     /run.js                        the run: its slides, by error
-    /slides/N/slide.js             a slide: size, tiles, weights, predictions
+    /slides/N/slide.js             a slide: size and resolution
+    /slides/N/tiles.js             its tiles: corners, weights, predictions
     /slides/N/zoom/L/X_Y.jpg       a deep zoom tile
     /slides/N/tile/T.jpg           the picture of one tile
 
@@ -63,13 +64,21 @@ class Slides:
             self.tiles = {number: tiles_of(contents.slides[number], contents.predictions)}
         return self.tiles[number]
 
-    def script(self, number: int) -> str:
-        """Return what the page needs of a slide, or the reason why it cannot be shown."""
+    def slide(self, number: int) -> str:
+        """Return what the page needs to paint a slide, or the reason why it cannot."""
         try:
             facts = asdict(self.pyramid(number).facts())
-            return as_script("view.receive", number, {**facts, **self.of(number)})
-        except (SlideError, SettingsError) as error:
-            return as_script("view.receive", number, {"fault": str(error)})
+        except SlideError as error:
+            facts = {"fault": str(error)}
+        return as_script("view.receive", number, facts)
+
+    def weighed(self, number: int) -> str:
+        """Return the tiles of a slide, or the reason why there are none."""
+        try:
+            found = self.of(number)
+        except SettingsError as error:
+            found = {"fault": str(error)}
+        return as_script("view.tiles", number, found)
 
 
 def make_app(contents: Contents):
@@ -120,7 +129,8 @@ def make_app(contents: Contents):
     routes = [
         Route("/", guarded(lambda: index, "text/html")),
         Route("/run.js", guarded(lambda: run, script)),
-        Route(f"{at}/slide.js", guarded(slides.script, script)),
+        Route(f"{at}/slide.js", guarded(slides.slide, script)),
+        Route(f"{at}/tiles.js", guarded(slides.weighed, script)),
         Route(f"{at}/zoom/{{level:int}}/{{column:int}}_{{row:int}}.jpg", guarded(zoom, picture)),
         Route(f"{at}/tile/{{tile:int}}.jpg", guarded(single, picture)),
         Mount("/page", StaticFiles(directory=str(page))),

@@ -1,7 +1,7 @@
 """The page of `tapfm view` as files, to be sent and opened without a server.
 
     index.html, page/, run.js               as the server gives them
-    slides/N/slide.js, slides/N/zoom/...    each slide, up to a longest side
+    slides/N/*.js, slides/N/zoom/...        each slide, up to a longest side
     slides/N/tile/T.jpg                     its heaviest tiles, as they were read
 
 Price: 2 to 5 MB a slide at 4096 pixels.
@@ -60,7 +60,8 @@ def _write_slide(contents: Contents, number: int, folder: Path, side: int) -> No
         tiles = tiles_of(contents.slides[number], contents.predictions)
         level = pyramid.level_within(side)
         _write_pictures(pyramid, tiles, level, folder)
-        found = {**asdict(pyramid.facts(level)), **tiles}
+        write_text(folder / "tiles.js", as_script("view.tiles", number, tiles))
+        found = asdict(pyramid.facts(level))
     except (SlideError, SettingsError, OpenSlideError) as error:
         found = {"fault": str(error)}
     write_text(folder / "slide.js", as_script("view.receive", number, found))

@@ -80,7 +80,7 @@ def wait(browser, what):
 
 def shown(browser, url):
     browser.open(url)
-    wait(browser, "view.state().drawn")
+    wait(browser, "view.state().drawn && view.state().tiles === 72")
 
 
 def click(browser, x, y):
@@ -125,7 +125,7 @@ def test_the_next_slide_by_error_and_one_that_cannot_be_opened(browser, address,
                                                    "s08", "s09", "s10", "s11", "s05"]  # fmt: skip
     assert order[-1] == "s05 (error unknown)"
     browser.ask("document.getElementById('next').click()")
-    wait(browser, "view.state().number === 1 && view.state().drawn")
+    wait(browser, "view.state().number === 1 && view.state().drawn && view.state().tiles")
     assert browser.ask("document.getElementById('name').textContent") == "s01"
     path = read_contents(run, "test").slides[2].path
     away = path.with_suffix(".away")
@@ -143,7 +143,7 @@ def test_the_next_slide_by_error_and_one_that_cannot_be_opened(browser, address,
 @pytest.mark.parametrize("dark", [False, True])
 def test_legible_also_on_a_phone(browser, address, dark):
     browser.open(address, width=400, height=800, dark=dark)
-    wait(browser, "view.state().drawn")
+    wait(browser, "view.state().drawn && view.state().tiles")
     assert browser.ask(WIDTH) == 400
     assert browser.ask(SMALL) == []
     assert browser.ask(FAINT) == []

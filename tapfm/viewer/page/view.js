@@ -1,5 +1,5 @@
 "use strict";
-// The page of `tapfm view`. Data come as scripts (run.js, slides/N/slide.js), so that the same page
+// The page of `tapfm view`. Data come as scripts (run.js, slides/N/*.js), so that the same page
 // works from a server and from files, where a browser lets no page fetch.
 const view = (() => {
   const at = (id) => document.getElementById(id);
@@ -19,17 +19,16 @@ const view = (() => {
     if (typeof value !== "number") return value === "" ? "unknown" : String(value);
     return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(2) : String(value);
   };
-  const rows = (table, pairs) => {
-    table.replaceChildren(...pairs.map(([name, value]) => {
-      const row = document.createElement("tr"), head = document.createElement("th");
-      head.scope = "row";
-      head.textContent = name;
-      const cell = document.createElement("td");
-      cell.textContent = text(value);
-      row.append(head, cell);
-      return row;
-    }));
+  const row = (name, value) => {
+    const made = document.createElement("tr"), head = document.createElement("th");
+    head.scope = "row";
+    head.textContent = name;
+    const cell = document.createElement("td");
+    cell.textContent = text(value);
+    made.append(head, cell);
+    return made;
   };
+  const rows = (table, pairs) => table.replaceChildren(...pairs.map((each) => row(...each)));
   const load = (source) => {
     const script = document.createElement("script");
     script.src = source;
@@ -80,17 +79,28 @@ const view = (() => {
     at("top").replaceChildren();
     if (deep) deep.destroy();
     deep = null;
-    slide = found.fault ? null : found;
+    slide = null;
     draw();
     at("flat").hidden = true;
-    if (!slide) return rows(at("facts"), shown);
-    const count = slide.weights.length;
-    rows(at("facts"), [...shown, ["tiles", count], ["effective tiles", slide.effective]]);
+    rows(at("facts"), shown);
+    if (found.fault) return;
+    slide = { ...found, x: [], y: [], weights: [], predictions: {}, side: 0 };
+    zoomable();  // painted before its tiles are there
+    load(`slides/${n}/tiles.js`);
+  }
+
+  function tiles(n, found) {
+    if (n !== number || !slide) return;
+    if (found.fault) return fault(found.fault);
+    Object.assign(slide, found);
+    for (const each of [["tiles", slide.weights.length], ["effective tiles", slide.effective]]) {
+      at("facts").append(row(...each));
+    }
     at("flat").hidden = !slide.flat;
     at("flat").textContent = "All tiles weigh nearly the same: the colours show small differences.";
     layers();
     tops();
-    zoomable();
+    draw();
   }
 
   function layers() {
@@ -108,7 +118,7 @@ const view = (() => {
   // values of the layer that is shown, and the ends of its colours
   function layer() {
     const name = at("which").value;
-    if (!slide || name === "none") return null;
+    if (!slide || !slide.weights.length || name === "none") return null;
     if (name === "tile weight") {
       const count = slide.weights.length, values = slide.weights.map((w) => w * count);
       return { name, values, low: 0, high: Math.max(...ends(values)), veil: true };
@@ -310,8 +320,8 @@ const view = (() => {
     if (event.key === "p") open(number - 1);
   });
   window.addEventListener("resize", draw);
-  // for tests: the slide that is painted, and how far it is zoomed
-  const state = () => ({ number, drawn, chosen, zoom: deep ? deep.viewport.getZoom(true) : 0 });
-  return { start, receive, state, begin: () => load("run.js") };
+  // for tests: whether the slide is painted and its tiles are there, and how far it is zoomed
+  const state = () => ({ number, drawn, chosen, tiles: slide ? slide.x.length : 0, zoom: deep ? deep.viewport.getZoom(true) : 0 });
+  return { start, receive, tiles, state, begin: () => load("run.js") };
 })();
 view.begin();
