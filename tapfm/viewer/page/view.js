@@ -7,7 +7,7 @@ const view = (() => {
   // viridis, as the report's pictures: even steps of lightness
   const STOPS = [[68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142],
     [31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 222, 44], [253, 231, 37]];
-  let run, slide, number = -1, chosen = -1, deep, drawn = false;
+  let run, slide, number = -1, chosen = -1, deep, drawn = 0;  // drawn: ms from the page's start
 
   const colour = (share) => {
     const place = Math.min(1, Math.max(0, share)) * (STOPS.length - 1);
@@ -57,7 +57,7 @@ const view = (() => {
   function open(n) {
     if (n < 0 || n >= run.slides.length || n === number) return;
     number = n;
-    drawn = false;
+    drawn = 0;
     at("slide").value = n;
     at("previous").disabled = n === 0;
     at("next").disabled = n === run.slides.length - 1;
@@ -67,7 +67,6 @@ const view = (() => {
   function receive(n, found) {
     if (n !== number) return;  // another was asked for meanwhile
     chosen = -1;
-    drawn = false;
     const facts = run.slides[n];
     at("name").textContent = facts.id;
     const of = (kind, values) => Object.entries(values).map(([k, v]) => [`${kind} ${k}`, v]);
@@ -85,8 +84,7 @@ const view = (() => {
     rows(at("facts"), shown);
     if (found.fault) return;
     slide = { ...found, x: [], y: [], weights: [], predictions: {}, side: 0 };
-    zoomable();  // painted before its tiles are there
-    load(`slides/${n}/tiles.js`);
+    zoomable();
   }
 
   function tiles(n, found) {
@@ -158,6 +156,7 @@ const view = (() => {
       crossOriginPolicy: false,
       animationTime: 0.4,
       immediateRender: true,
+      imageLoaderLimit: 4,  // the coarse pictures first, which is what is seen
       maxZoomPixelRatio: 4,
       visibilityRatio: 0.5,
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
@@ -172,7 +171,11 @@ const view = (() => {
       },
     });
     for (const event of ["update-viewport", "open", "resize"]) deep.addHandler(event, draw);
-    deep.addOnceHandler("tile-drawn", () => { drawn = true; });
+    deep.addOnceHandler("tile-drawn", () => {  // the picture first, then its tiles
+      drawn = performance.now();
+      load(`slides/${here}/tiles.js`);
+    });
+    deep.addOnceHandler("tile-load-failed", () => { if (!drawn) load(`slides/${here}/tiles.js`); });
     deep.addHandler("canvas-click", (event) => {
       if (!event.quick) return;
       const place = deep.viewport.viewportToImageCoordinates(
