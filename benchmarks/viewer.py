@@ -3,8 +3,9 @@
     python -m benchmarks.viewer [--out FOLDER]
 
 The slide is a pyramid of 512 px JPEG tiles (0.25 microns per pixel), the same few tiles over and
-over; 34,000 tiles of the model on it. A real Chromium opens the page of a server just started;
-times are from the start of the navigation to the first deep zoom tile drawn, by the browser's clock. Rows go to results/viewer.csv.
+over; 40,000 tiles of the model on it. A real Chromium opens the page of a server just started;
+times are from the start of the navigation to the first deep zoom tile drawn, by the browser's
+clock. The row goes to results/viewer.csv.
 """
 
 from __future__ import annotations
