@@ -17,6 +17,7 @@ Packages in the order of a run; each lists its files in its own docstring:
     stats/           figures with intervals
     reports/         what runs said: tables, pictures, one page
     planning/        what fits on which card, and whether this installation is sound
+    preflight/       what can go wrong with a run, before it
     tile_training/   training on labelled tiles
     pathpt/          tiles named by learned prompts, from few slides
     verbs/           the command line's flags, and what is done with them

@@ -18,6 +18,7 @@ VERBS = {
     "labels": (cohorts.labels, "a table of labels, or a cohort, from mutation data"),
     "split": (cohorts.split, "deal a cohort's cases anew: folds, repeats, sites"),
     "index": (reading.index, "find the tissue tiles of a cohort or of slides"),
+    "check": (training.check, "all that can go wrong with a run, on one page, before it"),
     "plan": (training.plan, "what fits on a GPU, before the run"),
     "probe": (training.probe, "which blocks a cohort's labels pull at: n for last_n"),
     "fit": (None, "train; `tapfm fit --help` lists every key"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from slides.cohort.table import read_cohort
+from slides.cohort.table import Cohort, read_cohort
 from slides.errors import SettingsError
 from slides.streaming.settings import Source, TileSettings
 from slides.streaming.stain import METHODS
@@ -35,33 +35,56 @@ def read_source(configs: Sequence[Path]) -> Source:
     tiles = _keys(data.get("tiles"), where)
     tissue = _keys(tiles.pop("tissue", None), f"{where}.tissue")
     faults += [*_faults(Tissue, tissue, f"{where}.tissue"), *_faults(TileSettings, tiles, where)]
-    folder, cache, stain = (data.get(key) for key in ("slides_dir", "cache_dir", "stain"))
+    stain = data.get("stain")
     if stain not in (None, *METHODS):
         faults.append(f"data.stain: {stain!r} is none of {', '.join(METHODS)}, nor null")
-    labels, on_error = data.get("labels"), data.get("on_error", "stop")
+    on_error = data.get("on_error", "stop")
     for key in ("labels", "missing"):
         if not isinstance(data.get(key, []), list | None):
             faults.append(f"data.{key}: {data[key]!r} is no list: write [{data[key]}]")
+    for key in ("columns", "values"):
+        if not isinstance(data.get(key) or {}, Mapping):
+            faults.append(f"data.{key}: {data[key]!r} is not lines of `name: value`")
     if on_error not in ("stop", "skip"):
         faults.append(f"data.on_error: {on_error!r} is neither stop nor skip")
     workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
     faults += _no_numbers({"workers": workers, "cache_gb": cache_gb or 0}, "data")
     refuse(faults, ", ".join(map(str, configs)))
+    return source_of_data({**data, "workers": workers, "on_error": on_error}, read_cohort_of(data))
+
+
+def read_cohort_of(data: Mapping[str, Any]) -> Cohort:
+    """Return the cohort that the keys of `data` name.
+
+    Raises:
+        CohortError: all the faults of the table.
+    """
+    folder = data.get("slides_dir")
+    return read_cohort(
+        Path(data["table"]),
+        data.get("labels"),
+        folder and Path(folder),
+        task=data.get("task") or "multilabel",
+        need_slides=not data.get("features_dir"),
+        missing=data.get("missing") or (),
+        names=data.get("columns"),
+        values=data.get("values"),
+    )
+
+
+def source_of_data(data: Mapping[str, Any], cohort: Cohort) -> Source:
+    """Return a cohort's slides with the tiles that the keys of `data` ask for."""
+    tiles, cache = dict(data.get("tiles") or {}), data.get("cache_dir")
+    tissue = Tissue(**(tiles.pop("tissue", None) or {}))
     return Source(
-        read_cohort(
-            Path(data["table"]),
-            labels,
-            folder and Path(folder),
-            task=data.get("task") or "multilabel",
-            missing=data.get("missing") or (),
-        ).rows,
+        cohort.rows,
         Path(data.get("index_dir", "data/index")),
         Path(cache) if cache else None,
-        TileSettings(**tiles, tissue=Tissue(**tissue)),
-        on_error,
-        int(workers),
-        stain,
-        cache_gb,
+        TileSettings(**tiles, tissue=tissue),
+        data.get("on_error", "stop"),
+        int(data.get("workers", 2)),
+        data.get("stain"),
+        data.get("cache_gb"),
     )
 
 

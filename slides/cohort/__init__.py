@@ -2,6 +2,7 @@
 
     table.py           reads the cohort table; lists all its faults at once
     table_file.py      the file of a table, as programs write it, to rows of text
+    mending.py         mends a table: names of columns, words, paths; `tapfm check --fix`
     leaks.py           one patient or one picture in two parts
     counts.py          cases, slides and label values of each split
     cases.py           a patient's slides as one bag

@@ -11,7 +11,8 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from slides.cohort.tcga_names import case_of
 
@@ -25,6 +26,17 @@ MISSING = frozenset({
 """Words for unknown, as `_word` spells them, of the GDC, cBioPortal, pandas, R and spreadsheets."""
 UNSEEN = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))  # no width: dropped
 DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2212"), "-")
+
+
+POSITIVE = frozenset({
+    "yes", "y", "true", "t", "positive", "pos", "+", "mut", "mutated", "mutant", "mutation", "mt",
+    "altered", "present", "high", "detected",
+})  # fmt: skip
+NEGATIVE = frozenset({
+    "no", "n", "false", "f", "negative", "neg", "-", "wt", "wildtype", "wild type", "wild-type",
+    "wild", "unaltered", "absent", "low", "not detected", "not mutated",
+})  # fmt: skip
+"""Words that may stand for 1 and 0 in a binary column; taken for them only if the user says so."""
 
 
 def tidy(text: str) -> str:
@@ -43,6 +55,65 @@ def missing_words(more: Iterable[str] = ()) -> frozenset[str]:
 def is_missing(text: str, words: Collection[str] = MISSING) -> bool:
     """Return whether a cell says that its value is unknown: blank, a dash, `[Not Available]`."""
     return not text.strip("-.?'\"# \u2013\u2014") or _word(text) in words
+
+
+def guess_values(texts: Iterable[str]) -> dict[str, int]:
+    """Return what words for 1 and 0 seem to mean, `{mut: 1, wt: 0}`; nothing if one is unknown.
+
+    Both sides must be there, in words or as 1 and 0.
+    """
+    meant = {}
+    for text in texts:
+        word, value = text.casefold(), read_number(text)
+        if value in (0, 1):
+            meant[text] = int(value)
+        elif word in POSITIVE or word in NEGATIVE:
+            meant[text] = int(word in POSITIVE)
+        else:
+            return {}
+    words = {text: value for text, value in meant.items() if read_number(text) is None}
+    return words if words and set(meant.values()) == {0, 1} else {}
+
+
+def word_fault(name: str, texts: Iterable[str]) -> list[str]:
+    """Return a fault of a column of nothing but words for 1 and 0, with what to write, or none."""
+    texts = list(texts)
+    if any(read_number(text) is not None for text in texts):
+        return []
+    meant = ", ".join(f"{word!r}: {value}" for word, value in guess_values(texts).items())
+    return [
+        f"column {name!r} is in words: if they mean so, write data.values: {{{meant}}}, or have "
+        "`tapfm check --fix` write a table of 1 and 0"
+    ] * bool(meant)
+
+
+def value_reader(values: Mapping[Any, Any] | None) -> Callable[[str, str], str]:
+    """Return a function of a label column's name and a cell's text: the text that is meant.
+
+    Args:
+        values: words of all label columns, `{mut: 1, wt: 0}`, or by column, `{EGFR: {mut: 1}}`.
+            None or blank means unknown. YAML reads `yes` and `no` as true and false.
+    """
+    every = {key: value for key, value in (values or {}).items() if not isinstance(value, Mapping)}
+    named = {tidy(str(key)): _by_word(value) for key, value in (values or {}).items()
+             if isinstance(value, Mapping)}  # fmt: skip
+    shared = _by_word(every)
+
+    def meant(name: str, text: str) -> str:
+        word = text.casefold()
+        return named.get(name, {}).get(word, shared.get(word, text))
+
+    return meant
+
+
+def _by_word(values: Mapping[Any, Any]) -> dict[str, str]:
+    found = {}
+    for key, value in values.items():
+        text = "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
+        keys = [key] if not isinstance(key, bool) else ["yes", "y", "true", "on"] if key else [
+            "no", "n", "false", "off"]  # fmt: skip
+        found |= {tidy(str(each)).casefold(): text for each in keys}
+    return found
 
 
 def read_number(text: str) -> float | None:

@@ -17,23 +17,33 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slides.cohort.counts import Tally
 from slides.cohort.leaks import cases_in_two_splits, repeated_values, same_pictures
-from slides.cohort.spelling import is_missing, missing_words, read_number
-from slides.cohort.table_file import file_at, read_table, repeated_columns
+from slides.cohort.spelling import is_missing, missing_words, read_number, value_reader
+from slides.cohort.table_file import file_at, like, read_table, repeated_columns
 from slides.cohort.targets import Cells, Columns, Labels, make_columns
-from slides.errors import CohortError, SettingsError, all_faults, some
+from slides.errors import CohortError, SettingsError, all_faults, some, some_rows
 from slides.grid import MPP_RANGE
 from slides.wsi.slide_file import slide_file
 
 SPLITS = ("train", "val", "test")
+FEW_LOST = 3  # missing slides that are listed one by one
 REQUIRED = ("case_id", "slide_id", "slide_path", "split")
 OPTIONAL = ("mpp", "stain", "site")
+SPLIT_WORDS = {"training": "train", "validation": "val", "valid": "val", "testing": "test",
+               **{name: name for name in SPLITS}}  # fmt: skip
+LIKE = {  # required column -> other names of it, as `like` spells them
+    "case_id": {"patientid", "patient", "case", "subject", "subjectid", "participant", "pid",
+                "casesubmitterid", "bcrpatientbarcode", "patientbarcode", "caseno"},
+    "slide_id": {"slide", "slidename", "imageid", "image", "wsi", "wsiid", "slideno"},
+    "slide_path": {"path", "file", "filename", "filepath", "imagepath", "slidefile", "wsipath"},
+    "split": {"set", "partition", "dataset", "subset", "cohort", "part"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,11 +126,13 @@ def read_cohort(
     task: str | Mapping[str, Any] = "multilabel",
     need_slides: bool = True,
     missing: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
+    values: Mapping[Any, Any] | None = None,
 ) -> Cohort:
-    """Return the cohort of a CSV, TSV or Parquet table; a faulty table is refused.
+    """Return the cohort of a table; a faulty table is refused.
 
     Args:
-        table: the file, .csv, .tsv or .parquet.
+        table: the file: .csv, .tsv, .xlsx, .parquet.
         labels: the label columns, in this order; None takes every column except `REQUIRED` and
             `OPTIONAL`.
         slides_dir: folder that relative slide paths start from; None is the table's folder.
@@ -128,13 +140,16 @@ def read_cohort(
             that another task needs), unless the split is empty. Use () for prediction alone.
         need_slides: whether slide_path and the slides must be there.
         missing: the user's words for unknown, beside those of `slides.cohort.spelling.MISSING`.
+        names: the user's names of columns -> those of tapfm.
+        values: the user's words in label columns -> what they mean (`spelling.value_reader`).
         task: type of the label columns, a name or name and options: `slides.cohort.targets`.
 
     Raises:
         CohortError: the table is faulty; all faults are listed.
     """
     table = Path(table)
-    header, records = read_table(table)
+    header, records = read_table(table, names)
+    meant = value_reader(values)
     columns = make_columns(task)
     free = [name for name in header if name and name not in REQUIRED + OPTIONAL]
     labels = columns.choose(labels, free)
@@ -143,20 +158,12 @@ def read_cohort(
 
     base = Path(slides_dir) if slides_dir is not None else table.parent
     faults += [] if records else ["there is no row below the header: add a row for each slide"]
-    rows: dict[int, SlideRow] = {}
-    texts: dict[int, list[str]] = {}
     present = [name for name in labels if name in header]
-    for number, cells in records:
-        if len(cells) != len(header):
-            faults.append(
-                f"row {number}: it has {len(cells)} cells, the header {len(header)}: look for a "
-                "missing or extra separator, and put quotes round a value that contains one"
-            )
-            continue
-        record = dict(zip(header, cells, strict=True))
-        rows[number] = _row(number, record, base, faults, required)
-        texts[number] = [record[name] for name in present]
-
+    whole = dict(_whole(header, records, faults))
+    lost: dict[int, str] = {}
+    rows = {n: _row(n, each, base, faults, required, lost) for n, each in whole.items()}
+    faults += _lost(lost)
+    texts = {n: [meant(name, each[name]) for name in present] for n, each in whole.items()}
     faults += _leaks(rows)
     if len(present) == len(labels) or columns.apart:
         splits = {number: row.split for number, row in rows.items()}
@@ -170,13 +177,35 @@ def read_cohort(
     return Cohort(tuple(labels), tuple(each), values.classes, columns)
 
 
+def _whole(
+    header: list[str], records: list[tuple[int, list[str]]], faults: list[str]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield rows as column -> text; add a fault for each that has too few or too many cells."""
+    for number, cells in records:
+        if len(cells) == len(header):
+            yield number, dict(zip(header, cells, strict=True))
+        else:
+            faults.append(
+                f"row {number}: it has {len(cells)} cells, the header {len(header)}: look for a "
+                "missing or extra separator, and put quotes round a value that contains one"
+            )
+
+
 def _header_faults(
     header: list[str], labels: Sequence[str] | None, required: Sequence[str]
 ) -> list[str]:
     faults = []
     for name in required:
         if name not in header:
-            faults.append(f"column {name!r} is missing: add it (there are: {', '.join(header)})")
+            there = f"there are: {', '.join(header)}"
+            alike = [each for each in header if like(each) in LIKE[name]]
+            faults.append(
+                f"column {name!r} is missing: if it is {alike[0]!r}, write data.columns: "
+                f"{{{alike[0]}: {name}}} ({there})"
+                if alike
+                else f"column {name!r} is missing: add it ({there})"
+                + " or let `tapfm split` deal one" * (name == "split")
+            )
     faults += repeated_columns(header)
     for name in labels or ():
         if name not in header:
@@ -190,12 +219,13 @@ def _header_faults(
     return faults
 
 
-def _row(number, record, base, faults, required) -> SlideRow:
-    """Return one row without its labels; add its faults to `faults`."""
+def _row(number, record, base, faults, required, lost) -> SlideRow:
+    """Return one row without its labels; add its faults to `faults`, a missing slide to `lost`."""
     for name in required:
         if record.get(name, "-") == "":
             faults.append(f"row {number}: {name} is blank: fill it in, or remove the row")
     slide_id, split = record.get("slide_id", ""), record.get("split", "")
+    split = SPLIT_WORDS.get(split.lower(), split)
     if slide_id in (".", "..") or "/" in slide_id or "\\" in slide_id:
         faults.append(
             f"row {number}: slide_id {slide_id!r} is a path, and files are named after it: use the "
@@ -212,10 +242,7 @@ def _row(number, record, base, faults, required) -> SlideRow:
         except (OSError, RuntimeError):  # too long a name, circular links, unknown home
             path, found = Path(slide_path), False
         if not found and "slide_path" in required:
-            faults.append(
-                f"row {number}: {slide_id or 'the slide'} is not at {path}: correct slide_path "
-                "or the folder that it is relative to, or remove the row"
-            )
+            lost[number] = f"{slide_id or 'the slide'} is not at {path}"
             path = Path()
 
     text, mpp = record.get("mpp", ""), None
@@ -237,6 +264,16 @@ def _row(number, record, base, faults, required) -> SlideRow:
         record.get("site", ""),
         (),
     )
+
+
+def _lost(lost: Mapping[int, str]) -> list[str]:
+    """Return a fault for each slide that is not there; one for all of them if they are many."""
+    remedy = "correct slide_path or the folder that it is relative to (data.slides_dir), or remove"
+    if len(lost) > FEW_LOST:
+        first = next(iter(lost.values()))
+        return [f"{len(lost)} slides are not there ({some_rows([*lost])}): {first}: {remedy} the "
+                "rows; `tapfm check --fix` looks for files of these names"]  # fmt: skip
+    return [f"row {number}: {where}: {remedy} the row" for number, where in lost.items()]
 
 
 def _leaks(rows: dict[int, SlideRow]) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from slides.cohort.counts import Tally, class_tally, label_tally, number_tally, time_tally
-from slides.cohort.spelling import MISSING, is_missing, look_alike, read_number
+from slides.cohort.spelling import MISSING, is_missing, look_alike, read_number, word_fault
 from slides.cohort.strata import Strata, class_strata, label_strata, number_strata, time_strata
 from slides.errors import CohortError, some, some_rows
 
@@ -116,7 +116,9 @@ class EachColumn(Columns):
         numbers, bad = _numbers(cells, self.cell)
         faults = named_as_mean("label", cells.names)
         for name, wrong in bad.items():
-            faults += _unreadable(name, wrong, len(cells.texts), *self.unreadable)
+            known = cells.known(cells.names.index(name)).values()
+            words = word_fault(name, known) if self.binary else []
+            faults += words or _unreadable(name, wrong, len(cells.texts), *self.unreadable)
         for split in splits:
             rows = cells.of(split)
             for column, name in enumerate(cells.names):

@@ -34,6 +34,7 @@ from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, ope
 from tapfm.data.streamed import (
     Streamed,
     as_bag,
+    check_pool,
     check_val,
     places_of,
     readable,
@@ -55,6 +56,8 @@ class SlideData(L.LightningDataModule):
         features_dir: folder of tile features (of tapfm, TRIDENT, CLAM or STAMP) that stand in place
             of slides and encoder; slides need not exist then. None reads slides.
         labels: label columns to train on; None is all of them.
+        columns: the table's names of columns -> those of tapfm, `{Patient ID: case_id}`.
+        values: words in label columns -> what they mean, `{mut: 1, wt: 0}`, or so by column.
         missing: words for unknown in them, beside NA, [Not Available] and the like.
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
@@ -95,6 +98,8 @@ class SlideData(L.LightningDataModule):
         slides_dir: str | None = None,
         features_dir: str | None = None,
         labels: list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        values: dict[Any, Any] | None = None,
         missing: list[str] | None = None,
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
@@ -117,16 +122,11 @@ class SlideData(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        how = {"task": task, "need_slides": not features_dir, "missing": missing or ()}
+        how = {"task": task, "need_slides": not features_dir, "missing": missing or (),
+               "names": columns, "values": values}  # fmt: skip
         self.cohort = read_cohort(Path(table), labels, slides_dir and Path(slides_dir), **how)
         self.asked, self.bags, self.pool, self.balanced = task, bags, pool, sampler == "balanced"
-        if bags == "case" and pool != "union":
-            raise CohortError(
-                f"data.pool {pool} is of slides, and data.bags: case has one bag a case already. "
-                "Leave one of them out."
-            )
-        if bags == "case" or pool != "union":
-            group_by_case(self.cohort.rows, self.cohort.labels)  # refuses cases that disagree
+        check_pool(self.cohort, bags, pool)
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
         cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):

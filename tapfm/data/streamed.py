@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slides.cohort.table import SlideRow
+from slides.cohort.cases import group_by_case
+from slides.cohort.table import Cohort, SlideRow
 from slides.errors import CohortError, SlideError
 from slides.seeds import stable_seed
 from slides.streaming.bounded_tiles import tiles_to_hold
@@ -77,6 +78,21 @@ def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> in
             "again in each pass."
         )
     return hold
+
+
+def check_pool(cohort: Cohort, bags: str, pool: str) -> None:
+    """Refuse `data.bags` and `data.pool` that do not go together or do not suit the cohort.
+
+    Raises:
+        CohortError: slides of a case disagree, or both are given.
+    """
+    if bags == "case" and pool != "union":
+        raise CohortError(
+            f"data.pool {pool} is of slides, and data.bags: case has one bag a case already. "
+            "Leave one of them out."
+        )
+    if bags == "case" or pool != "union":
+        group_by_case(cohort.rows, cohort.labels)
 
 
 def check_val(rows: list[SlideRow], world: int) -> list[SlideRow]:

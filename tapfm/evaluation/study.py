@@ -127,6 +127,11 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
     out, table = Path(study.out), Path(data["table"])
     if not table.is_file():
         raise SettingsError(f"{table}: there is no such table. Correct data.table.")
+    if study.folds is not None and (data.get("columns") or data.get("values")):
+        raise SettingsError(
+            "study: folds deal the table anew, and data.columns or data.values would be asked of "
+            "it again. `tapfm check --fix NEW.csv` writes it in tapfm's words; take that one."
+        )
     fixed = {
         "configs": [yaml.safe_load(Path(each).read_text()) for each in study.config],
         "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),

@@ -90,7 +90,8 @@ def run_pathpt(
     question = read_question(question_file)
     data = read_data(configs)
     folder = data.get("slides_dir")
-    words = {"missing": data.get("missing") or ()}
+    words = {"missing": data.get("missing") or (), "names": data.get("columns"),
+             "values": data.get("values")}  # fmt: skip
     cohort = read_cohort(Path(data["table"]), question.columns, folder and Path(folder), **words)
     source = read_source(configs)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

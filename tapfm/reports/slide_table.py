@@ -34,7 +34,7 @@ def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
     grid = Grid(**{ours: tiles[key] for ours, key in sizes.items() if key in tiles})
     ledger = _rows(Path(data.get("index_dir", "data/index")) / grid.tag / "ledger.csv")
     try:
-        header, records = read_table(Path(data["table"]))
+        header, records = read_table(Path(data["table"]), data.get("columns"))
     except (CohortError, KeyError):
         ledger = []
     if not ledger:

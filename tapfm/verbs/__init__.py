@@ -2,7 +2,7 @@
 
     cohorts.py    demo, labels, split
     reading.py    index, predict, heatmap, features, histaug, export, view
-    training.py   plan, probe, test, study, report, pathpt, doctor
+    training.py   check, plan, probe, test, study, report, pathpt, doctor
 
 An action takes the flags by name, imports what it needs, and returns the exit code. Nothing heavy
 is imported before it runs.

@@ -1,4 +1,4 @@
-"""Verbs around training: `tapfm plan`, `probe`, `test`, `study`, `report`, `pathpt`, `doctor`."""
+"""Verbs around training: `tapfm check`, `plan`, `probe`, `test`, `study`, `report`, `pathpt`..."""
 
 from __future__ import annotations
 
@@ -15,6 +15,25 @@ def plan(verb: ArgumentParser) -> Do:
     add("--gpu", help="a card (L4, RTX 4090, A100 80, ...) or GiB; this machine's, or 24")
     add("--tile-px", type=int, help="side of a tile; the model's own")
     return later("tapfm.planning.plan:run_plan")
+
+
+def check(verb: ArgumentParser) -> Do:
+    """Add the flags of `tapfm check`; return its action."""
+    add = verb.add_argument
+    config_flag(verb)
+    add("--table", type=Path, help="the cohort's, in place of the config's")
+    add("--slides-dir", type=Path, help="folder of its slides")
+    add("--fix", type=Path, metavar="NEW.csv", help="write a mended table, and what was done")
+
+    def do(config, table: Path | None, **flags) -> int:
+        from slides.errors import SettingsError
+        from tapfm.preflight.check import run_check
+
+        if not config and not table:
+            raise SettingsError("check: give --config of a run, or --table of a cohort")
+        return run_check(config, table, **flags)
+
+    return do
 
 
 def probe(verb: ArgumentParser) -> Do:

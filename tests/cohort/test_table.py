@@ -295,7 +295,7 @@ CELLS = [
     (3, "KRAS", "mut", "row 3: label 'KRAS' is 'mut': write 1, 0"),
     (3, "EGFR", "-1", "row 3: label 'EGFR' is '-1'"),
     (3, "EGFR", "0.5", "row 3: label 'EGFR' is '0.5'"),
-    (8, "split", "valid", "row 8: split is 'valid': write one of train, val, test"),
+    (8, "split", "tune", "row 8: split is 'tune': write one of train, val, test"),
     (8, "split", "", "row 8: split is blank: fill it in"),
     (4, "case_id", "", "row 4: case_id is blank"),
     (4, "slide_id", "", "row 4: slide_id is blank"),
@@ -453,7 +453,8 @@ def test_a_split_may_be_absent(write):
         ("a.csv", b"\xff\xd8\x81\0\x90", "no text of a known encoding. Save it as UTF-8"),
         ("a.csv", b"PK\3\4....", "a spreadsheet .* Save it as text"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("a.xlsx", b"PK", r"tables end in \.csv, \.tsv or \.parquet, this one in \.xlsx"),
+        ("a.xlsx", b"PK", r"a spreadsheet that cannot be read .* Save it as text"),
+        ("a.xls", b"\xd0\xcf", r"tables end in \.csv, .*, this one in \.xls\. Save it as one"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
     ],
 )
