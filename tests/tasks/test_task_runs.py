@@ -42,6 +42,11 @@ def painted(tmp_path_factory):
                 "slide_path": f"slides/s{n}.tif",
                 "split": SPLITS[n % 4],
                 "grade": ("high" if v > 0.5 else "low") if n != 4 else "",
+                "stage": ("low", "middle", "top")[min(int(3 * v), 2)],
+                **{
+                    f"gene{k}": f"{2 ** (k + 3 * v * (-1) ** k) - 1 + 7 * (k % 2):.3f}"
+                    for k in range(4)
+                },
                 "score": f"{50 + 10 * v:.3f}" if n != 5 else "",
                 "months": f"{70 - 60 * v:.2f}",
                 "status": "0:LIVING" if n % 3 == 0 else "1:DECEASED",
@@ -119,6 +124,34 @@ def test_classes(painted):
     alone = predict(painted, run_dir)
     assert alone["p_low"] == pytest.approx(table["p_low"][0], abs=1e-5)
     assert pd.isna(alone["grade"])
+
+
+def test_ordered_classes(painted):
+    task = {"name": "ordinal", "order": ["low", "middle", "top"]}
+    arms, run_dir = run(painted, "ordered", task, ["stage"])
+    ours = arms["end to end, run"]["figures"]["macro"]
+    assert ours["kappa"]["value"] > 0.5
+    assert ours["class_distance"]["value"] < 0.6
+    model_config, _ = models.read_model_config(run_dir / "best.safetensors")
+    assert model_config.labels == ("above_low", "above_middle")
+    table = pd.read_csv(run_dir / "predictions_test.csv")
+    each = [f"p_{name}" for name in ("low", "middle", "top")]
+    np.testing.assert_allclose(table[each].sum(1), 1, atol=1e-5)
+    assert predict(painted, run_dir)["p_top"] == pytest.approx(table["p_top"][0], abs=1e-5)
+    page = (painted / "runs" / "ordered" / "report_test" / "report.html").read_text()
+    assert "Confusions" in page
+
+
+def test_genes(painted):
+    genes = [f"gene{k}" for k in range(4)]
+    arms, run_dir = run(painted, "genes", {"name": "expression", "log": True}, genes)
+    ours = arms["end to end, run"]["figures"]["macro"]
+    assert ours["pearson"]["value"] > 0.6
+    assert ours["significant"]["value"] > 0
+    assert "spearman_over_genes" in ours
+    table = pd.read_csv(run_dir / "predictions_test.csv")
+    said = predict(painted, run_dir)["predicted_gene2"]
+    assert said == pytest.approx(table["predicted_gene2"][0], rel=1e-4)
 
 
 def test_values(painted):
