@@ -334,6 +334,21 @@ class TestHandle:
         held = direct._cache.bytes + sum(each.nbytes for each in direct._cache.spares)
         assert held <= direct._cache.limit + 96 * 80 * 3
 
+    def test_at_random_one_buffer_serves_and_pixels_are_the_same(self, tmp_path):
+        """Places of a large slide that do not meet, then all of them in order, in two threads."""
+        path = jpeg_tiff(tmp_path / "a.tif", tile=(16, 16), levels=(1,))
+        apart = [(x, y) for y in range(3, HEIGHT - 16, 32) for x in range(3, WIDTH - 16, 32)]
+        order = [(x, y) for y in range(3, 60, 8) for x in range(3, WIDTH - 16, 8)]
+        direct._cache.clear()
+        with Slide(path) as fast, Slide(path, direct=False) as slow:
+            fast.levels.pixels(0, 0, 0, 16, 16)
+            for places, scarce in ((apart, True), (order, False)):
+                with ThreadPoolExecutor(2) as pool:
+                    found = list(pool.map(lambda c: fast.levels.pixels(*c, 0, 9, 9), places))
+                assert (direct._cache.again < direct.SCARCE) == scarce
+                for corner, rgb in zip(places, found, strict=True):
+                    np.testing.assert_array_equal(rgb, slow.levels.pixels(*corner, 0, 9, 9))
+
     def test_tiles_with_headers_of_their_own(self, tmp_path):
         """Tables within the tiles, of two qualities: a header that is known is not each tile's."""
 
