@@ -197,6 +197,37 @@ def test_validation_chooses_the_strength_of_each_label(cohort):
     assert f"{probe.figure:.3f}" in probe.describe()
 
 
+def test_by_loss_every_case_that_a_fit_has_not_seen_has_a_say():
+    """Validation and five folds of whole cases: the strengths of a loop over scikit-learn's fits.
+
+    Three validation cases alone would choose others.
+    """
+    train = [replace(b, case_id=f"c{n // 2:02d}") for n, b in enumerate(planted(60, 1))]
+    val, few = planted(9, 5), [0.001, 0.01, 0.1, 1.0]
+    val = [replace(bag, case_id=f"v{n % 3}") for n, bag in enumerate(val)]
+    probe, alone = fit_linear_probe(train, val, Multilabel(tuple(LABELS)), 0, few, True), []
+    x, val_x = standardised(train, train), standardised(train, val)
+    y, val_y = labels_of(train), labels_of(val)
+    fold = np.array([int(bag.case_id[1:]) % 5 for bag in train])
+    for k in range(2):
+        known, val_known = ~np.isnan(y[:, k]), ~np.isnan(val_y[:, k])
+
+        def unseen(strength, rest, at_x, at_y, k=k, known=known):
+            model = LogisticRegression(C=strength, **TIGHT).fit(x[rest & known], y[rest & known, k])
+            return np.logaddexp(0, -(2 * at_y - 1) * model.decision_function(at_x))
+
+        both, validation = [], []
+        for c in few:
+            seen = [unseen(c, fold != f, x[(fold == f) & known], y[(fold == f) & known, k])
+                    for f in range(5)]  # fmt: skip
+            every = np.ones(len(x), bool)
+            validation.append(unseen(c, every, val_x[val_known], val_y[val_known, k]).mean())
+            both.append((3 * validation[-1] + 30 * np.concatenate(seen).mean()) / 33)
+        assert probe.chosen[k] == few[int(np.argmin(both))]
+        alone.append(few[int(np.argmin(validation))])
+    assert list(probe.chosen) != alone
+
+
 def test_seed_scale_and_a_constant_feature_do_not_matter(cohort):
     train, val, test = cohort
 
