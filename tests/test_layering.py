@@ -15,14 +15,15 @@ NO_PIXELS = {  # rooms and files of tapfm that never meet a slide
     "slide_model", "slide_model.aggregators", "stats", "tasks", "training.alternating",
     "training.module", "training.objective", "training.passes", "tile_training.module",
     "pathpt.text", "pathpt.spatial", "pathpt.pseudo", "pathpt.vote", "pathpt.tile_loss",
-    "pathpt.model", "pathpt.scores",
+    "pathpt.model", "pathpt.scores", "weights",
 }  # fmt: skip
 BELOW = {  # what a room may know of tapfm: a reader of one of these files needs no more
     "stats": set(),
     "settings": set(),
-    "encoders": {"settings"},
+    "weights": set(),
+    "encoders": {"settings", "weights"},
     "tasks": {"stats", "settings"},
-    "adapt": {"settings"},
+    "adapt": {"settings", "weights"},
     "adapt.strategies": {"adapt", "settings"},
     "engine": {"encoders", "adapt", "data.bag", "settings"},
     "slide_model.aggregators": {"data.bag", "settings"},

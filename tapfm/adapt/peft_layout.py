@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slides.files import replacing
 from tapfm.adapt.lowrank import PARTS, adapted, scatter_rows, select_rows
 from tapfm.adapt.surgery import StrategyError
+from tapfm.weights import read_tensors
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -148,7 +149,7 @@ def _shape(parameter: Tensor, linear: nn.Linear | None) -> torch.Size:
 def _read(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
-        state = load_file(folder / WEIGHTS)
+        state = read_tensors(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own, undocumented kinds
         raise StrategyError(
             f"{folder}: no peft adapter ({type(error).__name__}: {error}). "

@@ -20,6 +20,7 @@ from torch import Tensor
 from slides.errors import SettingsError
 from tapfm.encoders.registry import Backbone
 from tapfm.encoders.transformers_layout import is_transformers, to_timm
+from tapfm.weights import CheckpointError, must_be_finite, read_tensors
 
 PACKAGED = Path(__file__).parent / "weights"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -87,10 +88,10 @@ def _read(row: Backbone, file: Path) -> Mapping[str, Any]:
         )
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
+            return read_tensors(file)
         state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code from it
+    except CheckpointError as error:
+        raise BackboneError(f"{row.key}: {error}") from error
     except Exception as error:  # many undocumented kinds
         why = str(error).partition("\n")[0]
         way_out = "Fetch it again, or give another file."
@@ -157,4 +158,5 @@ def bare(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
             inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             return bare(inner)
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    must_be_finite(tensors, "model.weights", BackboneError)
     return to_timm(tensors) if is_transformers(tensors) else tensors

@@ -34,7 +34,7 @@ from tapfm.bag_transforms.histaug import (
     standardise,
 )
 from tapfm.encoders.backbones import Encoder
-from tapfm.slide_model.model import load_encoder
+from tapfm.slide_model.plain_encoder import load_encoder
 
 LR, DECAY = 5e-4, 1e-5  # the authors'
 HELD_OUT = 10  # one slide of so many

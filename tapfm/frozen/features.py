@@ -46,12 +46,8 @@ from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder, find
 from tapfm.engine.chunked import encode_bag
 from tapfm.frozen.other_formats import write_formats
-from tapfm.slide_model.model import (
-    SlideModel,
-    adapted_fingerprint,
-    load_encoder,
-    read_model_config,
-)
+from tapfm.slide_model.model import SlideModel, adapted_fingerprint, read_model_config
+from tapfm.slide_model.plain_encoder import load_encoder
 
 ROWS = 1024  # of a chunk on disk: 2 to 6 MB, one read for a bag of usual size
 DTYPES = {"fp32": np.float32, "fp16": np.float16}

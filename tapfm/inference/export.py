@@ -25,11 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from slides.files import WriteError, replacing, write_json, write_text
+from slides.files import WriteError, write_json, write_text
 from tapfm import __version__
 from tapfm.adapt.peft_layout import CONFIG, WEIGHTS, write_peft
 from tapfm.encoders.backbones import BackboneError, Encoder
@@ -38,7 +37,9 @@ from tapfm.inference import runtimes
 from tapfm.inference.runtime_texts import HEAD, PEFT, fast_pipeline, runtime_readme
 from tapfm.slide_model import model as models
 from tapfm.slide_model.feature_encoder import need_encoder
+from tapfm.slide_model.plain_encoder import load_encoder
 from tapfm.tasks import make_task
+from tapfm.weights import write_weights
 
 BESIDE = ("provenance.json", "README.md")
 FILES = {
@@ -128,7 +129,7 @@ def run_export(model: str, weights: str | None, out: Path, form: str = "timm") -
 
 def _write_timm(model: str, weights: str | None, out: Path) -> tuple[Encoder, dict[str, Any]]:
     """Write the encoder as timm weights; return it, and what is known of it."""
-    encoder, header, fingerprint = models.load_encoder(model, weights)
+    encoder, header, fingerprint = load_encoder(model, weights)
     row = encoder.row
     if row.feature == "head":
         raise BackboneError(
@@ -137,9 +138,8 @@ def _write_timm(model: str, weights: str | None, out: Path) -> tuple[Encoder, di
             f"{row.key}-cls."
         )
     provenance = provenance_of(encoder, header, fingerprint, "timm")
-    state = {name: value.contiguous() for name, value in encoder.vit.state_dict().items()}
-    with replacing(out / "model.safetensors") as partial:
-        save_file(state, partial, {"format": "pt", "tapfm": json.dumps(provenance)})
+    weights_file = out / "model.safetensors"
+    write_weights(weights_file, encoder.vit.state_dict(), "tapfm", provenance, format="pt")
     write_json(out / "config.json", timm_config(encoder))
     write_text(out / "README.md", readme(encoder, provenance, out))
     return encoder, provenance
@@ -179,7 +179,7 @@ def _write_runtime(
         whole, header = _load(model, weights, form)
         encoder, fingerprint = whole.encoder, models.adapted_fingerprint(whole)
     else:
-        whole, (encoder, header, fingerprint) = None, models.load_encoder(model, weights)
+        whole, (encoder, header, fingerprint) = None, load_encoder(model, weights)
     graphs = runtimes.parts(encoder, whole, whole=form == "onnx")
     write = {"onnx": runtimes.export_onnx, "torchscript": runtimes.export_torchscript}[form]
     for name in FILES[form]:  # none of an earlier export stays beside the new ones

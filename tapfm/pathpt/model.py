@@ -12,7 +12,6 @@ Shapes: N tiles, K classes of a tile, d width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slides.files import replacing
 from tapfm import __version__
 from tapfm.pathpt.spatial import Mixer
 from tapfm.pathpt.text.prompts import ClassPrompts
-from tapfm.slide_model.model import CheckpointError
+from tapfm.weights import CheckpointError, read_header, read_tensors, write_weights
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,7 @@ def save_pathpt(
     state = {f"mixer.{key}": value for key, value in model.mixer.state_dict().items()}
     state |= {"mean_d": model.mean_d, "std_d": model.std_d, "classes_Kd": classes_Kd}
     state |= {f"image.{key}": value for key, value in image.items()}
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {"tapfm": __version__, **asdict(model_config)}
-    with replacing(path) as partial:
-        save_file(state, partial, {"pathpt": json.dumps(header)})
+    write_weights(path, state, "pathpt", {"tapfm": __version__, **asdict(model_config)})
 
 
 def is_pathpt(path: Path) -> bool:
@@ -117,18 +111,16 @@ def load_pathpt(path: Path) -> tuple[PathPT, Tensor, PathPTConfig, dict[str, Ten
         CheckpointError: no such file, or not a saved PathPT model.
     """
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["pathpt"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header, state = read_header(path, "pathpt"), read_tensors(path)
         known = {k: header[k] for k in PathPTConfig.__dataclass_fields__}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        model_config = PathPTConfig(**{**known, "classes": tuple(known["classes"])})
+        model, classes_Kd = PathPT(model_config.dim, None, model_config.scale), state["classes_Kd"]
+        own = {k: v for k, v in state.items() if not k.startswith("image.") and k != "classes_Kd"}
+        model.load_state_dict(own)
+    except (OSError, SafetensorError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: {error}). "
-            "Give a pathpt.safetensors."
+            f"{path}: not a model that `tapfm pathpt` saved ({type(error).__name__}: "
+            f"{error!s:.100}). Give a pathpt.safetensors."
         ) from error
-    model_config = PathPTConfig(**{**known, "classes": tuple(known["classes"])})
     image = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
-    model, classes_Kd = PathPT(model_config.dim, None, model_config.scale), state["classes_Kd"]
-    own = {k: v for k, v in state.items() if not k.startswith("image.") and k != "classes_Kd"}
-    model.load_state_dict(own)
     return model.eval(), classes_Kd, model_config, image

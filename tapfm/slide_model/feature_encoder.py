@@ -79,8 +79,8 @@ def need_encoder(path: Path, features: Mapping[str, Any] | None) -> None:
     """
     if features:
         raise SettingsError(
-            f"{path}: was trained on features ({features['folder']}) and has no encoder, so it can "
-            "neither read slides nor be exported. Use `tapfm test`, or train from slides."
+            f"{path}: was trained on features ({features.get('folder')}) and has no encoder, so it "
+            "can neither read slides nor be exported. Use `tapfm test`, or train from slides."
         )
 
 

@@ -10,36 +10,33 @@ Shapes: T tiles of a slide, C tiles of a chunk, D features, K labels.
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from slides.files import replacing
 from tapfm import __version__
 from tapfm.adapt.strategies import StrategyError, make_strategy, strategy_spec
 from tapfm.data.bag import Bag
 from tapfm.encoders import backbones
-from tapfm.encoders.fingerprint import fingerprint, state_fingerprint
+from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.engine.chunked import encode_bag
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import as_of_0_1, make_aggregator
 from tapfm.slide_model.aggregators.contract import SlideOutput, TileSet, check_task
-from tapfm.slide_model.feature_encoder import FeatureEncoder, need_encoder
+from tapfm.slide_model.feature_encoder import FeatureEncoder
 from tapfm.tasks import make_task
+from tapfm.weights import CheckpointError, read_header, read_tensors, write_weights
 
 PRECISIONS = ("fp32", "bf16", "bf16-true")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used as asked."""
+WHOLE = "all:"  # before a digest of all numbers; version 0.1 took the first of each tensor
+KINDS = {"model": str, "aggregator": str | Mapping, "labels": list, "tile_px": int,
+         "mpp": float | int, "strategy": Mapping, "weights": str | None, "task": Mapping,
+         "features": Mapping | None}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,17 +148,19 @@ class SlideModel(nn.Module):
             frozen = set()
         return {key: value for key, value in self.state_dict().items() if key not in frozen}
 
-    def base_digest(self) -> str:
-        """Return the SHA-256 of the first numbers of each frozen tensor, to compare bases.
+    def base_digest(self, whole: bool = True) -> str:
+        """Return the SHA-256 of the frozen tensors, to compare bases.
 
         Position embeddings are left out, since resampling them rounds differently elsewhere.
+        `whole` False takes the first numbers of each tensor, as version 0.1 did.
         """
         digest = hashlib.sha256()
         for name, parameter in self.encoder.vit.named_parameters():
             if not parameter.requires_grad and "pos_embed" not in name:
-                head = parameter.detach().flatten()[:64].float().cpu()
-                digest.update(name.encode() + head.numpy().tobytes())
-        return digest.hexdigest()
+                numbers = parameter.detach().flatten()[: None if whole else 64].float().cpu()
+                digest.update(name.encode())
+                digest.update(numbers.numpy())
+        return f"{WHOLE if whole else ''}{digest.hexdigest()}"
 
 
 def build(
@@ -194,9 +193,7 @@ def save(model: SlideModel, path: Path, **facts: object) -> None:
     base = None if len(trained) == len(model.state_dict()) else model.base_digest()
     model_config = {**asdict(model.model_config), "strategy": strategy_spec(model.strategy)}
     header = {**facts, "tapfm": __version__, **model_config, "base_digest": base}
-    state = {k: v.detach().cpu().contiguous() for k, v in trained.items()}
-    with replacing(path) as partial:
-        save_file(state, partial, {"tapfm": json.dumps(header)})
+    write_weights(path, trained, "tapfm", header)
 
 
 def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
@@ -205,18 +202,16 @@ def read_model_config(path: Path) -> tuple[ModelConfig, dict]:
     Raises:
         CheckpointError: no such file, or not one of ours.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file. Run `tapfm fit` first.")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["tapfm"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    header = read_header(path, "tapfm")
+    names = ModelConfig.__dataclass_fields__
+    fields = {k: header.pop(k) for k in list(header) if k in names}
+    wrong = [k for k, kind in KINDS.items() if k in fields and not isinstance(fields[k], kind)]
+    wrong += [k for k in ("model", "aggregator", "labels", "tile_px", "mpp") if k not in fields]
+    if wrong:
         raise CheckpointError(
-            f"{path}: not a model that tapfm saved ({type(error).__name__}: {error}). "
-            "Give the best.safetensors of a run directory. (A pathpt.safetensors is for "
-            "`tapfm predict` and `heatmap` alone.)"
-        ) from error
-    fields = {k: header.pop(k) for k in list(header) if k in ModelConfig.__dataclass_fields__}
+            f"{path}: its header has no {wrong[0]} as tapfm writes it: {fields.get(wrong[0])!r:.60}"
+            ". Give the best.safetensors of a run directory."
+        )
     fields["labels"] = tuple(fields["labels"])
     if isinstance(fields["aggregator"], str):  # version 0.1
         fields["aggregator"] = as_of_0_1(fields["aggregator"], header.pop("temperature", None))
@@ -233,8 +228,23 @@ def load(path: Path) -> SlideModel:
         CheckpointError: missing, damaged, or its weights or base encoder are not its config's.
     """
     model_config, facts = read_model_config(path)
-    if model_config.features:
-        return load_weights(build(model_config), path).eval()
+    state = _read_tensors(path)  # sound, before anything is built as its header says
+    try:
+        features = bool(model_config.features)
+        model = build(model_config) if features else _on_base(model_config, facts, path)
+    except (SettingsError, CheckpointError):
+        raise
+    except Exception as error:  # a header may hold anything
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise CheckpointError(
+            f"{path}: no model can be built from its header ({why}). Give the best.safetensors of "
+            "a run directory."
+        ) from error
+    return _with_weights(model, state, path).eval()
+
+
+def _on_base(model_config: ModelConfig, facts: Mapping[str, Any], path: Path) -> SlideModel:
+    """Return a saved model with its base encoder, without what was trained."""
     digest = facts.get("base_digest")
     source = _base(model_config, path) if digest else "random"
     try:
@@ -245,59 +255,12 @@ def load(path: Path) -> SlideModel:
     model.round_weights()
     if not digest and len(model.trained_state()) < len(model.state_dict()):
         raise CheckpointError(f"{path}: neither holds an encoder nor names one. Fit it anew.")
-    if digest and model.base_digest() != digest:
+    if digest and model.base_digest(str(digest).startswith(WHOLE)) != digest:
         raise CheckpointError(
             f"{_needs_base(model_config, path)}, and {source or 'the package'} holds another one. "
             "Give the weights that it was trained from."
         )
-    return load_weights(model, path).eval()
-
-
-def load_encoder(
-    model: str, weights: str | None = None, tile_px: int | None = None
-) -> tuple[backbones.Encoder, dict, str]:
-    """Return an encoder as plain timm weights, whatever its strategy.
-
-    Args:
-        model: key of a foundation model, or the file of a saved model.
-        weights: of a foundation model, as in `backbones.load`.
-        tile_px: side of the tiles; None is the model's own.
-
-    Returns:
-        The encoder in eval mode on the CPU; the saved model's header, model_config and all (empty
-        for a foundation model as published); its fingerprint.
-
-    Raises:
-        CheckpointError: as `load`, or asked for with other weights or another tile size.
-        StrategyError: its strategy cannot be merged into plain timm weights.
-        BackboneError: as `backbones.load`.
-    """
-    if not model.endswith(".safetensors"):
-        encoder = backbones.load(model, weights, tile_px=tile_px).eval()
-        return encoder, {}, _fingerprint(encoder)
-    model_config, facts = read_model_config(Path(model))
-    need_encoder(Path(model), model_config.features)
-    if weights is not None:
-        raise CheckpointError(f"{model}: has its own weights; leave --weights out")
-    if tile_px not in (None, model_config.tile_px):
-        raise CheckpointError(
-            f"{model}: was trained on tiles of {model_config.tile_px} px, not {tile_px}. "
-            f"Use --tile-px {model_config.tile_px}."
-        )
-    adapted = load(Path(model))
-    row = adapted.encoder.row
-    vit = backbones.build(row, model_config.tile_px)
-    backbones.load_state(vit, row, adapted.strategy.export(adapted.encoder.vit))
-    print(f"{model}: adapted from {row.terms}", file=sys.stderr)
-    encoder = backbones.Encoder(vit, row, merge=model_config.merge_tokens).eval()
-    return encoder, {**asdict(model_config), **facts}, _fingerprint(encoder)
-
-
-def _fingerprint(encoder: backbones.Encoder) -> str:
-    """Return an encoder's fingerprint; the encoder stays in float32."""
-    found = fingerprint(encoder)
-    encoder.float()
-    return found
+    return model
 
 
 def adapted_fingerprint(model: SlideModel) -> str | None:
@@ -318,8 +281,17 @@ def load_weights(model: SlideModel, path: Path) -> SlideModel:
     Raises:
         CheckpointError: they are another model's.
     """
-    with safe_open(path, "pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return _with_weights(model, _read_tensors(path), path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}. Copy it again.") from error
+
+
+def _with_weights(model: SlideModel, state: Mapping[str, Tensor], path: Path) -> SlideModel:
     wanted = {k: v.shape for k, v in model.trained_state().items()}
     found = {k: v.shape for k, v in state.items()}
     wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))

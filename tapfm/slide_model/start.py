@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
-
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.model import SlideModel, read_model_config
+from tapfm.weights import read_tensors
 
 PART = "aggregator."
 
@@ -35,9 +34,8 @@ def start_from(model: SlideModel, run: Path) -> list[str]:
     """
     path = run / "best.safetensors" if run.is_dir() else run
     own, (other, _) = model.model_config, read_model_config(path)
-    with safe_open(path, "pt") as file:
-        names = [key for key in file.keys() if key.startswith(PART)]  # noqa: SIM118 (no mapping)
-        state = {key.removeprefix(PART): file.get_tensor(key) for key in names}
+    tensors = read_tensors(path)
+    state = {k.removeprefix(PART): v for k, v in tensors.items() if k.startswith(PART)}
     wanted = {key: value.shape for key, value in model.aggregator.state_dict().items()}
     answers = of_labels(model) if own.labels != other.labels else set()
     wrong = [

@@ -4,7 +4,7 @@ import torch
 
 from tapfm.encoders.backbones import Encoder, build, find, load
 from tapfm.encoders.fingerprint import fingerprint, known_tiles, state_fingerprint
-from tapfm.slide_model.model import load_encoder
+from tapfm.slide_model.plain_encoder import load_encoder
 from tests.tiny import tiny_encoder
 
 

@@ -15,6 +15,7 @@ from tapfm.encoders.registry import ROWS
 from tapfm.inference import export
 from tapfm.inference.export import arguments, readme, to_python
 from tapfm.slide_model import model as models
+from tapfm.slide_model import plain_encoder
 from tests.cohorts import LABELS
 
 TILE = 32
@@ -139,7 +140,7 @@ def test_more_than_timm_is_refused(tmp_path, monkeypatch):
     _, path = saved(tmp_path)
     whole = models.load(path)
     whole.encoder.vit.blocks[0].attn.proj.extra = nn.Parameter(torch.zeros(3))
-    monkeypatch.setattr(models, "load", lambda _: whole)
+    monkeypatch.setattr(plain_encoder, "load", lambda _: whole)
     with pytest.raises(backbones.BackboneError, match=r"unknown 1 \(blocks.0.attn.proj.extra\)"):
         export.run_export(str(path), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
