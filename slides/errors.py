@@ -7,6 +7,7 @@ with more arguments would arrive as a RuntimeError that `except SlideError` does
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -86,6 +87,21 @@ class SplitError(ValueError):
     """A split cannot be made, or a split that was read leaks or does not fit the cohort."""
 
 
+def slide_fault(error: Exception, name: str, path: object) -> SlideError:
+    """Return what reading a slide has raised as a fault of that slide."""
+    if isinstance(error, SlideError):
+        return error
+    if isinstance(error, MemoryError):
+        return UnreadableRegionError(
+            f"{name}: {path} needs more memory than there is ({error}): it is damaged, or very "
+            "large. Use fewer workers, or leave this slide out."
+        )
+    return UnreadableRegionError(
+        f"{name}: {path} cannot be read ({error}). Check that it is there and that you may read "
+        "it, or leave this slide out."
+    )
+
+
 LISTED = 8  # rows or values listed in one line before "and n more"
 ON_ERROR = ("stop", "skip")
 
@@ -99,6 +115,33 @@ def some(values: list) -> str:
 def some_rows(numbers: list[int]) -> str:
     """Return row numbers as text: "row 3" or "rows 3, 5"."""
     return ("row " if len(numbers) == 1 else "rows ") + some(numbers)
+
+
+LONGEST = 240  # bytes of a name, of the 255 that a file's name may have with its ending
+UNSEEN = {"Cc": "a control character", "Cf": "an invisible character",
+          "Cs": "half a character", "Zl": "a line break", "Zp": "a line break"}  # fmt: skip
+
+
+def name_fault(name: str) -> str:
+    """Return why files cannot be named so, or "": invisible characters, a formula, too long."""
+    for letter in name:
+        if kind := UNSEEN.get(unicodedata.category(letter)):
+            return f"{name[:60]!r} holds {kind} (U+{ord(letter):04X}): take it out"
+    if name[:1] in ("=", "+", "-", "@"):
+        return f"{name[:60]!r} begins like a formula, and spreadsheets would run it: rename it"
+    if (length := len(name.encode(errors="replace"))) > LONGEST:
+        return f"{name[:30]!r}... has {length} bytes, and files are named after it: {LONGEST} fit"
+    return ""
+
+
+def printable(text: str) -> str:
+    """Return text whose control and invisible characters are escaped, but for line ends."""
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if letter not in "\n\t" and unicodedata.category(letter) in UNSEEN
+        else letter
+        for letter in text
+    )
 
 
 def refuse(
@@ -127,4 +170,4 @@ def reading_faults(workers: int, on_error: str = "stop") -> list[str]:
 def all_faults(where: object, faults: list[str]) -> str:
     """Return an error message that lists all faults: their number, then one a line."""
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return f"{where}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)
+    return f"{where}: {count}\n" + "\n".join(f"  {printable(fault)}" for fault in faults)

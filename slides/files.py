@@ -19,10 +19,15 @@ from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from slides.errors import IndexFileError, SlideError
 
 UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # of the GDC
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
+FULL = re.compile(r"PytorchStreamWriter|[Nn]o space left|os error \d+|code: \d+|quota")
+_cleared: set[Path] = set()  # folders that this process has looked through
+LONG = 160  # bytes of a name
 PLACE = 65_536  # bytes that a fingerprint reads at each of three places
 DAMAGE = (  # everything that h5py, numpy and json raise for lost or changed bytes
     OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
@@ -43,18 +48,32 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _renaming(path) as partial:
             yield partial
-    except OSError as error:
-        raise WriteError(
-            f"{path}: cannot be written ({error.strerror or error}). Give another path, or fix "
-            "the cause, and run the same command again."
-        ) from error
+    except Exception as error:  # safetensors and torch have their own for a full disk
+        if not (isinstance(error, OSError) or FULL.search(str(error))):
+            raise
+        raise WriteError(unwritten(path, error)) from error
+
+
+def unwritten(path: Path, error: Exception) -> str:
+    """Return the message for a file that could not be written."""
+    why = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
+    return (
+        f"{path}: cannot be written ({why}). Give another path, or fix the cause, and run the same "
+        "command again."
+    )
 
 
 @contextmanager
 def _renaming(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it once its bytes are on the disk, and then the new name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.partial")
+    if (folder := path.parent.absolute()) not in _cleared:
+        _cleared.add(folder)
+        clear_partials(folder)
+    short = path.name  # with what is added, a file's name may have 255 bytes
+    if len(os.fsencode(short)) > LONG:
+        short = f"{short[: LONG // 4]}.{hashlib.sha256(os.fsencode(short)).hexdigest()[:16]}"
+    partial = path.with_name(f".{short}.{HOST}.{os.getpid()}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode & 0o777  # as the umask has it; safetensors makes its own 0600
@@ -193,16 +212,35 @@ def rows_there(path: Path, header: Sequence[str]) -> list[list[str]]:
     return [row for row in rows if row]
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from replacing a file while its rows are read, joined and written.
+
+    A lock of a process that has ended holds nothing. Its empty file, `.<name>.lock`, stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
 def join_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write rows into a CSV, replacing old rows that have the same first cell.
 
+    Several processes may do so at once, and none loses a row of another.
+
     Raises:
-        WriteError: the file there has other columns.
+        WriteError: the file there has other columns, or it cannot be written.
     """
     rows = list(rows)
     names = {row[0] for row in rows}
-    older = [row for row in rows_there(path, header) if row[0] not in names]
-    write_csv(path, header, older + rows)
+    try:
+        with locked(path):
+            older = [row for row in rows_there(path, header) if row[0] not in names]
+            write_csv(path, header, older + rows)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be locked ({error}). Give another path.") from error
 
 
 def decode_text(data: bytes) -> str:

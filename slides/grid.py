@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slides.errors import TilingError, TooCoarseError, refuse
+from slides.errors import NotASlideError, TilingError, TooCoarseError, refuse
 
 UNSCALED_TOLERANCE = 0.05  # of the scan's mpp; scanners that say "0.5" differ by a few percent
+MAX_TILES = 10_000_000  # of a slide: 300,000 x 200,000 pixels have 1.2 million of 224
 MPP_RANGE = (0.05, 20.0)  # outside it a resolution is a printer's default (72 dpi reads 352.8)
 
 
@@ -106,11 +107,21 @@ class Grid:
 
         `width0` and `height0` are the whole slide's; `origin0` is the first tile's corner.
 
+        Raises:
+            NotASlideError: more tiles than any slide has.
+
         Returns:
             (T, 2) int64, columns x0, y0, in level-0 pixels; row by row. A slide smaller than one
             tile has T = 0.
         """
         size0, step0 = self.size0(slide_mpp, name), self.step0(slide_mpp, name)
+        across, down = ((side - size0) // step0 + 1 for side in (width0, height0))
+        if across > 0 < down and across * down > MAX_TILES:
+            raise NotASlideError(
+                f"{name}: {across} x {down} tiles, where {MAX_TILES} are the most of a slide: it "
+                f"states {width0} x {height0} pixels at {slide_mpp:g} microns. Correct its mpp, "
+                "ask for coarser tiles, or leave this slide out."
+            )
         x0 = np.arange(origin0[0], width0 - size0 + 1, step0, dtype=np.int64)
         y0 = np.arange(origin0[1], height0 - size0 + 1, step0, dtype=np.int64)
         return np.stack(np.meshgrid(x0, y0), axis=-1).reshape(-1, 2)

@@ -1,6 +1,7 @@
 """A file is complete or does not exist."""
 
 import gzip
+import multiprocessing
 import os
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from slides.errors import IndexFileError, NoTissueError
-from slides.files import DAMAGE, damage_as, decode_text, files_below, replacing, write_text
+from slides.files import (
+    DAMAGE,
+    damage_as,
+    decode_text,
+    files_below,
+    join_csv,
+    replacing,
+    rows_there,
+    write_text,
+)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -33,6 +43,26 @@ def test_a_file_has_the_permissions_of_the_umask_whoever_writes_it(tmp_path, uma
         os.umask(before)
     for name in ("a.safetensors", "a.txt"):
         assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+def extend(path, writer, rows):
+    """Write one row after the other, as one of several processes."""
+    for number in range(rows):
+        join_csv(path, ("slide_id", "p"), [(f"{writer}-{number}", number)])
+
+
+def test_rows_of_many_writers_at_once_are_all_kept(tmp_path):
+    path, spawn = tmp_path / "deep" / "predictions.csv", multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=extend, args=(path, n, 40)) for n in range(4)]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+        assert each.exitcode == 0
+    rows = rows_there(path, ("slide_id", "p"))
+    assert sorted(name for name, _ in rows) == sorted(
+        f"{w}-{n}" for w in range(4) for n in range(40)
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -71,6 +72,7 @@ def cache_cohort(
                 raise fault
             if fault:
                 failed[slide_id] = str(fault)
+                bar.write(f"tapfm: left out: {fault}", file=sys.stderr)
     return failed
 
 

@@ -173,10 +173,16 @@ def read_tile(path: Path, side: int) -> np.ndarray:
                     f"{path}: {width} x {height} px, but square tiles of {side} px, or of a whole "
                     f"multiple of it, were requested. Set data.tile_px, or leave the tile out."
                 )
+            if image.format == "JPEG" and image.mode == "RGB":
+                import simplejpeg  # strict: Pillow fills damaged parts with grey
+
+                image = Image.fromarray(simplejpeg.decode_jpeg(path.read_bytes()))
             image = image.convert("RGB")
             image = image.reduce(width // side) if width > side else image
             return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except TileError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TileError(
             f"{path}: cannot be read as a picture ({error}). Export it again."
         ) from error

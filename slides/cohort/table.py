@@ -27,7 +27,7 @@ from slides.cohort.leaks import cases_in_two_splits, repeated_values, same_pictu
 from slides.cohort.spelling import is_missing, missing_words, read_number, value_reader
 from slides.cohort.table_file import file_at, like, read_table, repeated_columns
 from slides.cohort.targets import Cells, Columns, Labels, make_columns
-from slides.errors import CohortError, SettingsError, all_faults, some, some_rows
+from slides.errors import CohortError, SettingsError, all_faults, name_fault, some, some_rows
 from slides.grid import MPP_RANGE
 from slides.wsi.slide_file import slide_file
 
@@ -231,6 +231,9 @@ def _row(number, record, base, faults, required, lost) -> SlideRow:
             f"row {number}: slide_id {slide_id!r} is a path, and files are named after it: use the "
             "file's name without its folder"
         )
+    for name in ("slide_id", "case_id"):
+        if fault := name_fault(record.get(name, "")):
+            faults.append(f"row {number}: {name} {fault}")
     if split and split not in SPLITS:
         faults.append(f"row {number}: split is {split!r}: write one of {', '.join(SPLITS)}")
 

@@ -46,11 +46,7 @@ class Cells:
         """Return row number -> text of a column, without unknown cells; beside `+` a `-` is one."""
         each = {row: texts[column] for row, texts in self.texts.items()}
         sign = "-" if "+" in each.values() else None
-        return {
-            row: text
-            for row, text in each.items()
-            if text == sign or not is_missing(text, self.missing)
-        }
+        return {r: t for r, t in each.items() if t == sign or not is_missing(t, self.missing)}
 
     def of(self, split: str) -> list[int]:
         """Return the row numbers of a split."""

@@ -18,6 +18,7 @@ Price: 160 slides in about 2 minutes on two cores, about 200 MB on disk.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from slides.demo.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 from slides.errors import SettingsError, refuse
-from slides.files import replacing
+from slides.files import replacing, write_text
 
 LABELS = ("EGFR", "KRAS", "STK11")
 PREVALENCE = (0.45, 0.35, 0.17)  # share of positives of each label among its known cases
@@ -84,7 +85,8 @@ def write_demo(
     """Write the demo cohort and return the path of its table, which is written last.
 
     Args:
-        out: folder, created if missing; files of the same names are overwritten.
+        out: folder, created if missing; finished slides of the same plan and painter are kept,
+            other files of the same names are overwritten.
         seed: another seed is another cohort, with other sites and other patients.
         slides: number of slides.
         workers: processes; 0 paints in this one.
@@ -169,7 +171,8 @@ def write_slide(slide: DemoSlide, out: Path) -> Path:
     step0 = round(TRUTH_UM / slide.mpp)
     rows, columns = (np.minimum(np.arange(0, n, step0) + step0 // 2, n - 1) for n in truth.shape)
     stem = Path(out) / "truth" / slide.slide_id
-    Image.fromarray(truth[np.ix_(rows, columns)]).save(stem.with_suffix(".png"), optimize=True)
+    with replacing(stem.with_suffix(".png")) as partial:
+        Image.fromarray(truth[np.ix_(rows, columns)]).save(partial, "PNG", optimize=True)
     mm2 = (slide.mpp / 1000) ** 2
     facts = {
         "slide_id": slide.slide_id,
@@ -181,8 +184,9 @@ def write_slide(slide: DemoSlide, out: Path) -> Path:
         "tissue_mm2": round(float((truth == TISSUE).sum() + (truth == TUMOUR).sum()) * mm2, 4),
         "tumour_mm2": round(float((truth == TUMOUR).sum()) * mm2, 4),
         "true_labels": dict(zip(LABELS, slide.specimen.traits, strict=True)),
+        "painted": _painted(slide),
     }
-    stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_text(stem.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")  # last: it is done
     return path
 
 
@@ -243,7 +247,22 @@ def _draw_labels(cases: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
 
 
 def _write(job: tuple[DemoSlide, Path]) -> Path:
-    return write_slide(*job)
+    slide, out = job
+    try:
+        known = json.loads((out / "truth" / f"{slide.slide_id}.json").read_text())["painted"]
+    except (OSError, ValueError, LookupError, TypeError):
+        known = None
+    if known == _painted(slide) and (out / slide.path).exists():
+        return out / slide.path
+    return write_slide(slide, out)
+
+
+def _painted(slide: DemoSlide) -> str:
+    """Return a hash of a slide's plan and of the program that paints it."""
+    digest = hashlib.sha256(repr(slide).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _exhaust(done: Iterable, total: int, progress: bool) -> None:

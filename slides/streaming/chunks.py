@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slides.errors import SlideError, UnreadableRegionError
+from slides.errors import SlideError, UnreadableRegionError, slide_fault
 from slides.grid import Grid
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def named_fault(error: Exception, slide_id: str) -> Exception:
     """Return the same error with the slide's name; a `SlideError` for slide or disk faults."""
     if isinstance(error, SlideError):
         return error if slide_id in str(error) else type(error)(f"{slide_id}: {error}")
+    if isinstance(error, MemoryError):
+        return slide_fault(error, slide_id, "its tile")
     if isinstance(error, OSError):
         return UnreadableRegionError(
             f"{slide_id}: the disk gave an error ({error}). Check that the file is there and "

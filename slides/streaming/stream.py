@@ -14,7 +14,9 @@ Shapes: T tiles of a slide, S side of a tile, K labels.
 
 from __future__ import annotations
 
+import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -63,6 +65,8 @@ __all__ = [
     "stream_chunks",
 ]
 
+SHM = "/dev/shm"  # where processes share memory: 64 MB in most containers
+
 
 @dataclass  # not frozen: Lightning's precision plugins rebuild a batch field by field
 class TileBag:
@@ -87,6 +91,13 @@ class TileBag:
         for part in self.tiles.parts if isinstance(self.tiles, JoinedTiles) else [self.tiles]:
             if isinstance(part, SlideTiles):
                 part.on_fault = handler
+
+    @property
+    def unshared(self) -> int:
+        """Bytes of tiles that are not in shared memory yet."""
+        parts = self.tiles.parts if isinstance(self.tiles, JoinedTiles) else [self.tiles]
+        parts = [part.in_memory if isinstance(part, SlideTiles) else part for part in parts]
+        return sum(part.nbytes for part in parts if part is not None and not part.is_shared())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TileBag:
         """Move the labels only: tiles go to the device chunk by chunk, never the whole slide."""
@@ -216,8 +227,9 @@ class BagDataset(Dataset):
                 generator = slide_generator(self.seed, turn.epoch, turn.drawn_as(row.slide_id))
                 change = draw_augmentation(len(chosen), generator, **vars(self.augment))
                 source = AugmentedSlide(source, chosen.coords0, change)
-            elsewhere = get_worker_info() is not None
-            tiles = read_tiles(source, chosen, slice(self.hold), shared=elsewhere)
+            kept = len(chosen.coords0[: self.hold]) * 3 * chosen.grid.size**2
+            shared = get_worker_info() is not None and fits_in_shm(kept)
+            tiles = read_tiles(source, chosen, slice(self.hold), shared=shared)
         finally:
             close(source)  # a cohort's worth of open files and decoder caches would add up
         if len(tiles) < len(chosen):
@@ -241,11 +253,23 @@ class _FaultsAsItems(Dataset):
     def __len__(self) -> int:
         return len(self.bags)
 
-    def __getitem__(self, turn: Turn | int) -> TileBag | Skipped | SlideError:
+    def __getitem__(self, turn: Turn | int) -> TileBag | Skipped | SlideError | bytes:
         try:
-            return self.bags[turn]
+            bag = self.bags[turn]
         except SlideError as fault:
             return fault
+        if get_worker_info() and isinstance(bag, TileBag) and not fits_in_shm(bag.unshared):
+            return pickle.dumps(bag, protocol=5)  # through the pipe: slower, and always possible
+        return bag
+
+
+def fits_in_shm(size: int) -> bool:
+    """Return whether so many bytes of each of a loader's workers, and one more, fit in /dev/shm."""
+    processes = get_worker_info().num_workers + 1
+    try:
+        return size == 0 or shutil.disk_usage(SHM).free > processes * size
+    except OSError:  # a system without it
+        return True
 
 
 class SlideLoader(DataLoader):
@@ -303,7 +327,8 @@ class SlideLoader(DataLoader):
 
     def _next(self, bags: Iterator, turns: list) -> TileBag | Skipped | SlideError:
         try:
-            return next(bags)
+            bag = next(bags)
+            return pickle.loads(bag) if isinstance(bag, bytes) else bag
         except RuntimeError as error:
             if not re.search(r"DataLoader worker \(pid", str(error)):
                 raise

@@ -8,7 +8,6 @@ One prefetcher (`slides.streaming.prefetch`) reads slide after slide, ahead of t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -153,12 +152,10 @@ def new_slides(
         stain: the stain normalisation.
 
     Yields:
-        Their tile source, the slides that can be read, and the faults of the others, which are
-        printed.
+        Their tile source, the slides that can be read, and the faults of the others, which
+        indexing prints.
     """
     with TemporaryDirectory() as index_dir:
         source = Source(rows, Path(index_dir), None, tiles, "skip", workers, stain)
         _, failed = index_and_cache(source)
-        for reason in failed.values():
-            print(f"tapfm: {reason}", file=sys.stderr)
         yield TileSource.of(source), [row for row in rows if row.slide_id not in failed], failed

@@ -13,6 +13,8 @@ Shapes: N slots, T tiles of a slide, C tiles of a chunk, S side of a tile.
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
 import os
 import signal
 import traceback
@@ -69,9 +71,9 @@ class Workers:
         self.plan: Iterator[tuple[int, int]] = iter(())
         self.requests: deque[tuple[int, int, int]] = deque()  # chunk's number, slide, first tile
         shape = slots, size, 3, slides[0].size, slides[0].size
-        self.slots_NC = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self.processes = []
         context = torch.multiprocessing.get_context()
+        self.slots_NC = _shared(shape, context.get_start_method())
         try:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
@@ -139,6 +141,17 @@ class Workers:
         if isinstance(reply, Exception):
             raise reply
         return reply
+
+
+def _shared(shape: tuple[int, ...], start: str) -> Tensor:
+    """Return uint8 memory that the processes share; where they fork, none of /dev/shm.
+
+    Containers give /dev/shm 64 MB.
+    """
+    if start != "fork":
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    whole = mmap.mmap(-1, math.prod(shape))
+    return torch.frombuffer(whole, dtype=torch.uint8).reshape(shape)
 
 
 def _work(

@@ -5,6 +5,7 @@
     masks.py          the user's own outlines: GeoJSON or a mask image
     choose.py         chooses a slide's tiles in stages
     index.py          indexes a cohort and writes its ledger
+    checked.py        which indexes need no second look
     index_file.py     the h5 of a slide's tiles, readable by TRIDENT
     other_tools.py    tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose
     job_folders.py    finds other programs' coordinate files

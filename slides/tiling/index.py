@@ -28,9 +28,11 @@ from slides.errors import (
     SlideError,
     reading_faults,
     refuse,
+    slide_fault,
 )  # fmt: skip
-from slides.files import file_fingerprint, write_whole
+from slides.files import WriteError, file_fingerprint, locked, write_whole
 from slides.grid import Grid
+from slides.tiling.checked import Checked
 from slides.tiling.choose import choose_tiles, index_slide, to_index
 from slides.tiling.index_file import TileIndex, index_path, read_index, write_index
 from slides.tiling.job_folders import find_all, find_coordinates
@@ -101,20 +103,21 @@ def index_cohort(
         for row in rows
     ]
     if tissue.coords is not None and pictures:
-        raise CoordinatesError(
-            "pictures show how tissue was found, and tissue.coords skips that. Leave one out."
-        )
+        raise CoordinatesError("pictures show how tissue was found; tissue.coords skips that.")
     if tissue.coords is not None and on_error == "stop":
         find_all(tissue.coords, [job[:2] for job in jobs])  # all missing ones, before hours of work
-    done: dict[str, dict] = {}
+    checked = Checked(Path(index_dir), grid, tissue)
+    found = [] if pictures else [checked.row(*job[:3]) for job in jobs]
+    done: dict[str, dict] = {row["slide_id"]: row for row in found if row}
     ledger = Path(index_dir) / grid.tag / "ledger.csv"
     try:
-        _index_all(jobs, workers, on_error, progress, done)
+        _index_all([job for job in jobs if job[0] not in done], workers, on_error, progress, done)
     except SlideError:
         _write_ledger_if_possible(ledger, done)
         raise
     listed = [done[name] for name in ids]
     _write_ledger(ledger, listed)
+    checked.note((done[job[0]], job[1], job[2]) for job in jobs)
     return listed
 
 
@@ -133,6 +136,8 @@ def _index_all(jobs: list, workers: int, on_error: str, progress: bool, done: di
                 bar.write(f"tapfm: {outcome.row['slide_id']}: {outcome.note}", file=sys.stderr)
             if outcome.error and (on_error == "stop" or isinstance(outcome.error, IndexFileError)):
                 raise outcome.error
+            if outcome.error:
+                bar.write(f"tapfm: left out: {outcome.error}", file=sys.stderr)
 
 
 def _outcomes(jobs: Sequence[tuple], workers: int) -> Iterable[_Outcome]:
@@ -192,9 +197,11 @@ def _index_one(job: tuple) -> _Outcome:
                             reason = f"{reason} {lost} {why} there".strip()
                         write_index(out, index, tissue)
             reason = "; ".join(filter(None, (reason, note)))
-    except SlideError as fault:
-        index, error, status = None, fault, "failed"
-        reason = f"{type(fault).__name__}: {fault}"
+    except WriteError:  # the pictures' folder
+        raise
+    except (SlideError, OSError, MemoryError, OverflowError) as fault:
+        index, error, status = None, slide_fault(fault, slide_id, path), "failed"
+        reason = f"{type(error).__name__}: {error}"
     return _Outcome(
         {
             "slide_id": slide_id,
@@ -256,9 +263,11 @@ def why_outdated(index: TileIndex, slide_path: Path, mpp: float | None) -> str:
         return f"the table now gives mpp {mpp:g}, {had}"
     if mpp is None and index.mpp_source == "table":
         return f"the table no longer gives an mpp, {had}"
-    with contextlib.suppress(OSError):  # an unreadable file is reported when its tiles are read
+    try:
         if slide_path.is_file() and file_fingerprint(slide_path) != index.fingerprint:
             return "the slide's file has changed"
+    except OSError as error:
+        raise slide_fault(error, index.slide_id, slide_path) from error
     return ""
 
 
@@ -273,18 +282,26 @@ def ledger_reason(index_dir: Path, grid: Grid, slide_id: str) -> str | None:
 
 
 def _write_ledger(path: Path, rows: list[dict]) -> None:
-    """Write the ledger as CSV; rows of slides outside this run stay."""
+    """Write the ledger as CSV; rows of slides outside this run stay, also those of other runs."""
     named = {row["slide_id"] for row in rows}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            older = [row for row in csv.DictReader(file) if row.get("slide_id") not in named]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        older = []
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LEDGER, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(older + rows)
-    write_whole(path, text.getvalue().encode(), path.name)
+        with locked(path):
+            try:
+                with open(path, newline="", encoding="utf-8") as file:
+                    older = [
+                        row for row in csv.DictReader(file) if row.get("slide_id") not in named
+                    ]
+            except (OSError, UnicodeDecodeError, csv.Error):
+                older = []
+            text = io.StringIO()
+            writer = csv.DictWriter(text, LEDGER, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(older + rows)
+            write_whole(path, text.getvalue().encode(), path.name)
+    except OSError as error:
+        raise IndexFileError(
+            f"{path}: cannot be locked ({error}). Give another index folder."
+        ) from error
 
 
 def _write_ledger_if_possible(path: Path, done: dict[str, dict]) -> None:

@@ -19,18 +19,23 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError
 from slides.files import damage_as, write_whole
-from slides.grid import Grid
+from slides.grid import MAX_TILES, Grid
 from slides.tiling.job_folders import coordinates_sha256, find_coordinates
 from slides.tiling.masks import mask_sha256
 from slides.tiling.tissue import Tissue
 
+if TYPE_CHECKING:
+    import h5py
+
 WRITER = "tapfm slides.tiling.index_file"
 FIGURES = ("pen_fraction", "blur")  # measured for each tile; absent in older files
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 100  # features and corners are never packed so small
 WRITER_VERSION = 2  # part of the settings' hash: raise it when the same settings choose other tiles
 
 
@@ -171,7 +176,7 @@ def read_index(
         raise IndexFileError(f"{path.name}: no index at {path}. Make it with `tapfm index`.")
     with damage_as(lambda why: IndexFileError(_damaged(path, why))):
         with h5py.File(path, "r") as file:
-            attrs = dict(file["coords"].attrs)
+            attrs = dict(must_be_tiles(file["coords"]).attrs)
             if "spec_sha256" not in attrs:
                 raise CoordinatesError(
                     f"{path.stem.removesuffix('_patches')}: its index would take the place of "
@@ -210,6 +215,18 @@ def read_index(
     if not whole:
         raise IndexFileError(_damaged(path, "the tiles do not match their checksum"))
     return index
+
+
+def must_be_tiles(data: h5py.Dataset) -> h5py.Dataset:
+    """Return a dataset, or raise ValueError if it holds more than a slide's tiles; reads none."""
+    rows = math.prod(data.shape[:-1] or data.shape)
+    stored = data.id.get_storage_size()
+    if rows > MAX_TILES or (data.nbytes > BOMB_BYTES and data.nbytes > BOMB_RATIO * stored):
+        raise ValueError(
+            f"{rows} rows, {data.nbytes / 1e9:.1f} GB of which {stored / 1e6:.1f} MB are stored: "
+            f"no slide has so many tiles ({MAX_TILES} are the most)"
+        )
+    return data
 
 
 def _settings(grid: Grid, tissue: Tissue, slide_id: str, file_name: str | Path) -> str:

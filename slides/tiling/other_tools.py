@@ -32,7 +32,7 @@ import numpy as np
 from slides.errors import CoordinatesError, NoTissueError
 from slides.files import damage_as, file_fingerprint
 from slides.grid import MPP_RANGE, UNSCALED_TOLERANCE, Grid
-from slides.tiling.index_file import TileIndex
+from slides.tiling.index_file import TileIndex, must_be_tiles
 from slides.tiling.job_folders import coordinates_sha256, hs2p_parts
 from slides.wsi.reader import Slide
 
@@ -158,6 +158,7 @@ def _h5(path: Path, slide: Slide, asked: Grid | None) -> _Found:
     import h5py
 
     with h5py.File(path, "r") as file:
+        must_be_tiles(file["coords"])
         on_file, attrs, coords = dict(file.attrs), dict(file["coords"].attrs), file["coords"][:]
     coords0 = coords[:, :2].astype(np.int64) if len(coords) else np.empty((0, 2), np.int64)
     if "patch_level" in attrs:

@@ -7,6 +7,7 @@
     pyramid.py       each level's true downsample; whether it shows the slide
     resolution.py    microns per pixel, from the table or the file's properties
     jpeg_tiles.py    JPEG tiles decoded without OpenSlide, to the same bits
+    jpeg_stream.py    a tile's bytes as a whole JPEG stream
     jpeg_colours.py  JPEG tiles that contradict the TIFF's colour tag
     tiff_image.py    a TIFF that OpenSlide does not open, part by part
     plain_image.py   a plain PNG or JPEG as a slide with one level, whole in memory

@@ -60,6 +60,8 @@ def why_impossible(path: Path) -> str | None:
     enough; and it searches for hours if tiles are not listed.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # opening it could wait forever
+            return f"{path} is a pipe or a device. Give a file, or leave this slide out."
         pages = [tags for tags, _ in directories(path)] if path.is_file() else []
     except OSError as error:  # a folder may be closed, a disk lost
         return (

@@ -29,13 +29,15 @@ from slides.errors import NotASlideError, UnreadableRegionError
 from slides.wsi.diagnose import tiff_contents, why_impossible, why_refused
 from slides.wsi.facts import SlideFacts, read_facts, why_misread
 from slides.wsi.jpeg_colours import ycbcr_to_rgb
-from slides.wsi.jpeg_tiles import JpegDecoder, NotDirectError
+from slides.wsi.jpeg_stream import DamagedTileError, NotDirectError
+from slides.wsi.jpeg_tiles import JpegDecoder
 from slides.wsi.plain_image import PlainImage, is_plain
 from slides.wsi.pyramid import DROPPED, VENDORS, same_picture
 from slides.wsi.tiff_image import TiffImage
 
 CACHE_BYTES = 64 << 20  # for all handles of a process; OpenSlide's default is 32 MiB for each
 CHECKED = 512  # pixels: side of the first region of each level, which is read both ways
+COUNTED = 20_000  # tiles of a level that are decoded, in seconds, to count the damaged ones
 UNTOLD = 8  # flat squares of a level that agree with level 0 before it is believed
 _inherited = []  # handles from before a fork: closing them here could stop the parent's
 
@@ -55,6 +57,7 @@ class Levels:
         self._proven = set()
         self._untold: dict[int, int] = {}  # level -> flat squares seen; UNTOLD once believed
         self._said_slow = False
+        self._counted: dict[int, int] = {}  # level -> damaged tiles
         self._handle = None
         self._pid = None
         self._facts = None
@@ -148,7 +151,7 @@ class Levels:
             UnreadableRegionError: it cannot be decoded.
         """
         if not level and 0 in self._proven and self._direct is not None:  # nearly every tile
-            with contextlib.suppress(NotDirectError):  # then with the reason, below
+            with contextlib.suppress(NotDirectError, DamagedTileError):  # said below
                 return self._direct.pixels(0, x0, y0, width_r, height_r)
         rgb = self._pixels(x0, y0, level, width_r, height_r)
         ds = self.facts.level_downsamples[level] if level else 1.0
@@ -171,6 +174,8 @@ class Levels:
             return self._reference(x0, y0, level, width_r, height_r)
         try:
             rgb = direct.pixels(level, int(x_r), int(y_r), width_r, height_r)
+        except DamagedTileError as error:
+            raise self._damaged(level, x0, y0, str(error)) from error
         except NotDirectError as error:
             fault = str(error)
         if not fault and level not in self._proven:
@@ -178,7 +183,10 @@ class Levels:
             shown = rgb[: part[0], : part[1]]
             if ds != self.facts.stated_downsamples[level]:  # OpenSlide is exact at the corner only
                 x0 = y0 = 0
-                shown = direct.pixels(level, 0, 0, *part[::-1])
+                try:
+                    shown = direct.pixels(level, 0, 0, *part[::-1])
+                except DamagedTileError as error:
+                    raise self._damaged(level, 0, 0, str(error)) from error
             if np.array_equal(shown, self._reference(x0, y0, level, *part[::-1])):
                 self._proven.add(level)
             else:
@@ -188,6 +196,20 @@ class Levels:
             rgb = self._reference(x0, y0, level, width_r, height_r)
             self._say_slow(fault)  # only now: if OpenSlide fails too, its error says more
         return rgb
+
+    def _damaged(self, level: int, x0: int, y0: int, why: str) -> UnreadableRegionError:
+        """Return the error for a JPEG tile that is damaged, with the number of others."""
+        tiles = len(self._direct.levels[level].offsets)
+        many = "a JPEG tile"
+        if level not in self._counted and tiles <= COUNTED:  # once, since all are decoded
+            self._counted[level] = self._direct.damaged(level)
+        if level in self._counted:
+            many = f"{self._counted[level]} of the {tiles} JPEG tiles"
+        return UnreadableRegionError(
+            f"{self.name}: {many} of level {level} can be decoded in part only, one of them near "
+            f"level-0 ({x0}, {y0}): {why}. Its pixels would be guessed. The file is damaged: copy "
+            f"it again from its source, or leave this slide out. ({self.path})"
+        )
 
     def _open(self) -> openslide.OpenSlide:
         if self._handle is None or self._pid != os.getpid():

@@ -26,6 +26,7 @@ from slides.wsi.pyramid import liveliest, square_side0
 from slides.wsi.resolution import find_mpp, stated_otherwise
 
 LEVEL_TOLERANCE = 0.005  # of a downsample: about one pixel of a 224 px tile
+MAX_THUMBNAIL = 1 << 28  # pixels, 0.8 GB: a slide of 300,000 x 200,000 has a fifth of that
 BLOCK = 2048  # side of the pieces in which a thumbnail is read: bounds memory for any slide
 TIFF_VENDORS = {"aperio", "generic-tiff", "leica", "philips", "trestle", "ventana"}
 
@@ -221,7 +222,15 @@ class Slide:
         if max_side is not None:
             factor = math.ceil(max(width_r, height_r) / max_side)
         block = factor * max(1, BLOCK // factor)
-        out = np.empty((-(-height_r // factor), -(-width_r // factor), 3), np.uint8)
+        shape = -(-height_r // factor), -(-width_r // factor), 3
+        if shape[0] * shape[1] > MAX_THUMBNAIL:
+            raise NotASlideError(
+                f"{self.name}: its thumbnail would have {shape[1]} x {shape[0]} pixels: the file "
+                f"states {self.width0} x {self.height0} pixels, and tissue is looked for at "
+                f"{ds * factor:g} of them a pixel. Correct its mpp, raise tissue.mpp, or leave "
+                "this slide out."
+            )
+        out = np.empty(shape, np.uint8)
         for top in range(0, height_r, block):
             for left in range(0, width_r, block):
                 size_r = min(block, width_r - left), min(block, height_r - top)

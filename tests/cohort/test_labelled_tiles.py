@@ -177,6 +177,18 @@ class TestReading:
         found = read_tile(tmp_path / "a.tif", 8)
         assert np.abs(found - means).max() < 0.6  # Pillow rounds in fixed point
 
+    def test_a_damaged_jpeg_is_refused_and_a_whole_one_read_as_pillow_does(self, tmp_path):
+        path = tmp_path / "a.jpg"
+        picture(path, 64)
+        whole = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        assert (read_tile(path, 64) == whole).all()
+        data = path.read_bytes()
+        at = len(data) * 2 // 3
+        path.write_bytes(data[:at] + bytes(40) + data[at + 40 :])
+        assert (np.asarray(Image.open(path)).transpose(2, 0, 1) != whole).any(), "Pillow reads it"
+        with pytest.raises(TileError, match=r"a\.jpg: cannot be read as a picture .*Corrupt JPEG"):
+            read_tile(path, 64)
+
     def test_faults_name_the_file(self, tmp_path):
         picture(tmp_path / "a.png", side=12)
         with pytest.raises(TileError, match=r"a.png: 12 x 12 px, but square tiles of 8 px"):

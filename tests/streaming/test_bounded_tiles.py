@@ -9,6 +9,8 @@ import os
 import time
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from slides.streaming import bounded_tiles as held
 from slides.streaming.bounded_tiles import SlideTiles, host_budget, machine_memory, tiles_to_hold
 from slides.streaming.chunks import WorkerDiedError
 from slides.streaming.stream import Augment, BagDataset, SlideLoader, Turn
+from slides.streaming.workers import _shared
 from tests.sources import SIZE, Source, expected_tiles, make_index, make_row
 
 TILES = 23
@@ -119,6 +122,27 @@ def test_a_bag_in_memory_was_decoded_into_shared_memory():
     (each,) = SlideLoader(bags, workers=1)
     assert each.tiles.is_shared()
     assert not bags[0].tiles.is_shared()
+
+
+@pytest.mark.parametrize("hold", [None, 6])
+def test_bags_come_through_pipes_where_shared_memory_is_small(hold, monkeypatch):
+    """A container's /dev/shm has 64 MB; a bag of 500 tiles of 224 px has 75."""
+    free = SimpleNamespace(free=TILES)  # bytes
+    monkeypatch.setattr("slides.streaming.stream.shutil.disk_usage", lambda _: free)
+    bags = BagDataset([make_row(n) for n in range(3)], partial(open_slide, TILES), hold=hold)
+    for number, each in enumerate(SlideLoader(bags, workers=2)):
+        tiles = each.tiles if hold is None else each.tiles.in_memory
+        assert not tiles.is_shared()
+        assert torch.equal(whole(each.tiles, 4), whole(bags[number].tiles, 4))
+
+
+def test_slots_of_forked_processes_need_no_shared_memory_folder():
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    slots = _shared((2, 3, 5), "fork")
+    slots[1] = 7
+    assert slots.sum() == 3 * 5 * 7
+    assert {path.name for path in Path("/dev/shm").iterdir()} <= before
+    assert _shared((2, 3, 5), "spawn").is_shared()
 
 
 class TestFaults:

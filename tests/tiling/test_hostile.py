@@ -1,0 +1,133 @@
+"""One bad file ends no job: it is that slide's fault, in one line, soon and at little memory."""
+
+import os
+import resource
+
+import h5py
+import pytest
+
+from slides.cohort.table import read_cohort
+from slides.errors import CohortError, NotASlideError, SlideError, name_fault
+from slides.files import replacing
+from slides.grid import Grid
+from slides.streaming.chunks import named_fault
+from slides.tiling.index import index_cohort, index_path, read_index
+from slides.tiling.other_tools import read_coordinates
+from slides.tiling.tissue import Tissue
+from slides.wsi import reader
+from slides.wsi.reader import Slide
+from tapfm.data.feature_files import read_slide
+from tests.conftest import stained_picture, write_pyramid
+from tests.tiling.test_index import row
+
+GRID, TISSUE = Grid(32, 0.5), Tissue(min_area_um2=1000.0)
+
+
+@pytest.fixture
+def sound(tmp_path):
+    return write_pyramid(tmp_path / "sound.tif", stained_picture(311, 263), 0.5, levels=2)
+
+
+def test_files_that_cannot_be_read_end_no_job(tmp_path, sound):
+    """A pipe, a device, a file whose reading fails (root may open any), a folder, nothing."""
+    os.mkfifo(tmp_path / "pipe.svs")
+    (tmp_path / "folder.svs").mkdir()
+    paths = ["pipe.svs", "folder.svs", "gone.svs", "/dev/zero", "/proc/self/mem"]
+    rows = [row(tmp_path / path, 0.5) for path in paths] + [row(sound)]
+    ledger = index_cohort(rows, tmp_path / "index", GRID, TISSUE, on_error="skip", progress=False)
+    assert [each["status"] for each in ledger] == ["failed"] * 5 + ["indexed"]
+    for each, path in zip(ledger, paths, strict=False):
+        assert path.rpartition("/")[2].partition(".")[0] in each["reason"]
+        assert "\n" not in each["reason"]
+
+
+def test_an_index_is_not_kept_for_a_slide_that_cannot_be_read(tmp_path, sound, monkeypatch):
+    def ledger():
+        return index_cohort([row(sound)], tmp_path, GRID, TISSUE, on_error="skip", progress=False)
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert [ledger()[0]["status"], ledger()[0]["status"]] == ["indexed", "kept"]
+    os.utime(sound)
+    monkeypatch.setattr("slides.tiling.index.file_fingerprint", closed)
+    (found,) = ledger()
+    assert found["status"] == "failed"
+    assert "cannot be read ([Errno 13] Permission denied" in found["reason"]
+
+
+def test_no_memory_for_a_slide_is_its_fault(tmp_path, sound, monkeypatch):
+    def bomb(self, *_):
+        raise MemoryError("Unable to allocate 1.39 TiB")
+
+    monkeypatch.setattr(Slide, "thumbnail", bomb)
+    (found,) = index_cohort([row(sound)], tmp_path, GRID, TISSUE, on_error="skip", progress=False)
+    assert "sound: " in found["reason"]
+    assert "needs more memory than there is (Unable to allocate 1.39 TiB)" in found["reason"]
+    assert isinstance(named_fault(MemoryError("2 TiB"), "s1"), SlideError)
+
+
+def test_a_thumbnail_and_a_lattice_that_no_slide_has_are_refused(sound, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_THUMBNAIL", 1000)
+    with Slide(sound) as slide, pytest.raises(NotASlideError, match="thumbnail would have 311 x"):
+        slide.thumbnail(0.5)
+    with pytest.raises(NotASlideError, match=r"big: 9586980 x 9586980 tiles, .* Correct its mpp"):
+        Grid(224, 0.5).coords(2**31, 2**31, 0.5, "big")
+    assert len(Grid(224, 0.5).coords(300_000, 200_000, 0.25)) > 298_000
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """Two hundred million rows in a file of a few kB."""
+    path = tmp_path / "sound_patches.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("coords", (200_000_000, 2), "i8", chunks=(4096, 2))
+        data.attrs.update(patch_size=32, patch_size_level0=32, spec_sha256="x")
+        file.create_dataset("features", (200_000_000, 8), "f4", chunks=(4096, 8))
+    assert path.stat().st_size < 20_000
+    os.link(path, tmp_path / "sound.h5")
+    return path
+
+
+def test_two_hundred_million_rows_are_refused_before_they_are_read(bomb, sound):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Slide(sound) as slide:
+        for read in (
+            lambda: read_coordinates(bomb, slide, GRID),
+            lambda: read_index(bomb, GRID, TISSUE),
+            lambda: read_slide(bomb.parent, "sound", lambda: 0.5),
+        ):
+            with pytest.raises(SlideError, match=r"200000000 rows, .* no slide has so many"):
+                read()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a\0b", "a control character (U+0000)"), ("a\nb", "a control character (U+000A)"),
+        ("\x1b[2Ja", "a control character (U+001B)"), ("a\u202egpj", "an invisible character"),
+        ("a\u2028b", "a line break"), ("=1+1", "begins like a formula"), ("@a", "a formula"),
+        ("é" * 121, "242 bytes, and files are named after it"),
+    ],
+)  # fmt: skip
+def test_names_that_no_file_or_terminal_should_see(name, says, tmp_path):
+    assert says in name_fault(name)
+    table = tmp_path / "cohort.tsv"
+    lines = ["case_id\tslide_id\tslide_path\tsplit\tx", f'c0\t"{name}"\ts.svs\ttrain\t1']
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="")
+    with pytest.raises(CohortError) as caught:
+        read_cohort(table, both_classes=())
+    shown = str(caught.value)
+    assert not set(shown) & set("\0\x1b\u202e\u2028")
+
+
+def test_the_longest_name_is_written_whole(tmp_path, sound):
+    for name in ("x" * 240, "é" * 120, "TCGA-05-4244-01Z-00-DX1.d4ff32cd"):
+        assert name_fault(name) == ""
+        index_cohort([row(sound, slide_id=name)], tmp_path, GRID, TISSUE, progress=False)
+        assert index_path(tmp_path, GRID, name).is_file()
+    with replacing(tmp_path / ("y" * 251 + ".csv")) as partial:
+        partial.write_text("x")
+    assert (tmp_path / ("y" * 251 + ".csv")).read_text() == "x"
+    assert not list(tmp_path.rglob("*.partial"))
