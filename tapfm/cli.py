@@ -6,11 +6,14 @@ that of a run that was asked to stop is 128 and the signal's number.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
+from slides.errors import printable
+from slides.files import WriteError
 from tapfm.verbs import Parser, cohorts, later, reading, training
 
 VERBS = {
@@ -35,6 +38,9 @@ VERBS = {
     "export": (reading.export, "a model for other tools: timm, ONNX, TorchScript, peft"),
     "doctor": (training.doctor, "what is installed, and whether a model loads right"),
 }
+MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}  # fmt: skip
+"""Errors that are the machine's or its owner's, not the program's."""
 LIGHTNINGS = {
     "fit": "tapfm.training.fit:run_fit",
     "fit-tiles": "tapfm.tile_training.fit:run_fit_tiles",
@@ -51,12 +57,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = vars(parser().parse_args(argv))
         del flags["verb"]
         return flags.pop("do")(**flags)
-    except Exception as error:
+    except KeyboardInterrupt:
+        print("tapfm: interrupted. The same command goes on there.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in MACHINES and not isinstance(error, WriteError):
+            raise
+        print(f"tapfm: {printable(of_machine(error))}", file=sys.stderr)
+        return 2
+    except BaseException as error:  # that of a run that was asked to stop is no Exception
         if type(error).__module__.partition(".")[0] not in ("slides", "tapfm"):
             raise  # not one of ours: a fault of the program, with its traceback
-        print(f"tapfm: {error}", file=sys.stderr)
+        print(f"tapfm: {printable(str(error))}", file=sys.stderr)
         explain_config(argv, error)
         return getattr(error, "exit_code", 2)
+
+
+def of_machine(error: OSError) -> str:
+    """Return the message for an error of disk, permissions or limits, wherever it came up."""
+    if isinstance(error, WriteError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror}. Mend that, and run the same command again: what is finished is "
+        "kept."
+    )
 
 
 def expand_segments() -> None:

@@ -128,7 +128,7 @@ def data_keys() -> set[str]:
 def preamble(config: Path) -> str:
     """Return the comment that a config opens with: its purpose, and what it expects where."""
     lines = []
-    for line in config.read_text().splitlines():
+    for line in config.read_text(errors="replace").splitlines():
         if not line.startswith("#"):
             break
         lines.append(line[1:].removeprefix(" "))
@@ -141,14 +141,9 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
     Raises:
         SettingsError: there is no such file, or it is something else.
     """
-    if not file.is_file():
-        there = sorted(path.stem for path in file.parent.glob("*.yaml"))
-        listed = f" There are: {', '.join(there)}." if there else ""
-        raise SettingsError(f"{file}: there is no such {what}.{listed}")
-    try:
-        found = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not YAML: {error}") from error
+    from tapfm.yaml_files import load, read_text
+
+    found = load(read_text(file, what), file) or {}
     if not isinstance(found, dict):
         raise SettingsError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")
     return found

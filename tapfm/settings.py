@@ -6,6 +6,7 @@ Strategies, aggregators, regularisers and bag transforms are all named in a conf
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
@@ -59,7 +60,7 @@ def below(settings: Mapping[str, Any], least: Mapping[str, float], where: str = 
     return [
         f"{where}{'.' * bool(where)}{key} must be {least_:g} or more, got {settings[key]}"
         for key, least_ in least.items()
-        if settings[key] is not None and not settings[key] >= least_
+        if settings[key] is not None and not math.inf > settings[key] >= least_
     ]
 
 
@@ -96,7 +97,9 @@ def choose(
         fits = (int, float) if kind is float else (list, tuple) if kind is tuple else kind
         if kind not in KINDS or key not in defaults:
             continue
-        if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{where}: {name}: {key} must be a finite number, got {value}")
+        elif not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
             faults.append(f"{where}: {name}: {key} must be {KINDS[kind]}, got {value!r}")
         else:
             options[key] = kind(value)

@@ -16,11 +16,11 @@ class KillAfter(Callback):
 
 
 class AskAfter(Callback):
-    """Sends this process a signal: 15 is a scheduler's, 2 is Ctrl+C."""
+    """Sends a process, or one of several, a signal: 15 is a scheduler's, 2 is Ctrl+C."""
 
-    def __init__(self, slides: int, number: int):
-        self.slides, self.number = slides, number
+    def __init__(self, slides: int, number: int, rank: int | None = None):
+        self.slides, self.number, self.rank = slides, number, rank
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if module.slides_seen == self.slides:
+        if module.slides_seen == self.slides and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), self.number)

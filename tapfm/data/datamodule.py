@@ -18,7 +18,7 @@ import torch
 
 from slides.cohort.cases import group_by_case, unlabelled
 from slides.cohort.table import SlideRow, read_cohort
-from slides.errors import CohortError, SettingsError, SlideError, all_faults
+from slides.errors import SlideError, refuse
 from slides.streaming.balance import balanced_order
 from slides.streaming.bounded_tiles import host_budget, joined
 from slides.streaming.order import SlideSampler, Turn, repeated
@@ -31,6 +31,7 @@ from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.feature_files import SlideFeatures
 from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, open_features
+from tapfm.data.skipped import LIMIT, SkippedSlides
 from tapfm.data.streamed import (
     Streamed,
     as_bag,
@@ -41,6 +42,7 @@ from tapfm.data.streamed import (
     targets,
     tiles_held,
 )
+from tapfm.settings import below
 from tapfm.tasks import TASKS, Task, learn_task, task_config
 
 PREFETCH = 2  # training slides that each worker reads ahead
@@ -53,8 +55,8 @@ class SlideData(L.LightningDataModule):
     Args:
         table: the cohort's CSV, TSV or Parquet file.
         slides_dir: folder that slide paths are relative to; None is the table's.
-        features_dir: folder of tile features (of tapfm, TRIDENT, CLAM or STAMP) that stand in place
-            of slides and encoder; slides need not exist then. None reads slides.
+        features_dir: folder of tile features (tapfm, TRIDENT, CLAM, STAMP) in place of slides
+            and encoder; slides need not exist then. None reads slides.
         labels: label columns to train on; None is all of them.
         columns: the table's names of columns -> those of tapfm, `{Patient ID: case_id}`.
         values: words in label columns -> what they mean, `{mut: 1, wt: 0}`, or so by column.
@@ -89,6 +91,7 @@ class SlideData(L.LightningDataModule):
         on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it. What
             comes up in the second pass over a training slide (see `host_gb`), or where several
             processes train together, stops the run all the same.
+        max_skipped: the share of training slides that may be skipped; one may be in any case.
         seed: of order, tiles and augmentation.
     """
 
@@ -119,6 +122,7 @@ class SlideData(L.LightningDataModule):
         host_gb: float | None = None,
         workers: int = 2,
         on_error: Literal["stop", "skip"] = "stop",
+        max_skipped: float = LIMIT,
         seed: int = 0,
     ):
         super().__init__()
@@ -128,26 +132,24 @@ class SlideData(L.LightningDataModule):
         self.asked, self.bags, self.pool, self.balanced = task, bags, pool, sampler == "balanced"
         check_pool(self.cohort, bags, pool)
         self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
-        cache = Path(cache_dir) if cache_dir else None
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
             if given:
                 refuse_other_stains(self.cohort.rows, option)
-        self.tile_source = TileSource(
-            Path(index_dir), cache, tiles.grid, tiles.tissue, stain, cache_gb
-        )
+        where = Path(index_dir), Path(cache_dir) if cache_dir else None
+        self.tile_source = TileSource(*where, tiles.grid, tiles.tissue, stain, cache_gb)
         self.workers, self.on_error, self.seed = workers, on_error, seed
-        if host_gb is not None and host_gb < 0:
-            raise SettingsError(f"data.host_gb is {host_gb:g}: give 0 or more, or leave it out.")
+        refuse(below({"host_gb": host_gb}, {"host_gb": 0}, "data"))
         self.sampling, self.host_gb, self.views = sampling, host_gb, views
         self.augment = Augment(turns, turns, colour, stain_jitter)
-        self.skipped: dict[str, str] = {}
+        self.skipped = SkippedSlides(self.cohort.rows, max_skipped)
+        self.had, self.begun = {}, {}  # split -> its slides, and those before a resume
         self.features: FeatureSource | None = None
         if features_dir:
             pixels = {"colour": colour, "stain": stain, "stain_jitter": stain_jitter,
                       "cache_dir": cache_dir, "cache_gb": cache_gb}  # fmt: skip
             self.augment = Augment(flips=False, rotations=False)
             self.features = open_features(features_dir, pixels, self)
-            self.skipped |= self.features.faults
+            self.skipped.note(self.features.faults)
         self.sampler: SlideSampler | None = None
 
     @property
@@ -187,7 +189,7 @@ class SlideData(L.LightningDataModule):
 
     @property
     def features_spec(self) -> dict[str, Any] | None:
-        """Return what a model on features must know of them; None on slides."""
+        """What a model on features must know of them; None on slides."""
         return self.features and self.features.spec
 
     def known(self, rows: Sequence[SlideRow]) -> FeatureSource | None:
@@ -213,7 +215,7 @@ class SlideData(L.LightningDataModule):
         if self.features:
             return
         _, failed = index_and_cache(self.source)
-        self.skipped.update(failed)
+        self.skipped.note(failed, said=True)
 
     def gathered(self, rows: Sequence[SlideRow]) -> list[SlideRow]:
         """Return a row a bag: slides, or cases."""
@@ -225,12 +227,15 @@ class SlideData(L.LightningDataModule):
         Raises:
             CohortError: all of them are skipped.
         """
-        every = [row for row in self.used if row.split == split]
-        rows = readable(every, self)
-        if every and not rows:
-            why = [self.skipped[row.slide_id] for row in every]
-            raise CohortError(all_faults(f"split {split}, no slide of which can be read", why))
-        return self.gathered(rows)
+        return self.gathered(readable([r for r in self.used if r.split == split], split, self))
+
+    def state_dict(self) -> dict[str, dict[str, list[str]]]:
+        """Return the slides that each split had."""
+        return {"slides": self.had}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, list[str]]]) -> None:
+        """Go on with the same slides."""
+        self.begun = state_dict["slides"]
 
     @cached_property
     def training_rows(self) -> list[SlideRow]:
@@ -337,13 +342,9 @@ class SlideData(L.LightningDataModule):
         return Bag(row.slide_id, row.case_id, joined(parts), places, labels_K, seed=0)
 
     def skip(self, slide_id: str, fault: SlideError) -> None:
-        """Note a slide that cannot be read, if `on_error` is skip.
-
-        Raises:
-            SkippedBag: it is left out.
-        """
+        """Note a slide that cannot be read and raise `SkippedBag`, if `on_error` is skip."""
         if self.on_error == "skip":
-            self.skipped[slide_id] = str(fault)
+            self.skipped.note({slide_id: str(fault)})
             raise SkippedBag(slide_id) from fault
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx: int):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from slides.errors import FeatureFileError
 from slides.files import damage_as, names_of
+from slides.tiling.index_file import must_be_tiles
 
 PLACES = "{}.h5", "h5_files/{}.h5", "pt_files/{}.pt", "{}.pt"
 AGAIN = "Extract them again, or leave the slide out (data.on_error: skip)."
@@ -122,6 +123,8 @@ def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFea
         values = file["feats" if stamp else "features"]
         if not isinstance(values, h5py.Dataset):
             raise ValueError("`features` is a group of several encoders' features")
+        for each in (values, *(file[name] for name in ("coords", "scores") if name in file)):
+            must_be_tiles(each)
         facts, on_file = dict(values.attrs), dict(file.attrs)
         attrs, coords = {}, None
         if "coords" in file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from slides.cohort.cases import group_by_case
 from slides.cohort.table import Cohort, SlideRow
-from slides.errors import CohortError, SlideError
+from slides.errors import LISTED, CohortError, SlideError, all_faults, some
 from slides.seeds import stable_seed
 from slides.streaming.bounded_tiles import tiles_to_hold
 from slides.streaming.order import Turn
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.stream import Skipped, TileBag
+from slides.tiling.checked import Checked
 from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, Places
 
@@ -39,23 +40,64 @@ def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
     return np.array([row.labels for row in rows], np.float32).reshape(len(rows), width)
 
 
-def readable(rows: Sequence[SlideRow], data: Any) -> list[SlideRow]:
-    """Return the slides with tiles; note the others and why with the data module.
+def readable(every: Sequence[SlideRow], split: str, data: Any) -> list[SlideRow]:
+    """Return the slides of a split that have tiles; note the others with the data module.
+
+    A resumed run has those that it was begun with.
 
     Raises:
-        SlideError: a slide has none, and `data.on_error` is not skip.
+        SlideError: one has none, unless `on_error` is skip.
+        CohortError: all have none.
     """
-    found = []
-    for row in rows:
+    rows, checked = [], checked_indexes(data)
+    for row in every:
         try:
-            data.index(row)
-            found.append(row)
+            if not (checked and checked.row(row.slide_id, row.path, row.mpp)):
+                data.index(row)
+            rows.append(row)
         except SlideError as fault:
             if data.on_error != "skip":
                 raise
             why = None if data.known([row]) else data.tile_source.why_not(row)
-            data.skipped.setdefault(row.slide_id, why or str(fault))
-    return found
+            data.skipped.note({row.slide_id: why or str(fault)})
+    if every and not rows:
+        why = [data.skipped[row.slide_id] for row in every]
+        raise CohortError(all_faults(f"split {split}, no slide of which can be read", why))
+    rows = as_begun(rows, split, data.begun.get(split), data.skipped)
+    data.had[split] = [row.slide_id for row in rows]
+    return rows
+
+
+def checked_indexes(data: Any) -> Checked | None:
+    """Return the record of the indexes found right; None for a run on features."""
+    source = data.tile_source
+    return None if data.features else Checked(source.index_dir, source.grid, source.tissue)
+
+
+def as_begun(
+    rows: list[SlideRow], split: str, begun: Sequence[str] | None, skipped: Mapping[str, str]
+) -> list[SlideRow]:
+    """Return the slides that a resumed run was begun with; print those that it leaves out again.
+
+    Args:
+        rows: slides that can be read now.
+        split: theirs.
+        begun: ids of those it was begun with; None for a new run.
+        skipped: why others cannot be read.
+
+    Raises:
+        CohortError: one of them cannot be read any more.
+    """
+    if begun is None:
+        return rows
+    there = {row.slide_id for row in rows}
+    if lost := [name for name in begun if name not in there]:
+        why = [skipped.get(name, f"{name}: not there") for name in lost[:LISTED]]
+        where = f"split {split}: this run was begun with {len(lost)} slides that cannot be read now"
+        raise CohortError(all_faults(f"{where}. Mend them, or start a new run", why))
+    if late := [row.slide_id for row in rows if row.slide_id not in set(begun)]:
+        print(f"split {split}: {some(late)}: left out when this run was begun, and so again")
+    return [row for row in rows if row.slide_id in set(begun)]
 
 
 def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> int:
@@ -70,7 +112,10 @@ def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> in
     bags = data.workers * ahead + 2  # read ahead, in training, and about to be let go
     slides = bags * max(len(row.slides) for row in rows)
     hold = tiles_to_hold(room, data.tiles.tile_px, slides)
-    most = max(len(data.tile_source.index(slide)) for row in rows for slide in row.slides)
+    checked, most = checked_indexes(data), 0
+    for slide in (slide for row in rows for slide in row.slides):
+        known = checked and checked.row(slide.slide_id, slide.path, slide.mpp)
+        most = max(most, known["tiles"] if known else len(data.tile_source.index(slide)))
     if hold < min(most, data.tiles_per_slide or most):
         print(
             f"data.host_gb: {room / 1e9:.1f} GB hold {hold} tiles of each of {slides} slides (of "
@@ -149,7 +194,7 @@ def as_bag(item: Bag | Skipped | TileBag, data: Any) -> Bag | None:
                 f"{item.reason} Several processes train together and cannot leave out a slide "
                 "that one of them finds broken: take it out of the table."
             )
-        data.skipped[item.slide_id] = item.reason
+        data.skipped.note({item.slide_id: item.reason})
         return None
     if not several:  # others would wait for a slide that this one leaves out
         item.on_fault(partial(data.skip, item.slide_id))

@@ -36,7 +36,8 @@ from tapfm.slide_model import model as models
 from tapfm.slide_model.aggregators import TILES, name_of
 from tapfm.slide_model.model import CheckpointError
 from tapfm.stats.metrics import auroc
-from tapfm.training.fit import CONFIG, read_config
+from tapfm.training.begun import CONFIG
+from tapfm.training.fit import read_config
 from tapfm.training.stopping import warn_if_unfinished
 
 GROUPS = ("site", "stain")  # columns of the table for which the report has tables by group

@@ -15,12 +15,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slides.cohort.table import SlideRow
 from slides.cohort.targets import named_as_mean
 from slides.errors import SettingsError
 from tapfm.pathpt.text.prompts import MODES
+from tapfm.yaml_files import load, read_text
 
 TEACHERS = ("demo", "keep")
 INITS = ("template", "random")
@@ -148,9 +147,9 @@ def read_question(path: Path) -> Question:
     if not path.is_file():
         raise QuestionError(f"{path}: there is no such question. Correct --question.")
     try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise QuestionError(f"{path}: not YAML: {error}") from error
+        found = load(read_text(path, "question"), path)
+    except SettingsError as error:
+        raise QuestionError(str(error)) from error
     classes = found.get("classes") if isinstance(found, dict) else None
     if not isinstance(classes, list) or not all(isinstance(each, dict) for each in classes):
         raise QuestionError(f"{path}: classes is needed, a list with a name and a where for each")

@@ -25,6 +25,7 @@ from slides.seeds import stable_seed
 from slides.streaming.augment import draw_augmentation
 from slides.streaming.order import Turn, epoch_order
 from slides.streaming.stream import Augment, SlideLoader, SlideSampler, slide_generator
+from tapfm.data.skipped import SkippedSlides
 from tapfm.tile_training.batch import TileBatch
 
 
@@ -118,7 +119,7 @@ class TileData(L.LightningDataModule):
         self.tile_px, self.mpp, self.batch, self.workers = tile_px, mpp, batch, workers
         self.balance, self.seed = balance, seed
         self.augment = Augment(colour=colour, stain=stain_jitter)
-        self.skipped: dict[str, str] = {}  # none is ever left out
+        self.skipped = SkippedSlides()  # none is ever left out
         self.sampler: SlideSampler | None = None
 
     @property

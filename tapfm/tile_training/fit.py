@@ -16,7 +16,7 @@ from typing import ClassVar
 import lightning as L
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,11 +35,12 @@ from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
+from tapfm.training.begun import prepare_folder, program
 from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
-from tapfm.training.fit import Cli, add_tensorboard, prepare_folder, read_config
+from tapfm.training.fit import Cli, add_tensorboard, read_config
 from tapfm.training.optim import Steps
-from tapfm.training.provenance import program
 from tapfm.training.stopping import StopOnSignal, running
+from tapfm.weights import read_tensors
 
 PROBE, RGB = "frozen, linear probe", "RGB statistics, linear probe"
 
@@ -166,15 +167,12 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
         module.start_head(*frozen.probe.linear())
     add_tensorboard(trainer, folder)
     point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
-    trainer.callbacks += [
-        TileLog(folder),
-        BestWeights(folder, "f1"),
-        point,
-        StopOnSignal(folder, point),
-    ]
+    stop = StopOnSignal(folder, point)
+    trainer.callbacks += [TileLog(folder), BestWeights(folder, "f1"), point, stop]
     resume = resume_point(folder)
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
-    trainer.fit(module, datamodule=data, **begun)
+    with stop.listening(trainer):
+        trainer.fit(module, datamodule=data, **begun)
     print(f"{folder / BEST}: the weights of the best validation macro F1")
 
 
@@ -221,4 +219,4 @@ def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
         z_ND, rgb_N6 = features(encoder.to(device), batches, model_config.precision)
         with replacing(path) as partial:
             save_file({"z": z_ND, "rgb": rgb_N6}, partial)
-    return load_file(path)
+    return read_tensors(path)

@@ -10,9 +10,9 @@
     stopping.py     a run that is asked to stop: saves, says so, and its exit code
     encode_once.py  a frozen encoder's features, made before the first epoch
     fit.py          `tapfm fit`: config to run folder
+    begun.py        what a run was begun with, and by; whether it may be continued
     announce.py     what a run prints before it trains
     arguments.py    what is wrong with its arguments, all at once
-    provenance.py   what a saved model says of its making
     old_keys.py     keys of version 0.1, and of runs that were begun with them
 
 Read `module.py` first.

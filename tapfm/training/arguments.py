@@ -16,6 +16,7 @@ import yaml
 
 from tapfm.config import read_yaml
 from tapfm.settings import KINDS, SettingsError, did_you_mean
+from tapfm.yaml_files import compose, read_text
 
 WANTED = {kind.__name__: text for kind, text in KINDS.items()}
 WANTED |= {"NoneType": "null", "dict": "keys and values", "list": "a list"}
@@ -147,11 +148,11 @@ def _given(arguments: Sequence[str]) -> tuple[list[Given], list[str]]:
             inline = "\n" in value or ("{" in value and not Path(value).is_file())
             if not inline:
                 read_yaml(Path(value))
-                value = Path(value).read_text()
-            node = yaml.compose(value, yaml.SafeLoader)
+                name, value = value, read_text(Path(value))
+            node = compose(value, "--config" if inline else name)
             each.words = each.words[1 if equals else 2 :]
             each.config = node if isinstance(node, yaml.MappingNode) else None
-        except (SettingsError, yaml.YAMLError) as error:
+        except SettingsError as error:
             faults.append(" ".join(str(error).split()))
             each.words = []
     return given, faults

@@ -7,9 +7,7 @@ never killed: the resume point remembers how many rows each file had, and later 
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 import time
 import zipfile
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slides.errors import SettingsError
-from slides.files import replacing
+from slides.files import WriteError, replacing, unwritten
 from tapfm.distributed import gather
 from tapfm.training.module import DivergedError
 
@@ -44,9 +42,13 @@ class CsvLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; missing columns stay blank."""
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        try:
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                cells = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
+                writer.writerow(cells)
+        except OSError as error:
+            raise WriteError(unwritten(self.path, error)) from error
         self.rows += 1
 
 
@@ -78,6 +80,8 @@ class RunLog(Callback):
         """Begin both files, or cut them back to the resume point; the first process writes them."""
         if not trainer.is_global_zero:
             return
+        path, keep = self.metrics.path.with_name("skipped.json"), bool(self.keep["metrics"])
+        trainer.datamodule.skipped.write_to(path, keep=keep)
         self.metrics.start(self.keep["metrics"])
         self.memory.start(self.keep["memory"])
 
@@ -122,11 +126,14 @@ class RunLog(Callback):
             self.metrics.write({"step": step, "epoch": trainer.current_epoch, **figures})
 
     def on_fit_end(self, trainer, module) -> None:
-        """Write skipped.json: the slides left out, and why."""
-        skipped = {k: v for each in gather(trainer.datamodule.skipped) for k, v in each.items()}
+        """Write and count the slides that all processes left out."""
+        skipped = trainer.datamodule.skipped
+        for each in gather(dict(skipped)):
+            skipped.note(each)
         if trainer.is_global_zero:
-            path = self.metrics.path.with_name("skipped.json")
-            path.write_text(json.dumps(skipped, indent=1))
+            skipped.write()
+            if counts := skipped.summary():
+                print(f"left out: {counts}; {skipped.file} has the reasons")
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of rows of each file when a resume point is saved."""
@@ -143,6 +150,10 @@ class DirectIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict, path: Path, storage_options=None) -> None:
         """Write the file; `ResumePoint.save` gives it its name once it is whole."""
         torch.save(checkpoint, path)
+
+    def load_checkpoint(self, path: Path, map_location=None, weights_only=None) -> dict:
+        """Return the file's content, mapped: `resume_point` has read it from the disk already."""
+        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
 
 
 class ResumePoint(Checkpoint):
@@ -186,9 +197,8 @@ class ResumePoint(Checkpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Write the file under another name first, and keep the one before it."""
         if trainer.is_global_zero:
-            if self.path.exists():
-                (before := self.path.with_name(BEFORE)).unlink(missing_ok=True)
-                os.link(self.path, before)
+            if self.path.exists():  # killed now, the run goes on from the one before
+                self.path.replace(self.path.with_name(BEFORE))
             with replacing(self.path) as partial:
                 trainer.save_checkpoint(partial, weights_only=False)
         else:

@@ -69,11 +69,12 @@ class EncodeOnce(Callback):
             module.passes.shrink(fault)
             extraction = replace(extraction, chunk=module.chunk)
         for share in gather(failed):
-            data.skipped |= share
+            data.skipped.note(share)
         for bag in bags:  # a case is left out as a whole, as where it is streamed
             names = [each.slide_id for each in bag.slides]
             if lost := next((name for name in names if name in data.skipped), None):
-                data.skipped |= {name: data.skipped.get(name, data.skipped[lost]) for name in names}
+                why = data.skipped[lost]
+                data.skipped.note({name: f"{name}: with its case: {why}" for name in names})
         print(
             f"{folder}: {tiles} tiles encoded once, {kept} slides were there already; epochs read "
             f"{' and '.join(self.splits)} features from there",

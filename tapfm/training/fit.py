@@ -17,21 +17,19 @@ from typing import ClassVar
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from slides.files import clear_partials, write_text
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
-from tapfm.config_paths import localised, with_absolute_paths
+from tapfm.config_paths import localised
 from tapfm.data.datamodule import SlideData
-from tapfm.distributed import part
+from tapfm.distributed import named_loss, part, watch_others
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import compare, forecast, must_fit
@@ -56,17 +54,15 @@ from tapfm.training.alternating import (
 )
 from tapfm.training.announce import announce
 from tapfm.training.arguments import argument_faults
-from tapfm.training.callbacks import RESUME, Progress, ResumePoint, RunLog, resume_point
+from tapfm.training.begun import prepare_folder, provenance
+from tapfm.training.callbacks import Progress, ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule, check_counts
-from tapfm.training.old_keys import changed_keys, rename_old_keys
+from tapfm.training.old_keys import rename_old_keys
 from tapfm.training.optim import Steps
-from tapfm.training.provenance import provenance
 from tapfm.training.stopping import StopOnSignal, running
 
-CONFIG = "config.yaml"
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
-DESCRIBES_RUN = ("seed_everything", "model", "data")  # what may not change between start and resume
 
 
 class Cli(LightningCLI):
@@ -100,6 +96,10 @@ class Cli(LightningCLI):
             "--resume_minutes", type=float, default=5.0, help="between resume points; 0: each epoch"
         )
         add("--resume_every", type=int, default=0, help="slides between them, instead of minutes")
+        add(
+            "--extend", type=bool, default=False,
+            help="go on with a run to another trainer.max_epochs: its schedule is laid anew",
+        )  # fmt: skip
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults(
             {
@@ -233,7 +233,8 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
 def run_fit(arguments: Sequence[str]) -> int:
     """Index what is not indexed, then train. Returns 0."""
     cli = read_config(arguments)
-    with running(cli.folder, writes=cli.trainer.is_global_zero):
+    watch_others(cli.trainer)
+    with running(cli.folder, writes=cli.trainer.is_global_zero), named_loss(cli.trainer.world_size):
         train(cli)
     return 0
 
@@ -246,27 +247,29 @@ def train(cli: Cli) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     resume = resume_point(folder)
     module.provenance = provenance(data)
+    prepare_folder(cli, writes=trainer.is_global_zero)
     if trainer.is_global_zero:
-        prepare_folder(cli)
         announce(folder, module, data)
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
     point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
+    stop = StopOnSignal(folder, point)
     trainer.callbacks += [
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
         point,
-        StopOnSignal(folder, point),
+        stop,
     ]
     if splits := splits_to_encode(module, data):
         shared = Path(cli.config.features or folder.parent / "frozen")
         trainer.callbacks.insert(0, EncodeOnce(shared, splits))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
-    trainer.fit(module, datamodule=data, **begun)
-    save_choice(module, folder, recipe)
+    with stop.listening(trainer):
+        trainer.fit(module, datamodule=data, **begun)
+        save_choice(module, folder, recipe)
     part()
     if not trainer.is_global_zero:
         return
@@ -328,24 +331,3 @@ def foretell(module: SlideModule) -> dict[str, float] | None:
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
     must_fit(row, model_config.tile_px, peak)
     return expected
-
-
-def prepare_folder(cli: Cli) -> None:
-    """Make the run's folder and write its config.
-
-    Raises:
-        SettingsError: the folder holds a run with another config.
-    """
-    folder = cli.folder
-    saved = with_absolute_paths(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False)))
-    text = yaml.safe_dump(saved, sort_keys=False)
-    clear_partials(folder)
-    if (folder / RESUME).exists() and (folder / CONFIG).exists():
-        then, now = yaml.safe_load((folder / CONFIG).read_text()), yaml.safe_load(text)
-        then, now = ({key: each[key] for key in DESCRIBES_RUN} for each in (then, now))
-        if changed := changed_keys(then, now, cli.parser.get_defaults()):
-            raise SettingsError(
-                f"{folder} holds a run with other settings ({'; '.join(changed)}). "
-                "Give another --name or --run_dir, or delete that folder to start anew."
-            )
-    write_text(folder / CONFIG, text)

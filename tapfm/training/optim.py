@@ -78,6 +78,11 @@ class Steps:
             )
             if not good
         ]
+        faults += [
+            f"{name} must be finite, got {value}"
+            for name, value in vars(self).items()
+            if isinstance(value, float) and math.isinf(value)
+        ]
         if faults:
             raise SettingsError("model.steps: " + "; ".join(faults))
 

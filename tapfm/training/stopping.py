@@ -1,9 +1,10 @@
 """Ends a run that is asked to stop: after the update in hand, with a resume point, and a word.
 
-A scheduler sends SIGTERM, a user presses Ctrl+C (SIGINT). The first is noted, and the run goes on
-to the end of its update; then every process saves and stops at the same step, and the command ends
-with 128 + the signal's number, as the shell has it: 143, 130. What follows in a script does not run
-on half a model. A second Ctrl+C stops at once.
+A scheduler sends SIGTERM, or SIGUSR1 some time before (Slurm's --signal), a user presses Ctrl+C
+(SIGINT). The first is noted, and the run goes on to the end of its update; then every process saves
+and stops at the same step, and the command ends with 128 + the signal's number, as the shell has
+it: 143, 138, 130. What follows in a script does not run on half a model. Before the first update
+and after the last one, and at a second Ctrl+C, it stops at once.
 
 Until a run is at its end its folder holds a file `unfinished`, which `tapfm test` names. A lock
 keeps a second run from writing there at once.
@@ -28,12 +29,12 @@ from slides.files import HOST
 from tapfm.distributed import gather, several
 from tapfm.training.callbacks import ResumePoint
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNFINISHED, LOCK = "unfinished", ".lock"
 
 
-class RunStopped(RuntimeError):
-    """A run was asked to stop, and has."""
+class RunStopped(BaseException):
+    """A run was asked to stop, and has. No handler of errors on the way takes it for one."""
 
     def __init__(self, number: int, folder: Path, saved: bool):
         name = signal.Signals(number).name
@@ -57,25 +58,42 @@ class StopOnSignal(Checkpoint):
     """
 
     def __init__(self, folder: Path, point: ResumePoint):
-        self.folder, self.point, self.asked = folder, point, 0
+        self.folder, self.point, self.asked, self.updating = folder, point, 0, False
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Listen, in place of Lightning, whose handler waits for processes that may have gone.
+    @contextmanager
+    def listening(self, trainer: L.Trainer) -> Iterator[None]:
+        """Listen in place of Lightning, whose handler waits for processes that may have gone.
 
-        Lightning puts back the handlers from before the run. Python hears signals in its first
-        thread alone.
+        The handlers from before are put back. Python hears signals in its first thread alone.
         """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in SIGNALS:
-            signal.signal(number, self.note)
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
-        """Remember the signal; a second Ctrl+C is not waited for."""
+        """Remember the signal; outside of updates, and a second Ctrl+C, are not waited for."""
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number
+        if not self.updating:
+            raise RunStopped(number, self.folder, saved=False)
         print(f"{signal.Signals(number).name}: stopping after this update", flush=True)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Wait for the end of an update from now on."""
+        self.updating = True
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Stop if any process was asked since the last update; from now on at once."""
+        self.updating = False
+        if asked := max(gather(self.asked)):
+            raise RunStopped(asked, self.folder, saved=False)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         """Save and stop between updates, all processes together if any was asked."""

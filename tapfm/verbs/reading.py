@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,20 @@ def index(verb: ArgumentParser) -> Do:
         source = replace(source, on_error=on_error or source.on_error)
         tiles, failed = index_and_cache(source, thumbnails)
         kept = len(source.rows) - len(failed)
-        print(f"{kept} slides, {tiles} tiles; {len(failed)} slides left out")
-        for reason in failed.values():
-            print(f"tapfm: {reason}", file=sys.stderr)
+        print(
+            f"{kept} slides, {tiles} tiles; {len(failed)} slides left out{by_split(source, failed)}"
+        )
         return 2 if failed and given["slides"] else 0
 
     return do
+
+
+def by_split(source: Source, failed: Mapping[str, str]) -> str:
+    """Return how many slides of each split are left out, in brackets; "" if none is."""
+    splits = [row.split for row in source.rows]
+    lost = [row.split for row in source.rows if row.slide_id in failed]
+    counts = [f"{lost.count(each)} of {splits.count(each)} {each}" for each in dict.fromkeys(lost)]
+    return f" ({', '.join(counts)})" if any(lost) else ""
 
 
 def predict(verb: ArgumentParser, draw: bool = False) -> Do:
@@ -221,13 +229,15 @@ def rows_of_files(paths: Sequence[Path], mpp: float | None) -> list[SlideRow]:
         mpp: microns per level-0 pixel of the slides that state none, or None.
 
     Raises:
-        SettingsError: two slides have the same name.
+        SettingsError: two slides have the same name, or one that no file may have.
     """
     from slides.cohort.table import SlideRow
-    from slides.errors import SettingsError
+    from slides.errors import SettingsError, name_fault, refuse
     from slides.wsi.slide_file import slide_file, slide_name
 
     named: dict[str, Path] = {}
+    faults = [f"{path!s:.100}: {why}" for path in paths if (why := name_fault(slide_name(path)))]
+    refuse([fault.encode("unicode_escape").decode() for fault in faults], "slides")
     for path in dict.fromkeys(map(slide_file, paths)):  # `slides/*` names a MIRAX slide twice
         if (other := named.setdefault(name := slide_name(path), path)) is not path:
             raise SettingsError(

@@ -185,7 +185,7 @@ def test_a_run_begins_there(tmp_path, monkeypatch, capsys):
     assert standard.mean((0, 1)).abs().max() < 1e-3
     assert standard.flatten(0, 1).std(0, correction=0).numpy() == pytest.approx(1, abs=1e-3)
 
-    assert main([*fit, "--trainer.max_epochs", "2"]) == 0
+    assert main([*fit, "--trainer.max_epochs", "2", "--extend", "true"]) == 0
     assert len(starts) == 1
 
 

@@ -19,6 +19,7 @@ from tapfm.adapt.strategies import StrategyError
 from tapfm.cli import main
 from tapfm.engine.memory import PhaseMeter
 from tapfm.slide_model import model as models
+from tapfm.slide_model.plain_encoder import load_encoder
 from tapfm.tile_training.baselines import ProbeError, fit_probe
 from tapfm.tile_training.batch import TileBatch
 from tapfm.tile_training.data import TileData
@@ -92,7 +93,7 @@ def test_a_checkpoint_holds_what_was_trained_and_predicts_what_was_reported(coho
 
 def test_its_encoder_is_for_features_and_it_predicts_no_slide(cohort, capsys):
     best = cohort[1] / "lora" / "best.safetensors"
-    encoder, facts, _ = models.load_encoder(str(best))
+    encoder, facts, _ = load_encoder(str(best))
     assert facts["strategy"]["name"] == "lora"
     adapted = models.load(best)
     tiles = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -103,7 +104,7 @@ def test_its_encoder_is_for_features_and_it_predicts_no_slide(cohort, capsys):
     assert main(["test", "--run", str(cohort[1])]) == 2
     assert "`tapfm fit-tiles` left its report there" in capsys.readouterr().err
     with pytest.raises(StrategyError):
-        models.load_encoder(str(cohort[1] / "hiadapter" / "best.safetensors"))
+        load_encoder(str(cohort[1] / "hiadapter" / "best.safetensors"))
 
 
 def module_of(strategy="last_n", **options):

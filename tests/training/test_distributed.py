@@ -1,5 +1,6 @@
 """Two processes, a slide each, learn what one learns that takes two slides an update."""
 
+import json
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from slides.streaming.order import SlideSampler, epoch_order
 from tapfm.cli import main
+from tapfm.distributed import ProcessLost, how_it_ended, named_loss
 from tapfm.encoders.checkpoints import PACKAGED
 from tests.cohorts import SPLITS, spoil, write_cohort
 
@@ -30,7 +32,7 @@ def settings(folder, **data):
     return config
 
 
-def together(config, *arguments, check=True):
+def together(config, *arguments, check=True, codes=(0, 0)):
     """`tapfm fit` as torchrun starts it, in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,7 +50,7 @@ def together(config, *arguments, check=True):
         running.append(subprocess.Popen(command, env=environment, cwd=Path.cwd(), **pipe))
     said = [process.communicate(timeout=240)[0] for process in running]
     if check:
-        assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+        assert [process.returncode for process in running] == [*codes], "\n".join(said)
     return said
 
 
@@ -139,3 +141,42 @@ def test_another_number_of_processes_is_refused_on_resume():
     state = SlideSampler(len(SPLITS), world=2).state_dict()
     with pytest.raises(ValueError, match=r"processes = 2, this run has 1.*devices"):
         SlideSampler(len(SPLITS)).load_state_dict(state)
+
+
+def asked(slides, number, rank):
+    options = {"slides": slides, "number": number, "rank": rank}
+    return ["--trainer.callbacks", json.dumps([{"class_path": "tests.kill.AskAfter",
+                                                "init_args": options}])]  # fmt: skip
+
+
+def test_one_process_is_asked_to_stop_and_both_do_at_the_same_step(tmp_path):
+    config = settings(tmp_path)
+    said = together(config, "--name", "stopped", *asked(2, 15, rank=1), codes=(143, 143))
+    assert all("stopped by SIGTERM, unfinished; a resume point was saved" in each for each in said)
+    assert not any("Traceback" in each for each in said)
+    point = torch.load(tmp_path / "runs" / "stopped" / "last.ckpt", weights_only=True)
+    assert point["slides_seen"] == 2
+    said = together(config, "--name", "lost", *asked(3, 9, rank=1), codes=(1, -9))
+    assert "another process of this run has ended, see its message: this run stops" in said[0]
+    assert "Traceback" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (-9, "process 1 was ended by SIGKILL: perhaps out of memory"),
+        (-15, "process 1 was ended by SIGTERM"),
+        (2, "process 1 has ended with exit code 2, see its message"),
+    ],
+)
+def test_how_a_process_ended_is_said(code, says):
+    assert how_it_ended("process 1", code) == says
+
+
+def test_only_broken_connections_are_lost_processes():
+    with pytest.raises(ProcessLost, match="another process"), named_loss(2):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1")
+    for processes, error in ((1, "Connection closed by peer"), (2, "shapes do not match")):
+        with pytest.raises(RuntimeError, match=error) as caught, named_loss(processes):
+            raise RuntimeError(error)
+        assert type(caught.value) is RuntimeError

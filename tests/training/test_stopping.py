@@ -16,7 +16,10 @@ def asked(number, slides):
     return ["--trainer.callbacks", json.dumps([kind])]
 
 
-@pytest.mark.parametrize(("number", "name", "code"), [(15, "SIGTERM", 143), (2, "SIGINT", 130)])
+CODES = [(15, "SIGTERM", 143), (2, "SIGINT", 130), (10, "SIGUSR1", 138)]
+
+
+@pytest.mark.parametrize(("number", "name", "code"), CODES)
 def test_it_stops_after_the_update_and_goes_on_to_the_same_end(tmp_path, number, name, code):
     config = write_cohort(tmp_path)
     fit = ["fit", "--config", str(config), "--resume_every", "0"]
@@ -57,6 +60,33 @@ def test_in_a_validation_the_last_resume_point_stands(tmp_path, monkeypatch, cap
     assert "its last resume point stands" in capsys.readouterr().err
     for number, handler in before.items():
         assert signal.getsignal(number) == handler, "a program that calls tapfm has its own again"
+
+
+def test_before_the_first_update_it_stops_at_once(tmp_path, monkeypatch, capsys):
+    import os
+    import signal
+
+    from tapfm.data.datamodule import SlideData
+
+    monkeypatch.setattr(
+        SlideData, "prepare_data", lambda self: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert main(["fit", "--config", str(write_cohort(tmp_path))]) == 143
+    assert "stopped by SIGTERM, unfinished" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "tapfm_gated" / "unfinished").exists()
+
+
+def test_a_kill_while_a_resume_point_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """Without hard links, which not every file system has."""
+    monkeypatch.setattr("os.link", None)
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--name", "cut"]
+    tapfm(*fit, *asked(15, 13), check=False)
+    run = tmp_path / "runs" / "cut"
+    (run / "last.ckpt").replace(run / "before.ckpt")
+    assert main([*fit, "--model.steps.clip", "0.5"]) == 2, "it is known as the run that it is"
+    tapfm(*fit, "--name", "cut")
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 3 * 7 + 3
 
 
 def test_a_damaged_resume_point_is_passed_over_for_the_one_before(tmp_path, capsys):
