@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Before torch is loaded, here and in what tests start: models this small gain nothing from a second
@@ -24,6 +25,17 @@ import tifffile
 from tests.browser import NAMES, Browser, find_browser
 
 ROOT = Path(__file__).parent.parent
+READERS = ("openslide-bin", "openslide-python", "tifffile", "zarr", "imagecodecs", "simplejpeg",
+           "pydicom", "tiffslide", "hs2p")  # fmt: skip
+
+
+def pytest_report_header() -> str:
+    """Return the versions of the programs that slides are read with, ours and others."""
+    found = []
+    for name in READERS:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return f"readers: {', '.join(found)}"
 
 
 @pytest.fixture(scope="session")
