@@ -37,7 +37,7 @@ from slides.tiling.choose import choose_tiles, index_slide, to_index
 from slides.tiling.index_file import TileIndex, index_path, read_index, write_index
 from slides.tiling.job_folders import find_all, find_coordinates
 from slides.tiling.other_tools import index_from_coordinates
-from slides.tiling.tissue import Tissue
+from slides.tiling.tissue import Tissue, why_dark
 from slides.wsi.reader import Slide
 
 __all__ = [
@@ -186,6 +186,8 @@ def _index_one(job: tuple) -> _Outcome:
                     write_index(out, index, tissue)
                 else:
                     choice = choose_tiles(slide, grid, tissue)
+                    dark = "" if tissue.masks else why_dark(choice.thumbnail)
+                    note = "; ".join(filter(None, (note, dark)))
                     if picture:
                         from slides.tiling.stage_picture import draw_stages  # loads matplotlib
 

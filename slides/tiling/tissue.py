@@ -31,6 +31,7 @@ SIGNAL_RANGE = (0.035, 0.08)  # glass and JPEG noise stay below the first, faint
 COLOUR = 0.008  # mean spread of a piece: grey borders and shadows have under 0.004, faint IHC 0.017
 SIGNAL_CAP = 0.4  # before Otsu: otherwise a patch of black-brown DAB raises the threshold
 BLACK = 55  # grey pixels darker than this in all channels are border or marker, not stain
+GLASS = 180  # of 255, all channels: glass is brighter, also of a dim scan
 SMOOTH_UM = 8.0  # standard deviation: nuclei and JPEG grain are smaller, glands larger
 WEAK = 0.5  # of the threshold: enough for a pixel connected to tissue above the threshold
 STRONG_SHARE = 0.05  # of a piece's pixels above the threshold: less is smear or out-of-focus dust
@@ -215,6 +216,17 @@ def tile_fraction(
     (xl, yl), (xh, yh) = low.T, high.T
     area = up_to(xh, yh) - up_to(xl, yh) - up_to(xh, yl) + up_to(xl, yl)
     return np.clip(area / (size0 / downsample) ** 2, 0, 1)
+
+
+def why_dark(rgb: np.ndarray) -> str:
+    """Return a sentence about a thumbnail that is dark, without glass, as fluorescence; or ""."""
+    low, high = _extremes(rgb)
+    if (high < BLACK).mean() <= 0.5 or (low >= GLASS).mean() >= 0.01:
+        return ""
+    return (
+        "most of it is dark and nothing is as bright as glass, as in fluorescence: tissue is "
+        "sought where stains absorb light, so check its tiles, or leave this slide out"
+    )
 
 
 def why_empty(rgb: np.ndarray, tissue: Tissue, mpp: float) -> str:

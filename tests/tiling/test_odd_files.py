@@ -4,14 +4,16 @@ import csv
 import errno
 import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from slides.tiling.index import index_path, read_index
 from slides.tiling.tissue import Tissue
 from slides.wsi import tiff_tags
 from tapfm.cli import main
 from tests.tiling.test_index import GRID
-from tests.zoo import PICTURE, Page, write_pages
+from tests.zoo import PICTURE, Page, smaller, write_pages
 
 PX = ["--tile-px", "64", "--mpp", "0.5", "--workers", "0"]
 
@@ -96,3 +98,31 @@ class TestPermission:
         (both / "locked.tif").chmod(0)
         assert self.index_both(both) == 2
         assert "Permission denied" in ledger(both / "out")["locked"]["reason"]
+
+
+class TestDarkSlides:
+    """Tissue is sought where stains absorb light: in fluorescence, that is the glass."""
+
+    def notes(self, picture, tmp_path, *more):
+        write_pages(tmp_path / "a.tif", [Page(picture), Page(smaller(picture, 4))])
+        main(["index", str(tmp_path / "a.tif"), "--out", str(tmp_path / "out"), *PX, *more])
+        return ledger(tmp_path / "out")["a"]["reason"]
+
+    def test_fluorescence_is_named(self, tmp_path, capsys):
+        assert "as in fluorescence" in self.notes(255 - PICTURE, tmp_path)
+        assert "most of it is dark" in capsys.readouterr().err
+
+    def test_a_mask_of_the_users_needs_no_word(self, tmp_path):
+        (tmp_path / "masks").mkdir()
+        Image.fromarray(np.full((120, 143), 255, np.uint8)).save(tmp_path / "masks" / "a.png")
+        found = self.notes(255 - PICTURE, tmp_path, "--masks", str(tmp_path / "masks"))
+        assert "fluorescence" not in found
+
+    @pytest.mark.parametrize("what", ["plain", "black border", "all tissue"])
+    def test_brightfield_is_not(self, what, tmp_path):
+        picture = {
+            "plain": PICTURE,
+            "black border": np.pad(PICTURE, ((0, 0), (2000, 0), (0, 0))),
+            "all tissue": PICTURE[500:900, 400:800],
+        }[what]
+        assert self.notes(np.ascontiguousarray(picture), tmp_path) == ""
