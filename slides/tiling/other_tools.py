@@ -141,8 +141,9 @@ def _fitted(index: TileIndex, grid: Grid, slide: Slide, other: str) -> tuple[Til
     if not (same_scale or any_scale) or not LEAST_MIDDLE * theirs0 <= size0 <= theirs0:
         raise CoordinatesError(
             f"{slide.name}: its tiles are {theirs0} level-0 pixels made into {index.grid.size}, at "
-            f"the scan's {slide.mpp:g} microns per pixel: {other}. Set data.tiles to match them, "
-            f"or index without these coordinates. ({index.origin})"
+            f"the scan's {slide.mpp:g} microns per pixel: {other}. Set data.tiles to match them. "
+            "Where a job's slides differ in resolution, leave these out (data.on_error: skip, or "
+            f"--on-error skip), or index without its coordinates. ({index.origin})"
         )
     middle = replace(
         index,
