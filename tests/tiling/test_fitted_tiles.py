@@ -90,7 +90,8 @@ def test_same_centres_asked_extent(name, slide, coordinate_slide, tmp_path):
     ],
 )
 def test_other_extents_are_refused(write, grid, slide, tmp_path):
-    with pytest.raises(CoordinatesError, match=r"its tiles are 448 level-0 pixels .*--on-error skip"):
+    says = r"its tiles are 448 level-0 pixels .*--on-error skip"
+    with pytest.raises(CoordinatesError, match=says):
         index_from_coordinates(write(tmp_path / "a.h5"), slide, grid)
 
 
