@@ -110,7 +110,9 @@ def pool_cases(
             mean_E = np.mean(own, 0) if own else None
             name = case.case_id
             pooled.append(
-                Prediction(name, name, known_K, predicted_K, none, pooled_K.numpy(), mean_E)
+                Prediction(
+                    name, name, known_K, predicted_K, none, pooled_K.numpy(), embedding_E=mean_E
+                )
             )
     return pooled
 

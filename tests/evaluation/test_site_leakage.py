@@ -81,8 +81,8 @@ def test_slides_without_a_site_and_sites_of_one_case_are_left_out():
 def test_embeddings_come_from_predictions_and_of_cases_are_their_means(tmp_path):
     task = Multilabel(("A",))
     each = [
-        Prediction(f"s{n}", f"c{n // 2}", np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1), None,
-                   np.array([n, 1.0]))
+        Prediction(f"s{n}", f"c{n // 2}", np.zeros(1), np.zeros(1), np.ones(1), np.zeros(1),
+                   embedding_E=np.array([n, 1.0]))
         for n in range(4)
     ]  # fmt: skip
     made = result_row("run", tmp_path, {"test": each, "val": each}, "test", end_to_end=True)
