@@ -24,7 +24,7 @@ VERBS = {
     "check": (training.check, "all that can go wrong with a run, on one page, before it"),
     "plan": (training.plan, "what fits on a GPU, before the run"),
     "probe": (training.probe, "which blocks a cohort's labels pull at: n for last_n"),
-    "fit": (None, "train; `tapfm fit --help` lists every key"),
+    "fit": (None, "train; `tapfm fit --help` lists every key; --continue-from RUN"),
     "fit-tiles": (None, "train on labelled tiles, and compare; `tapfm fit-tiles --help` likewise"),
     "test": (training.test, "runs against frozen baselines, with intervals"),
     "study": (training.study, "folds, seeds and strategies: one table, resumable"),
@@ -42,7 +42,7 @@ MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
             errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}  # fmt: skip
 """Errors that are the machine's or its owner's, not the program's."""
 LIGHTNINGS = {
-    "fit": "tapfm.training.fit:run_fit",
+    "fit": "tapfm.training.continued:run_fit",
     "fit-tiles": "tapfm.tile_training.fit:run_fit_tiles",
 }
 

@@ -5,6 +5,7 @@
     mhim.py          tiles that a teacher finds easy are left out (MHIM-MIL)
     packmil.py       tiles left out of several slides make one more bag (PackMIL)
     histaug.py       features changed as an augmentation of the pixels would (HistAug)
+    replay.py        regions of an earlier cohort are trained on as well (ConSlide)
 
 Adding a transform is a file with a module and the frozen dataclass of its options, and its name
 here; `configs/bag_transforms` has a YAML of each. A transform never imports another.
@@ -20,6 +21,7 @@ from tapfm.bag_transforms.contract import BagTransform
 from tapfm.bag_transforms.histaug import HistAug
 from tapfm.bag_transforms.mhim import Mhim
 from tapfm.bag_transforms.packmil import PackMil
+from tapfm.bag_transforms.replay import Replay
 from tapfm.bag_transforms.tile_dropout import TileDropout
 from tapfm.settings import Spec, choose_each
 from tapfm.slide_model.aggregators.contract import Aggregator
@@ -31,6 +33,7 @@ BAG_TRANSFORMS: dict[str, type] = {
     "mhim": Mhim,
     "packmil": PackMil,
     "histaug": HistAug,
+    "replay": Replay,
 }
 
 

@@ -30,6 +30,7 @@ class Step:
     """Of the tiles that the transforms left."""
     target_Y: Tensor
     """What is known of the bag."""
+    task_loss: nn.Module
     mixed_loss: Callable[[Tensor, Tensor], Tensor]
     """Loss of logits (K,) of a bag with tiles of several slides, given their targets (N, Y)."""
     moment: Moment
@@ -44,6 +45,8 @@ class BagTransform(nn.Module):
     """Whether `term` asks for the loss of a bag with tiles of several slides."""
     encoder: str | None = None
     """Name of the encoder whose features, frozen, it serves alone; None serves all."""
+    targets: tuple[str, ...] | None = None
+    """Names of the targets that it trains on beside the run's; None is none."""
 
     def forward(self, tiles: TileSet, moment: Moment) -> TileSet:
         """Return the tiles that the aggregator is given."""

@@ -80,7 +80,7 @@ class Objective(nn.Module):
         loss = torch.stack([*terms.values()]).sum()
         figures = {f"train/{name}": terms[name].detach() for name in aggregator.terms}
         figures["train/loss"] = loss.detach()
-        step = Step(aggregator, output, target_Y, self.mixed_loss, moment)
+        step = Step(aggregator, output, target_Y, self.task_loss, self.mixed_loss, moment)
         for transform in self.transforms.values():
             term, own = transform.term(step)
             if term is not None:
@@ -136,6 +136,16 @@ def make_objective(
             raise SettingsError(
                 f"model.bag_transforms: {name} was fitted to frozen features of {each.encoder}, "
                 f"and these {found}. Leave it out, or take those features."
+            )
+        if (
+            task
+            and each.targets is not None
+            and (each.targets != tuple(task.targets) or task.loss_has_memory)
+        ):
+            raise SettingsError(
+                f"model.bag_transforms: {name} trains on {', '.join(each.targets)} as well, and "
+                f"this run predicts {', '.join(task.targets)}. Take the same targets, and no Cox "
+                "loss, which remembers slides of one cohort."
             )
     terms = make_regularisers(regularisers or [], aggregator)
     return Objective(task_loss, transforms, terms, task and task.mixed_loss)

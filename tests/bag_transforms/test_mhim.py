@@ -225,7 +225,7 @@ def test_the_distance_to_the_teacher_by_hand_and_at_weight_0_none():
         transform = Mhim(consistency=weight).build(model).double()
         output = model(transform(tiles, MOMENT))
         target_K = torch.tensor([1.0, 0.0, 1.0])
-        term, figures = transform.term(Step(model, output, target_K, None, MOMENT))
+        term, figures = transform.term(Step(model, output, target_K, None, None, MOMENT))
         wanted, own = (each.detach().numpy() for each in (transform.teacher(tiles).embedding_E,
                                                           output.embedding_E))  # fmt: skip
         wanted = np.exp(wanted / 0.1) / np.exp(wanted / 0.1).sum()

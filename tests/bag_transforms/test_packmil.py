@@ -36,7 +36,8 @@ def aggregator(name="gated"):
 
 
 def step_of(learner, tiles, target_Y):
-    return Step(learner, learner(tiles), target_Y, TASK.mixed_loss, Moment(0.5, 0, seed=1))
+    output, loss = learner(tiles), TASK.loss().double()
+    return Step(learner, output, target_Y, loss, TASK.mixed_loss, Moment(0.5, 0, seed=1))
 
 
 def run(transform, learner, pack=PACK):
