@@ -42,7 +42,7 @@ MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
             errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}  # fmt: skip
 """Errors that are the machine's or its owner's, not the program's."""
 LIGHTNINGS = {
-    "fit": "tapfm.training.continued:run_fit",
+    "fit": "tapfm.evaluation.continued:run_fit",
     "fit-tiles": "tapfm.tile_training.fit:run_fit_tiles",
 }
 

@@ -149,10 +149,8 @@ class Classes(Columns):
         place = {text: float(at) for at, text in enumerate(classes)}
         rows = {row: (place.get(known.get(row), math.nan),) for row in cells.texts}
         others = sorted(set(known.values()) - set(classes))
-        faults = [f"data.task.order lacks {some(others)}: list every class, low to high"] * bool(
-            others
-        )
-        faults += named_as_mean(f"column {name!r}: class", classes)
+        lacks = f"data.task.order lacks {some(others)}: list every class, low to high"
+        faults = [lacks] * bool(others) + named_as_mean(f"column {name!r}: class", classes)
         if len(classes) < 2:
             faults.append(
                 f"column {name!r} has {len(classes)} classes ({some(classes) or 'none'}): a task "

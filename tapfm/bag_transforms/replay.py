@@ -4,7 +4,7 @@
     pseudo    `regions` of them of one target, drawn anew each step, as one bag
     loss      task(tiles) + weight * task(pseudo)
 
-`tapfm fit --continue-from RUN` writes RUN's memory and sets this up (`training.continued`). The
+`tapfm fit --continue-from RUN` writes RUN's memory and sets this up (`evaluation.continued`). The
 tiles of the new cohort are left as they are.
 
 Price: a forward and backward pass of the aggregator over the pseudo-bag.

@@ -9,6 +9,7 @@
     probe_figure.py    a probe's result for a part of the encoder, and its figure
     robustness.py      what adapting did to robustness: CKA, stain draws, RI and MaRI
     site_leakage.py    how well slide embeddings tell sites, before and after
+    continued.py       tapfm fit --continue-from: replay, and what was forgotten
     drift.py           how far features have moved, by linear CKA
 
 Reads runs; trains no encoder, but for the probe's own small fit.

@@ -11,8 +11,6 @@
     encode_once.py  a frozen encoder's features, made before the first epoch
     fit.py          `tapfm fit`: config to run folder
     begun.py        what a run was begun with, and by; whether it may be continued
-    continued.py    `tapfm fit`, and a run that goes on from another cohort's
-    fit.py          config to run folder
     announce.py     what a run prints before it trains
     arguments.py    what is wrong with its arguments, all at once
     old_keys.py     keys of version 0.1, and of runs that were begun with them

@@ -15,9 +15,9 @@ from tapfm.bag_transforms.contract import Step
 from tapfm.bag_transforms.replay import Rehearsal, Replay, load_memory
 from tapfm.cli import main
 from tapfm.data.bag import Moment, Places
+from tapfm.evaluation.continued import regions, take_flag
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.tasks import learn_task
-from tapfm.training.continued import regions, take_flag
 from tapfm.training.objective import Objective, make_objective
 from tests.bag_transforms.examples import example, memory, memory_file
 from tests.bags import bag_of, tile_set
