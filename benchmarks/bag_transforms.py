@@ -70,7 +70,7 @@ def main() -> int:
     done = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
     if not only_table:
         tiles, about = source_tiles(), facts("cpu")
-        for name in ROWS.keys() - done.keys():
+        for name in [name for name in ROWS if name not in done]:
             done[name] = measure(ROWS[name], tiles)
             write_json(RESULT, about | {"rows": done})
     rewrite("bag_transforms", table(json.loads(RESULT.read_text())))
