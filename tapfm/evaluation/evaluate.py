@@ -10,6 +10,7 @@ A run that saved its frozen control is compared with it; that verdict is printed
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -27,7 +28,7 @@ from tapfm.data.datamodule import SlideData
 from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows, groups_of
 from tapfm.evaluation.robustness import with_robustness
 from tapfm.evaluation.site_leakage import site_leakage
-from tapfm.inference.heatmap import overlay_png
+from tapfm.inference.heatmap import effective_text, overlay_png, weight_opacity
 from tapfm.inference.prediction import Prediction
 from tapfm.recipe.best_weights import BEST
 from tapfm.reports.html.page import write_page
@@ -96,7 +97,8 @@ def run_test(
         draw_overlays(data, slides[:overlays], folder / f"overlays_{split}")
     skipped = sorted(data.skipped.items())
     report = run / f"report_{split}"
-    print(REPORTS[data.task.report].write(report, split, data.task, rows, skipped, groups))
+    write = REPORTS[data.task.report].write
+    print(write(report, split, data.task, rows, skipped, groups, slides_of(data, split)))
     print("\n".join(["", *fitted]))
     if aurocs:
         print("Tile weights against the truth masks, AUROC of tumour tiles, mean over slides:")
@@ -105,6 +107,12 @@ def run_test(
     print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
     print(f"{write_page(run, split)}: all of it, and example slides, on one page")
     return 0
+
+
+def slides_of(data: SlideData, split: str) -> dict[str, int]:
+    """Return how many slides each case of a split has, where rows are cases; empty otherwise."""
+    by_case = data.bags == "case" or data.pool != "union"
+    return dict(Counter(r.case_id for r in data.cohort.split(split)) if by_case else ())
 
 
 def finished_runs(run: Path) -> list[Path]:
@@ -147,6 +155,7 @@ def check_same_data(folder: Path, first: Path) -> None:
 def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) -> None:
     """Write tile weights on the thumbnails of a few slides."""
     rows = {row.slide_id: row for row in data.cohort.rows}
+    name = models.read_model_config(folder.parent / BEST)[0].model if predictions else ""
     for each in predictions:
         row = rows[each.slide_id]
         index = data.index(row)
@@ -155,7 +164,12 @@ def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) 
         with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
             thumbnail, downsample = slide.thumbnail(max_side=1200)
         path = folder / f"{each.slide_id}.png"
-        overlay_png(thumbnail, downsample, index.coords0, index.size0, each.weights_T, path)
+        overlay_png(
+            thumbnail, downsample, index.coords0, index.size0, each.weights_T, path,
+            title=f"{each.slide_id}: {effective_text(each.weights_T)}",
+            opacity_T=weight_opacity(each.weights_T), mpp0=index.slide_mpp,
+            made_by=f"{folder.parent.name}, {name}",
+        )  # fmt: skip
 
 
 def tile_auroc(data: SlideData, predictions: list[Prediction], truth: Path) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 `overlay_png` shows the thumbnail beside the same thumbnail under the tiles' colours. Colours are
 rank percentiles by default: weights from a softmax span orders of magnitude, so a linear scale
-shows a few bright tiles and nothing else. The colour bar names the scale. Ranks do not show size,
-so a slide where no tile stands out looks as colourful as any other: read the effective number of
-tiles beside it.
+shows a few bright tiles and nothing else. The colour bar names the scale. Ranks do not show size:
+`weight_opacity` does, and where attention is flat `effective_text` says so above the picture.
 
 `write_geojson` writes a FeatureCollection of QuPath "tile" objects with measurements (Measure >
 Show measurement maps gives the heat map there; QuPath 0.4 or newer). QuPath crops some formats to
@@ -38,7 +37,11 @@ ZIP_FROM = 50_000  # tiles: some 20 MB of text, above which QuPath is given a .z
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "tapfm/tile")
 COLOURS = "viridis"  # even steps of lightness, legible to the colour-blind and in print
 OPACITY = 0.65
-SCALES = ("rank", "linear")
+SCALES = {"rank": "rank percentile", "linear": "linear scale"}
+FLAT = 0.9  # share of effective tiles from which attention is called flat
+FULL = 3.0  # times the mean weight from which a tile has its full colour
+FAINT = 0.12  # share of that of a tile of no weight, so that it is seen that it was looked at
+BAR = 0.25  # share of the picture that a scale bar may take
 LETTERS = 11  # letters of a title that fit in an inch
 
 
@@ -46,6 +49,34 @@ def effective_tiles(weights_T: np.ndarray) -> float:
     """Return the effective number of tiles, 1 / sum w^2 of weights scaled to sum 1: 1 to T."""
     exact_T = weights_T.astype(float)
     return float(exact_T.sum() ** 2 / np.square(exact_T).sum())
+
+
+def effective_text(weights_T: np.ndarray) -> str:
+    """Return the effective tiles in words, with a warning where attention is flat."""
+    effective, count = effective_tiles(weights_T), len(weights_T)
+    text = f"{effective:.1f} effective of {count} tiles"
+    if effective > FLAT * count:
+        text += "; ATTENTION IS FLAT: colours are an order of near-equal weights, and tell little"
+    return text
+
+
+def weight_opacity(weights_T: np.ndarray) -> np.ndarray:
+    """Return each tile's opacity, 0 to 1, in proportion to its weight up to `FULL` times the mean.
+
+    A slide of equal weights is pale all over, one of few decisive tiles is bare but for these.
+    """
+    weights_T = np.asarray(weights_T, float)
+    share_T = weights_T * len(weights_T) / max(weights_T.sum(), 1e-30) / FULL
+    return FAINT + (1 - FAINT) * share_T.clip(0, 1)
+
+
+def scale_bar(width_px: float, mpp: float) -> tuple[float, str]:
+    """Return a round length for a scale bar, in pixels of `mpp` microns, and its text."""
+    room = BAR * width_px * mpp
+    step = 10.0 ** math.floor(math.log10(room))
+    microns = step * max(each for each in (1, 2, 5) if each * step <= room)
+    text = f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm"
+    return microns / mpp, text
 
 
 def rank_percentile(values_T: np.ndarray) -> np.ndarray:
@@ -109,6 +140,9 @@ def overlay_png(
     title: str | None = None,
     truth: np.ndarray | None = None,
     truth_label: str = "tumour (truth)",
+    opacity_T: np.ndarray | None = None,
+    mpp0: float | None = None,
+    made_by: str = "",
 ) -> Path:
     """Write the thumbnail, the thumbnail under the tiles' colours, and the colour bar.
 
@@ -124,35 +158,32 @@ def overlay_png(
         title: above the picture; None is the file's stem.
         truth: a mask of the whole slide at any resolution, drawn as a contour.
         truth_label: name of the contour.
+        opacity_T: 0 to 1 a tile; None draws all alike.
+        mpp0: microns per level-0 pixel, for a scale bar; None draws none.
+        made_by: run and model, below the picture.
 
-    Returns:
-        `path`.
+    Returns `path`.
 
     Raises:
         ValueError: an unknown scale (SettingsError), or not one value for each tile.
     """
-    if scale not in SCALES:
-        raise SettingsError(f"scale: {scale!r} is none of {', '.join(SCALES)}")
     values_T = np.asarray(values_T, float)
     _check_lengths(path, coords0, {label: values_T})
-    shown_T = rank_percentile(values_T) if scale == "rank" else values_T
-    low, high = (0.0, 100.0) if scale == "rank" else _range(values_T)
-    height, width = thumbnail.shape[:2]
-    painted_HW = tile_map((height, width), downsample, coords0, size0, shown_T)
+    shown_T, low, high = _scaled(values_T, scale)
+    (height, width), where = thumbnail.shape[:2], (coords0, size0)
+    painted_HW = tile_map((height, width), downsample, *where, shown_T)
     figure, axes, beside = _two_thumbnails(thumbnail)
-    drawn = axes[1].imshow(
-        np.ma.masked_invalid(painted_HW),
-        cmap=COLOURS,
-        vmin=low,
-        vmax=high,
-        alpha=OPACITY,
-        interpolation="nearest",
-    )
+    alpha = OPACITY if opacity_T is None else _opacity(painted_HW, downsample, where, opacity_T)
+    look = {"cmap": COLOURS, "vmin": low, "vmax": high, "alpha": alpha, "interpolation": "nearest"}
+    drawn = axes[1].imshow(np.ma.masked_invalid(painted_HW), **look)
+    if mpp0:
+        _scale_bar(axes[0], width, height, mpp0 * downsample)
     if truth is not None:
         _contour(axes, truth, width, height, truth_label)
     bar = figure.colorbar(drawn, ax=axes[1] if beside else axes, fraction=0.05, pad=0.02)
-    how = "rank percentile" if scale == "rank" else "linear scale"
+    how = SCALES[scale] + ", paler: less weight" * (opacity_T is not None)
     bar.set_label(f"{label}, {how}", parse_math=False)  # a $ in a name is no formula
+    axes[-1].set_xlabel(made_by, fontsize=8, parse_math=False)
     lines = wrap(path.stem if title is None else title, int(LETTERS * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     return save_figure(figure, path)
@@ -258,6 +289,35 @@ def _two_thumbnails(thumbnail: np.ndarray) -> tuple:
         axis.set_yticks([])
         axis.spines[:].set_color("0.7")
     return figure, axes, beside
+
+
+def _scaled(values_T: np.ndarray, scale: str) -> tuple[np.ndarray, float, float]:
+    """Return values as they are coloured, and the ends of the colour bar."""
+    if scale not in SCALES:
+        raise SettingsError(f"scale: {scale!r} is none of {', '.join(SCALES)}")
+    return (rank_percentile(values_T), 0.0, 100.0) if scale == "rank" else (
+        values_T, *_range(values_T)
+    )  # fmt: skip
+
+
+def _opacity(painted_HW, downsample, where, opacity_T) -> np.ndarray:
+    """Return the opacity of each pixel of the overlay, (H, W)."""
+    shown_HW = tile_map(painted_HW.shape, downsample, *where, np.asarray(opacity_T, float))
+    return (0.9 * np.nan_to_num(shown_HW)).clip(0, 1)
+
+
+def _scale_bar(axis, width: int, height: int, mpp: float) -> None:
+    """Draw a scale bar at the lower right, dark on light."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    length, text = scale_bar(width, mpp)
+    y, edge = 0.96 * height, 0.97 * width
+    around = [Stroke(linewidth=5, foreground="white"), Normal()]
+    axis.plot([edge - length, edge], [y, y], color="black", linewidth=2, path_effects=around)
+    axis.text(
+        edge - length / 2, y - 0.015 * height, text, ha="center", va="bottom", fontsize=8,
+        path_effects=[Stroke(linewidth=3, foreground="white"), Normal()],
+    )  # fmt: skip
 
 
 def _contour(axes, truth: np.ndarray, width: int, height: int, label: str) -> None:

@@ -30,7 +30,13 @@ from slides.tiling.tissue import Tissue
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag
 from tapfm.data.streamed import places_of
-from tapfm.inference.heatmap import effective_tiles, overlay_png, rank_percentile, write_geojson
+from tapfm.inference.heatmap import (
+    effective_text,
+    overlay_png,
+    rank_percentile,
+    weight_opacity,
+    write_geojson,
+)
 from tapfm.inference.prediction import (
     Prediction,
     header_of,
@@ -74,8 +80,7 @@ def predict_slides(
         device: device to run on; None is CUDA if there is one.
         draw: write pictures and GeoJSON as well.
 
-    Returns:
-        0, or 2 if any slide failed.
+    Returns 0, or 2 if any slide failed.
 
     Raises:
         CheckpointError: the model predicts tiles, or was not trained for cases.
@@ -85,15 +90,16 @@ def predict_slides(
     pool = pool_of(path, facts) if case else None
     rows_there(table := out / "predictions.csv", [*header_of(model.task), "model"])  # refused now
     tiles = tiles_as_trained(trained_tiles(model, facts), mpp, masks)
-    predictions, nan = [], (math.nan,) * model.task.width
-    rows = [replace(row, case_id=case or row.case_id, labels=nan) for row in rows]
+    drawn = f"{path.absolute().parent.name}, {model.model_config.model}" if draw else None
+    predictions: list[Prediction] = []
+    rows = [_unknown(row, case, model.task) for row in rows]
     with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
         bags = group_by_case(left, ()) if pool == "union" else left
         for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
-                predictions.append(predict_row(model, row, each, indices, chunk, out, draw))
+                predictions.append(predict_row(model, row, each, indices, chunk, out, drawn))
             except SlideError as fault:
                 tqdm.write(f"tapfm: {fault}", file=sys.stderr)
                 failed[row.slide_id] = str(fault)
@@ -106,6 +112,11 @@ def predict_slides(
     if predictions:
         write_predictions(table, model.task, predictions, file_fingerprint(path))
     return 2 if failed else 0
+
+
+def _unknown(row: SlideRow, case: str | None, task: Task) -> SlideRow:
+    """Return a row without labels, of the case if one is given."""
+    return replace(row, case_id=case or row.case_id, labels=(math.nan,) * task.width)
 
 
 def load_slide_model(path: Path, device: str | None) -> tuple[models.SlideModel, Mapping]:
@@ -138,15 +149,18 @@ def predict_row(
     indices: Sequence[TileIndex],
     chunk: int,
     out: Path,
-    draw: bool,
+    drawn: str | None,
 ) -> Prediction:
-    """Return a row's prediction; print it and write its slides' tile weights, or pictures too."""
+    """Return a row's prediction; print it and write its slides' tile weights.
+
+    `drawn` names run and model below the pictures of the slides; None draws none.
+    """
     whole = predict_bag(model, new_slide_bag(row, tiles, model.task.width, indices), chunk)
     parts = slide_by_slide(whole, row.slides, [*map(len, indices)])
     for slide, part, index in zip(row.slides, parts, indices, strict=True):
         write_weights(out / f"{slide.slide_id}_weights.h5", part, index)
-        if draw:
-            draw_slide(out, slide, index, part, model.task)
+        if drawn is not None:
+            draw_slide(out, slide, index, part, model.task, drawn)
     tqdm.write(f"{row.slide_id}: {tiles.count} tiles; {_values(model.task, whole)}")
     return whole
 
@@ -192,23 +206,25 @@ def _values(task: Task, prediction: Prediction) -> str:
 
 
 def draw_slide(
-    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, task: Task
+    out: Path, row: SlideRow, index: TileIndex, prediction: Prediction, task: Task, made_by: str
 ) -> None:
     """Write `<slide>.png`, tile weights on the thumbnail, and `<slide>.geojson` for QuPath.
 
-    Predictions of each tile alone are in the GeoJSON by name.
+    Predictions of each tile alone are in the GeoJSON by name; `made_by` names run and model.
     """
     with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
         thumbnail, downsample = slide.thumbnail(max_side=1600)
     weights_T = prediction.weights_T
-    effective = f"{effective_tiles(weights_T):.1f} effective of {len(index)} tiles"
-    title = f"{row.slide_id}: {_values(task, prediction)}; {effective}"
+    title = f"{row.slide_id}: {_values(task, prediction)}; {effective_text(weights_T)}"
     path = out / f"{row.slide_id}.png"
     where = index.coords0, index.size0
     measured = {"tile weight": weights_T, "tile weight, percentile": rank_percentile(weights_T)}
     if (probs_TP := prediction.tile_probs_TP) is not None:
         measured |= dict(zip(task.predictions, probs_TP.T, strict=True))
-    overlay_png(thumbnail, downsample, *where, weights_T, path, title=title)
+    overlay_png(
+        thumbnail, downsample, *where, weights_T, path, title=title,
+        opacity_T=weight_opacity(weights_T), mpp0=index.slide_mpp, made_by=made_by,
+    )  # fmt: skip
     write_geojson(
         out / f"{row.slide_id}.geojson",
         index.coords0,

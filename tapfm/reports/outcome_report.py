@@ -12,14 +12,14 @@ compared by it, and its paired difference to the best frozen row is shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
 from tapfm.reports.figures import curves_figure
 from tapfm.reports.plain_table import FEW_DRAWS, as_text, span
-from tapfm.reports.report import results_page
+from tapfm.reports.report import count_slides, left_out, results_page
 from tapfm.reports.rows import ResultRow, aligned_rows
 from tapfm.reports.verdict import verdicts
 from tapfm.stats.bootstrap import Interval, percentiles, with_point
@@ -35,6 +35,7 @@ def write_outcomes(
     skipped: Sequence[tuple[str, str]] = (),
     draws: int = 2000,
     seed: int = 0,
+    slides_of: Mapping[str, int] | None = None,
 ) -> str:
     """Evaluate and compare rows, write all files; arguments as in `reports.report.write_results`.
 
@@ -61,7 +62,7 @@ def write_outcomes(
     result = {
         "split": split,
         "task": {"labels": list(task.labels), **task_config(task)},
-        "slides": len(cases),
+        "slides": count_slides(rows[0], slides_of),
         "cases": len(set(cases)),
         "draws": draws,
         "seed": seed,
@@ -79,9 +80,10 @@ def write_outcomes(
     }
     table = _table(task, figures, gains, reference, draws)
     notes = _notes(task, result, figures)
+    result["notes"] = notes
     _write_predictions(folder / f"predictions_{split}.csv", task, rows)
     write_json(folder / f"metrics_{split}.json", result)
-    said = [each["sentence"] for each in found]
+    notes, said = [*notes, *left_out(result)], [each["sentence"] for each in found]
     page = results_page(split, table, notes, _curves(folder, task, rows), said)
     write_text(folder / "report.md", page)
     return as_text(table, notes, said)
@@ -164,9 +166,6 @@ def _notes(task: Task, result: dict, figures: dict) -> list[str]:
             f"† draws that leave the figure undefined are left out; as few as {fewest} of "
             f"{result['draws']} remained. That interval is only approximate."
         )
-    if result["skipped"]:
-        notes.append(f"{len(result['skipped'])} slides left out:")
-        notes += [f"  {each['slide_id']}: {each['reason']}" for each in result["skipped"]]
     return notes
 
 

@@ -71,6 +71,7 @@ def write_results(
     draws: int = 2000,
     seed: int = 0,
     groups: Mapping[str, Mapping[str, str]] | None = None,
+    slides_of: Mapping[str, int] | None = None,
 ) -> str:
     """Evaluate and compare rows, write all files of the report.
 
@@ -83,6 +84,7 @@ def write_results(
         draws: bootstrap draws.
         seed: seed of the draws.
         groups: kind, such as site, to slide_id to group, for the tables by group.
+        slides_of: slides of each row's bag, where bags are cases; None is one a bag.
 
     Returns:
         The table and its notes as text.
@@ -103,7 +105,8 @@ def write_results(
     found = _verdicts(labels, rows, draws, seed)
     result = {
         "split": split, "task": {"name": "multilabel", "labels": labels},
-        "slides": len(cases), "cases": len(set(cases)), "draws": draws, "seed": seed,
+        "slides": count_slides(rows[0], slides_of), "cases": len(set(cases)),
+        "draws": draws, "seed": seed,
         "reference": reference.title if reference else None, "verdicts": found,
         "arms": {
             row.title: {"end_to_end": row.end_to_end, "figures": figures[row.title],
@@ -117,7 +120,7 @@ def write_results(
     result["notes"] = notes
     _write_predictions(folder / f"predictions_{split}.csv", labels, rows)
     write_json(folder / f"metrics_{split}.json", result)
-    notes = [*notes, *_left_out(result)]
+    notes = [*notes, *left_out(result)]
     said = [each["sentence"] for each in found]
     page = results_page(split, table, notes, _save_figures(folder, labels, rows), said)
     write_text(folder / "report.md", page + "\n" + sections(labels, details))
@@ -217,7 +220,12 @@ def _notes(result: dict, rows, figures, reference) -> list[str]:
     return notes
 
 
-def _left_out(result: dict) -> list[str]:
+def count_slides(row: ResultRow, slides_of: Mapping[str, int] | None) -> int:
+    """Return the number of slides of a row's bags."""
+    return sum((slides_of or {}).get(name, 1) for name in row.slide_ids)
+
+
+def left_out(result: dict) -> list[str]:
     """Return the slides that are in no row, each with its reason."""
     if not result["skipped"]:
         return []

@@ -10,16 +10,25 @@ import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from slides.cohort.counts import Tally
+from slides.cohort.spelling import missing_words, tidy, value_reader
 from slides.cohort.table import OPTIONAL, REQUIRED
 from slides.cohort.table_file import read_table
-from slides.cohort.targets import zero_or_one
+from slides.cohort.targets import Cells, make_columns
 from slides.errors import CohortError
 from slides.files import replacing
 from slides.grid import Grid
 
 MADE = ("mpp", "mpp_source", "tissue_mm2", "tiles", "status", "reason", "path")
 NO_LABEL = {*REQUIRED, *OPTIONAL, *MADE}
+
+
+class Labelled(NamedTuple):
+    """The label values of a slide."""
+
+    labels: tuple[float, ...]
 
 
 def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
@@ -55,26 +64,50 @@ def slide_table(saved: Path, data: Mapping) -> list[dict[str, str]]:
     return _rows(saved)
 
 
-def by_split(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[object]]]:
-    """Return header and rows of a table of counts by split."""
-    labels = [
-        name
-        for name in (rows[0] if rows else ())
-        if name not in NO_LABEL and {zero_or_one(row[name]) for row in rows} & {0.0, 1.0}
-    ]
+def by_split(
+    rows: Sequence[Mapping[str, str]], data: Mapping
+) -> tuple[list[str], list[list[object]]]:
+    """Return header and rows of a table of counts by split: slides, cases, tiles, label values.
+
+    Args:
+        rows: of `slide_table`.
+        data: the `data` part of a run's config, which says what is a label, and of which task.
+    """
     groups = defaultdict(list)
     for row in rows:
         groups[row.get("split", "")].append(row)
-    counts = []
-    for split, group in groups.items():
-        tiles = sum(int(row["tiles"] or 0) for row in group)
-        each = [[zero_or_one(row[name]) for row in group] for name in labels]
-        known = [[value for value in values if value is not None] for values in each]
-        counts.append(
-            [split, len(group), len({row.get("case_id") for row in group}), tiles]
-            + [f"{sum(values):.0f} of {len(values)}" for values in known]
+    counted = _tallies(rows, data)
+    names = list(dict.fromkeys(name for tally in counted.values() for name in tally))
+    counts = [
+        [split, len(group), len({row.get("case_id") for row in group}),
+         sum(int(row["tiles"] or 0) for row in group)]
+        + [counted.get(split, {}).get(name, "") for name in names]
+        for split, group in groups.items()
+    ]  # fmt: skip
+    return ["split", "slides", "cases", "tiles", *names], counts
+
+
+def _tallies(rows: Sequence[Mapping[str, str]], data: Mapping) -> dict[str, Tally]:
+    """Return the counts of label values of each split; none if the labels are not to be read."""
+    free = [name for name in (rows[0] if rows else ()) if name not in NO_LABEL]
+    try:
+        columns = make_columns(data.get("task") or "multilabel")
+        names = list(columns.choose(data.get("labels"), free))
+    except CohortError:
+        return {}
+    if not set(names) <= set(free):
+        return {}
+    meant, places = value_reader(data.get("values")), range(len(rows))
+    texts = {n: [meant(name, tidy(rows[n][name])) for name in names] for n in places}
+    splits = {n: rows[n].get("split", "") for n in places}
+    found = columns.read(Cells(names, texts, splits, missing_words(data.get("missing") or ())), ())
+    return {
+        split: columns.tally(
+            names, found.classes,
+            [Labelled(found.rows[n]) for n in places if splits[n] == split],
         )
-    return ["split", "slides", "cases", "tiles", *(f"{name} positive" for name in labels)], counts
+        for split in dict.fromkeys(splits.values())
+    }  # fmt: skip
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -16,9 +16,12 @@ from scipy.stats import rankdata
 
 from tapfm.inference import heatmap
 from tapfm.inference.heatmap import (
+    effective_text,
     overlay_png,
     rank_percentile,
+    scale_bar,
     tile_map,
+    weight_opacity,
     write_geojson,
 )
 
@@ -225,3 +228,42 @@ def test_a_long_title_is_within_a_narrow_picture(tmp_path):
     assert ink.any()
     assert not ink[:, :4].any()
     assert not ink[:, -4:].any()
+
+
+def test_opacity_is_the_weight_and_flat_attention_is_called_so():
+    equal, one = np.full(10, 0.1), np.eye(10)[3]
+    np.testing.assert_allclose(weight_opacity(equal), 0.12 + 0.88 / 3)
+    np.testing.assert_allclose(weight_opacity(one), [1.0 if n == 3 else 0.12 for n in range(10)])
+    np.testing.assert_allclose(weight_opacity(7 * equal), weight_opacity(equal), rtol=1e-12)
+    assert effective_text(equal).startswith("10.0 effective of 10 tiles; ATTENTION IS FLAT")
+    assert effective_text(one) == "1.0 effective of 10 tiles"
+    edge = np.concatenate([np.full(89, 1.0), np.zeros(11)])
+    assert "FLAT" not in effective_text(edge), "89 of 100"
+    assert "FLAT" in effective_text(np.concatenate([np.full(91, 1.0), np.zeros(9)]))
+
+
+@pytest.mark.parametrize(
+    ("width", "mpp", "text", "microns"),
+    [(1000, 1.0, "200 µm", 200), (1600, 16.0, "5 mm", 5000), (640, 0.25, "20 µm", 20),
+     (1000, 4.0, "1 mm", 1000)],
+)  # fmt: skip
+def test_a_scale_bar_is_a_round_length_of_at_most_a_quarter(width, mpp, text, microns):
+    length, said = scale_bar(width, mpp)
+    assert said == text
+    assert length * mpp == pytest.approx(microns)
+    assert length <= width / 4
+
+
+def test_pale_tiles_leave_the_slide_to_be_seen(tmp_path):
+    """On the same colours a tile of little weight changes the picture less than without opacity."""
+    thumbnail = np.full((80, 80, 3), 255, np.uint8)
+    coords0 = np.array([[0, 0], [40, 0], [0, 40], [40, 40]])
+    weights_T = np.array([0.97, 0.01, 0.01, 0.01])
+
+    def ink(**how):
+        path = overlay_png(thumbnail, 1.0, coords0, 40, weights_T, tmp_path / "a.png", **how)
+        return 255 - np.asarray(Image.open(path).convert("L"), float).mean()
+
+    assert ink(opacity_T=weight_opacity(weights_T)) < 0.8 * ink()
+    assert ink(mpp0=0.5) > ink(), "a scale bar"
+    assert ink(made_by="a run, a model") > ink(), "named"

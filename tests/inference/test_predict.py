@@ -100,7 +100,7 @@ def test_a_picture_says_risk_and_survival_by_their_names(slide, tmp_path, monkey
     path, titles = tmp_path / "m.safetensors", []
     models.save(model, path, tissue={"min_area_um2": 1000.0})
     monkeypatch.setattr(
-        "tapfm.inference.predict.overlay_png", lambda *_, title: titles.append(title)
+        "tapfm.inference.predict.overlay_png", lambda *_, title, **how: titles.append(title)
     )
     out = tmp_path / "out"
     assert main(["heatmap", str(slide), "--model", str(path), "--out", str(out)]) == 0

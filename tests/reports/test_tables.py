@@ -102,8 +102,15 @@ def test_the_first_table_has_the_figures_that_decide(metrics):
 
 def test_the_second_has_all_that_is_left(metrics):
     header, *rows = Rows(further_table(metrics)).rows
-    assert header == ["label", "figure", "frozen, <MLP>", "end to end, tapfm"]
-    assert {(label, name): values for label, name, *values in rows} == {
+    assert header == ["figure", "frozen, <MLP>", "end to end, tapfm"]
+    found, label = {}, None
+    for name, *values in rows:
+        label = label if values else name
+        found |= {(label, name): values} if values else {}
+    assert list(found)[:3] == [
+        ("A", "thresholds youden sensitivity"), ("A", "thresholds youden value"), ("A", "ECE")
+    ]  # fmt: skip
+    assert found == {
         ("A", "brier"): ["0.1875", ""],
         ("A", "thresholds youden value"): ["0.3125", ""],
         ("A", "thresholds youden sensitivity"): ["0.9375", ""],
@@ -113,7 +120,7 @@ def test_the_second_has_all_that_is_left(metrics):
         ("A", "DeLong"): ["", "0.531 [0.500, 0.594]"],
         ("A", "DeLong p"): ["", "0.007812"],
         ("A", "DeLong z"): ["", "2.656"],
-        ("", "calibration method"): ["", "isotonic"],
+        ("of the whole row", "calibration method"): ["", "isotonic"],
     }
     assert Rows(split_table(metrics)).rows[1:] == [
         ["subgroups site Ulm AUROC", "0.812 [0.700, 0.900]"],
@@ -147,7 +154,7 @@ def test_another_tasks_figures_take_the_first_places(metrics):
     rows = Rows(results_table(metrics)).rows
     assert rows[0] == ["model", "c index [95 %]"]
     assert rows[1:3] == [["survival"], ["frozen, <MLP>", "0.625 [0.500, 0.750]"]]
-    assert ["survival", "events", "21", "21"] in Rows(further_table(metrics)).rows
+    assert ["events", "21", "21"] in Rows(further_table(metrics)).rows
 
 
 def test_the_reports_own_file_is_read(tmp_path):

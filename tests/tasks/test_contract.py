@@ -285,7 +285,13 @@ def test_its_report_has_files_curves_and_slides(known, tmp_path):
     assert task.title in text or task.monitor in text
     assert "s99: damaged" in text
     assert (tmp_path / "report.md").stat().st_size > 500
-    facts = json.loads((tmp_path / "metrics_test.json").read_text())["arms"]
+    metrics = json.loads((tmp_path / "metrics_test.json").read_text())
+    assert metrics["notes"][0].startswith(f"test split: {N} slides of {N} cases. Intervals: 95 %")
+    assert not any("s99" in note for note in metrics["notes"]), "the page lists them apart"
+    report.write(tmp_path / "two", "test", task, rows, [], {}, {slides[0]: 3})
+    metrics = json.loads((tmp_path / "two" / "metrics_test.json").read_text())
+    assert (metrics["slides"], metrics["cases"]) == (N + 2, N), "a case of three slides"
+    facts = metrics["arms"]
     assert list(facts) == ["frozen", "end to end"]
     assert "<figure" in "".join(report.curves(task, rows))
     choice = report.choose(task, rows[1], facts["end to end"])

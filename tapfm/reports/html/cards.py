@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tapfm.inference.heatmap import COLOURS
+from tapfm.inference.heatmap import COLOURS, FLAT
 from tapfm.reports.example_slides import Examples, ExampleSlide
 from tapfm.reports.html.case_pictures import TILE_SIDE, NoPicturesError, Pictures, pictures_of
 from tapfm.reports.html.tables import Html, html, table
@@ -120,8 +120,13 @@ def _card(
         of = f"{html(slide)}: " if slide != bag else ""
         parts.append(
             f'<p class="soft">{of}{facts["count"]} tiles, {facts["effective"]:.1f} effective '
-            "(1 / sum w²)</p>"
+            f"(1 / sum w²); by {html(row.title)}</p>"
         )
+        if facts["effective"] > FLAT * facts["count"]:
+            parts.append(
+                "<p><strong>Attention is flat here</strong>: all tiles weigh nearly the same, and "
+                "their order tells little.</p>"
+            )
         whole = _image(found.folder / "thumbnail.jpg", slide)
         seen = _image(found.folder / "overlay.jpg", f"tile weights on {slide}")
         parts.append(f'<div class="slide">{whole}{seen}</div><div class="tiles">')
@@ -141,7 +146,7 @@ def _scale() -> str:
 
     colours = ", ".join(to_hex(colormaps[COLOURS](step / 8)) for step in range(9))
     return (f'<p class="scale">lowest tile weight <span style="background:linear-gradient'
-            f'(to right, {colours})"></span> highest, by rank</p>')  # fmt: skip
+            f'(to right, {colours})"></span> highest, by rank; paler: less weight</p>')  # fmt: skip
 
 
 def _image(path: Path, alt: str) -> str:

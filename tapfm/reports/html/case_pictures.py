@@ -1,7 +1,8 @@
 """Pictures of a slide for the page: thumbnail, tile weights, tiles with the largest weights.
 
-    <run>/<name>/cases_<split>/<slide>/thumbnail.jpg    the slide, small
-                                       overlay.jpg      tile weights on it, by rank
+    <run>/<name>/cases_<split>/<slide>/thumbnail.jpg    the slide, small, with a scale bar
+                                       overlay.jpg      tile weights on it: rank as colour, weight
+                                                        as opacity
                                        tile_1.jpg ...   the tiles of the largest weights
                                        case.json        positions and weights of those tiles
 
@@ -25,13 +26,21 @@ from PIL import Image, ImageDraw, ImageFont
 from slides.errors import SlideError
 from slides.files import replacing, write_json
 from slides.wsi.reader import Slide
-from tapfm.inference.heatmap import COLOURS, OPACITY, effective_tiles, rank_percentile, tile_map
+from tapfm.inference.heatmap import (
+    COLOURS,
+    effective_tiles,
+    rank_percentile,
+    scale_bar,
+    tile_map,
+    weight_opacity,
+)
 
 TILES = 8
 SIDE = 640  # px, the longer side of the pictures of a slide
 TILE_SIDE = 224  # px at most
 LEGIBLE = 15  # px of a tile on the thumbnail from which its number fits
 QUALITY = 88
+DRAWN = b"2"  # changes whenever pictures of the same weights do
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
         if facts:
             return Pictures(folder, facts)
         raise NoPicturesError(f"{weights} cannot be read ({error})") from error
-    digest = hashlib.sha256(weights_T.tobytes()).hexdigest()
+    digest = hashlib.sha256(DRAWN + weights_T.tobytes()).hexdigest()
     if facts and facts["weights_sha256"] == digest:
         return Pictures(folder, facts)
     if path is None or not path.is_file():
@@ -106,8 +115,10 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
     (folder / "case.json").unlink(missing_ok=True)
     thumbnail, downsample = slide.thumbnail(max_side=SIDE)
     top = np.argsort(-weights_T, kind="stable")[:TILES]
-    _save(folder / "thumbnail.jpg", Image.fromarray(thumbnail))
-    overlay = _overlay(thumbnail, downsample, coords0, size0, rank_percentile(weights_T))
+    plain = Image.fromarray(thumbnail)
+    _bar(plain, slide.mpp * downsample)
+    _save(folder / "thumbnail.jpg", plain)
+    overlay = _overlay(thumbnail, downsample, coords0, size0, weights_T)
     _frames(overlay, coords0[top] / downsample, size0 / downsample)
     _save(folder / "overlay.jpg", overlay)
     for number, (x0, y0) in enumerate(coords0[top].tolist(), start=1):
@@ -123,14 +134,29 @@ def _draw(folder, slide, weights_T, coords0, size0, size) -> dict:
     }
 
 
-def _overlay(thumbnail, downsample, coords0, size0, ranks_T) -> Image.Image:
-    """Return ranks as colours over the thumbnail, as `overlay_png` draws them."""
+def _overlay(thumbnail, downsample, coords0, size0, weights_T) -> Image.Image:
+    """Return ranks as colours and weights as opacity over the thumbnail, as `overlay_png` does."""
     from matplotlib import colormaps
 
-    painted = tile_map(thumbnail.shape[:2], downsample, coords0, size0, ranks_T)
+    where = thumbnail.shape[:2], downsample, coords0, size0
+    painted = tile_map(*where, rank_percentile(weights_T))
+    seen = tile_map(*where, 0.9 * weight_opacity(weights_T))
     veil = colormaps[COLOURS](np.nan_to_num(painted) / 100)[..., :3] * 255
-    opacity = np.where(np.isnan(painted), 0, OPACITY)[..., None]
+    opacity = np.nan_to_num(seen)[..., None]
     return Image.fromarray((thumbnail * (1 - opacity) + veil * opacity).round().astype(np.uint8))
+
+
+def _bar(picture: Image.Image, mpp: float) -> None:
+    """Draw a scale bar at the lower left."""
+    from matplotlib import get_data_path  # its font has a µ, Pillow's own has none
+
+    length, text = scale_bar(picture.width, mpp)
+    draw, (x, y) = ImageDraw.Draw(picture), (8, picture.height - 10)
+    draw.rectangle([x - 1, y - 2, x + round(length) + 1, y + 2], fill="white")
+    draw.rectangle([x, y - 1, x + round(length), y + 1], fill="black")
+    how = {"stroke_width": 2, "stroke_fill": "white"}
+    font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)
+    draw.text((x, y - 4), text, "black", font, "lb", **how)
 
 
 def _frames(picture: Image.Image, corners: np.ndarray, side: float) -> None:

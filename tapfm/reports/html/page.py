@@ -192,7 +192,7 @@ def ledger(
         yield _soft("The cohort table and its index are missing, and so is their copy "
                     "(slides.csv, which `tapfm test` writes): no ledger.")  # fmt: skip
         return
-    yield table(*by_split(slides))
+    yield table(*by_split(slides, runs[0].config.get("data") or {} if runs else {}))
     whole = table(list(slides[0]), (row.values() for row in slides))
     yield f"<details><summary>All {len(slides)} slides</summary>{whole}</details>"
 

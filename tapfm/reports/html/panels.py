@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from tapfm.reports.rows import ResultRow
 
-SIZE = 3.7, 3.3  # inches of a square panel; 1 pt is drawn about 1.3 px wide
+ACROSS = 3  # entries of a legend in a row
+SIZE = 3.7, 4.1  # inches of a square panel; 1 pt is drawn about 1.3 px wide
 WIDE = 3.7, 2.7
 BINS = 5  # of reliability: a tenth of a small split is a handful of slides
 THEME = {  # colours of matplotlib, and those of the page
@@ -60,11 +62,18 @@ def label_panels(labels: Sequence[str], rows: Sequence[ResultRow]) -> dict[str, 
     drawn: dict[str, list[Html]] = {"ROC": [], "Precision and recall": [], "Calibration": []}
     for k, label in enumerate(labels):
         for (kind, panels), draw in zip(
-            drawn.items(), (roc_axis, pr_axis, reliability_axis), strict=True
+            drawn.items(), (_roc_axis, pr_axis, reliability_axis), strict=True
         ):
             alt = f"{kind} of {label}"
             panels.append(panel(lambda axis: draw(axis, k, label, rows, styles), alt))  # noqa: B023
     return drawn
+
+
+def _roc_axis(
+    axis: Axes, k: int, label: str, rows: Sequence[ResultRow], styles: Sequence[dict]
+) -> None:
+    roc_axis(axis, k, label, rows, styles)
+    axis.set_ylabel("true positive rate")
 
 
 def pr_axis(
@@ -206,11 +215,26 @@ def panel(draw: Callable[[Axes], None], alt: str, size: tuple[float, float] = SI
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
         draw(axis)
+        _legend_below(figure, axis)
         title = axis.get_title()
         axis.set_title("")  # the page shows it as text, which may have any length
         figure.savefig(text, format="svg", metadata={"Date": None})
     drawn = inline(text.getvalue(), alt)
     return Html(f'<figure class="panel"><figcaption>{escape(title)}</figcaption>{drawn}</figure>')
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    """Move an axis's legend below it, where it covers no data."""
+    legend = axis.get_legend()
+    if legend is None:
+        return
+    lines, names = axis.get_legend_handles_labels()
+    title = legend.get_title().get_text()
+    legend.remove()
+    figure.legend(
+        lines, names, title=title, loc="outside lower center", ncols=min(ACROSS, len(names)),
+        frameon=False, handlelength=2.4, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def inline(svg: str, alt: str) -> str:

@@ -25,6 +25,10 @@ SPLIT_KEYS = {"split", "task", "slides", "cases", "draws", "seed", "reference", 
               "notes", "verdicts"}  # fmt: skip
 HEADLINE = 2  # metrics in the table of results: AUROC and AUPRC for labels of 0 or 1
 LISTED = 6  # longest list that is written out; longer ones are curves, and stay in the JSON
+ORDER = ("auroc", "auprc", "accuracy", "f1", "r²", "concordance", "sensitivity", "specificity",
+         "operating points", "threshold", "ece", "brier", "calibration", "slope", "intercept",
+         "delong", "difference", "by site", "by stain")  # fmt: skip
+"""Kinds of further figures: how well cases are ranked, called, calibrated, then comparisons."""
 UNBROKEN = 60  # characters of a cell that stay on one line
 
 
@@ -144,14 +148,14 @@ def further_table(metrics: Mapping) -> Html | None:
                 _collect(lines, title, "", {key: value})
     if not lines:
         return None
-    draws, order = metrics.get("draws") or 0, _labels(rows)
-    cells = [
-        [label, name, *(_value_cell(found.get(title), draws) for title in rows)]
-        for (label, name), found in sorted(
-            lines.items(), key=lambda line: order.index(line[0][0]) if line[0][0] else len(order)
-        )
-    ]
-    return table(["label", "figure", *rows], cells, first=2)
+    draws, cells = metrics.get("draws") or 0, []
+    for label in [*_labels(rows), ""]:
+        own = {name: found for (each, name), found in lines.items() if each == label}
+        if own:
+            cells.append(GroupRow(label or "of the whole row"))
+        for name in sorted(own, key=_place):
+            cells.append([name, *(_value_cell(own[name].get(title), draws) for title in rows)])
+    return table(["figure", *rows], cells)
 
 
 def split_table(metrics: Mapping) -> Html | None:
@@ -210,6 +214,12 @@ def _labelled(rows: Mapping) -> list[str]:
             if key != "figures" and isinstance(value, Mapping) and value and value.keys() <= labels
         }
     )
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return where a figure stands among others: by kind in the order of `ORDER`, then by name."""
+    word = name.casefold()
+    return next((n for n, each in enumerate(ORDER) if each in word), len(ORDER)), word
 
 
 def _collect(lines: dict, title: str, label: str, facts: Mapping) -> None:

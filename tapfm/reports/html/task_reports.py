@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tapfm.reports import example_slides
 from tapfm.reports.example_slides import Examples
@@ -31,20 +30,23 @@ Groups = Mapping[str, Mapping[str, str]]
 class TaskReport:
     """The functions of one kind of report."""
 
-    write: Callable[[Path, str, Task, Sequence[ResultRow], Sequence[tuple[str, str]], Groups], str]
-    """Write a split's files and return its table: folder, split, task, rows, skipped, groups."""
+    write: Callable[..., str]
+    """Write a split's files and return its table: folder, split, task, rows, skipped, groups, and
+    the slides of each bag where bags are cases."""
     curves: Callable[[Task, Sequence[ResultRow]], Iterator[str]]
     """Yield the curves of all rows, as parts of the page."""
     choose: Callable[[Task, ResultRow, Mapping], Examples]
     """Return the example slides of a row, given its facts of metrics_<split>.json."""
 
 
-def _write_labels(folder, split, task, rows, skipped, groups) -> str:
-    return write_results(folder, split, task.labels, rows, skipped, groups=groups)
+def _write_labels(folder, split, task, rows, skipped, groups, slides_of=None) -> str:
+    how = {"groups": groups, "slides_of": slides_of}
+    return write_results(folder, split, task.labels, rows, skipped, **how)
 
 
-def _write_outcomes(folder, split, task, rows, skipped, groups) -> str:
-    return write_outcomes(folder, split, task, rows, skipped)  # without tables by group
+def _write_outcomes(folder, split, task, rows, skipped, groups, slides_of=None) -> str:
+    # without tables by group
+    return write_outcomes(folder, split, task, rows, skipped, slides_of=slides_of)
 
 
 REPORTS = {
