@@ -5,9 +5,8 @@
     Numbers   any number of columns of numbers
     Times     two columns: a time of 0 or more, and whether the event was observed (1, 0)
 
-Each kind reads the text of its columns into numbers, nan if unknown, and reports faults: unreadable
-cells, each with its row, and splits in which nothing could be learned or measured. Only class names
-are derived from all values; other statistics come from the training split, see `tapfm.tasks`.
+Each kind reads text into numbers, nan if unknown, and reports faults: unreadable cells by row, and
+splits in which nothing could be learned. Only class names come from all values (see `tapfm.tasks`).
 """
 
 from __future__ import annotations
@@ -265,8 +264,7 @@ def _one_class(name: str, split: str, values: list[float]) -> list[str]:
 
 
 def _one_value(name: str, split: str, values: list[float]) -> list[str]:
-    known = {value for value in values if not math.isnan(value)}
-    if len(known) > 1:
+    if len(known := {value for value in values if not math.isnan(value)}) > 1:
         return []
     found = f"always {known.pop():g}" if known else "never known"
     return [
