@@ -15,6 +15,7 @@ from itertools import pairwise
 from slides.errors import printable
 from slides.files import WriteError
 from tapfm.verbs import Parser, cohorts, later, reading, training
+from tapfm.verbs.following import next_command
 
 VERBS = {
     "demo": (cohorts.demo, "write the demo cohort: slides, table, truth masks"),
@@ -55,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] in LIGHTNINGS:  # the arguments are Lightning's to read
             return later(LIGHTNINGS[argv[0]])(arguments=argv[1:])
         flags = vars(parser().parse_args(argv))
-        del flags["verb"]
-        return flags.pop("do")(**flags)
+        verb, do = flags.pop("verb"), flags.pop("do")
+        code = do(**flags)
+        if not code and (command := next_command(verb, flags)):
+            print(f"next: {command}")
+        return code
     except KeyboardInterrupt:
         print("tapfm: interrupted. The same command goes on there.", file=sys.stderr)
         return 130

@@ -92,8 +92,7 @@ def write_results(
     Raises:
         ResultRowError: rows that cannot be compared, as in `aligned_rows`.
     """
-    labels = list(labels)
-    rows, skipped = aligned_rows(rows, skipped)
+    labels, (rows, skipped) = list(labels), aligned_rows(rows, skipped)
     y_NK, cases = rows[0].y_NK, rows[0].case_ids
     figures = {row.title: evaluate(labels, y_NK, row.p_NK, cases, draws, seed) for row in rows}
     reference = _reference(rows, figures)
@@ -106,8 +105,8 @@ def write_results(
     result = {
         "split": split, "task": {"name": "multilabel", "labels": labels},
         "slides": count_slides(rows[0], slides_of), "cases": len(set(cases)),
-        "draws": draws, "seed": seed,
-        "reference": reference.title if reference else None, "verdicts": found,
+        "draws": draws, "seed": seed, "verdicts": found,
+        "reference": reference.title if reference else None,
         "arms": {
             row.title: {"end_to_end": row.end_to_end, "figures": figures[row.title],
                         "auroc_difference": gains.get(row.title), **details[row.title]}
@@ -116,12 +115,10 @@ def write_results(
         "skipped": [{"slide_id": slide, "reason": reason} for slide, reason in skipped],
     }  # fmt: skip
     table = _table(labels, rows, figures, gains, reference, draws)
-    notes = _notes(result, rows, figures, reference)
-    result["notes"] = notes
+    notes = result["notes"] = _notes(result, rows, figures, reference)
     _write_predictions(folder / f"predictions_{split}.csv", labels, rows)
     write_json(folder / f"metrics_{split}.json", result)
-    notes = [*notes, *left_out(result)]
-    said = [each["sentence"] for each in found]
+    notes, said = [*notes, *left_out(result)], [each["sentence"] for each in found]
     page = results_page(split, table, notes, _save_figures(folder, labels, rows), said)
     write_text(folder / "report.md", page + "\n" + sections(labels, details))
     return as_text(table, notes, said)

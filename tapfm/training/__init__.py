@@ -11,7 +11,7 @@
     encode_once.py  a frozen encoder's features, made before the first epoch
     fit.py          `tapfm fit`: config to run folder
     begun.py        what a run was begun with, and by; whether it may be continued
-    announce.py     what a run prints before it trains
+    announce.py     what a run tells: before it trains, then how far it is (status.json)
     arguments.py    what is wrong with its arguments, all at once
     old_keys.py     keys of version 0.1, and of runs that were begun with them
 

@@ -1,4 +1,4 @@
-"""Files that a run writes while it trains: metrics, memory, best weights, resume point.
+"""Files that a run writes while it trains: metrics, memory, resume point.
 
 A run killed at any moment and resumed ends with the same weights and the same metrics.csv as one
 never killed: the resume point remembers how many rows each file had, and later rows are dropped.
@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from slides.errors import SettingsError
@@ -229,13 +229,3 @@ def resume_point(folder: Path) -> Path | None:
             "--name."
         )
     return None
-
-
-class Progress(TQDMProgressBar):
-    """Lightning's bar without the version number."""
-
-    def get_metrics(self, trainer, module):
-        """Return loss, tiles/s, and the figure by which the best weights are chosen."""
-        metrics = super().get_metrics(trainer, module)
-        metrics.pop("v_num", None)
-        return metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -52,10 +53,10 @@ from tapfm.training.alternating import (
     check_precision,
     check_trainer,
 )
-from tapfm.training.announce import announce
+from tapfm.training.announce import Progress, RunStatus, announce
 from tapfm.training.arguments import argument_faults
 from tapfm.training.begun import prepare_folder, provenance
-from tapfm.training.callbacks import Progress, ResumePoint, RunLog, resume_point
+from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import rename_old_keys
@@ -193,13 +194,14 @@ class Cli(LightningCLI):
         return faults
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
-        """Make the trainer, without our progress bar where none is wanted.
+        """Make the trainer, without a progress bar where none is wanted or can be seen.
 
         Raises:
             SettingsError: what Lightning finds wrong with `trainer`.
         """
-        if self.config.trainer.enable_progress_bar is False:
-            self.trainer_defaults = {}
+        unseen = self.verb == "fit" and not sys.stdout.isatty()  # `RunStatus` prints lines
+        if self.config.trainer.enable_progress_bar is False or unseen:
+            self.trainer_defaults, kwargs = {}, {**kwargs, "enable_progress_bar": False}
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
@@ -253,12 +255,15 @@ def train(cli: Cli) -> None:
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
+    steps = module.steps
+    looks = bool(steps.warm_start) + len(steps.interpolate or ()) * module.chooses
     point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     stop = StopOnSignal(folder, point)
     trainer.callbacks += [
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
+        RunStatus(folder, best, looks, lines=not sys.stdout.isatty()),
         point,
         stop,
     ]

@@ -1,6 +1,7 @@
 """The verbs of the command line: each function adds a verb's flags and returns its action.
 
     cohorts.py    demo, labels, split
+    following.py  the command that usually follows a verb
     reading.py    index, predict, heatmap, features, histaug, export, view
     training.py   check, plan, probe, test, study, report, pathpt, doctor
 
