@@ -93,7 +93,7 @@ def main() -> int:
         tables = prepare(study, read_data([Path(each) for each in study.config]))
         # of all rows: one that is not finished takes no part, one that was before stays
         cells = [cell for each in studies.values() for cell in plan_cells(each, tables)]
-        _, result = summary(study, cells, {})
+        _, result, _ = summary(study, cells, {})
         result = about | result | {"tile_auroc": tile_aurocs(cells)}
         write_json(RESULTS / "needle.json", result)
         rewrite("needle", markdown(result))

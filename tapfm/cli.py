@@ -30,6 +30,7 @@ VERBS = {
     "test": (training.test, "runs against frozen baselines, with intervals"),
     "study": (training.study, "folds, seeds and strategies: one table, resumable"),
     "report": (training.report, "the runs' results, cases and settings as one page"),
+    "compare": (training.compare, "runs against each other on one page: which one to take"),
     "view": (reading.view, "a run's slides in the browser: deep zoom, weights, single tiles"),
     "predict": (reading.predict, "probabilities and tile weights of any slides"),
     "heatmap": (reading.heatmap, "predict, and draw: PNG overlay and GeoJSON for QuPath"),

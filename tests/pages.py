@@ -65,10 +65,13 @@ ILLEGIBLE = """[...document.querySelectorAll('.panel svg')].flatMap(svg => {
   return found;
 })"""
 ROWS = "[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.textContent))"
-# text that is seen and smaller than 12 px
+# text that is seen and drawn smaller than 12 px, in drawings too
 SMALL = """[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
-  && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-  && parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.outerHTML.slice(0, 99))"""
+  && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).filter(e => {
+    const svg = e.closest('svg'), box = svg && svg.viewBox.baseVal.width;
+    const scale = box ? svg.getBoundingClientRect().width / box : 1;
+    return scale * parseFloat(getComputedStyle(e).fontSize) < 11.99;
+  }).map(e => e.outerHTML.slice(0, 160))"""
 # text whose contrast with the background it lies on (WCAG 2.1) is below 4.5
 FAINT = """(() => {
   const parts = c => c.match(/[\\d.]+/g).map(Number);

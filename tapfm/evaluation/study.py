@@ -41,6 +41,7 @@ from tapfm.config import read_data, read_source, read_yaml
 from tapfm.config_paths import find_config
 from tapfm.evaluation.study_cells import Cell, Study
 from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
+from tapfm.reports.html.comparison import study_page
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 TESTING = threading.Lock()  # one test at a time: they write the same frozen features
@@ -114,11 +115,13 @@ def run_study(study: Study) -> int:
                                strict=True):  # fmt: skip
             if fault:
                 failed[str(cell)] = fault
-    text, result = summary(study, cells, failed)
+    text, result, table = summary(study, cells, failed)
     write_json(out / "study.json", result)
     write_figures(out / "study.csv", result)
     print(text)
-    print(f"{out}: study.json, study.csv")
+    if table:
+        study_page(result, out, table[0], table[1:])
+    print(f"{out}: study.json, study.csv{', study.html' if table else ''}")
     return 2 if failed else 0
 
 

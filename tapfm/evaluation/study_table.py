@@ -36,8 +36,10 @@ OF_CELL = {f"{kind}{RUN}" for kind in (END_TO_END, FROZEN_ENCODER)}  # a cell's 
 CONTROL_ROW, CONTROL_OF_CELL = f"{SAME_HEAD}{RUN}", ", frozen, same head"  # in a report; in a study
 
 
-def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> tuple[str, dict]:
-    """Return the table as text, and all figures behind it for study.json."""
+def summary(
+    study: Study, cells: Sequence[Cell], failed: Mapping[str, str]
+) -> tuple[str, dict, list[list[str]]]:
+    """Return the text to print, all figures behind it for study.json, and the table."""
     task, runs, order, choices = collect_runs(cells)
     folds = len({cell.fold for cell in cells})
     result: dict[str, Any] = {
@@ -47,7 +49,7 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
     try:
         found = pool(task, runs, folds)
     except ValueError as error:
-        return "\n".join([f"no table: {error}", *why]), result
+        return "\n".join([f"no table: {error}", *why]), result, []
     frozen = [title for title in found.rows if not order[title]]
     trained = [title for title in found.rows if order[title]]
     value = {title: row.figures["pooled"][found.head].value for title, row in found.rows.items()}
@@ -55,7 +57,8 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
     best = max(defined, key=value.get) if defined else None
     first = trained[0] if trained else None
     result |= {"slides": found.slides, "cases": found.cases, "figure": task.monitor,
-               "macro": list(found.averaged), "reference": best, "first": first}  # fmt: skip
+               "macro": list(found.averaged), "head": found.head, "reference": best,
+               "first": first}  # fmt: skip
     for title in order:
         if title not in found.rows:
             result["arms"][title] = {"end_to_end": order[title], "seeds": []}
@@ -75,7 +78,8 @@ def summary(study: Study, cells: Sequence[Cell], failed: Mapping[str, str]) -> t
             },
         }
     result["verdicts"] = study_verdicts(task, found, choices)
-    return _text(study.folds, len(study.seeds), task, result, found, why), result
+    table = _table(task, result, found)
+    return _text(study.folds, len(study.seeds), task, result, found, table, why), result, table
 
 
 def study_verdicts(task: Task, found: Pool, choices: Mapping[str, list]) -> list[str]:
@@ -122,12 +126,9 @@ def collect_runs(cells: Sequence[Cell]) -> tuple[Task | None, dict, dict[str, bo
     return task, runs, baselines | trained, choices
 
 
-def _text(
-    folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, why: list[str]
-) -> str:
-    best, first = result["reference"], result["first"]
-    verdicts = [line for each in result["verdicts"] for line in (*wrapped(each), "")]
-    undefined = task.undefined
+def _table(task: Task, result: Mapping, found: Pool) -> list[list[str]]:
+    """Return header and cells, a line a model."""
+    best, first, undefined = result["reference"], result["first"], task.undefined
     head = ["model", f"{task.title} [95 %]", *found.groups, "within folds", "seeds, deviation",
             "minus * [95 %]", "minus ** [95 %]"]  # fmt: skip
     table = [head]
@@ -147,6 +148,14 @@ def _text(
             *(span(gain and gain["pooled"][found.head], sign="+", undefined=undefined)
               for gain in gains),
         ])  # fmt: skip
+    return table
+
+
+def _text(
+    folds: int | None, seeds: int, task: Task, result: Mapping, found: Pool, table: list,
+    why: list[str],
+) -> str:  # fmt: skip
+    verdicts = [line for each in result["verdicts"] for line in (*wrapped(each), "")]
     dealt = f"{folds} folds, out-of-fold predictions pooled" if folds else "one split"
     over = f"; macro: {', '.join(found.averaged) or 'none is defined'}" if found.groups else ""
     notes = [

@@ -4,6 +4,8 @@
     runs.py            a folder of runs, read back
     report.py          `tapfm test`: the table, the JSON, the figures of multi-label runs
     outcome_report.py  the same for classes, values and survival times
+    compare.py         runs against each other, on the same slides and draws
+    summary.py         report.json: what a report decides, for programs
     verdict.py         what an adapted run gained over its frozen control, in a sentence
     details.py         details of a row: thresholds, calibration, DeLong, groups
     example_slides.py  slides worth looking at, by task

@@ -45,7 +45,7 @@ def roc_axis(
         values.append(f"{value:.3f}")
         axis.plot(*_roc(y_N, p_N), label=f"{value:.3f}", **style)
     if values:
-        axis.legend(loc="lower right", fontsize=8, title="AUROC", title_fontsize=8)
+        axis.legend(loc="lower right", fontsize=9, title="AUROC", title_fontsize=9)
     else:
         axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
     known = int((~np.isnan(rows[0].y_NK[:, k])).sum())
@@ -81,7 +81,7 @@ def reliability_figure(labels: Sequence[str], rows: Sequence[ResultRow]) -> Figu
                 points = [(each.predicted, each.observed) for each in bins]
                 axis.plot(*zip(*points, strict=True), label=f"{ece(bins):.3f}", **style)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="upper left", fontsize=8, title="ECE", title_fontsize=8)
+            axis.legend(loc="upper left", fontsize=9, title="ECE", title_fontsize=9)
         axis.set_title(label, fontsize=10, parse_math=False)
         axis.set(xlabel="mean probability", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect=1)
     axes[0].set_ylabel("share positive")

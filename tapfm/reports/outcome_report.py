@@ -56,7 +56,7 @@ def write_outcomes(
         if row.end_to_end and reference is not None
     }
     found = verdicts(
-        task, rows, lambda row: next(iter(drawn[row.title].values()))[task.monitor], draws
+        task, rows, lambda a, b: _first(_gains(drawn[a.title], drawn[b.title], task.monitor)), draws
     )
     figures = _intervals(drawn)
     result = {
@@ -106,6 +106,10 @@ def _gains(own: dict, reference: dict, figure: str) -> dict[str, Interval]:
         group: percentiles(figures[figure] - reference[group][figure])
         for group, figures in own.items()
     }
+
+
+def _first(gains: dict[str, Interval]) -> Interval:
+    return next(iter(gains.values()))
 
 
 def _curves(folder: Path, task: Task, rows: Sequence[ResultRow]) -> list[Path]:

@@ -48,8 +48,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from slides.files import write_csv, write_json, write_text
 from tapfm.inference.heatmap import save_figure
 from tapfm.reports.details import row_details, sections
@@ -57,7 +55,7 @@ from tapfm.reports.figures import curves_figure, reliability_figure, roc_figure
 from tapfm.reports.plain_table import FEW_DRAWS, as_text, markdown, span
 from tapfm.reports.rows import ResultRow, aligned_rows
 from tapfm.reports.verdict import verdicts
-from tapfm.stats.bootstrap import with_point
+from tapfm.stats.bootstrap import Interval
 from tapfm.stats.metrics import MACRO, ONE_CLASS, evaluate, paired_difference
 from tapfm.tasks.multilabel import Multilabel
 
@@ -126,12 +124,12 @@ def write_results(
 
 def _verdicts(labels, rows, draws, seed) -> list[dict]:
     """Return the verdicts, from macro AUROC on the draws of the table."""
-    task, times_BN = Multilabel(tuple(labels)), with_point(rows[0].case_ids, draws, seed)
 
-    def macro(row: ResultRow) -> np.ndarray:
-        return task.measure(row.y_NK, row.p_NK, times_BN)[MACRO][task.monitor]
+    def difference(row: ResultRow, control: ResultRow) -> Interval:
+        of = row.y_NK, row.p_NK, control.p_NK, row.case_ids
+        return paired_difference(labels, *of, draws, seed)[MACRO]
 
-    return verdicts(task, rows, macro, draws)
+    return verdicts(Multilabel(tuple(labels)), rows, difference, draws)
 
 
 def _details(labels, rows, reference, groups, draws, seed) -> dict[str, dict]:

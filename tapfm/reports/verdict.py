@@ -15,11 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tapfm.reports.plain_table import span
 from tapfm.reports.rows import END_TO_END, ResultRow
-from tapfm.stats.bootstrap import Interval, percentiles
+from tapfm.stats.bootstrap import Interval
 
 if TYPE_CHECKING:
     from tapfm.tasks import Task
@@ -28,14 +26,17 @@ FALL = 0.05  # of RI or MaRI, from which robustness is called lost
 
 
 def verdicts(
-    task: Task, rows: Sequence[ResultRow], figure: Callable[[ResultRow], np.ndarray], draws: int
+    task: Task,
+    rows: Sequence[ResultRow],
+    difference: Callable[[ResultRow, ResultRow], Interval],
+    draws: int,
 ) -> list[dict[str, Any]]:
     """Return the verdict on each row that has a control, as metrics_<split>.json holds it.
 
     Args:
         task: names the figure.
         rows: of the table, controls among them.
-        figure: gives a row's figure (1 + B,), the value and then every draw.
+        difference: gives a row's figure less that of its control, on the table's draws.
         draws: B.
 
     Returns:
@@ -47,7 +48,7 @@ def verdicts(
     for row in rows:
         if row.control is None:
             continue
-        gain = percentiles(figure(row) - figure(of_title[row.control]))
+        gain = difference(row, of_title[row.control])
         name, title = row.title.removeprefix(END_TO_END), figure_name(task)
         outcome = outcome_of(gain, [row.choice["a"]])
         said = sentence(name, title, gain, draws, [row.choice])

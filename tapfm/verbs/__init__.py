@@ -3,7 +3,7 @@
     cohorts.py    demo, labels, split
     following.py  the command that usually follows a verb
     reading.py    index, predict, heatmap, features, histaug, export, view
-    training.py   check, plan, probe, test, study, report, pathpt, doctor
+    training.py   check, plan, probe, test, study, report, compare, pathpt, doctor
 
 An action takes the flags by name, imports what it needs, and returns the exit code. Nothing heavy
 is imported before it runs.

@@ -1,4 +1,4 @@
-"""Verbs around training: `tapfm check`, `plan`, `probe`, `test`, `study`, `report`, `pathpt`..."""
+"""Verbs around training: `tapfm check`, `plan`, `probe`, `test`, `study`, `report`, `compare`..."""
 
 from __future__ import annotations
 
@@ -86,6 +86,16 @@ def report(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm report`; return its action."""
     run_flags(verb)
     return later("tapfm.reports.html.page:run_report")
+
+
+def compare(verb: ArgumentParser) -> Do:
+    """Add the flags of `tapfm compare`; return its action."""
+    add = verb.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of tested runs; the first is "
+        "what the others are measured against")  # fmt: skip
+    add("--split", choices=("val", "test"), default="test", help="(%(default)s)")
+    add("--out", type=Path, default=Path("compare"), help="folder (%(default)s)")
+    return later("tapfm.reports.html.comparison:run_compare")
 
 
 def pathpt(verb: ArgumentParser) -> Do:

@@ -94,7 +94,7 @@ def value_axis(axis: Axes, k: int, row: ResultRow, ends: tuple[float, float]) ->
     value = float(r2(y_N, p_N, np.ones((1, len(y_N))))[0])
     look = {"color": TRAINED[0], "linestyle": "none", "marker": "o", "markersize": 4.5}
     axis.plot(y_N[known_N], p_N[known_N], label=f"R² {value:.3f}", alpha=0.7, **look)
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="upper left", fontsize=9)
     axis.set_title(row.title)
     axis.locator_params(nbins=5)
     axis.set(xlabel="true", ylabel="predicted", xlim=ends, ylim=ends, aspect=1)
@@ -162,7 +162,7 @@ def time_axis(axis: Axes, task: Task, row: ResultRow) -> None:
     p = logrank(*groups).pvalue if tested else math.nan
     if groups:
         text = "log-rank p: undefined" if math.isnan(p) else f"log-rank p = {p:.2g}"
-        axis.legend(loc="lower left", fontsize=8, title=text, title_fontsize=8)
+        axis.legend(loc="lower left", fontsize=9, title=text, title_fontsize=9)
     axis.set_title(row.title)
     axis.locator_params(axis="x", nbins=5)
     axis.set(xlabel=task.time, ylabel="share without the event", ylim=(-0.02, 1.04))

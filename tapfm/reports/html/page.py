@@ -19,8 +19,9 @@ from string import Template
 import numpy as np
 import yaml
 
-from slides.files import write_text
+from slides.files import write_json, write_text
 from tapfm import __version__
+from tapfm.reports import summary
 from tapfm.reports.figures import read_curves
 from tapfm.reports.html.adapting import adapting
 from tapfm.reports.html.cards import slide_cards
@@ -102,6 +103,7 @@ def write_page(run: Path, split: str) -> Path:
         body="\n".join(body),
     )
     write_text(report / PAGE, text)
+    write_json(report / summary.NAME, summary.summary(task, metrics, report))
     return report / PAGE
 
 

@@ -263,7 +263,7 @@ def _known(
 
 def _finish(axis: Axes, title: str, legend: str, place: str) -> None:
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc=place, fontsize=8, title=legend, title_fontsize=8)
+        axis.legend(loc=place, fontsize=9, title=legend, title_fontsize=9)
     else:
         axis.text(0.5, 0.5, "one class only", ha="center", color="0.3")
     axis.set_title(title, fontsize=10)
