@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install labels train pathpt test test-all lint format bench clean
+.PHONY: help install labels train pathpt test test-all lint format guide bench clean
 
 COHORT ?= demo
 # what of the encoder learns: one of configs/strategies, or as the cohort's config says
@@ -76,6 +76,9 @@ lint: $(READY) ## what `test` checks of the code's form; changes nothing
 
 format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+guide: $(READY) ## the user guide as pages: build/guide/index.html
+	$(BIN)/python -m mkdocs build --strict -f docs/mkdocs.yml
 
 bench: $(READY) ## rewrite the tables in benchmarks/README.md on this machine
 	$(BIN)/python -m benchmarks.peak_memory

@@ -15,6 +15,7 @@ Packages in the order of a run; each lists its files in its own docstring:
     inference/       slides to predictions, heatmaps, exported models
     evaluation/      runs against each other: test, study, probe, drift
     stats/           figures with intervals
+    viewer/          a run's slides in the browser
     reports/         what runs said: tables, pictures, one page
     planning/        what fits on which card, and whether this installation is sound
     preflight/       what can go wrong with a run, before it
@@ -24,6 +25,7 @@ Packages in the order of a run; each lists its files in its own docstring:
 
 and beside them:
 
+    api.py           what people do in Python, in five functions, which this package gives
     cli.py           the command line: the list of verbs
     config_paths.py  finds configs by name, and resolves the paths in them
     config.py        what indexing reads of a config
@@ -35,4 +37,18 @@ and beside them:
 Read the room `training` first.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tapfm.api import Features, TiledSlide, features, fit, load_encoder, open_slide, predict
+
 __version__ = "0.1.0"
+__all__ = ["Features", "TiledSlide", "features", "fit", "load_encoder", "open_slide", "predict"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: `import tapfm` alone loads no torch."""
+    if name in __all__:
+        return getattr(import_module("tapfm.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

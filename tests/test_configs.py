@@ -27,8 +27,12 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"": README}  # all that a user reads, by folder
 for path in (*ROOT.glob("configs/README.md"), *ROOT.glob("tapfm/*/README.md")):
     PAGES[str(path.parent.relative_to(ROOT))] = path.read_text()
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES["docs/guide"] = "\n".join(path.read_text() for path in GUIDE)
 LINKED = ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "benchmarks/README.md",
-          "benchmarks/LOG.md", *(f"{folder}/README.md" for folder in PAGES if folder)]  # fmt: skip
+          "benchmarks/LOG.md",
+          *(f"{folder}/README.md" for folder in PAGES if folder not in ("", "docs/guide")),
+          *(f"docs/guide/{path.name}" for path in GUIDE if "](" in path.read_text())]  # fmt: skip
 
 
 def verb_of(config):

@@ -10,6 +10,7 @@
     augment.py        flips, rotations, colour shared by a slide
     stain.py          stain normalisation, one colour transform a slide
     tile_source.py    opens a cohort row's pixels and tiles
+    loose_slides.py   slides outside any cohort as rows of a table
     settings.py       settings of slides and tiles
 
 The only room of `slides` that imports torch.

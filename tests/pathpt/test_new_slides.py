@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from slides.streaming.loose_slides import rows_of_files
 from tapfm.cli import main
 from tapfm.pathpt.model import load_pathpt, save_pathpt
 from tapfm.pathpt.new_slides import load_whole, name_slides
 from tapfm.pathpt.vote import ballot
-from tapfm.verbs.reading import rows_of_files
 from tests.cohorts import write_cohort
 from tests.conftest import stained_picture, write_pyramid
 from tests.pathpt.test_run import ask

@@ -13,10 +13,10 @@ from slides.cohort.table import read_cohort
 from slides.errors import CohortError, NotASlideError, SettingsError
 from slides.files import names_of, slide_stem
 from slides.grid import Grid
+from slides.streaming.loose_slides import rows_of_files
 from slides.wsi.reader import Slide
 from slides.wsi.slide_file import slide_file, slide_name
 from tapfm.cli import main
-from tapfm.verbs.reading import rows_of_files
 from tests.dicom import write_series
 from tests.zoo import PICTURE, Page, smaller, write_pages
 
