@@ -10,11 +10,14 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from itertools import pairwise
 
 from slides.errors import printable
 from slides.files import WriteError
 from tapfm.verbs import Parser, cohorts, later, reading, training
+from tapfm.verbs.fit_help import first_screen, keys_that_begin
 from tapfm.verbs.following import next_command
 
 VERBS = {
@@ -25,7 +28,7 @@ VERBS = {
     "check": (training.check, "all that can go wrong with a run, on one page, before it"),
     "plan": (training.plan, "what fits on a GPU, before the run"),
     "probe": (training.probe, "which blocks a cohort's labels pull at: n for last_n"),
-    "fit": (None, "train; `tapfm fit --help` lists every key; --continue-from RUN"),
+    "fit": (None, "train; `tapfm fit --help` lists the keys that matter; --continue-from RUN"),
     "fit-tiles": (None, "train on labelled tiles, and compare; `tapfm fit-tiles --help` likewise"),
     "test": (training.test, "runs against frozen baselines, with intervals"),
     "study": (training.study, "folds, seeds and strategies: one table, resumable"),
@@ -55,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     expand_segments()
     try:
         if argv and argv[0] in LIGHTNINGS:  # the arguments are Lightning's to read
+            if argv[0] == "fit" and argv[1:2] and argv[1] in ("-h", "--help"):
+                return help_of_fit(argv[2:])
             return later(LIGHTNINGS[argv[0]])(arguments=argv[1:])
         flags = vars(parser().parse_args(argv))
         verb, do = flags.pop("verb"), flags.pop("do")
@@ -87,6 +92,18 @@ def of_machine(error: OSError) -> str:
         f"{where}{error.strerror}. Mend that, and run the same command again: what is finished is "
         "kept."
     )
+
+
+def help_of_fit(parts: Sequence[str]) -> int:
+    """Print the keys that matter, those that begin with a word, or with `all` every key."""
+    if not parts:
+        print(first_screen())
+        return 0
+    text = StringIO()
+    with redirect_stdout(text), suppress(SystemExit):
+        later(LIGHTNINGS["fit"])(arguments=["--help"])
+    print(text.getvalue() if parts[0] == "all" else keys_that_begin(parts[0], text.getvalue()))
+    return 0
 
 
 def expand_segments() -> None:

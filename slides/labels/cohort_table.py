@@ -56,7 +56,9 @@ def parse_genes(genes: Sequence[str], rule: str) -> dict[str, str]:
     pairs = [gene.partition(":")[::2] for gene in genes]
     rules = {gene: own or rule for gene, own in pairs}
     if not rules or len(rules) < len(pairs):
-        raise LabelError(f"genes {' '.join(genes) or '(none)'}: name each gene once")
+        raise LabelError(
+            f"genes {' '.join(genes) or '(none)'}: name each gene once: give --genes EGFR KRAS"
+        )
     return rules
 
 

@@ -122,7 +122,7 @@ def _mismatch(key: str, message: str, keys: Sequence[str]) -> str:
 
 
 def _unknown(key: str, keys: Sequence[str]) -> str:
-    near = did_you_mean(key, keys) or " --help lists the keys."
+    near = did_you_mean(key, keys) or " `--help all` lists the keys."
     return f"{key}: there is no such key.{near}"
 
 

@@ -1,6 +1,7 @@
 """The verbs of the command line: each function adds a verb's flags and returns its action.
 
     cohorts.py    demo, labels, split
+    fit_help.py   the first screen of `tapfm fit --help`
     following.py  the command that usually follows a verb
     reading.py    index, predict, heatmap, features, histaug, export, view
     training.py   check, plan, probe, test, study, report, compare, pathpt, doctor
@@ -27,6 +28,7 @@ class Parser(ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.faults: list[str] = []
+        self.typed: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):
         """Read what is known; refuse the rest, as `parse_args` does.
@@ -34,6 +36,7 @@ class Parser(ArgumentParser):
         Raises:
             SettingsError: all unknown flags, wrong types and unknown choices.
         """
+        self.typed = [word for word in args or () if word.startswith("--")]
         namespace, unknown = super().parse_known_args(args, namespace)
         flags = [word for word in unknown if word.startswith("-")]
         for word in flags or unknown:
@@ -42,8 +45,11 @@ class Parser(ArgumentParser):
         return namespace, []
 
     def error(self, message: str):
-        """Raise a settings error in place of the usage."""
-        self._refuse([*self.faults, message])
+        """Raise a settings error in place of the usage; a misspelt flag is named beside it."""
+        known = self._option_string_actions
+        odd = [word for word in self.typed if word.partition("=")[0] not in known]
+        wrong = [f"unrecognized argument {word}.{self._near(word)}" for word in odd]
+        self._refuse([*self.faults, *wrong, message])
 
     def _get_value(self, action, arg_string):
         try:
@@ -82,7 +88,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if (number := int(text)) < least:
-            raise ArgumentTypeError(f"{number} is less than {least}")
+            raise ArgumentTypeError(f"{number} is less than {least}: give {least} or more")
         return number
 
     read.__name__ = "whole number"  # argparse: invalid whole number value: 'x'

@@ -36,7 +36,7 @@ FIT = [
     ("--model.steps.acumulate=4", "Did you mean model.steps.accumulate?"),
     ("--model.strateg1.name lora", "model.strateg1.name: there is no such key."),
     ("--namee x", "namee: there is no such key. Did you mean name?"),
-    ("--nothing_like_it x", "nothing_like_it: there is no such key. --help lists the keys."),
+    ("--nothing_like_it x", "nothing_like_it: there is no such key. `--help all` lists the keys."),
     ("--model.chunk", "model.chunk: no value. Write --model.chunk VALUE."),
     ("--model.chunk four", "model.chunk: 'four' is not a whole number."),
     ("--model.chunk 1.5", "model.chunk: '1.5' is not a whole number."),
