@@ -27,6 +27,8 @@ from tapfm.data.feature_files import SlideFeatures
 from tapfm.slide_model.model import SlideModel
 from tapfm.tasks import Task
 
+FEW = 32  # predicted numbers up to which each tile's are kept: of 1000 genes 20 MB a slide
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -53,8 +55,8 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
     with torch.no_grad():
         tiles = model.tiles(bag, chunk)
         output = model.aggregator(tiles)
-        alone_TK = output.tile_logits_TK
-        if alone_TK is None:
+        alone_TK, few = output.tile_logits_TK, len(model.task.predictions) <= FEW
+        if alone_TK is None and few:
             alone_TK = model.aggregator.alone(tiles)
     return Prediction(
         bag.slide_id,
@@ -63,7 +65,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         model.task.predict(output.logits_K).cpu().numpy(),
         output.weights_T.cpu().numpy(),
         output.logits_K.cpu().numpy(),
-        None if alone_TK is None else model.task.predict(alone_TK).cpu().numpy(),
+        None if alone_TK is None or not few else model.task.predict(alone_TK).cpu().numpy(),
         output.embedding_E.detach().float().flatten().cpu().numpy(),
     )
 
