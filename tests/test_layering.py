@@ -33,7 +33,7 @@ BELOW = {  # what a room may know of tapfm: a reader of one of these files needs
 }
 BESIDE = {  # files of one kind, none of which knows another of its kind
     "tapfm.adapt.strategies": (),
-    "tapfm.slide_model.aggregators": ("contract", "pooling"),
+    "tapfm.slide_model.aggregators": ("blocks", "contract", "pooling"),
     "tapfm.regularisers": ("contract",),
     "tapfm.bag_transforms": ("contract",),
 }

@@ -56,7 +56,7 @@ class SlideData(L.LightningDataModule):
         table: the cohort's CSV, TSV or Parquet file.
         slides_dir: folder that slide paths are relative to; None is the table's.
         features_dir: folder of tile features (tapfm, TRIDENT, CLAM, STAMP) in place of slides
-            and encoder; slides need not exist then. None reads slides.
+            and encoder, or one a magnification with commas between; None reads slides.
         labels: label columns to train on; None is all of them.
         columns: the table's names of columns -> those of tapfm, `{Patient ID: case_id}`.
         values: words in label columns -> what they mean, `{mut: 1, wt: 0}`, or so by column.

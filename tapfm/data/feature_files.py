@@ -16,7 +16,7 @@ Shapes: T tiles of a slide, D features.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,17 @@ class SlideFeatures:
     """Level-0 pixels from a tile of the lattice to the next."""
     encoder: str = ""
     """Name of the encoder, where the file says."""
+    own_step0_T: np.ndarray | None = None
+    """`step0` of each tile, where they are of several magnifications."""
 
     def __len__(self) -> int:
         return len(self.z_TD)
+
+    @property
+    def step0_T(self) -> np.ndarray:
+        """Level-0 pixels from each tile to the next of its lattice, float64."""
+        every = self.own_step0_T
+        return np.full(len(self), self.step0, np.float64) if every is None else every
 
 
 def find_file(folder: Path, slide_id: str, slide_path: Path | None = None) -> Path | None:
@@ -100,6 +108,49 @@ def read_slide(
     found = replace(found, z_TD=found.z_TD[0]) if found.z_TD.ndim == 3 else found
     _check(found)
     return found
+
+
+def read_scales(
+    folders: Sequence[Path],
+    slide_id: str,
+    mpp0: Callable[[], float | None],
+    slide_path: Path | None = None,
+) -> SlideFeatures:
+    """Return a slide's features of one or several magnifications, a folder each, as one set.
+
+    Size and path are those of the first folder.
+
+    Args:
+        folders: as given in `data.features_dir`.
+        slide_id: as in `read_slide`, and so are the others.
+        mpp0: the slide's microns per level-0 pixel, when asked.
+        slide_path: the slide's file.
+
+    Raises:
+        FeatureFileError: as `read_slide`, or of several one has no coordinates or another width.
+    """
+    first, *more = found = [read_slide(each, slide_id, mpp0, slide_path) for each in folders]
+    if not more:
+        return first
+    for each in found:
+        if each.coords0 is None:
+            raise FeatureFileError(
+                f"{slide_id}: {each.path} has no coordinates, by which tiles of several "
+                f"magnifications are laid on each other. {AGAIN}"
+            )
+        if each.z_TD.shape[1] != first.z_TD.shape[1]:
+            raise FeatureFileError(
+                f"{slide_id}: {each.path} has {each.z_TD.shape[1]} features a tile, and "
+                f"{first.path} has {first.z_TD.shape[1]}. Give features of one encoder."
+            )
+    scores = [each.score_T for each in found]
+    return replace(
+        first,
+        z_TD=torch.cat([each.z_TD for each in found]),
+        score_T=None if any(each is None for each in scores) else torch.cat(scores),
+        coords0=np.concatenate([each.coords0 for each in found]),
+        own_step0_T=np.concatenate([each.step0_T for each in found]),
+    )
 
 
 def _tensor(slide_id: str, path: Path) -> SlideFeatures:

@@ -24,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slides.cohort.table import SPLITS, SlideRow
-from slides.errors import FeatureFileError, SettingsError, SlideError, all_faults, some
+from slides.errors import FeatureFileError, SettingsError, SlideError, all_faults, refuse, some
 from slides.streaming.order import Turn
 from slides.streaming.stream import BagDataset
 from slides.wsi.reader import Slide
 from tapfm.data.bag import Bag, Features, Places
-from tapfm.data.feature_files import SlideFeatures, read_slide
+from tapfm.data.feature_files import SlideFeatures, read_scales
 from tapfm.data.streamed import chunk_seed
 
 
@@ -45,7 +45,7 @@ class FeatureSource:
     """The features of a cohort's slides.
 
     Args:
-        folder: of the files, see `tapfm.data.feature_files`.
+        folders: of the files, see `tapfm.data.feature_files`; one, or one a magnification.
         rows: the slides.
         mpp: microns per tile pixel, as the run has it.
         budget: bytes of features to keep in memory.
@@ -59,16 +59,20 @@ class FeatureSource:
 
     def __init__(
         self,
-        folder: Path,
+        folders: Sequence[Path],
         rows: Sequence[SlideRow],
         mpp: float,
         budget: int,
         on_error: str = "stop",
         splits: Sequence[str] = SPLITS,
     ):
-        if not folder.is_dir():
-            raise SettingsError(f"data.features_dir: there is no folder {folder}. Correct it.")
-        self.folder, self.mpp, self.splits = folder, mpp, tuple(splits)
+        refuse(
+            f"data.features_dir: there is no folder {each}. Correct it."
+            for each in folders
+            if not each.is_dir()
+        )
+        self.folders, self.mpp, self.splits = folders, mpp, tuple(splits)
+        self.named = ", ".join(map(str, folders))
         self.rows = {row.slide_id: row for row in rows}
         self.kept: dict[str, Tensor] = {}
         self.slides: dict[str, SlideFeatures] = {}
@@ -76,7 +80,7 @@ class FeatureSource:
         self._read_all(budget)
         if self.faults and (on_error == "stop" or not self.slides):
             first, *more = self.faults.values()
-            where = f"features in {folder}"
+            where = f"features in {self.named}"
             raise FeatureFileError(all_faults(where, [first, *more]) if more else first)
 
     @property
@@ -95,7 +99,7 @@ class FeatureSource:
         """Read every slide, keep what fits, and note what is wrong."""
         for row in tqdm(self.rows.values(), "features", unit=" slides", disable=None):
             try:
-                found = read_slide(self.folder, row.slide_id, partial(_slide_mpp, row), row.path)
+                found = read_scales(self.folders, row.slide_id, partial(_slide_mpp, row), row.path)
             except SlideError as fault:
                 self.faults[row.slide_id] = str(fault)
                 continue
@@ -124,7 +128,7 @@ class FeatureSource:
             "scores": all(each.score_T is not None for each in slides),
             "coords": all(each.coords0 is not None for each in slides),
             "encoder": ", ".join(made_by),
-            "folder": str(self.folder),
+            "folder": self.named,
         }
 
     def index(self, row: SlideRow) -> SlideFeatures:
@@ -141,7 +145,7 @@ class FeatureSource:
         """Return a slide's features (T, D) as they are stored, from memory or from the file."""
         if row.slide_id in self.kept:
             return self.kept[row.slide_id]
-        return read_slide(self.folder, row.slide_id, lambda: 1.0, row.path).z_TD
+        return read_scales(self.folders, row.slide_id, lambda: 1.0, row.path).z_TD
 
     def bag(
         self,
@@ -177,7 +181,9 @@ class FeatureSource:
         """Return tile places; without corners unless every slide has coordinates."""
         if all(each.coords0 is not None for each in slides):
             coords0 = [each.coords0[rows] for each, rows in zip(slides, chosen, strict=True)]
-            return Places.of(coords0, [each.step0 for each in slides], self.mpp)
+            steps = [each.step0_T[rows] for each, rows in zip(slides, chosen, strict=True)]
+            where = Places.of(coords0, [each.step0 for each in slides], self.mpp)
+            return replace(where, grid_px0_T=torch.from_numpy(np.concatenate(steps)))
         slide_of_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         return Places(coords0_T2=None, slide_of_T=slide_of_T, grid_px0_T=None, mpp=self.mpp)
 
@@ -214,7 +220,7 @@ def open_features(folder: str, pixels: Mapping[str, object], data: Any) -> Featu
     """Return the features of `data.features_dir`.
 
     Args:
-        folder: as given.
+        folder: as given; several with commas between them.
         pixels: options of `data` that are of pixels alone, by name; each must be off.
         data: the data module.
 
@@ -228,7 +234,8 @@ def open_features(folder: str, pixels: Mapping[str, object], data: Any) -> Featu
             "pixels. Leave each at its default (null or 0), or leave features_dir out."
         )
     rows, how = data.used, (data.tiles.mpp, data.budget, data.on_error)
-    source = FeatureSource(Path(folder), rows, *how)
+    several = [folder] if Path(folder).is_dir() else folder.split(",")
+    source = FeatureSource([Path(each.strip()) for each in several], rows, *how)
     bare = [name for name, each in source.slides.items() if each.coords0 is None]
     if bare and data.sampling == "spatial":
         raise SettingsError(

@@ -84,5 +84,5 @@ class EncodeOnce(Callback):
         folder.mkdir(parents=True, exist_ok=True)  # where there is no slide to encode
         budget = data.budget if "train" in self.splits else data.budget // 2  # tiles need the rest
         data.features = FeatureSource(
-            folder, rows, data.tiles.mpp, budget, data.on_error, self.splits
+            [folder], rows, data.tiles.mpp, budget, data.on_error, self.splits
         )

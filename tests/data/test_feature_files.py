@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slides.errors import FeatureFileError
-from tapfm.data.feature_files import read_slide
+from tapfm.data.feature_files import read_scales, read_slide
 from tests import feature_folders as write
 
 TILES, DIM = 7, 5
@@ -194,3 +194,29 @@ def test_a_missing_file_and_one_of_another_shape(tmp_path):
         file.create_group("features/uni")
     with pytest.raises(FeatureFileError, match="is a group of several encoders"):
         read(tmp_path)
+
+
+def test_folders_of_several_magnifications_are_one_set_of_tiles(tmp_path):
+    fine, coarse = tmp_path / "fine", tmp_path / "coarse"
+    write.write_trident(fine, "s.1", Z)
+    write.write_trident(coarse, "s.1", Z[:2] + 1, patch_size_level0=224.0)
+    found = read_scales([fine, coarse], "s.1", lambda: 0.5)
+    np.testing.assert_array_equal(found.z_TD, np.concatenate([Z, Z[:2] + 1]))
+    np.testing.assert_array_equal(
+        found.coords0, np.concatenate([write.lattice(TILES), write.lattice(2)])
+    )
+    assert found.step0_T.tolist() == TILES * [112] + 2 * [224]
+    assert read_scales([fine], "s.1", lambda: 0.5).step0_T.tolist() == TILES * [112]
+
+
+def test_magnifications_without_coordinates_or_of_another_encoder_are_named(tmp_path):
+    fine, bare, other = tmp_path / "fine", tmp_path / "bare", tmp_path / "other"
+    write.write_trident(fine, "s.1", Z)
+    write.write_clam_pt(bare, "s.1", Z)
+    write.write_trident(other, "s.1", Z[:, :3])
+    with pytest.raises(FeatureFileError, match=r"s\.1: .*bare.* has no coordinates, by which"):
+        read_scales([fine, bare], "s.1", lambda: 0.5)
+    with pytest.raises(
+        FeatureFileError, match=r"other.* has 3 features a tile, and .*fine.* has 5"
+    ):
+        read_scales([fine, other], "s.1", lambda: 0.5)

@@ -31,8 +31,9 @@ SPECS = {
     "clam, one row": {"name": "clam", "multi": False, "group": 2},
     "additive, plain mean": {"name": "additive", "attention": False},
     "additive, probabilities": {"name": "additive", "probability": True},
-    "mamba": {"name": "mamba", "width": 32, "chunk": 5, "rate": 4},
+    "mamba, small": {"name": "mamba", "width": 32, "chunk": 5, "rate": 4},
     "mamba, local": {"name": "mamba", "width": 32, "chunk": 5, "scan": "local"},
+    "regions, small": {"name": "regions", "width": 16, "span": 2},
 }
 every = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_bag = pytest.mark.parametrize("counts", [(), CASE], ids=["slide", "case"])

@@ -315,3 +315,33 @@ def test_a_study_on_features_needs_no_index(cohort, tmp_path, monkeypatch, capsy
     both = ["--config", str(config), "--config", str(known), "--out", str(tmp_path / "out")]
     assert main(["study", *both]) == 2
     assert "not run here" in capsys.readouterr().out
+
+
+def test_a_run_on_several_magnifications(cohort, tmp_path, capsys):
+    """Coarse tiles are made here as the mean of the fine ones on them, and shifted to be told."""
+    folder, config, features = cohort
+    coarse = tmp_path / "coarse"
+    coarse.mkdir()
+    for path in features.glob("*.h5"):
+        with h5py.File(path) as file, h5py.File(coarse / path.name, "w") as out:
+            z_TD, coords0 = file["features"][:], file["coords"][:]
+            facts = dict(file["coords"].attrs)
+            size0 = 2 * int(facts["patch_size_level0"])
+            cells, at_T = np.unique(coords0 // size0, axis=0, return_inverse=True)
+            means = [z_TD[at_T.ravel() == n].mean(0) + 1 for n in range(len(cells))]
+            out["features"] = np.stack(means)
+            out["coords"] = cells * size0
+            out["coords"].attrs.update({**facts, "patch_size_level0": size0})
+    both = ["--data.features_dir", f"{features},{coarse}", "--run_dir", str(tmp_path / "runs")]
+    regions = ["--model.aggregator", "{name: regions, span: 2, scales: 2, width: 16}"]
+    assert run(config, "both", *both, *regions) == 0
+    assert run(config, "fine", "--data.features_dir", str(features), *regions) == 0
+    two, one = pd.read_csv(tmp_path / "runs" / "both" / "metrics.csv"), metrics(folder, "fine")
+    assert (two["val/loss"].dropna() != one["val/loss"].dropna()).all()
+    assert two["val/loss"].dropna().nunique() == EPOCHS
+    assert main(["test", "--run", str(tmp_path / "runs"), "--overlays", "1"]) == 0
+    assert run(config, "mamba", *both, "--model.aggregator", "mamba") == 2
+    assert "mamba looks at one lattice of tiles" in capsys.readouterr().err
+    missing = ["--data.features_dir", f"{features},{tmp_path / 'nowhere'}"]
+    assert run(config, "missing", *missing, *regions) == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}. Correct it." in capsys.readouterr().err

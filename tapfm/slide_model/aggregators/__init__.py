@@ -15,6 +15,8 @@
     otsurv.py        tiles transported to learned prototypes, the surest first
     graph.py         tiles take in those that touch them
     case_transformer.py  each slide pooled, then a transformer over the slides of a case
+    regions.py       tiles of several magnifications meet region by region
+    blocks.py        a transformer block, which the last two share
     tile_head.py     class logits of single tiles, for labelled tiles
 
 Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
@@ -38,6 +40,7 @@ from tapfm.slide_model.aggregators.hierarchical import Hierarchical
 from tapfm.slide_model.aggregators.mamba import Mamba
 from tapfm.slide_model.aggregators.mean import Mean
 from tapfm.slide_model.aggregators.otsurv import OtSurv
+from tapfm.slide_model.aggregators.regions import Regions
 from tapfm.slide_model.aggregators.tapfm import Tapfm
 from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
 from tapfm.slide_model.aggregators.tile_head import TileHead
@@ -69,6 +72,7 @@ AGGREGATORS: dict[str, type] = {
     "otsurv": OtSurv,
     "graph": Graph,
     "case_transformer": CaseTransformer,
+    "regions": Regions,
 }
 
 

@@ -1,7 +1,7 @@
 """A transformer over the slides of a case: each slide is pooled, then the slides meet.
 
     s_i = P sum_t a_it z_it,  a_i = softmax(gate(z_i))                       each slide by itself
-    X = [c, s_1 .. s_S];  X <- X + g * attention(norm(X)),  X <- X + g' * mlp(norm(X))
+    X = [c, s_1 .. s_S];  L times X <- block(X)
     logits = head(norm(c))                                                   c is the case token
 
 Slides have no order. A tile's weight is its weight in its slide, times how much the case token
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.settings import below, refuse
+from tapfm.slide_model.aggregators.blocks import Block, log_shares
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 from tapfm.slide_model.aggregators.pooling import Gate
 
@@ -95,37 +96,14 @@ class Slides(nn.Module):
     def __init__(self, options: CaseTransformer):
         super().__init__()
         self.token_W = nn.Parameter(torch.randn(options.width) * 0.02)
-        self.layers = nn.ModuleList(Layer(options) for _ in range(options.layers))
+        self.layers = nn.ModuleList(
+            Block(options.width, options.heads, options.scale) for _ in range(options.layers)
+        )
         self.norm = nn.LayerNorm(options.width)
 
     def forward(self, slides_SW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the case token (W,), and the logarithm of each slide's share in it, (S,)."""
-        x_NW = torch.cat([self.token_W[None], slides_SW])
+        x_1NW = torch.cat([self.token_W[None], slides_SW])[None]
         for layer in self.layers:
-            x_NW, scores_HN = layer(x_NW)
-        log_share_S = scores_HN[:, 1:].log_softmax(1).logsumexp(0).log_softmax(0)
-        return self.norm(x_NW[0]), log_share_S
-
-
-class Layer(nn.Module):
-    """Attention and two linear layers, each scaled and added."""
-
-    def __init__(self, options: CaseTransformer):
-        super().__init__()
-        width, self.heads = options.width, options.heads
-        self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-        self.scale_W = nn.Parameter(torch.full((width,), options.scale))
-        self.scale_mlp_W = nn.Parameter(torch.full((width,), options.scale))
-
-    def forward(self, x_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens, and the first one's attention (H, N) before its softmax."""
-        q, k, v = self.qkv(self.norm(x_NW)).unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        scores_HNN = q @ k.mT / q.shape[-1] ** 0.5
-        seen_NW = (scores_HNN.softmax(-1) @ v).transpose(0, 1).flatten(1)
-        x_NW = x_NW + self.scale_W * self.out(seen_NW)
-        x_NW = x_NW + self.scale_mlp_W * self.mlp(self.norm_mlp(x_NW))
-        return x_NW, scores_HNN[:, 0]
+            x_1NW, scores_1HN = layer(x_1NW)
+        return self.norm(x_1NW[0, 0]), log_shares(scores_1HN[..., 1:])[0]

@@ -161,14 +161,31 @@ def need_coords(tiles: Places, name: str) -> Tensor:
     """Return the tiles' row and column on the lattice, (T, 2) int64, from 0 in each slide.
 
     Raises:
-        SettingsError: where they lie is not known.
+        SettingsError: where they lie is not known, or they are of several magnifications.
+    """
+    need_places(tiles, name)
+    for number in tiles.slide_of_T.unique():
+        steps = tiles.grid_px0_T[tiles.slide_of_T == number]
+        if steps.max() > 1.2 * steps.min():
+            raise SettingsError(
+                f"model.aggregator {name} looks at one lattice of tiles, and these are of several "
+                f"magnifications: steps of {steps.min():g} to {steps.max():g} level-0 pixels. Take "
+                "regions, or give one folder in data.features_dir."
+            )
+    return tiles.lattice()
+
+
+def need_places(tiles: Places, name: str) -> None:
+    """Refuse tiles of which nobody knows where they lie.
+
+    Raises:
+        SettingsError: it is not known.
     """
     if tiles.coords0_T2 is None or tiles.grid_px0_T is None:
         raise SettingsError(
             f"model.aggregator {name} looks at where tiles lie, and these features have no "
             "coordinates. Give features with coordinates, or take tapfm_gated."
         )
-    return tiles.lattice()
 
 
 def check_task(aggregator: nn.Module, name: str, task: str, *, memory: bool) -> None:
