@@ -91,7 +91,8 @@ def by_hand(a, tiles, truth, corner_side):
             at = (tiles.coords0_T2[n].double() + step / 2) / corner_side
             at = at - torch.tensor([column, row])
             turned = [u * k * math.pi for u in at.tolist() for k in range(1, 5)]
-            wave = torch.tensor([*map(math.sin, turned), *map(math.cos, turned)]).double()
+            wave = [*map(math.sin, turned), *map(math.cos, turned)]
+            wave = torch.tensor(wave, dtype=torch.float64)
             x.append(a.project(tiles.z_TD[n]) + a.scale_SW[truth[n][2]] + a.place(wave))
         x = torch.stack(x)[:, None]
         for layer in a.layers:

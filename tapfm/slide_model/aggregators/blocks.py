@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+NOWHERE = -1e9  # of padding, before a softmax: an infinity has no gradient in `log_shares`
+
 
 class Block(nn.Module):
     """Attention and two linear layers, each scaled and added.
@@ -45,7 +47,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores_BHNN = q @ k.mT / q.shape[-1] ** 0.5
         if there_BN is not None:
-            scores_BHNN = scores_BHNN.masked_fill(~there_BN[:, None, None], -torch.inf)
+            scores_BHNN = scores_BHNN.masked_fill(~there_BN[:, None, None], NOWHERE)
         seen_BNW = (scores_BHNN.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x_BNW = x_BNW + self.scale_W * self.out(seen_BNW)
         x_BNW = x_BNW + self.scale_mlp_W * self.mlp(self.norm_mlp(x_BNW))
