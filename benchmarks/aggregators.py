@@ -5,12 +5,13 @@
     python -m benchmarks.aggregators --table        the table alone, from what is there
 
 Bags of 100 real H&E tiles of the needle cohort's host tissue, as DINOv2 ViT-S/14 features; in a
-positive, 5 are from the adenoma's head (2 take longer training than this: LOG.md). Each split deals the source tiles anew, so no tile of a test bag is in any
-training bag; bags of one part share tiles. Every source tile is turned by quarters as its name
-says, since which way is up tells much of this tissue. Places are dealt at random: what a method
-makes of neighbours is noise here. One patient carries the class: this measures methods and is no
-clinical claim. The RGB row says how much colour alone gives. Tiles: Pathology Atlas, CC BY 4.0,
-Serdar Balci / Memorial Pathology, doi 10.5281/zenodo.6382734.
+positive, 5 are from the adenoma's head (2 take longer training than this: LOG.md). Each split deals
+the source tiles anew, so no tile of a test bag is in any training bag; bags of one part share
+tiles. Every source tile is turned by quarters as its name says, since which way is up tells much of
+this tissue. Places are dealt at random: what a method makes of neighbours is noise here. One
+patient carries the class: this measures methods and is no clinical claim. The RGB row says how much
+colour alone gives. Tiles: Pathology Atlas, CC BY 4.0, Serdar Balci / Memorial Pathology, doi
+10.5281/zenodo.6382734.
 
 A fit is the run's own objective, bag by bag, AdamW, updates of 4 bags, the epoch of least
 validation loss, one rate for all that falls to 0: it is short, and no method is tuned. Cost is of
