@@ -31,7 +31,7 @@ from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import TileSource, new_slides
 from tapfm.engine.chunked import encode_bag
 from tapfm.frozen.features import tiles_of
-from tapfm.slide_model import model as models
+from tapfm.slide_model.plain_encoder import load_encoder as load_encoder_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def features(
         BackboneError, CheckpointError: no such model, or its weights do not fit.
         SlideError: as `open_slide`.
     """
-    encoder, header, _ = models.load_encoder(str(model), weights)
+    encoder, header, _ = load_encoder_of(str(model), weights)
     encoder.to(_device(device))
     slide = _tiled(path, tiles_of(str(model)), slide_mpp, header.get("stain"))
     with torch.no_grad():
@@ -249,7 +249,7 @@ def load_encoder(
         BackboneError, CheckpointError: no such model, or its weights do not fit.
         StrategyError: the adapter cannot be merged (`tapfm export --format onnx` can write it).
     """
-    return models.load_encoder(str(model), weights, tile_px)[0]
+    return load_encoder_of(str(model), weights, tile_px)[0]
 
 
 def _tiled(
