@@ -21,7 +21,8 @@ from tapfm.settings import did_you_mean
 
 INPUTS = ("data.table", "data.source", "data.slides_dir", "data.features_dir",
           "data.tiles.tissue.masks", "data.tiles.tissue.coords")  # fmt: skip
-PATHS = (*INPUTS, "model.weights", "data.index_dir", "data.cache_dir", "run_dir", "features")
+PATHS = (*INPUTS, "model.weights", "model.start_from", "data.index_dir", "data.cache_dir",
+         "run_dir", "features")  # fmt: skip
 DEFAULTS = {"run_dir": "runs/run", "data.index_dir": "data/index"}
 FIRST = ("cohorts", "recipes")  # folders of configs in which a name is looked for first
 FLAGS = ("--config", "-c")

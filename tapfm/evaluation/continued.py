@@ -37,7 +37,7 @@ from tapfm.settings import SettingsError
 from tapfm.slide_model import model as models
 from tapfm.tasks import validation_figures
 from tapfm.training import fit
-from tapfm.training.stopping import running
+from tapfm.training.begun import CONFIG
 
 FLAG, MEMORY, FORGETTING = "--continue-from", "memory.safetensors", "forgetting.json"
 SHARE, REGIONS, SIDE = 0.2, 1100, 4  # of a slide's regions; of all; tiles a side of a region
@@ -64,9 +64,7 @@ def run_fit(arguments: Sequence[str]) -> int:
         save_memory(regions_of(old), memory)
     spec = json.dumps({"name": "replay", "memory": str(memory)})
     more = ["--model.start_from", str(run), "--model.bag_transforms+", spec]
-    cli = fit.read_config([*arguments, *more])
-    with running(cli.folder, writes=cli.trainer.is_global_zero):
-        fit.train(cli)
+    cli = fit.fit([*arguments, *more])
     if old and cli.trainer.is_global_zero:
         print(forgotten(old, run, cli.folder))
     return 0
@@ -84,7 +82,7 @@ def take_flag(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     if FLAG not in words:
         return None, list(arguments)
     at = words.index(FLAG)
-    run = Path(words[at + 1]) if at + 1 < len(words) else Path("nothing")
+    run = Path(words[at + 1]).resolve() if at + 1 < len(words) else Path("nothing")
     if not (run / BEST).is_file():
         raise SettingsError(
             f"{FLAG} {run}: there is no {BEST} in it. Name the folder of a finished run."
@@ -105,7 +103,7 @@ def data_of(run: Path) -> SlideData:
             "`tapfm features`, and fit both runs with data.features_dir."
         )
     quiet = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
-    return fit.read_config(["--config", str(run / fit.CONFIG), *quiet]).datamodule
+    return fit.read_config(["--config", str(run / CONFIG), *quiet]).datamodule
 
 
 def regions_of(data: SlideData) -> Memory:

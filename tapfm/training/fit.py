@@ -234,11 +234,17 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
 
 def run_fit(arguments: Sequence[str]) -> int:
     """Index what is not indexed, then train. Returns 0."""
+    fit(arguments)
+    return 0
+
+
+def fit(arguments: Sequence[str]) -> Cli:
+    """Train as the arguments say, and return what they said."""
     cli = read_config(arguments)
     watch_others(cli.trainer)
     with running(cli.folder, writes=cli.trainer.is_global_zero), named_loss(cli.trainer.world_size):
         train(cli)
-    return 0
+    return cli
 
 
 def train(cli: Cli) -> None:
