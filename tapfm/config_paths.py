@@ -18,6 +18,7 @@ import yaml
 
 from slides.errors import SettingsError
 from tapfm.settings import did_you_mean
+from tapfm.yaml_files import compose, read_text
 
 INPUTS = ("data.table", "data.source", "data.slides_dir", "data.features_dir",
           "data.tiles.tissue.masks", "data.tiles.tissue.coords")  # fmt: skip
@@ -137,8 +138,8 @@ def _placed(base: Path, key: str, text: str) -> str:
 
 def _compose(path: Path) -> yaml.MappingNode | None:
     try:
-        node = yaml.compose(path.read_text(), yaml.SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+        node = compose(read_text(path), path)
+    except SettingsError:
         return None  # whoever reads it says what is wrong
     return node if isinstance(node, yaml.MappingNode) else None
 
