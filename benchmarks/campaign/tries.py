@@ -88,6 +88,7 @@ def attempt(
                 os.setsid()
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
+                sys.stdout, sys.stderr = (open(each, "w", closefd=False) for each in (1, 2))
                 if prepare:
                     prepare()
                 code = main(arguments)
