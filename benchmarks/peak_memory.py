@@ -162,7 +162,7 @@ def measure(job: Job) -> list[dict]:
         meter.take()
         tiles_TP = step.tiles(job.tiles)
         step(tiles_TP, meter.phase)
-        figures = meter.take()
+        figures = meter.take()()
         if not cuda:
             with SavedBytes(but=step.model.parameters()) as held:
                 count = AutogradCounter(held)

@@ -125,6 +125,18 @@ def data_keys() -> set[str]:
     return {argument.arg for argument in init.args.args[1:]}
 
 
+def merged(configs: Sequence[Path]) -> dict[str, Any]:
+    """Return all keys of one or more YAML files, as they stand; later files win.
+
+    Raises:
+        SettingsError: a file is missing or damaged.
+    """
+    found: dict[str, Any] = {}
+    for config in configs:
+        found = _merged(found, read_yaml(config))
+    return found
+
+
 def preamble(config: Path) -> str:
     """Return the comment that a config opens with: its purpose, and what it expects where."""
     lines = []

@@ -83,11 +83,6 @@ class SlideTiles:
                 self.on_fault(fault)
             raise
 
-    def pin_memory(self) -> SlideTiles:
-        """Pin the tiles in memory, and return self."""
-        self.in_memory = None if self.in_memory is None else self.in_memory.pin_memory()
-        return self
-
 
 class JoinedTiles:
     """The tiles of several slides, one slide after the other."""
@@ -105,10 +100,6 @@ class JoinedTiles:
         for part in self.parts:
             yield from part.split(size)
 
-    def pin_memory(self) -> JoinedTiles:
-        """Return the same tiles with those in memory pinned."""
-        return JoinedTiles([part.pin_memory() for part in self.parts])
-
 
 def joined(parts: Sequence[Tensor | SlideTiles]) -> Tensor | SlideTiles | JoinedTiles:
     """Return the tiles of several slides as one object; a tensor if all are tensors."""
@@ -124,9 +115,17 @@ def tiles_to_hold(budget: int, size: int, slides: int) -> int:
     return budget // (slides * 3 * size**2)
 
 
-def host_budget(gigabytes: float | None = None) -> int:
-    """Return bytes of host memory for tiles: `gigabytes`, or half of this process's memory."""
-    return int(SHARE * machine_memory() if gigabytes is None else gigabytes * 1e9)
+def host_budget(gigabytes: float | None = None, taken: int = 0, processes: int = 1) -> int:
+    """Return bytes of host memory for the tiles of one of several processes.
+
+    Args:
+        gigabytes: for all of them; None is half of the machine's.
+        taken: bytes of each process that are not left for tiles, such as an optimizer's.
+        processes: of this machine.
+    """
+    if gigabytes is not None:
+        return int(gigabytes * 1e9) // processes
+    return max(0, int(SHARE * (machine_memory() // processes - taken)))
 
 
 def machine_memory() -> int:

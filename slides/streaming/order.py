@@ -20,6 +20,7 @@ import numpy as np
 from slides.errors import SettingsError, refuse
 from slides.seeds import stable_seed
 
+PAIRED = 16  # turns of each process among which slides are paired by size
 SAMPLINGS = ("uniform", "spatial")  # `sample_tiles`, `spread_tiles`
 
 
@@ -42,6 +43,34 @@ class Turn(NamedTuple):
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of n slides in one epoch: a permutation of 0 to n - 1."""
     return _shuffled(n, stable_seed("order", int(seed), int(epoch)))
+
+
+def paired_order(
+    order_N: np.ndarray, sizes_N: np.ndarray, world: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Return an order in which slides of like size come at once in the processes of a run.
+
+    Processes wait for each other at every update, so one large slide keeps all waiting. Within
+    windows of `PAIRED` turns slides are sorted by size and dealt in groups of one a process; the
+    groups come in random order, so that sizes do not rise over a window. Which slides share a
+    window is as random as before.
+
+    Args:
+        order_N: the epoch's order.
+        sizes_N: of each slide, for example its number of tiles.
+        world: processes.
+        seed: of the groups' order.
+        epoch: likewise.
+    """
+    found = []
+    for number, start in enumerate(range(0, len(order_N), PAIRED * world)):
+        window = order_N[start : start + PAIRED * world]
+        window = window[np.argsort(-sizes_N[window], kind="stable")]
+        whole = len(window) // world * world  # the smallest are left for the epoch's end
+        groups = window[:whole].reshape(-1, world)
+        place = _shuffled(len(groups), stable_seed("pairs", int(seed), int(epoch), number))
+        found += [groups[place].ravel(), window[whole:]]
+    return np.concatenate(found)
 
 
 def repeated(

@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,10 +103,6 @@ class TileBag:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TileBag:
         """Move the labels only: tiles go to the device chunk by chunk, never the whole slide."""
         return replace(self, labels=self.labels.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TileBag:
-        """Return the bag with page-locked tiles, so that copies to a GPU overlap work."""
-        return replace(self, tiles=self.tiles.pin_memory())
 
 
 @dataclass
@@ -285,6 +282,7 @@ class SlideLoader(DataLoader):
         sampler: SlideSampler | None = None,
         workers: int = 0,
         prefetch: int = 2,
+        context: BaseContext | None = None,
         **kwargs,
     ):
         """Load `dataset` in the sampler's order; None is the table's, for validation and test.
@@ -294,6 +292,7 @@ class SlideLoader(DataLoader):
             sampler: the order of slides.
             workers: reading processes; 0 reads in this one.
             prefetch: bags that each worker reads ahead.
+            context: how its workers are started; None is the system's way.
             kwargs: further arguments of `DataLoader`.
         """
         super().__init__(
@@ -302,6 +301,7 @@ class SlideLoader(DataLoader):
             sampler=sampler,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=context,
             # DataLoader draws a number at each iter. Its own generator keeps that from changing
             # training's random numbers, which a resumed run must repeat.
             generator=torch.Generator(),

@@ -19,8 +19,7 @@ import torch
 from slides.cohort.cases import group_by_case, unlabelled
 from slides.cohort.table import SlideRow, read_cohort
 from slides.errors import SlideError, refuse
-from slides.streaming.balance import balanced_order
-from slides.streaming.bounded_tiles import host_budget, joined
+from slides.streaming.bounded_tiles import joined
 from slides.streaming.order import SlideSampler, Turn, repeated
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.settings import Source, TileSettings, index_and_cache
@@ -34,13 +33,16 @@ from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, ope
 from tapfm.data.skipped import LIMIT, SkippedSlides
 from tapfm.data.streamed import (
     Streamed,
+    apart,
     as_bag,
     check_pool,
     check_val,
     places_of,
     readable,
     targets,
+    tile_budget,
     tiles_held,
+    training_order,
 )
 from tapfm.settings import below
 from tapfm.tasks import TASKS, Task, learn_task, task_config
@@ -64,7 +66,8 @@ class SlideData(L.LightningDataModule):
         task: what they hold and what is predicted of them, by name, or by name and options:
             multilabel, multiclass, regression, or `{name: survival, time: COLUMN, event: COLUMN}`
             with `bins` and `loss` (hazard or cox).
-        sampler: `shuffled`, every bag once an epoch; or `balanced`, drawn by label, site and case
+        sampler: `shuffled`, every bag once an epoch; `paired`, likewise, bags of like size in the
+            processes of a run at a time; or `balanced`, drawn by label, site and case
             with equal chances (`slides.streaming.balance`), and the loss does not weigh classes
             then; that of frozen rows and warm start does, for they see every bag as often.
         bags: what a step, a loss and a prediction are of: a `slide`, or a `case`, the tiles of all
@@ -107,7 +110,7 @@ class SlideData(L.LightningDataModule):
         task: TaskName | dict[str, Any] = "multilabel",
         bags: Literal["slide", "case"] = "slide",
         pool: Literal["union", "mean", "max"] = "union",
-        sampler: Literal["shuffled", "balanced"] = "shuffled",
+        sampler: Literal["shuffled", "paired", "balanced"] = "shuffled",
         index_dir: str = "data/index",
         cache_dir: str | None = None,
         cache_gb: float | None = None,
@@ -131,7 +134,7 @@ class SlideData(L.LightningDataModule):
         self.cohort = read_cohort(Path(table), labels, slides_dir and Path(slides_dir), **how)
         self.asked, self.bags, self.pool, self.balanced = task, bags, pool, sampler == "balanced"
         check_pool(self.cohort, bags, pool)
-        self.tiles, self.tiles_per_slide = tiles, tiles_per_slide
+        self.tiles, self.tiles_per_slide, self.paired = tiles, tiles_per_slide, sampler == "paired"
         for option, given in (("data.stain", stain), ("data.stain_jitter", stain_jitter)):
             if given:
                 refuse_other_stains(self.cohort.rows, option)
@@ -244,15 +247,12 @@ class SlideData(L.LightningDataModule):
 
     def train_dataloader(self) -> SlideLoader:
         """Slides in a new order each epoch, their tiles in memory."""
-        rows, order = self.training_rows, None
-        if self.balanced:
-            families = self.task.strata(targets(rows, self.task.width))
-            order = balanced_order(rows, families, self.seed)
+        rows = self.training_rows
+        order = training_order(rows, self)
         n, order = repeated(len(rows), order, self.seed, self.views, self.place[1])
         self.sampler = SlideSampler(n, self.seed, *self.place, order)
-        pin = torch.cuda.is_available()
         bags, workers = self.training_bags(rows), 0 if self.known(rows) else self.workers
-        return SlideLoader(bags, self.sampler, workers, PREFETCH, pin_memory=pin)
+        return SlideLoader(bags, self.sampler, workers, PREFETCH, apart(self.trainer, workers))
 
     def training_bags(self, rows: list[SlideRow], plain: int = 0) -> BagDataset:
         """Return a dataset of training bags: tiles drawn, augmented, in memory.
@@ -300,8 +300,7 @@ class SlideData(L.LightningDataModule):
     @property
     def budget(self) -> int:
         """Bytes of host memory for this process's tiles or features."""
-        processes = self.trainer.num_devices if self.trainer else 1  # of this machine
-        return host_budget(self.host_gb) // processes
+        return tile_budget(self.host_gb, self.trainer)
 
     @property
     def streaming_workers(self) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,9 @@ from slides.cohort.cases import group_by_case
 from slides.cohort.table import Cohort, SlideRow
 from slides.errors import LISTED, CohortError, SlideError, all_faults, some
 from slides.seeds import stable_seed
-from slides.streaming.bounded_tiles import tiles_to_hold
-from slides.streaming.order import Turn
+from slides.streaming.balance import balanced_order
+from slides.streaming.bounded_tiles import host_budget, tiles_to_hold
+from slides.streaming.order import Turn, epoch_order, paired_order
 from slides.streaming.prefetch import Prefetcher
 from slides.streaming.stream import Skipped, TileBag
 from slides.tiling.checked import Checked
@@ -33,6 +37,35 @@ class Streamed:
     def __iter__(self) -> Iterator[Bag]:
         with self.prefetcher:
             yield from self.bags
+
+
+def host_weights(trainer: Any) -> int:
+    """Return bytes of host memory in which a run's optimizer changes numbers at each update."""
+    return getattr(getattr(trainer, "lightning_module", None), "host_bytes", 0)
+
+
+def tile_budget(gigabytes: float | None, trainer: Any) -> int:
+    """Return bytes of host memory for this process's tiles or features.
+
+    Args:
+        gigabytes: `data.host_gb`.
+        trainer: of the run, or None; its optimizer's host memory is not the tiles'.
+    """
+    processes = trainer.num_devices if trainer else 1  # of this machine
+    return host_budget(gigabytes, host_weights(trainer), processes)
+
+
+def apart(trainer: Any, workers: int) -> BaseContext | None:
+    """Return how to start readers that share no memory with a run; None where they may.
+
+    A forked reader shares all of it until either side writes: an offloaded optimizer rewrites its
+    masters at each update, which then copies every page, and the memory is taken twice.
+    """
+    if not workers or not host_weights(trainer):
+        return None
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["slides.streaming.stream"])  # imported once for all readers
+    return context
 
 
 def targets(rows: Sequence[SlideRow], width: int) -> np.ndarray:
@@ -138,6 +171,37 @@ def check_pool(cohort: Cohort, bags: str, pool: str) -> None:
         )
     if bags == "case" or pool != "union":
         group_by_case(cohort.rows, cohort.labels)
+
+
+def training_order(rows: Sequence[SlideRow], data: Any) -> Callable[[int], np.ndarray] | None:
+    """Return a function from an epoch to the order of its bags; None is the shuffled one.
+
+    Args:
+        rows: bags.
+        data: the data module.
+    """
+    if data.balanced:
+        families = data.task.strata(targets(rows, data.task.width))
+        return balanced_order(rows, families, data.seed)
+    return paired_bags(rows, data) if data.paired else None
+
+
+def paired_bags(rows: Sequence[SlideRow], data: Any) -> Callable[[int], np.ndarray]:
+    """Return a function from an epoch to an order that pairs bags by the tiles they give.
+
+    Args:
+        rows: bags.
+        data: the data module, for `index`, `tiles_per_slide`, `seed` and `place`.
+    """
+    most = data.tiles_per_slide or math.inf
+    sizes = [sum(min(len(data.index(slide)), most) for slide in row.slides) for row in rows]
+    world, seed = data.place[1], data.seed
+
+    def order(epoch: int) -> np.ndarray:
+        plain = epoch_order(len(rows), seed, epoch)
+        return paired_order(plain, np.array(sizes), world, seed, epoch)
+
+    return order
 
 
 def check_val(rows: list[SlideRow], world: int) -> list[SlideRow]:

@@ -28,6 +28,7 @@ from tapfm.encoders.attention import ClsTap, NoClsAttentionError
 from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.encoders.compiled import compile_blocks, pad_chunks
 from tapfm.encoders.merging import TokenMerging
+from tapfm.encoders.pinned import upload
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
 from tapfm.settings import did_you_mean, plain
@@ -156,7 +157,7 @@ class Encoder(nn.Module):
     def encode(self, tiles_CP: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
         """Return features (C, D) and raw scores (C,) of uint8 tiles on any device."""
         with self.autocast(precision):
-            return self(tiles_CP.to(self.mean.device, non_blocking=True))
+            return self(upload(tiles_CP, self.mean.device))
 
     def sized(self, encode: Encode, chunk: int) -> Encode:
         """Return `encode`, with chunks filled up to `chunk` tiles if blocks are compiled."""

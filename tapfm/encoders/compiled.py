@@ -13,15 +13,17 @@ into a block is compiled with it; recomputed blocks are compiled and then recomp
 
 Price: the first slide waits a minute or so for the compiler; the last chunk's fillers are computed.
 Condition: a C++ compiler on a CPU; what Triton needs on a GPU.
-Differs: dropout draws for the fillers too, so its noise has the same distribution, other values.
+Differs: dropout draws for the fillers too, and drop-path by a draw of its own, so their noise has
+    the same distribution, other values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 BACKEND = "inductor"
@@ -41,7 +43,11 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
     uses its own weights, and all blocks share the compiled code.
     """
     config = torch._dynamo.config
-    # drop-path's rate differs from block to block, and is compiled in
+    for block in blocks:
+        for module in block.modules():
+            if type(module) is DropPath:
+                rate_as_data(module)
+    # blocks that a strategy made unlike each other are compiled each
     config.recompile_limit = max(config.recompile_limit, VARIANTS * len(blocks))
     # LoRA may be in some blocks and not in others: one's code must not serve for the other
     config.skip_nnmodule_hook_guards = False
@@ -50,6 +56,46 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
         for block in blocks:
             if type(block) is kind:
                 block.forward = partial(forward, block)
+
+
+def rate_as_data(path: DropPath) -> None:
+    """Turn a drop-path into one whose rate is a buffer."""
+    path.__class__ = DropPathAtARate
+    path.register_buffer("rate", torch.tensor(path.drop_prob), persistent=False)
+
+
+class DropPathAtARate(DropPath):
+    """Stochastic depth whose rate is data: compiled in, each block's own rate is a graph more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with each tile's path dropped at the rate, the others scaled up."""
+        if not self.training:
+            return x
+        keep = 1 - self.rate.float()
+        drawn = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device)
+        return x * ((drawn < keep).float() / keep).to(x.dtype)
+
+
+def graphs_made() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def too_many_graphs(blocks: Sequence[nn.Module], before: int) -> str:
+    """Return a warning if far more graphs were made than blocks of one kind need; else "".
+
+    Args:
+        blocks: of the encoder.
+        before: `graphs_made` before the first slide.
+    """
+    kinds = len({type(block) for block in blocks})
+    if (made := graphs_made() - before) <= 2 * VARIANTS * kinds:
+        return ""
+    return (
+        f"model.compile: {made} graphs were compiled for {len(blocks)} blocks, where {VARIANTS} or "
+        "so would do: each costs a wait. Blocks differ, or chunks change their size; without "
+        "model.compile nothing is compiled. TORCH_LOGS=recompiles says why."
+    )
 
 
 def need_compiler(device: torch.device) -> None:

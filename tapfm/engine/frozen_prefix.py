@@ -12,7 +12,7 @@ How: a hook on the first block that learns records the block's input, whatever t
 it (patches, positions, RoPE), and ends the forward there.
 
 Price: tokens x width numbers a tile in host memory (ViT-L: 0.4 MB with bfloat16 weights, 0.8 MB
-else), pinned where there is a GPU, up to `BUDGET_GIB`; chunks beyond it are computed again.
+else), up to `BUDGET_GIB`; chunks beyond it are computed again. A chunk waits for its copy.
 Condition: blocks in a row, then the final norm, as in timm's VisionTransformer and Eva; one tile is
 encoded both ways to check that the result is the same.
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tapfm.data.bag import Tiles
 from tapfm.encoders.backbones import Encoder
+from tapfm.encoders.pinned import upload
 from tapfm.engine.chunked import Encoded, chunk_rng
 
 BUDGET_GIB = 8.0
@@ -66,7 +67,7 @@ class FrozenPrefix:
         hook = encoder.vit.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with encoder.autocast(self.precision):
-                encoder(tiles_CP.to(encoder.mean.device, non_blocking=True))
+                encoder(upload(tiles_CP, encoder.mean.device))
         except _Reached:
             pass
         finally:
@@ -77,7 +78,7 @@ class FrozenPrefix:
         """Return the features and raw scores that the whole encoder would give."""
         encoder = self.encoder
         with encoder.autocast(self.precision):
-            x_CND = tokens_CND.to(encoder.mean.device, non_blocking=True)
+            x_CND = upload(tokens_CND, encoder.mean.device)
             with encoder.reading():
                 for block in encoder.vit.blocks[self.first :]:
                     x_CND = block(x_CND, **self.given)
@@ -140,10 +141,7 @@ class FrozenPrefixTokens:
         if number != len(self.kept) or size > self.room:
             return
         self.room -= size
-        if tokens_CND.is_cuda:
-            there = torch.empty(tokens_CND.shape, dtype=tokens_CND.dtype, pin_memory=True)
-            tokens_CND = there.copy_(tokens_CND, non_blocking=True)
-        self.kept.append(tokens_CND)
+        self.kept.append(tokens_CND.cpu())
 
 
 def first_to_learn(vit: nn.Module) -> int | None:

@@ -38,7 +38,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from slides.errors import SettingsError
+from tapfm.encoders.pinned import RING
 
+HOST_BYTES = 12  # of host memory a parameter with `offload`: master and moments
 BLOCK = 256  # neighbouring values of a moment that share a scale
 CODES, OCTAVES = {torch.int8: 127, torch.uint8: 255}, 18  # magnitudes from 2 ** -18 to 1
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
@@ -192,9 +194,9 @@ class HostMasterState(MasterState):
         """Copy the gradient to the host while the previous update is computed."""
         if not grad.is_cuda:
             return lambda: grad
-        there = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True)
+        there = RING.take(grad.shape, grad.dtype)
         there.copy_(grad, non_blocking=True)
-        arrived = torch.cuda.current_stream(grad.device).record_event()
+        arrived = RING.copied(grad.device)
 
         def receive() -> Tensor:
             arrived.synchronize()
@@ -207,8 +209,9 @@ class HostMasterState(MasterState):
         weight = self.weight
         if not weight.is_cuda:
             return super().write(state)
-        rounded = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(state[0])
+        rounded = RING.take(weight.shape, weight.dtype).copy_(state[0])
         weight.copy_(rounded, non_blocking=True)
+        RING.copied(weight.device)
 
 
 class PackedMasterState(MasterState):

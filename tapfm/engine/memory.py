@@ -1,7 +1,7 @@
 """Measures a step: seconds and peak memory of its named phases, and bytes held by autograd.
 
     with meter.phase("encode"): ...      in the step
-    meter.take()                         after it: {"encode": {"s": 1.2, "allocated_gib": 9.8, ...}}
+    meter.take()()                       after it: {"encode": {"s": 1.2, "allocated_gib": 9.8, ...}}
 
 On CUDA a phase is two events and a reading of the allocator's own counters, so nothing inside the
 step waits for the device. On the CPU it is the wall clock and, on Linux, the process's peak
@@ -68,22 +68,28 @@ class PhaseMeter:
         phase.end()
         self._done.append((name, phase))
 
-    def take(self) -> dict[str, dict[str, float]]:
-        """Return the figures of the phases since the last call (one slide), and start anew.
+    def take(self) -> Callable[[], dict[str, dict[str, float]]]:
+        """Start anew; return a function that gives the figures of the phases since the last call.
 
-        On CUDA this waits for the slide's last phase, so read the loss first, which waits anyway.
+        On CUDA the function waits for the last of these phases, so it is called late, for several
+        slides at once.
         """
         done, self._done = self._done, []
-        figures: dict[str, dict[str, float]] = {}
-        for name, phase in done:
-            found = phase.figures()
-            before = figures.setdefault(name, {})
-            seconds = before.get("s", 0.0) + found.pop("s")
-            figures[name] = {
-                "s": seconds,
-                **{k: max(v, before.get(k, v)) for k, v in found.items()},
-            }
-        return figures
+        return lambda: _figures(done)
+
+
+def _figures(done: list[tuple[str, _CudaPhase | _CpuPhase]]) -> dict[str, dict[str, float]]:
+    """Return figures by phase; seconds of one name add up, of memory the largest counts."""
+    figures: dict[str, dict[str, float]] = {}
+    for name, phase in done:
+        found = phase.figures()
+        before = figures.setdefault(name, {})
+        seconds = before.get("s", 0.0) + found.pop("s")
+        figures[name] = {
+            "s": seconds,
+            **{k: max(v, before.get(k, v)) for k, v in found.items()},
+        }
+    return figures
 
 
 class _CpuPhase:

@@ -34,7 +34,7 @@ Gradients = list[Tensor | None]
 
 
 def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed: int) -> Tensor:
-    """Return weights (T,): 0 for tiles left out, else 1 over the probability of being drawn.
+    """Return weights (T,) on the CPU: 0 for a tile left out, else 1 over its chance to be drawn.
 
     Args:
         grad_z_TD: dL/dz.
@@ -53,13 +53,14 @@ def draw_tiles(grad_z_TD: Tensor, grad_score_T: Tensor | None, budget: int, seed
     taken_T = ends_T.floor() > torch.cat([offset[None], ends_T[:-1]]).floor()
     sure_T = chance_T >= 1
     weight_T = torch.where(taken_T | sure_T, 1 / chance_T.clamp_min(1e-300), 0.0)
-    return torch.where(chance_T > 0, weight_T, 0.0).to(grad_z_TD)
+    return torch.where(chance_T > 0, weight_T, 0.0).to(grad_z_TD.dtype)
 
 
 def has_gradient(grad_z_TD: Tensor, grad_score_T: Tensor | None) -> Tensor:
-    """Return which tiles have a gradient, (T,) bool: the others need no second forward."""
+    """Return 1 for tiles with a gradient, (T,) on the CPU: the others need no second forward."""
     some_T = (grad_z_TD != 0).any(1)
-    return some_T if grad_score_T is None else some_T | (grad_score_T != 0)
+    some_T = some_T if grad_score_T is None else some_T | (grad_score_T != 0)
+    return some_T.cpu().to(grad_z_TD.dtype)
 
 
 def _chances(norm_T: Tensor, budget: int) -> Tensor:
@@ -86,11 +87,11 @@ class ChosenTiles:
     Args:
         tiles: all tiles of the slide.
         size: tiles that are read at once.
-        weight_T: of each tile.
+        weight_T: of each tile, on the CPU.
     """
 
     def __init__(self, tiles: Tiles, size: int, weight_T: Tensor):
-        self.tiles, self.size, self.chosen_T = tiles, size, (weight_T > 0).cpu()
+        self.tiles, self.size, self.chosen_T = tiles, size, weight_T > 0
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Yield chunks of `size` tiles; the last may be short."""

@@ -1,10 +1,13 @@
 """Plans which training setups fit a GPU, and checks the installation.
 
-    plan.py       tapfm plan: the setups that fit a GPU, before the run
-    cards.py      memory and assumed speed of each card
-    doctor.py     tapfm doctor: versions, slide reading, a model's weights
-    whole_run.py  hours and disk of a whole run, from a few of its slides
-    footprint.py  memory and work of one training step, counted without a GPU
+    plan.py         tapfm plan: the setups that fit a GPU, before the run
+    cohort_plan.py  `tapfm plan --config`: hours of a run on its cohort
+    speed.py        seconds of a tile and an update on each card
+    epoch.py        hours and efficiency of an epoch, on one card and many
+    cards.py        memory and assumed speed of each card
+    whole_run.py    hours and disk of a whole run, from a few of its slides
+    doctor.py       tapfm doctor: versions, slide reading, a model's weights
+    footprint.py    memory and work of one training step, counted without a GPU
 
 Nothing here needs a GPU.
 """

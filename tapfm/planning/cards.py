@@ -38,18 +38,20 @@ class Card:
     """What the driver reports."""
     tflops: float
     """Sustained rate in bfloat16, assumed."""
+    gb_s: float
+    """Rate of its memory, as published."""
 
 
 CARDS = (
-    Card("L4", 24, 22.03, 55),
-    Card("A10G", 24, 22.20, 40),
-    Card("RTX 3090", 24, 23.69, 42),
-    Card("RTX 4090", 24, 23.65, 105),
-    Card("RTX A5000", 24, 23.68, 60),
-    Card("A100 40", 40, 39.39, 190),
-    Card("A100 80", 80, 79.15, 190),
-    Card("H100", 80, 79.11, 400),
-    Card("H200", 141, 139.81, 420),
+    Card("L4", 24, 22.03, 55, 300),
+    Card("A10G", 24, 22.20, 40, 600),
+    Card("RTX 3090", 24, 23.69, 42, 936),
+    Card("RTX 4090", 24, 23.65, 105, 1008),
+    Card("RTX A5000", 24, 23.68, 60, 768),
+    Card("A100 40", 40, 39.39, 190, 1555),
+    Card("A100 80", 80, 79.15, 190, 2039),
+    Card("H100", 80, 79.11, 400, 3350),
+    Card("H200", 141, 139.81, 420, 4800),
 )
 
 
@@ -85,6 +87,19 @@ def card_memory(asked: str | float | None) -> tuple[str, float]:
         least = min(same, key=lambda card: card.total_gib)
         return f"a {nominal:g} GiB card ({least.name}, the smallest)", least.total_gib
     return f"a {nominal:g} GiB card", LEAST_SHARE * nominal
+
+
+def card_named(asked: str | float | None) -> Card:
+    """Return the card of the list that is meant, or that is the most like it in memory.
+
+    Raises:
+        SettingsError: as `card_memory`.
+    """
+    _, total = card_memory(asked)
+    by_name = {_short(card.name): card for card in CARDS}
+    return by_name.get(_short(str(asked))) or min(
+        CARDS, key=lambda card: abs(card.total_gib - total)
+    )
 
 
 def _short(name: str) -> str:

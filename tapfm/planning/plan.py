@@ -16,17 +16,20 @@ import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from slides.errors import SettingsError
 from tapfm.encoders.backbones import Backbone, find
-from tapfm.planning.cards import CARDS, card_for, card_memory, usable
+from tapfm.engine.master_weights import HOST_BYTES
+from tapfm.planning.cards import card_for, card_memory, usable
 from tapfm.planning.footprint import BAG_TILES, CONTEXT_GIB, GIB, PHASES, Cost, Footprint, Setup
+from tapfm.planning.speed import speed_lines
 
 CHUNK_CAP = 64  # matrix products are large enough to fill a GPU well below it
 GOOD_CHUNK = 8  # fewer tiles at once leave a GPU idle: recomputing blocks costs less
 LAST = 4  # last-n is shown for a quarter of the blocks
-HOST_BYTES = 12  # host memory a parameter: master and moments
 SCHEMES = {
     "adamw": "fp32 weights and autocast",
     "master": "bf16 weights with fp32 masters on the card",
@@ -61,7 +64,8 @@ class Option:
     def name(self) -> str:
         """Return its name in the table."""
         strategy = self.setup.strategy
-        strategy = f"last {strategy['n']}" if isinstance(strategy, Mapping) else strategy
+        if isinstance(strategy, Mapping):
+            strategy = f"last {strategy['n']}" if "n" in strategy else strategy["name"]
         return f"{strategy}, {self.setup.optimizer}" + (", recompute" * self.setup.recompute)
 
     @property
@@ -133,6 +137,46 @@ def make_plan(
     parameters = sum(p.numel() for p in footprint.vit.parameters())
     return Plan(
         row.key, footprint.side, parameters, card, total, most, tuple(options), choice, reason
+    )
+
+
+def fitting(
+    row: Backbone,
+    tile_px: int,
+    strategy: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    gpu: str | float | None = None,
+) -> tuple[Option, str]:
+    """Return the first setup of one strategy that fits a GPU, and the reason.
+
+    Args:
+        row: which model.
+        tile_px: side of the tiles.
+        strategy: name and options.
+        fixed: settings that are not open: some of `precision`, `optimizer`, `recompute`, `chunk`.
+        gpu: which; None is this machine's.
+
+    Raises:
+        PlanError: none fits.
+    """
+    card, total = card_memory(gpu)
+    most, footprint = usable(total), Footprint(row, tile_px)
+    fixed = dict(fixed)
+    chunk, options = fixed.pop("chunk", None), []
+    for recompute, optimizer in product((False, True), ORDER):
+        autocast = fixed.get("precision", "bf16") if optimizer == "adamw" else "bf16-true"
+        setup = Setup(autocast, optimizer, recompute, strategy)
+        if all(getattr(setup, key) == value for key, value in fixed.items()):
+            options.append(_option(footprint, setup, most, chunk))
+    large = [option for option in options if option.chunk >= (chunk or GOOD_CHUNK)]
+    choice = next(iter(large or [option for option in options if option.chunk]), None)
+    if choice is None:
+        least = min(options, key=lambda option: option.least_gib)
+        must_fit(row, tile_px, least.least_gib, gpu)  # raises, with what would fit
+    peak = max(choice.peak_gib.values())
+    return choice, (
+        f"{SCHEMES[choice.setup.optimizer].capitalize()}: {peak:.1f} GiB at its peak of "
+        f"{most:.1f} usable on {card}."
     )
 
 
@@ -217,13 +261,13 @@ def plan_table(plan: Plan) -> str:
         f"Choice: {plan.choice.name if plan.choice else 'none'}: {plan.reason}",
     ]
     if plan.choice:
-        work = plan.choice.cost.flop / 1e12
-        speeds = ", ".join(f"{card.tflops / work:.0f} {card.name}" for card in CARDS)
         chunk, keep = plan.choice.chunk, plan.choice.keep
         kept = f" --model.keep_chunks {keep}" if keep > 1 else ""
         lines += [
             f"Train with: {plan.choice.setup.flags} --model.chunk {chunk}{kept}",
-            f"Tiles/s, at rates that are assumed: {speeds}",
+            "With --model.compile true the blocks are compiled: the numbers stay the same, the "
+            "first slide waits a minute or so.",
+            *speed_lines(plan.choice.setup, plan.choice.cost),
         ]
         if kept:
             lines.append(f"The first {keep * chunk} tiles of a slide are encoded once, not twice.")
@@ -246,21 +290,22 @@ def forecast(
     return {phase: value - CONTEXT_GIB for phase, value in peak.items()}
 
 
-def must_fit(row: Backbone, tile_px: int, peak: float) -> None:
-    """Refuse a run that would run out of this machine's GPU memory, and say what would fit.
+def must_fit(row: Backbone, tile_px: int, peak: float, gpu: str | float | None = None) -> None:
+    """Refuse a run that would run out of GPU memory, and say what would fit.
 
     Args:
         row: which model.
         tile_px: side of the tiles.
         peak: of the run, context included, in GiB.
+        gpu: which; None is this machine's.
 
     Raises:
         PlanError: the peak is above what the card has usable.
     """
-    card, total = card_memory(None)
+    card, total = card_memory(gpu)
     if peak <= (most := usable(total)):
         return
-    choice = make_plan(row, gpu=None, tile_px=tile_px).choice
+    choice = make_plan(row, gpu=gpu, tile_px=tile_px).choice
     what = "Nothing fits: take a smaller model or a larger card."
     if choice:
         what = f"What fits: {choice.setup.flags} --model.chunk {choice.chunk}"

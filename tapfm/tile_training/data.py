@@ -139,9 +139,7 @@ class TileData(L.LightningDataModule):
             rows, self.tiles.classes, self.tile_px, self.batch, self.seed, self.augment
         )
         self.sampler = SlideSampler(len(batches), self.seed)
-        return SlideLoader(
-            batches, self.sampler, self.workers, pin_memory=torch.cuda.is_available()
-        )
+        return SlideLoader(batches, self.sampler, self.workers)
 
     def val_dataloader(self) -> SlideLoader:
         """Return the val part, not augmented."""

@@ -66,6 +66,11 @@ class TileCli(Cli):
         name = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         return Path(self.config.run_dir) / (self.config.name or name)
 
+    def fill_in(self) -> None:
+        """Log every batch; the model's settings have values of their own."""
+        if self.config.trainer.log_every_n_steps is None:
+            self.config.trainer.log_every_n_steps = 1
+
     def model_faults(self, model) -> list[str]:
         """Return what is wrong with `model`."""
         faults = faults_of(

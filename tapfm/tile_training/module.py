@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapfm.adapt.strategies import make_strategy, strategy_spec
+from tapfm.encoders.pinned import upload
 from tapfm.engine.chunked import chunk_rng
 from tapfm.settings import refuse
 from tapfm.slide_model.aggregators import TILES
@@ -116,7 +117,7 @@ class TileModule(AlternatingModule):
     def training_step(self, batch: TileBatch, index: int) -> dict[str, Tensor]:
         """Encode and classify one batch, update head and encoder; return its figures."""
         head_optimizer, encoder_optimizer = self.optimizers()
-        labels_C = batch.labels_C.to(self.device)
+        labels_C = upload(batch.labels_C, self.device)
         try:
             with self.meter.phase("encode"), chunk_rng(batch.seed, 0, self.device):
                 with torch.set_grad_enabled(self.adapting):

@@ -11,14 +11,16 @@ from typing import Literal
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.strategies import STRATEGIES, make_optimizer, strategy_spec
 from tapfm.distributed import average, unwrap
-from tapfm.encoders.compiled import need_compiler
+from tapfm.encoders.backbones import blocks
+from tapfm.encoders.compiled import graphs_made, need_compiler, too_many_graphs
 from tapfm.engine.dither import dither
-from tapfm.engine.master_weights import MasterAdamW
+from tapfm.engine.master_weights import HOST_BYTES, MasterAdamW
 from tapfm.engine.memory import PhaseMeter
 from tapfm.settings import SettingsError, did_you_mean, refuse
 from tapfm.slide_model.model import SlideModel
@@ -80,11 +82,24 @@ class AlternatingModule(L.LightningModule):
             if any(p.grad is not None for p in parameters_of(optimizer)):
                 self.update(optimizer)
 
+    def on_train_epoch_end(self) -> None:
+        """Warn of blocks that are compiled again and again."""
+        encoder = self.slide_model.encoder
+        first = encoder.compiled and self.current_epoch == 0
+        if first and (warning := too_many_graphs(blocks(encoder.vit), self.graphs)):
+            rank_zero_warn(warning)
+
     @property
     def encoder_lr(self) -> float:
         """Peak learning rate of the encoder: the user's, or the strategy's own."""
         given = self.steps.encoder_lr
         return self.strategy.lr if given is None else given
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the encoder's optimizer takes: masters and moments."""
+        learn = sum(p.numel() for p in self.slide_model.encoder.parameters() if p.requires_grad)
+        return HOST_BYTES * learn if self.optimizer == "offload" else 0
 
     @property
     def completes_update(self) -> bool:
@@ -137,6 +152,7 @@ class AlternatingModule(L.LightningModule):
         )
         if self.slide_model.encoder.compiled:
             need_compiler(self.device)
+            self.graphs = graphs_made()
         unwrap(self)
         self.meter = PhaseMeter(self.device)
 
@@ -214,12 +230,12 @@ def check_drop_path(drop_path: float) -> list[str]:
     return [] if good else [f"model.drop_path must be in [0, 1), got {drop_path}"]
 
 
-def check_precision(precision: str, optimizer: str) -> list[str]:
-    """Return what is wrong with an encoder's precision and optimizer together.
+def check_precision(precision: str | None, optimizer: str | None) -> list[str]:
+    """Return what is wrong with an encoder's precision and optimizer together; None is open.
 
     `bf16-true` weights do not move at a fine-tuning rate, unless their exact values are kept.
     """
-    if (precision == "bf16-true") == (optimizer != "adamw"):
+    if None in (precision, optimizer) or (precision == "bf16-true") == (optimizer != "adamw"):
         return []
     return [
         f"model.optimizer {optimizer} and model.precision {precision} do not go together: "

@@ -17,6 +17,7 @@ from slides.cohort.counts import count_table
 from slides.files import write_json
 from tapfm.data.datamodule import SlideData
 from tapfm.slide_model.aggregators import name_of
+from tapfm.training.callbacks import RunLog
 from tapfm.training.module import SlideModule
 
 STATUS, EVERY = "status.json", 30.0  # seconds between two of them
@@ -110,7 +111,7 @@ class RunStatus(Callback):
         """Count the slide and, if it is time, tell."""
         self.clock.took("train")
         self.tiles += batch.count if batch else 0
-        self.tell(trainer, batch_idx + 1, float(outputs["train/loss"]) if outputs else None)
+        self.tell(trainer, batch_idx + 1, outputs)
 
     def on_validation_start(self, trainer, module) -> None:
         """Begin to measure."""
@@ -159,11 +160,12 @@ class RunStatus(Callback):
             "seconds_left": self.seconds_left(trainer, done),
         }
 
-    def tell(self, trainer, done: int, loss: float | None = None) -> None:
-        """Write status.json and print a line, at most every `EVERY` seconds."""
+    def tell(self, trainer, done: int, outputs: Any = None) -> None:
+        """Write status.json and print a line, at most every `EVERY` seconds: it waits for a GPU."""
         if not trainer.is_global_zero or time.monotonic() - self.written < EVERY:
             return
         self.written = time.monotonic()
+        loss = float(outputs["train/loss"]) if outputs else None
         facts = self.facts(trainer, done, loss)
         write_json(self.path, facts)
         if self.lines:
@@ -202,6 +204,8 @@ class Progress(TQDMProgressBar):
         """Return loss, tiles/s, the figure by which weights are chosen, its best, time left."""
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
+        log = next((each for each in trainer.callbacks if isinstance(each, RunLog)), None)
+        metrics = {**(log.shown if log else {}), **metrics}
         status = next((each for each in trainer.callbacks if isinstance(each, RunStatus)), None)
         if status is not None:
             bar = self.train_progress_bar

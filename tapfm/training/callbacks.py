@@ -10,7 +10,9 @@ import csv
 import math
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from slides.errors import SettingsError
 from slides.files import WriteError, replacing, unwritten
 from tapfm.distributed import gather
 from tapfm.training.module import DivergedError
 
+OF_A_BAG = ("slide_id", "tiles", "chunk", "tiles_per_s")  # columns that loggers are not given
 RESUME, BEFORE = "last.ckpt", "before.ckpt"  # the last resume point, and the one before it
 
 
@@ -75,9 +79,13 @@ class RunLog(Callback):
         cost = ["step", "slide_id", "tiles", "chunk", "tiles_per_s", *phases]
         self.memory = CsvLog(folder / "memory.csv", cost)
         self.keep = {"metrics": 0, "memory": 0}
+        self.waiting: list[_Slide] = []
+        self.shown: dict[str, float] = {}
+        """What the progress bar shows of the last slide written."""
 
     def on_fit_start(self, trainer, module) -> None:
         """Begin both files, or cut them back to the resume point; the first process writes them."""
+        self.flush = partial(self.write, trainer, module)
         if not trainer.is_global_zero:
             return
         path, keep = self.metrics.path.with_name("skipped.json"), bool(self.keep["metrics"])
@@ -86,37 +94,56 @@ class RunLog(Callback):
         self.memory.start(self.keep["memory"])
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        """Start the clock of tiles per second."""
-        self.began = time.perf_counter()
+        """Start the clock of tiles per second at the first slide of some."""
+        if not self.waiting:
+            self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        """Write a row in each file, the same to all loggers, and tiles/s to the progress bar."""
-        if not outputs:
-            return  # the slide was skipped
-        figures = {name: float(value) for name, value in outputs.items()}
-        for name, optimizer in zip(("lr/head", "lr/encoder"), module.optimizers(), strict=True):
-            figures[name] = optimizer.param_groups[0]["lr"]
-        speed = batch.count / (time.perf_counter() - self.began)
-        cost = {
-            f"{phase}_{unit}": value
-            for phase, measured in module.meter.take().items()
-            for unit, value in measured.items()
-        }
-        bag = {"tiles": batch.count, "chunk": module.chunk, "tiles_per_s": speed}
-        slide = {"slide_id": batch.slide_id}
-        rows = gather(({**slide, **figures}, {**slide, **bag, **cost}))
-        for learned, _ in rows:
-            for name in ("train/loss", "train/head_grad_norm", "train/encoder_grad_norm"):
-                if not math.isfinite(learned[name]):
-                    raise DivergedError(f"{learned['slide_id']}: {name} is {learned[name]}")
-        for number, (learned, spent) in enumerate(rows if trainer.is_global_zero else ()):
-            step = (module.slides_seen - 1) * len(rows) + number + 1
-            self.metrics.write({"step": step, "epoch": trainer.current_epoch, **learned})
-            self.memory.write({"step": step, **spent})
-        for logger in trainer.loggers:
-            logger.log_metrics({**figures, **cost}, step=module.slides_seen)
-        module.log("tiles/s", speed, prog_bar=True, logger=False, batch_size=1)
-        module.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=1)
+        """Note a slide's figures where they are; write those of `log_every_n_steps` slides."""
+        if outputs:  # else the slide was skipped
+            rates = [optimizer.param_groups[0]["lr"] for optimizer in module.optimizers()]
+            self.waiting.append(
+                _Slide(batch, module.slides_seen, module.chunk, rates, outputs, module.meter.take())
+            )
+        if len(self.waiting) >= trainer.log_every_n_steps or trainer.is_last_batch:
+            self.flush()
+
+    def write(self, trainer, module) -> None:
+        """Write a row a slide in each file, the same to all loggers.
+
+        The host waits for the device here, once for all slides.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite.
+        """
+        slides, self.waiting = self.waiting, []
+        figures = _read([each.outputs for each in slides])
+        spent = [each.measured() for each in slides]
+        speed = sum(each.batch.count for each in slides) / (time.perf_counter() - self.began)
+        mine = [
+            each.rows(learned, phases, speed)
+            for each, learned, phases in zip(slides, figures, spent, strict=True)
+        ]
+        shares = gather(mine)
+        for turn, each in enumerate(slides):
+            rows = [share[turn] for share in shares]
+            for learned, _ in rows:
+                for name in ("train/loss", "train/head_grad_norm", "train/encoder_grad_norm"):
+                    if not math.isfinite(learned[name]):
+                        raise DivergedError(f"{learned['slide_id']}: {name} is {learned[name]}")
+            for number, (learned, cost) in enumerate(rows if trainer.is_global_zero else ()):
+                step = (each.turn - 1) * len(rows) + number + 1
+                self.metrics.write({"step": step, "epoch": trainer.current_epoch, **learned})
+                self.memory.write({"step": step, **cost})
+            numbers = {k: v for row in mine[turn] for k, v in row.items() if k not in OF_A_BAG}
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=each.turn)
+            self.shown = {"tiles/s": speed, "loss": mine[turn][0]["train/loss"]}
+
+    def on_validation_start(self, trainer, module) -> None:
+        """Write what waits in front of the epoch's row."""
+        if self.waiting:
+            self.flush()
 
     def on_validation_end(self, trainer, module) -> None:
         """Write the epoch's row."""
@@ -136,12 +163,49 @@ class RunLog(Callback):
                 print(f"left out: {counts}; {skipped.file} has the reasons")
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of rows of each file when a resume point is saved."""
+        """Write what waits; return the number of rows of each file, for a resume point."""
+        if self.waiting:
+            self.flush()
         return {"metrics": self.metrics.rows, "memory": self.memory.rows}
 
     def load_state_dict(self, state) -> None:
         """Note how many rows to keep."""
         self.keep = state
+
+
+@dataclass
+class _Slide:
+    """What a slide's rows are made of: its figures are on the device yet."""
+
+    batch: Any
+    turn: int
+    chunk: int | None
+    rates: list[float]
+    outputs: dict[str, Tensor]
+    measured: Callable[[], dict[str, dict[str, float]]]
+
+    def rows(
+        self, learned: dict[str, float], phases: dict[str, dict[str, float]], speed: float
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return its rows of metrics.csv and memory.csv, without step and epoch."""
+        slide = {"slide_id": self.batch.slide_id}
+        cost = {f"{phase}_{unit}": v for phase, each in phases.items() for unit, v in each.items()}
+        bag = {"tiles": self.batch.count, "chunk": self.chunk, "tiles_per_s": speed}
+        rates = dict(zip(("lr/head", "lr/encoder"), self.rates, strict=True))
+        return {**slide, **learned, **rates}, {**slide, **bag, **cost}
+
+
+def _read(outputs: Sequence[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Return figures of several slides as numbers, in one copy from the device."""
+    every = [value.detach().double() for each in outputs for value in each.values()]
+    here = [value for value in every if not value.is_cuda]
+    there = [value for value in every if value.is_cuda]
+    numbers = {id(value): value.item() for value in here}
+    if there:
+        copied = torch.stack(there).cpu().tolist()
+        numbers |= {id(value): number for value, number in zip(there, copied, strict=True)}
+    read = (numbers[id(value)] for value in every)
+    return [{name: next(read) for name in each} for each in outputs]
 
 
 class DirectIO(TorchCheckpointIO):

@@ -32,8 +32,8 @@ from tapfm.config_paths import localised
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import named_loss, part, watch_others
 from tapfm.encoders.backbones import find
-from tapfm.planning.footprint import CONTEXT_GIB, Setup
-from tapfm.planning.plan import compare, forecast, must_fit
+from tapfm.encoders.pinned import RING
+from tapfm.planning.plan import compare
 from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.recipe.frozen_means import FrozenMeans
 from tapfm.recipe.pull_to_start import PullToStart
@@ -58,6 +58,7 @@ from tapfm.training.arguments import argument_faults
 from tapfm.training.begun import prepare_folder, provenance
 from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
+from tapfm.training.gpu_defaults import fill_in, foretell, say_retries
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import rename_old_keys
 from tapfm.training.optim import Steps
@@ -108,7 +109,7 @@ class Cli(LightningCLI):
                 "trainer.max_epochs": 20,
                 "trainer.devices": 1,
                 "trainer.num_sanity_val_steps": 0,
-                "trainer.log_every_n_steps": 1,
+                "trainer.log_every_n_steps": None,  # `gpu_defaults.fill_in`
                 "trainer.enable_checkpointing": False,
                 "trainer.enable_model_summary": False,
                 "trainer.logger": False,
@@ -157,6 +158,12 @@ class Cli(LightningCLI):
         strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         if self.config.data.get("features_dir") and strategy == "full":
             self.config.model.strategy = "frozen"
+        self.fill_in()
+
+    def fill_in(self) -> None:
+        """Fill in what the config leaves open, and say what it was."""
+        if line := fill_in(self.config, self.folder):
+            rank_zero_only(print)(line)
 
     def model_faults(self, model) -> list[str]:
         """Return what is wrong with `model`."""
@@ -278,14 +285,18 @@ def train(cli: Cli) -> None:
         trainer.callbacks.insert(0, EncodeOnce(shared, splits))
     expected = foretell(module) if trainer.strategy.root_device.type == "cuda" else None
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
-    with stop.listening(trainer):
-        trainer.fit(module, datamodule=data, **begun)
-        save_choice(module, folder, recipe)
+    try:
+        with stop.listening(trainer):
+            trainer.fit(module, datamodule=data, **begun)
+            save_choice(module, folder, recipe)
+    finally:
+        RING.release()
     part()
     if not trainer.is_global_zero:
         return
     if expected:
         print(compare(expected, folder / "memory.csv"))
+        say_retries()
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
     print(f"next: tapfm test --run {shlex.quote(str(folder.parent))}")
 
@@ -325,20 +336,3 @@ def add_tensorboard(trainer: L.Trainer, folder: Path) -> None:
     trainer.loggers = [board, *trainer.loggers]
 
 
-def foretell(module: SlideModule) -> dict[str, float] | None:
-    """Return the GPU memory that the run will take by phase, in GiB, and print the peak.
-
-    None for models of other blocks, and for an encoder of which nothing learns.
-
-    Raises:
-        PlanError: it is more than the card has.
-    """
-    model_config, row = module.slide_model.model_config, module.slide_model.encoder.row
-    if not row.prefix_tokens or not module.learns:
-        return None
-    setup = Setup(model_config.precision, module.optimizer, module.recompute, model_config.strategy)
-    expected = forecast(row, model_config.tile_px, setup, module.chunk, module.passes.keep)
-    peak = max(expected.values()) + CONTEXT_GIB
-    print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")
-    must_fit(row, model_config.tile_px, peak)
-    return expected

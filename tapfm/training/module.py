@@ -24,6 +24,7 @@ from tapfm.adapt.parameter_groups import parameter_groups
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
 from tapfm.distributed import gather
+from tapfm.encoders.pinned import upload
 from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
@@ -38,6 +39,7 @@ from tapfm.training.alternating import (
     check_precision,
     parameters_of,
 )
+from tapfm.training.gpu_defaults import ON_CPU, on_cpu
 from tapfm.training.objective import make_objective
 from tapfm.training.optim import Steps
 from tapfm.training.passes import Passes
@@ -81,7 +83,9 @@ class SlideModule(AlternatingModule):
             name, or by name and options.
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
-        chunk: tiles in memory at once; it changes the memory and nothing else.
+        chunk: tiles in memory at once; it changes the memory and nothing else. None, here and of
+            the three below: `tapfm fit` follows the plan on a GPU (`training.gpu_defaults`); else
+            16, fp32, adamw, false.
         keep_chunks: chunks of a slide whose graphs are kept from pass 1, at the memory of as many
             chunks: they are encoded once, not twice. `tapfm plan` says how many fit.
         recompute: keep block boundaries only, and compute the rest again for backward.
@@ -115,12 +119,12 @@ class SlideModule(AlternatingModule):
         bag_transforms: list[str | Options] | None = None,
         tile_px: int = 224,
         mpp: float = 0.5,
-        chunk: int = 16,
+        chunk: int | None = None,
         keep_chunks: int = 1,
-        recompute: bool = False,
+        recompute: bool | None = None,
         compile: bool = False,
-        precision: Literal["fp32", "bf16", "bf16-true"] = "fp32",
-        optimizer: Literal["adamw", "master", "residual", "offload"] = "adamw",
+        precision: Literal["fp32", "bf16", "bf16-true"] | None = None,
+        optimizer: Literal["adamw", "master", "residual", "offload"] | None = None,
         temperature: float | None = None,
         drop_path: float = 0.0,
         merge_tokens: int = 0,
@@ -130,6 +134,9 @@ class SlideModule(AlternatingModule):
         features: dict[str, Any] | None = None,
     ):
         strategy = strategy_spec(make_strategy(strategy))
+        chunk, recompute = ON_CPU["chunk"] if chunk is None else chunk, bool(recompute)
+        beside = on_cpu(precision, optimizer)
+        precision, optimizer = precision or beside["precision"], optimizer or beside["optimizer"]
         how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
         of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
                       "weights": weights, "precision": precision != "fp32",
@@ -170,7 +177,7 @@ class SlideModule(AlternatingModule):
             return None  # nothing has learned from it
 
         with self.meter.phase("aggregate"):
-            target_Y = bag.labels_K.to(self.device)
+            target_Y = upload(bag.labels_K, self.device)
             outcome = self.objective(
                 self.slide_model.aggregator, encoded.tiles, target_Y, self.moment(bag)
             )
@@ -320,11 +327,11 @@ def check_pull(pull: float, optimizer: str) -> list[str]:
 
 
 def check_counts(
-    chunk: int, keep_chunks: int, backward_tiles: int | None, cosine_every: int | None
+    chunk: int | None, keep_chunks: int, backward_tiles: int | None, cosine_every: int | None
 ) -> list[str]:
     """Return what is wrong with a run's numbers, each with its key."""
     faults = []
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         faults.append(f"model.chunk must be 1 or more, got {chunk}")
     if keep_chunks < 0:
         faults.append(f"model.keep_chunks must be 0 or more, got {keep_chunks}")

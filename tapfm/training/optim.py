@@ -11,10 +11,12 @@ Differs: one cosine over the run, after a warm-up, instead of warm restarts; nor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tapfm.settings import SettingsError
 
+SHARES = "some of [0, 1], 0 and 1 among them, or []"
 END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
 
 
@@ -66,15 +68,7 @@ class Steps:
                 ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
                 ("pull", self.pull, "0 or more", self.pull >= 0),
                 ("average", self.average, "in [0, 1]", 0 <= self.average <= 1),
-                (
-                    "interpolate",
-                    self.interpolate,
-                    "some of [0, 1], 0 and 1 among them, or []",
-                    not self.interpolate
-                    or (
-                        {0, 1} <= {*self.interpolate} and all(0 <= a <= 1 for a in self.interpolate)
-                    ),
-                ),
+                ("interpolate", self.interpolate, SHARES, are_shares(self.interpolate)),
             )
             if not good
         ]
@@ -85,6 +79,12 @@ class Steps:
         ]
         if faults:
             raise SettingsError("model.steps: " + "; ".join(faults))
+
+
+def are_shares(shares: Sequence[float]) -> bool:
+    """Return whether shares of a change can be chosen from: none, or some of [0, 1] with both."""
+    inside = all(0 <= share <= 1 for share in shares)
+    return not shares or (inside and {0, 1} <= {*shares})
 
 
 def warmup_cosine(done: float, warmup: float) -> float:

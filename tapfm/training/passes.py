@@ -22,6 +22,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from tapfm.data.bag import Bag
+from tapfm.encoders.pinned import upload
 from tapfm.engine.chunked import Encoded, adapt_bag, backward_chunk, encode_bag
 from tapfm.engine.frozen_prefix import FrozenPrefix, FrozenPrefixTokens, find_frozen_prefix
 from tapfm.engine.sampling import ChosenTiles, cosine, draw_tiles, give, has_gradient, taken
@@ -118,13 +119,14 @@ class Passes:
         if self.few is not None:
             weight_T = draw_tiles(grad_z_TD, grad_score_T, self.few, bag.seed)
         elif self.skip and not self.noisy:
-            weight_T = has_gradient(grad_z_TD, grad_score_T).to(grad_z_TD)
+            weight_T = has_gradient(grad_z_TD, grad_score_T)
             encoded.skipped = len(weight_T) - int(weight_T.sum())
         if weight_T is not None:
-            rows = weight_T > 0
-            grad_z_TD = (grad_z_TD * weight_T[:, None])[rows]
+            (rows,) = weight_T.nonzero(as_tuple=True)  # on the CPU, which waits for nothing
+            weight, rows = (upload(each, grad_z_TD.device) for each in (weight_T[rows], rows))
+            grad_z_TD = grad_z_TD[rows] * weight[:, None]
             if grad_score_T is not None:
-                grad_score_T = (grad_score_T * weight_T)[rows]
+                grad_score_T = grad_score_T[rows] * weight
             bag = replace(bag, tiles=ChosenTiles(bag.tiles, self.chunk, weight_T))
         self._adapt(bag, grad_z_TD, grad_score_T, encoded.kept)
 
@@ -210,5 +212,5 @@ class Passes:
 
 
 def fewer(chunk: int) -> int:
-    """Return the chunk to go on with when memory ran out: an eighth less, one tile at least."""
+    """Return an eighth fewer tiles, at least one fewer: the chunk to go on with; of 1 it is 0."""
     return chunk - max(1, chunk // 8)

@@ -9,6 +9,7 @@ import copy
 import pandas as pd
 import pytest
 import torch
+from timm.layers import DropPath
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tapfm.cli import main
@@ -66,6 +67,30 @@ def test_drop_path_is_drawn_anew_and_alike_in_both_passes():
     assert torch.equal(slide.gradient("two_pass"), first)
     assert torch.equal(slide.gradient("two_pass", keep=3), first)
     assert not torch.equal(*(slide.encoder(random_tiles(4))[0] for _ in range(2)))
+
+
+def test_blocks_share_what_was_compiled_whatever_their_rate_of_drop_path(backend):
+    """Two graphs a block they were; the first has a rate of 0, and so no drop-path at all."""
+    slide = Slide(depth=7, compiled=True, drop_path_rate=0.5)
+    slide.gradient("two_pass")
+    assert backend.frame_count <= 5
+    made, blocks = compiled.graphs_made(), slide.encoder.vit.blocks
+    assert not compiled.too_many_graphs(blocks, made - 5)
+    said = compiled.too_many_graphs(blocks, made - 99)
+    assert "99 graphs were compiled for 7 blocks" in said
+
+
+def test_drop_path_at_a_rate_keeps_as_many_tiles_and_the_mean():
+    """Rates of 0 and a half; as timm's, what is kept is scaled up."""
+    x = torch.ones(20_000, 1, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    for rate in (0.0, 0.5):
+        path = DropPath(rate)
+        compiled.rate_as_data(path)
+        kept = path(x).flatten()
+        assert set(kept.tolist()) == {1.0} if rate == 0 else {0.0, 2.0}
+        assert kept.mean() == pytest.approx(1, abs=0.03)
+        assert torch.equal(path.eval()(x), x)
 
 
 def test_a_copy_computes_with_its_own_weights():

@@ -75,19 +75,19 @@ class TestPhaseMeter:
         for name in ("encode", "adapt"):
             with meter.phase(name):
                 time.sleep(0.01)
-        figures = meter.take()
+        figures = meter.take()()
         assert list(figures) == ["encode", "adapt"]
         for each in figures.values():
             assert each["s"] >= 0.01
             assert set(each) <= {"s", "rss_gib"}
-        assert meter.take() == {}
+        assert meter.take()() == {}
 
     def test_a_phase_that_comes_twice_adds_up(self):
         meter = PhaseMeter(torch.device("cpu"))
         for pause in (0.02, 0.01):
             with meter.phase("encode"):
                 time.sleep(pause)
-        assert meter.take()["encode"]["s"] >= 0.03
+        assert meter.take()()["encode"]["s"] >= 0.03
 
     def test_a_slide_that_failed_leaves_no_figures(self):
         meter = PhaseMeter("cpu")
@@ -95,7 +95,7 @@ class TestPhaseMeter:
             pass
         with pytest.raises(ZeroDivisionError), meter.phase("adapt"):
             _ = 1 / 0
-        assert meter.take() == {}
+        assert meter.take()() == {}
 
     @linux
     def test_resident_memory_is_the_phases_own_peak(self):
@@ -104,7 +104,7 @@ class TestPhaseMeter:
             np.ones(400 * 2**20, np.uint8)  # let go before the phase ends: still its peak
         with meter.phase("small"):
             pass
-        figures = meter.take()
+        figures = meter.take()()
         assert figures["large"]["rss_gib"] - figures["small"]["rss_gib"] > 0.3
 
     @linux
@@ -116,7 +116,7 @@ class TestPhaseMeter:
         meter = PhaseMeter("cpu")
         with meter.phase("encode"):
             pass
-        assert set(meter.take()["encode"]) == {"s"}
+        assert set(meter.take()()["encode"]) == {"s"}
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -126,7 +126,7 @@ class TestPhaseMeter:
             torch.ones(400 * 2**20, dtype=torch.uint8, device="cuda")
         with meter.phase("small"):
             torch.ones(2**20, dtype=torch.uint8, device="cuda")
-        figures = meter.take()
+        figures = meter.take()()
         large, small = figures["large"], figures["small"]
         assert 0.3 < large["allocated_gib"] - small["allocated_gib"] < 0.5
         assert large["reserved_gib"] >= large["allocated_gib"]

@@ -104,7 +104,7 @@ def test_tokens_that_lie_on_either_side_are_brought_together():
     """Kept tokens wait on the host, the others come from the GPU."""
     chunks = [torch.ones(4, 17, 64, device=device) for device in ("cpu", "cuda", "cuda")]
     given = SimpleNamespace(split=lambda size: chunks)
-    together = torch.cat(list(ChosenTiles(given, 4, torch.ones(12, device="cuda")).split(12)))
+    together = torch.cat(list(ChosenTiles(given, 4, torch.ones(12)).split(12)))
     assert (together.device.type, len(together)) == ("cpu", 12)
 
 

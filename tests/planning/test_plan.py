@@ -31,7 +31,7 @@ from tapfm.planning.plan import (
     plan_table,
     setups,
 )
-from tapfm.training.fit import foretell
+from tapfm.training.gpu_defaults import foretell
 from tapfm.training.module import SlideModule
 
 MIB = 2**20

@@ -38,15 +38,15 @@ FIT = [
     ("--namee x", "namee: there is no such key. Did you mean name?"),
     ("--nothing_like_it x", "nothing_like_it: there is no such key. `--help all` lists the keys."),
     ("--model.chunk", "model.chunk: no value. Write --model.chunk VALUE."),
-    ("--model.chunk four", "model.chunk: 'four' is not a whole number."),
-    ("--model.chunk 1.5", "model.chunk: '1.5' is not a whole number."),
+    ("--model.chunk four", "model.chunk: 'four' is not a whole number, or null."),
+    ("--model.chunk 1.5", "model.chunk: '1.5' is not a whole number, or null."),
     ("--model.drop_path null", "model.drop_path: 'None' is not a number."),
     ("--model.steps.encoder_lr fast", "'fast' is not a number, or null."),
     ("--model.steps 3", "model.steps: '3' is not keys and values. Set the keys below it, such as"),
     ("--data.turns maybe", "data.turns: 'maybe' is not true or false."),
     ("--data.labels EGFR", "data.labels: 'EGFR' is not a list, or null. Write [EGFR]."),
     ("--data.table.name x", "data.table.name: there is no such key."),
-    ("--model.precision bf61", "'bf61' is not one of fp32, bf16, bf16-true. Did you mean bf16?"),
+    ("--model.precision bf61", "fp32, bf16, bf16-true, or null. Did you mean bf16?"),
     ("--model.strategy lorra", "or keys and values. Did you mean lora?"),
     ("--model.aggregator gatedd", "Did you mean gated?"),
     ("--model.aggregator {name:gatedd}", "model.aggregator"),
@@ -118,7 +118,7 @@ traner: {max_epochs: 3}
     }  # fmt: skip
     values = ["--model.drop_path", "1.5", "--data.workers", "-1", "--model.steps.clip", "-1",
               "--trainer.max_epochs", "0", "--model.model", "uniii", "--data.tiles.mpp", "-1",
-              "--model.optimizer", "master"]  # fmt: skip
+              "--model.optimizer", "master", "--model.precision", "bf16"]  # fmt: skip
     assert said(capsys, ["fit", "--config", str(cohort), *values]).startswith("fit: 7 faults\n")
 
 

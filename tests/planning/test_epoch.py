@@ -1,0 +1,140 @@
+"""Hours of a run on one card and on many: the simulation against a plain loop, and by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from slides.streaming.order import SlideSampler, epoch_order, paired_order
+from tapfm.cli import main
+from tapfm.data.streamed import training_order
+from tapfm.planning.cards import CARDS, card_named
+from tapfm.planning.epoch import Rates, epoch_table, simulate
+from tapfm.planning.footprint import Cost, Setup
+from tapfm.planning.speed import tile_seconds, tiles_per_second, update_seconds
+from tests.cohorts import write_cohort
+
+DRAW = np.random.default_rng(0)
+SIZES = DRAW.lognormal(6, 0.8, 97).astype(int) + 1
+RATES = Rates(tile_s=0.02, update_s=1.5, slide_s=0.3, read_tiles_s=60, average_s=0.4)
+
+
+def by_hand(sizes, world, rates, accumulate, seed=0):
+    """Every process, slide after slide, in plain Python, over the sampler's own turns."""
+    samplers = [list(SlideSampler(len(sizes), seed, rank, world)) for rank in range(world)]
+    update = rates.update_s + 2 * rates.average_s * (world - 1) / world
+    clocks, read = [0.0] * world, [0.0] * world
+    for turn in range(len(samplers[0])):
+        for rank in range(world):
+            tiles = float(sizes[samplers[rank][turn].slide])
+            read[rank] += tiles / rates.read_tiles_s
+            clocks[rank] = max(clocks[rank], read[rank]) + tiles * rates.tile_s + rates.slide_s
+        if (turn + 1) % accumulate == 0 or turn + 1 == len(samplers[0]):
+            clocks = [max(clocks) + update] * world
+    return clocks[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 8, 64])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_epoch_is_that_of_a_plain_loop(world, accumulate):
+    found = simulate(SIZES, world, RATES, accumulate)
+    assert found.seconds == pytest.approx(by_hand(SIZES, world, RATES, accumulate))
+    shares = found.efficiency + found.waiting + found.updating + found.reading
+    doubled = -(-len(SIZES) // world) * world - len(SIZES)  # slides that come twice
+    assert 0.97 - doubled * SIZES.max() / SIZES.sum() < shares <= 1.001
+
+
+def test_by_hand():
+    """Two cards: 10 and 4 tiles, then 2 and 6; each waits for the larger."""
+    order = epoch_order(4, 0, 0)
+    sizes = np.empty(4)
+    sizes[order] = [10, 4, 2, 6]
+    alone = Rates(tile_s=1, update_s=0.5)
+    assert simulate(sizes, 2, alone).seconds == 10 + 0.5 + 6 + 0.5
+    assert simulate(sizes, 2, alone, accumulate=2).seconds == 12 + 0.5
+    assert simulate(sizes, 2, alone).waiting == pytest.approx((3 + 2) / 17)
+    assert simulate(sizes, 2, alone).efficiency == pytest.approx(11 / 17)
+    slow = Rates(tile_s=1, update_s=0, read_tiles_s=0.5)
+    assert simulate(sizes, 1, slow).seconds == pytest.approx(22 / 0.5 + 6)
+
+
+def test_one_card_without_updates_wastes_nothing():
+    found = simulate(SIZES, 1, Rates(tile_s=0.02, update_s=0))
+    assert found.efficiency == pytest.approx(1)
+    assert found.seconds == pytest.approx(0.02 * SIZES.sum())
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_pairing_by_size_lets_processes_wait_less(world):
+    rates = Rates(tile_s=0.02, update_s=0.1)
+    plain, paired = (simulate(SIZES, world, rates, paired=pairs) for pairs in (False, True))
+    assert paired.waiting < 0.5 * plain.waiting
+    assert paired.seconds < 0.9 * plain.seconds
+
+
+@pytest.mark.parametrize(("n", "world"), [(97, 8), (96, 8), (5, 8), (300, 2), (1, 1)])
+def test_a_paired_order_has_every_slide_once_and_changes_with_the_epoch(n, world):
+    sizes = DRAW.permutation(n)
+    orders = [paired_order(epoch_order(n, 3, e), sizes, world, 3, e) for e in range(2)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert np.array_equal(orders[0], paired_order(epoch_order(n, 3, 0), sizes, world, 3, 0))
+    if n > 100:
+        assert not np.array_equal(*orders)
+        rising = np.diff(sizes[orders[0]].reshape(-1, world)[:16, 0])
+        assert (rising > 0).any()
+        assert (rising < 0).any(), "sizes neither rise nor fall over a window"
+
+
+def test_a_run_is_paired_by_the_tiles_that_its_slides_give():
+    sizes = {f"s{n}": int(size) for n, size in enumerate(DRAW.permutation(40) + 1)}
+    rows = [SimpleNamespace(slides=[SimpleNamespace(slide_id=name)]) for name in sizes]
+    data = SimpleNamespace(
+        balanced=False, paired=True, tiles_per_slide=30, seed=3, place=(0, 4),
+        index=lambda slide: range(sizes[slide.slide_id]),
+    )  # fmt: skip
+    order = training_order(rows, data)(2)
+    given = np.minimum([*sizes.values()], 30)
+    assert np.array_equal(order, paired_order(epoch_order(40, 3, 2), given, 4, 3, 2))
+    spread = np.ptp(given[order].reshape(-1, 4), axis=1)
+    assert spread.max() <= 3
+    data.paired = False
+    assert training_order(rows, data) is None
+
+
+def test_an_update_costs_what_it_moves():
+    cost = Cost(10**9, 10**9, 1, tile=1, casts=1, block=1, flop=1e12)
+    card = card_named("L4")
+    assert tile_seconds(cost, card) == pytest.approx(1 / 55)
+    assert update_seconds(Setup("bf16-true", "master"), cost, card) == pytest.approx(0.1)
+    offload = update_seconds(Setup("bf16-true", "offload"), cost, card)
+    assert offload == pytest.approx(0.02 + 28 / 15)
+    speed = tiles_per_second(Setup("bf16-true", "master"), cost, card, bag=100)
+    assert speed == pytest.approx(100 / (100 / 55 + 0.1))
+
+
+def test_a_card_is_found_by_name_and_by_size():
+    assert [card_named(card.name) for card in CARDS] == list(CARDS)
+    assert card_named("24").name == card_named(None).name == "L4"
+    assert card_named("80").name == "H100"
+
+
+def test_the_table_has_a_row_for_each_number_of_cards():
+    text = epoch_table(SIZES.tolist(), [1, 8], RATES, accumulate=8, epochs=10)
+    assert f"97 training slides, {SIZES.sum():,} tiles" in text
+    rows = text.splitlines()[3:]
+    hours = [float(row.split()[1]) for row in rows]
+    assert hours[0] == pytest.approx(simulate(SIZES, 1, RATES, 8).seconds * 10 / 3600, abs=0.05)
+    assert hours[1] == pytest.approx(simulate(SIZES, 8, RATES, 1).seconds * 10 / 3600, abs=0.05)
+
+
+def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
+    config = str(write_cohort(tmp_path))
+    assert main(["plan", "--config", config, "--gpus", "1,2"]) == 2
+    assert "no training slide has tiles" in capsys.readouterr().err
+    assert main(["index", "--config", config]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--config", config, "--gpus", "1,2", "--gpu", "L4"]) == 0
+    said = capsys.readouterr().out
+    assert "7 training slides, 77 tiles an epoch (11 to 11 a slide), 3 epochs" in said
+    assert "demo_vit: full, master, chunk 5" in said
+    assert main(["plan", "--config", config, "--model", "uni"]) == 2
