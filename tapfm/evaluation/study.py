@@ -41,6 +41,8 @@ from tapfm.config import read_data, read_source, read_yaml
 from tapfm.config_paths import find_config
 from tapfm.evaluation.study_cells import Cell, Study
 from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
+from tapfm.launcher.jobs import Job, launch
+from tapfm.launcher.slides import launcher_of
 from tapfm.reports.html.comparison import study_page
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
@@ -62,7 +64,7 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
         raise SettingsError(
             f"study: {' and '.join(missing)} missing: give them in YAML or as flags"
         )
-    for key in ("config", "seeds", "strategies", "aggregators"):
+    for key in ("config", "seeds", "strategies", "aggregators", "slurm"):
         if key in found:
             listed = found[key] if isinstance(found[key], list | tuple) else [found[key]]
             found[key] = tuple(
@@ -79,6 +81,8 @@ def read_study(file: Path | None, flags: Mapping[str, Any]) -> Study:
             raise SettingsError(
                 f"study: {key} are {list(names)}: give one at least, and none twice"
             )
+    if study.launcher not in (None, "local", "slurm"):
+        raise SettingsError(f"study: launcher is {study.launcher!r}: give local or slurm")
     if study.jobs < 1:
         raise SettingsError(f"study: jobs is {study.jobs}: give 1 or more")
     return study
@@ -109,12 +113,12 @@ def run_study(study: Study) -> int:
         first.write_text(yaml.safe_dump({"data": {"table": str(tables[0].absolute())}}))
         if not data.get("features_dir"):
             index_and_cache(read_source([*map(Path, study.config), first]))  # once, for all cells
-    failed = {}
-    with ThreadPoolExecutor(study.jobs) as pool_of_jobs:
-        for cell, fault in zip(todo, pool_of_jobs.map(lambda c: run_cell(c, out), todo),
-                               strict=True):  # fmt: skip
-            if fault:
-                failed[str(cell)] = fault
+    if study.launcher:
+        failed = launch_cells(study, todo, out)
+    else:
+        with ThreadPoolExecutor(study.jobs) as pool_of_jobs:
+            faults = pool_of_jobs.map(lambda cell: run_cell(cell, out), todo)
+            failed = {str(c): fault for c, fault in zip(todo, faults, strict=True) if fault}
     text, result, table = summary(study, cells, failed)
     write_json(out / "study.json", result)
     write_figures(out / "study.csv", result)
@@ -180,15 +184,41 @@ def plan_cells(study: Study, tables: Sequence[Path]) -> list[Cell]:
     return cells
 
 
-def run_cell(cell: Cell, out: Path) -> str | None:
-    """Fit and test; return None, or the reason of a failure."""
+def launch_cells(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, str]:
+    """Fit and test each cell as a job; return the reasons of failures by cell."""
+    jobs = [
+        Job(
+            f"fold_{cell.fold}_seed_{cell.seed}_{cell.row}",
+            tuple(map(tuple, commands_of(cell, out))),
+            (str(cell.folder / "report_test" / "metrics_test.json"),),
+        )
+        for cell in cells
+    ]
+    folder, at_once = out / "jobs", study.jobs if study.jobs > 1 else None
+    failed = launch(jobs, folder, launcher_of(study.launcher, at_once, study.slurm))
+    for cell, job in zip(cells, jobs, strict=True):
+        if job.name not in failed:
+            spent = json.loads((folder / f"{job.name}.json").read_text())["seconds"]
+            seconds = dict(zip(("fit", "test"), spent, strict=True))
+            write_text(cell.folder / FINISHED, json.dumps({"seconds": seconds}) + "\n")
+    pairs = zip(cells, jobs, strict=True)
+    return {str(cell): failed[job.name] for cell, job in pairs if job.name in failed}
+
+
+def commands_of(cell: Cell, out: Path) -> list[list[str]]:
+    """Write what a cell changes of the config; return its fit and its test."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     changes = cell.folder / "cell.yaml"
     changes.write_text(yaml.safe_dump(dict(cell.changes), sort_keys=False))
     configs = [part for each in (*cell.configs, changes) for part in ("--config", str(each))]
     test = ["--run", str(cell.folder), "--features", str(out / "frozen"), "--overlays", "0"]
+    return [["fit", *configs], ["test", *test]]
+
+
+def run_cell(cell: Cell, out: Path) -> str | None:
+    """Fit and test; return None, or the reason of a failure."""
     seconds = {}
-    for verb, arguments in (("fit", configs), ("test", test)):
+    for verb, *arguments in commands_of(cell, out):
         began = time.perf_counter()
         with TESTING if verb == "test" else nullcontext():
             fault = _command([verb, *arguments], cell.folder / "log.txt")

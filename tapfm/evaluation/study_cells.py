@@ -30,6 +30,10 @@ class Study:
     """Names of aggregators."""
     jobs: int = 1
     """Number of fits at the same time."""
+    launcher: str | None = None
+    """`local` or `slurm`: each cell is a job (`tapfm.launcher`); None: threads of this process."""
+    slurm: tuple[str, ...] = ()
+    """For sbatch, KEY=VALUE: partition=gpu."""
 
 
 @dataclass(frozen=True)

@@ -334,5 +334,3 @@ def add_tensorboard(trainer: L.Trainer, folder: Path) -> None:
     """Log to TensorBoard in the run's folder, beside the loggers that the user asked for."""
     board = TensorBoardLogger(folder, name="", version="tensorboard")
     trainer.loggers = [board, *trainer.loggers]
-
-

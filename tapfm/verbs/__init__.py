@@ -4,6 +4,7 @@
     fit_help.py   the first screen of `tapfm fit --help`
     following.py  the command that usually follows a verb
     reading.py    index, predict, heatmap, features, histaug, export, view
+    launched.py   index, features and predict as jobs
     training.py   check, plan, probe, test, study, report, compare, pathpt, doctor
 
 An action takes the flags by name, imports what it needs, and returns the exit code. Nothing heavy

@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapfm.verbs import Do, at_least, config_flag, device, device_flags, later
+from tapfm.verbs.launched import (
+    FLAGS,
+    chosen,
+    launch_predictions,
+    launch_source,
+    launcher_flags,
+)
 
 if TYPE_CHECKING:
     from slides.streaming.settings import Source, TileSettings
@@ -22,26 +29,46 @@ def index(verb: ArgumentParser) -> Do:
     add("--coords", type=Path, help="folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose, "
         "to take as they are")  # fmt: skip
     add("--thumbnails", type=Path, help="folder for a picture a slide")
+    launcher_flags(verb)
 
-    def do(out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None, **given):
-        from dataclasses import replace
+    def do(**flags) -> int:
+        from slides.tiling.index_file import index_path
 
-        from slides.streaming.settings import TileSettings, index_and_cache
-        from slides.tiling.tissue import Tissue
-
-        source = source_of("index", out, TileSettings, **given)
-        if coords:  # instead of tissue detection
-            tissue = Tissue(coords=str(coords), masks=given["masks"])
-            source = replace(source, tiles=replace(source.tiles, tissue=tissue))
-        source = replace(source, on_error=on_error or source.on_error)
-        tiles, failed = index_and_cache(source, thumbnails)
-        kept = len(source.rows) - len(failed)
-        print(
-            f"{kept} slides, {tiles} tiles; {len(failed)} slides left out{by_split(source, failed)}"
-        )
-        return 2 if failed and given["slides"] else 0
+        own = {key: value for key, value in flags.items() if key not in FLAGS}
+        if flags["launcher"] is None:
+            return index_here(**own)
+        source = index_source(**own)
+        pattern = str(index_path(source.index_dir, source.tiles.grid, "{slide_id}"))
+        return launch_source(verb, flags, source, source.index_dir, pattern)
 
     return do
+
+
+def index_source(
+    out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None, **given
+) -> Source:
+    """Return the slides and tiles that `tapfm index` was asked for."""
+    from dataclasses import replace
+
+    from slides.streaming.settings import TileSettings
+    from slides.tiling.tissue import Tissue
+
+    source = source_of("index", out, TileSettings, **given)
+    if coords:  # instead of tissue detection
+        tissue = Tissue(coords=str(coords), masks=given["masks"])
+        source = replace(source, tiles=replace(source.tiles, tissue=tissue))
+    return replace(source, on_error=on_error or source.on_error)
+
+
+def index_here(thumbnails: Path | None, **given) -> int:
+    """Index slides in this process and its workers; return 0, or 2 if a slide by name failed."""
+    from slides.streaming.settings import index_and_cache
+
+    source = index_source(thumbnails=thumbnails, **given)
+    tiles, failed = index_and_cache(source, thumbnails)
+    kept = len(source.rows) - len(failed)
+    print(f"{kept} slides, {tiles} tiles; {len(failed)} slides left out{by_split(source, failed)}")
+    return 2 if failed and given["slides"] else 0
 
 
 def by_split(source: Source, failed: Mapping[str, str]) -> str:
@@ -63,12 +90,16 @@ def predict(verb: ArgumentParser, draw: bool = False) -> Do:
     tile_flags(verb, "the model's own")
     add("--workers", type=at_least(0), default=2, help="reading processes (%(default)s)")
     device_flags(verb)
+    launcher_flags(verb)
 
     def do(slides: Sequence[Path], slide_mpp: float | None, **given) -> int:
         from slides.errors import SettingsError
         from slides.streaming.loose_slides import rows_of_files
         from tapfm.pathpt.model import is_pathpt
 
+        if given["launcher"] is not None:
+            return launch_predictions(verb, {"slides": slides, "slide_mpp": slide_mpp, **given})
+        given = {key: value for key, value in given.items() if key not in FLAGS}
         out, masks = given["out"], given["masks"]
         if draw and masks and out.resolve() == Path(masks).resolve():
             raise SettingsError(
@@ -103,13 +134,20 @@ def features(verb: ArgumentParser) -> Do:
         choices=("trident", "clam", "stamp", "pt"),
         help="write them also as these programs read them")  # fmt: skip
     device_flags(verb)
+    launcher_flags(verb)
     rest = ("name", "dtype", "precision", "chunk", "device", "weights", "formats")
 
     def do(model: str, out: Path | None, **given) -> int:
         from tapfm.frozen.features import run_features, tiles_of
 
+        flags = {"model": model, "out": out, **given}
         how = {key: given.pop(key) for key in rest}
+        given = {key: value for key, value in given.items() if key not in FLAGS}
         source = source_of("features", out or Path("data/index"), lambda: tiles_of(model), **given)
+        if flags["launcher"] is not None:
+            folder = out or source.index_dir
+            pattern = folder / source.tiles.grid.tag / "features_*" / "{slide_id}.h5"
+            return launch_source(verb, flags, source, folder, str(pattern))
         return run_features(source, model, out=out, **how)
 
     return do
@@ -184,6 +222,7 @@ def source_flags(verb: ArgumentParser, otherwise: str) -> None:
     add("--tile-px", type=int, help=f"side of a tile; {otherwise}")
     tile_flags(verb, otherwise)
     add("--workers", type=at_least(0), help="reading processes; the config's, or 2")
+    add("--only", nargs="+", metavar="SLIDE", help="slides of the config, by slide_id")
 
 
 def source_of(
@@ -195,6 +234,7 @@ def source_of(
     slide_mpp: float | None,
     masks: str | None,
     workers: int | None,
+    only: Sequence[str] | None = None,
     **asked: float | None,
 ) -> Source:
     """Return slides and tiles of a config, or of single slides, where a bad one stops no other.
@@ -210,8 +250,11 @@ def source_of(
 
     if bool(slides) == bool(config):
         raise SettingsError(f"{verb}: give either slides or --config, and not both")
+    if only and not config:
+        raise SettingsError(f"{verb}: --only names slides of a --config: give their files instead")
     if config:
         source = read_source(config)
+        source = replace(source, rows=chosen(source.rows, only))
     else:
         source = Source(rows_of_files(slides, slide_mpp), out, None, tiles(), "skip", 2)
     changes = {key: value for key, value in asked.items() if value is not None}

@@ -5,16 +5,35 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from tapfm.verbs import Do, config_flag, device_flags, later
+from tapfm.verbs import Do, at_least, config_flag, device_flags, later
 
 
 def plan(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm plan`; return its action."""
     add = verb.add_argument
-    add("--model", default="h_optimus_0", help="foundation model (%(default)s)")
+    add("--model", help="foundation model (h_optimus_0)")
     add("--gpu", help="a card (L4, RTX 4090, A100 80, ...) or GiB; this machine's, or 24")
     add("--tile-px", type=int, help="side of a tile; the model's own")
-    return later("tapfm.planning.plan:run_plan")
+    config_flag(verb, dest="configs")
+    add("--gpus", type=counts, default=[1], metavar="N,N", help="with --config: hours of its run "
+        "on so many GPUs, such as 1,8,64")  # fmt: skip
+
+    def do(configs: list[Path] | None, gpus: list[int], model: str | None, **flags) -> int:
+        from slides.errors import SettingsError
+
+        if not configs:
+            return later("tapfm.planning.plan:run_plan")(model=model or "h_optimus_0", **flags)
+        if model or flags["tile_px"]:
+            raise SettingsError("plan: --model and --tile-px are the config's: leave them out")
+        run = later("tapfm.planning.cohort_plan:run_cohort_plan")
+        return run(configs=configs, gpu=flags["gpu"], gpus=gpus)
+
+    return do
+
+
+def counts(text: str) -> list[int]:
+    """Return whole numbers from a list such as 1,8,64."""
+    return [at_least(1)(each) for each in text.split(",")]
 
 
 def check(verb: ArgumentParser) -> Do:
@@ -73,6 +92,9 @@ def study(verb: ArgumentParser) -> Do:
     add("--strategies", nargs="+", metavar="STRATEGY", help="names, or configs to put behind; full")
     add("--aggregators", nargs="+", help="tapfm_gated")
     add("--jobs", type=int, help="fits at the same time; 1")
+    add("--launcher", choices=("local", "slurm"), help="cells as jobs: processes here, or an "
+        "array of Slurm's")  # fmt: skip
+    add("--slurm", nargs="+", metavar="KEY=VALUE", help="for sbatch: partition=gpu time=600")
 
     def do(study: Path | None, **flags) -> int:
         from tapfm.evaluation.study import read_study, run_study
