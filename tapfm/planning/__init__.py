@@ -1,6 +1,7 @@
 """Plans which training setups fit a GPU, and checks the installation.
 
     plan.py         tapfm plan: the setups that fit a GPU, before the run
+    gpu_defaults.py what a config leaves open: on a GPU, as the plan says
     cohort_plan.py  `tapfm plan --config`: hours of a run on its cohort
     speed.py        seconds of a tile and an update on each card
     epoch.py        hours and efficiency of an epoch, on one card and many

@@ -9,7 +9,6 @@
     callbacks.py    metrics.csv, memory.csv, best weights, resume point
     stopping.py     a run that is asked to stop: saves, says so, and its exit code
     encode_once.py  a frozen encoder's features, made before the first epoch
-    gpu_defaults.py what a config leaves open: on a GPU, as the plan says
     fit.py          `tapfm fit`: config to run folder
     begun.py        what a run was begun with, and by; whether it may be continued
     announce.py     what a run tells: before it trains, then how far it is (status.json)

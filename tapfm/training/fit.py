@@ -33,6 +33,7 @@ from tapfm.data.datamodule import SlideData
 from tapfm.distributed import named_loss, part, watch_others
 from tapfm.encoders.backbones import find
 from tapfm.encoders.pinned import RING
+from tapfm.planning.gpu_defaults import fill_in, foretell, say_retries
 from tapfm.planning.plan import compare
 from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.recipe.frozen_means import FrozenMeans
@@ -58,7 +59,6 @@ from tapfm.training.arguments import argument_faults
 from tapfm.training.begun import prepare_folder, provenance
 from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
-from tapfm.training.gpu_defaults import fill_in, foretell, say_retries
 from tapfm.training.module import SlideModule, check_counts
 from tapfm.training.old_keys import rename_old_keys
 from tapfm.training.optim import Steps

@@ -25,6 +25,7 @@ from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
 from tapfm.distributed import gather
 from tapfm.encoders.pinned import upload
+from tapfm.planning.gpu_defaults import ON_CPU, on_cpu
 from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
 from tapfm.slide_model.aggregators.pooling import effective_tiles
@@ -39,7 +40,6 @@ from tapfm.training.alternating import (
     check_precision,
     parameters_of,
 )
-from tapfm.training.gpu_defaults import ON_CPU, on_cpu
 from tapfm.training.objective import make_objective
 from tapfm.training.optim import Steps
 from tapfm.training.passes import Passes
@@ -84,7 +84,7 @@ class SlideModule(AlternatingModule):
         tile_px: side of a tile, in tile pixels (the data's).
         mpp: microns per tile pixel (the data's).
         chunk: tiles in memory at once; it changes the memory and nothing else. None, here and of
-            the three below: `tapfm fit` follows the plan on a GPU (`training.gpu_defaults`); else
+            the three below: `tapfm fit` follows the plan on a GPU (`planning.gpu_defaults`); else
             16, fp32, adamw, false.
         keep_chunks: chunks of a slide whose graphs are kept from pass 1, at the memory of as many
             chunks: they are encoded once, not twice. `tapfm plan` says how many fit.

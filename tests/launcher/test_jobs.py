@@ -8,6 +8,9 @@ import pytest
 
 from slides.errors import SettingsError
 from tapfm.cli import VERBS, main, parser
+from tapfm.evaluation.study import launch_cells, plan_cells
+from tapfm.evaluation.study_cells import Study
+from tapfm.evaluation.study_table import FINISHED
 from tapfm.launcher import jobs as launching
 from tapfm.launcher.jobs import Job, Local, launch
 from tapfm.launcher.slides import command_of, launcher_of, slide_jobs
@@ -155,3 +158,58 @@ def test_an_index_on_processes(tmp_path, capsys):
     with ledger.open() as file:
         rows = {row["slide_id"]: row["status"] for row in csv.DictReader(file)}
     assert (rows["s0"], rows["s1"]) == ("kept", "kept")
+
+
+VERB = """
+import pathlib, sys
+verb, *rest = sys.argv[1:]
+values = dict(zip(rest, rest[1:]))
+if verb == "predict":
+    out = pathlib.Path(values["--out"])
+    out.mkdir(parents=True)
+    names = [pathlib.Path(word).stem for word in rest if word.endswith(".svs")]
+    rows = "".join(f"{name},{name},0.5\\n" for name in names)
+    (out / "predictions.csv").write_text("slide_id,case_id,p_EGFR\\n" + rows)
+    for name in names:
+        (out / f"{name}_weights.h5").write_text(name)
+elif verb == "test":
+    folder = pathlib.Path(values["--run"])
+    if "seed_1" in str(folder):
+        print("tapfm: no test slide", file=sys.stderr)
+        sys.exit(2)
+    (folder / "report_test").mkdir()
+    (folder / "report_test" / "metrics_test.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def verbs(tmp_path, monkeypatch):
+    (tmp_path / "verb.py").write_text(VERB)
+    monkeypatch.setattr(launching, "TAPFM", [sys.executable, str(tmp_path / "verb.py")])
+
+
+def test_predictions_of_jobs_come_together(verbs, tmp_path):
+    """Each job writes a folder of its own: two that joined one table would lose rows."""
+    out, slides = tmp_path / "out", [f"s{n}.svs" for n in range(3)]
+    out.mkdir()
+    (out / "predictions.csv").write_text("slide_id,case_id,p_EGFR\nold,old,0.1\ns0,s0,0.9\n")
+    command = ["predict", *slides, "--model", "m.safetensors", "--out", str(out),
+               "--launcher", "local", "--per-job", "2"]  # fmt: skip
+    assert main(command) == 0
+    with (out / "predictions.csv").open() as file:
+        rows = {row["slide_id"]: row["p_EGFR"] for row in csv.DictReader(file)}
+    assert rows == {"old": "0.1", "s0": "0.5", "s1": "0.5", "s2": "0.5"}
+    assert (out / "s2_weights.h5").read_text() == "s2"
+    assert main([*command, "--case", "c"]) == 2, "a case is one prediction"
+
+
+def test_cells_of_a_study_are_jobs(verbs, tmp_path):
+    """Those that end well are marked as finished, as cells of threads are."""
+    study = Study(("c.yaml",), str(tmp_path), seeds=(0, 1), launcher="local")
+    cells = plan_cells(study, [tmp_path / "table.csv"])
+    failed = launch_cells(study, cells, tmp_path)
+    assert list(failed) == ["fold 0, seed 1, tapfm_gated_full"]
+    assert "no test slide" in failed["fold 0, seed 1, tapfm_gated_full"]
+    finished = [(cell.folder / FINISHED).exists() for cell in cells]
+    assert finished == [True, False]
+    assert (tmp_path / "jobs" / "failed.csv").exists()

@@ -22,6 +22,7 @@ from tapfm.planning import footprint as counting
 from tapfm.planning import plan as planning
 from tapfm.planning.cards import CARDS, card_memory, usable
 from tapfm.planning.footprint import PHASES, Cost, Footprint, Setup
+from tapfm.planning.gpu_defaults import foretell
 from tapfm.planning.plan import (
     PlanError,
     compare,
@@ -31,7 +32,6 @@ from tapfm.planning.plan import (
     plan_table,
     setups,
 )
-from tapfm.training.gpu_defaults import foretell
 from tapfm.training.module import SlideModule
 
 MIB = 2**20

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 import yaml
 
@@ -20,6 +19,9 @@ from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders.backbones import find
 from tapfm.planning.footprint import CONTEXT_GIB, Setup
 from tapfm.planning.plan import fitting, forecast, must_fit
+
+if TYPE_CHECKING:
+    import lightning as L
 
 ON_CPU = {"chunk": 16, "precision": "fp32", "optimizer": "adamw", "recompute": False}
 LOG_EVERY = 10  # slides on a GPU, which would wait at each row; on a CPU every slide is logged

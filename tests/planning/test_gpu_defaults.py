@@ -10,9 +10,9 @@ from tapfm.encoders.backbones import find
 from tapfm.planning import plan
 from tapfm.planning.cards import usable
 from tapfm.planning.footprint import CONTEXT_GIB, Footprint
+from tapfm.planning.gpu_defaults import LOG_EVERY, ON_CPU, foretell, planned
 from tapfm.planning.plan import PlanError
 from tapfm.training.fit import prepare_folder, read_config
-from tapfm.training.gpu_defaults import LOG_EVERY, ON_CPU, foretell, planned
 from tests.card import PretendCard
 from tests.cohorts import write_cohort
 
