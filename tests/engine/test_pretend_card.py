@@ -94,7 +94,8 @@ def test_the_host_waits_once_a_log_interval(trained):
     budget = {"whole": 0, "offload": chunks, "few": 1}[trained["name"]]
     for number, slide in enumerate(hard):
         logs = number % 2 == 1
-        assert slide.total() <= budget + logs, (number, slide)
+        tells = number == 0  # status.json, then every half minute
+        assert slide.total() <= budget + logs + tells, (number, slide)
     assert sum(hard, Counter()).total() >= 2, "something is counted"
 
 
