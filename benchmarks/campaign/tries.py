@@ -53,7 +53,8 @@ class End:
             return "memory"
         if self.code < 0:
             return signal.Signals(-self.code).name
-        if self.code and not 0 < len(self.errors) <= LINES:
+        listed = self.errors and re.search(r": \d+ faults$", self.errors[0])  # one a line
+        if self.code and not listed and not 0 < len(self.errors) <= LINES:
             return "unclear"
         return "refused" if self.code else "right"
 
@@ -88,7 +89,7 @@ def attempt(
                 os.setsid()
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-                sys.stdout, sys.stderr = (open(each, "w", closefd=False) for each in (1, 2))
+                sys.stdout, sys.stderr = (os.fdopen(each, "w", closefd=False) for each in (1, 2))
                 if prepare:
                     prepare()
                 code = main(arguments)
