@@ -224,12 +224,14 @@ def fit(row: Row, bags: dict, seed: int) -> Fit:
     for epoch in range(EPOCHS):
         model.train()
         for n in torch.randperm(len(train)).tolist():
-            moment = Moment(steps / (EPOCHS * len(train)), epoch, stable_seed(seed, epoch, n))
+            draw = stable_seed(seed, epoch, n) % 2**63
+            moment = Moment(steps / (EPOCHS * len(train)), epoch, draw)
             target = train[n].target_Y
             (objective(model, train[n].tiles, target, moment).loss / UPDATE).backward()
             steps += 1
             if steps % UPDATE == 0:
                 optimizer.step()
+                objective.after_update()
                 optimizer.zero_grad()
                 falling.step()
         model.eval()

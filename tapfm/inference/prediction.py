@@ -55,9 +55,8 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
     with torch.no_grad():
         tiles = model.tiles(bag, chunk)
         output = model.aggregator(tiles)
-        alone_TK, few = output.tile_logits_TK, len(model.task.predictions) <= FEW
-        if alone_TK is None and few:
-            alone_TK = model.aggregator.alone(tiles)
+        few = len(model.task.predictions) <= FEW
+        alone_TK = model.aggregator.alone(tiles) if few else None
     return Prediction(
         bag.slide_id,
         bag.case_id,
@@ -65,7 +64,7 @@ def predict_bag(model: SlideModel, bag: Bag, chunk: int) -> Prediction:
         model.task.predict(output.logits_K).cpu().numpy(),
         output.weights_T.cpu().numpy(),
         output.logits_K.cpu().numpy(),
-        None if alone_TK is None or not few else model.task.predict(alone_TK).cpu().numpy(),
+        None if alone_TK is None else model.task.predict(alone_TK).cpu().numpy(),
         output.embedding_E.detach().float().flatten().cpu().numpy(),
     )
 
