@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from slides.errors import NotASlideError, SettingsError, UnreadableRegionError
+from slides.streaming import workers as pool
 from slides.streaming.bounded_tiles import SlideTiles, joined
 from slides.streaming.chunks import WorkerDiedError
 from slides.streaming.prefetch import Prefetcher, stream_chunks
@@ -163,9 +164,8 @@ def test_the_next_slides_are_read_ahead_as_far_as_the_slots_go():
 
 
 def test_slots_are_made_once_for_all_slides(monkeypatch):
-    made = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a[0]) or empty(*a, **k))
+    made, shared = [], pool._shared
+    monkeypatch.setattr(pool, "_shared", lambda *a: made.append(a[0]) or shared(*a))
     prefetcher, _ = prefetcher_of(2)
     with prefetcher:
         for number in range(len(COUNTS)):
