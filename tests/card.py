@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -64,6 +65,8 @@ class Ledger(TorchDispatchMode):
         """Return whether a tensor's storage is on the card."""
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             return False
+        while functorch.is_batchedtensor(tensor):  # of torch.vmap
+            tensor = functorch.get_unwrapped(tensor)
         return tensor.untyped_storage()._cdata in self.there
 
     def is_pinned(self, tensor) -> bool:

@@ -162,12 +162,12 @@ def draw_overlays(data: SlideData, predictions: list[Prediction], folder: Path) 
         if data.features and (index.coords0 is None or not row.path.is_file()):
             continue  # features may be all that is left of a slide
         with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:
-            thumbnail, downsample = slide.thumbnail(max_side=1200)
+            (thumbnail, downsample), mpp0 = slide.thumbnail(max_side=1200), slide.mpp
         path = folder / f"{each.slide_id}.png"
         overlay_png(
             thumbnail, downsample, index.coords0, index.size0, each.weights_T, path,
             title=f"{each.slide_id}: {effective_text(each.weights_T)}",
-            opacity_T=weight_opacity(each.weights_T), mpp0=index.slide_mpp,
+            opacity_T=weight_opacity(each.weights_T), mpp0=mpp0,
             made_by=f"{folder.parent.name}, {name}",
         )  # fmt: skip
 

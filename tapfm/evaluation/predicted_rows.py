@@ -126,7 +126,7 @@ def known_bags(
     for slide in slides:
         if extraction.fault(folder / f"{slide.slide_id}.h5", data.index(slide)):
             return None
-    return KnownBags(rows, FeatureSource(folder, slides, data.tiles.mpp, data.budget))
+    return KnownBags(rows, FeatureSource([folder], slides, data.tiles.mpp, data.budget))
 
 
 def frozen_rows(

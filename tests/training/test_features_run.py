@@ -276,7 +276,7 @@ def test_all_faults_are_told_at_once_or_skipped(cohort, tmp_path, capsys):
     assert "s1: there is no s1.h5 or .pt in" in said
     assert f"s4: {some / 's4.h5'} is damaged, or no feature file" in said
     assert "s8.h5 has 99 features a tile, and 11 other slides have 128" in said
-    skip = ["--data.on_error", "skip", "--model.aggregator", "gated"]
+    skip = ["--data.on_error", "skip", "--data.max_skipped", "0.3", "--model.aggregator", "gated"]
     assert run(config, "skip", *here, *skip) == 0
     skipped = json.loads((tmp_path / "runs" / "skip" / "skipped.json").read_text())
     assert sorted(skipped) == ["s1", "s4", "s8"]

@@ -70,9 +70,9 @@ def test_each_broken_slide_has_its_own_error(shared_data, tmp_path, model, capsy
     assert main([*arguments, "--slide-mpp", "0.5"]) == 2
     faults = re.findall("tapfm: (.*)", capsys.readouterr().err)
     assert len(faults) == len(BROKEN)
-    for fault, name in zip(faults, BROKEN.values(), strict=True):
-        assert name in fault
-    reasons = [fault.split(":", 1)[1] for fault in faults]
+    for name in BROKEN.values():  # as they are found, by any process
+        assert any(f" {name}:" in fault for fault in faults)
+    reasons = [fault.split(":", 2)[2] for fault in faults]
     assert len(set(reasons)) == len(reasons)
 
 
