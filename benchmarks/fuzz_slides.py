@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from slides.errors import SlideError
+from slides.errors import SlideError, UnreadableRegionError
 from slides.grid import Grid
 from slides.tiling.index import index_slide
 from slides.tiling.tissue import Tissue
+from slides.wsi.jpeg_stream import DamagedTileError
 from slides.wsi.reader import Slide
 from slides.wsi.tiff_tags import directories
 
@@ -33,6 +34,7 @@ LIMIT_S = 20.0  # for one case: sound ones take 0.05 s
 MEMORY = 6 << 30  # address space of the process that reads: more is a bomb that went off
 EXTREMES = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1)
 GRID = Grid(29, 1.0)
+DAMAGED_TILE = "a damaged tile"  # in place of the error's class
 REGIONS = ((0, 0, 96, 96), (101, 57, 64, 64), (-9, -7, 50, 50), (280, 200, 90, 90))
 
 
@@ -106,14 +108,23 @@ def spots(path: Path, size: int) -> np.ndarray:
 
 
 def read_both_ways(path: Path) -> str:
-    """Return `right` or the error's class; raise if anything else happens."""
+    """Return `right` or the error's class; raise if anything else happens.
+
+    OpenSlide returns what libjpeg guesses of a damaged tile, which decoding here refuses: from
+    there on there is nothing to compare.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast, slow = _all_that_is_read(path, True), _all_that_is_read(path, False)
+    refused = isinstance(fast[-1], str) and fast[-1] == DAMAGED_TILE
+    if refused:
+        slow = slow[: len(fast) - 1]
     for one, other in zip(fast, slow, strict=False):
         same = np.array_equal(one, other) if isinstance(one, np.ndarray) else str(one) == str(other)
         if not same:
             raise AssertionError(f"{one!r:.200} directly, {other!r:.200} by OpenSlide")
+    if refused:
+        return UnreadableRegionError.__name__
     if len(fast) != len(slow):
         raise AssertionError(f"{fast[-1]!r:.200} directly, {slow[-1]!r:.200} by OpenSlide")
     return slow[-1] if isinstance(slow[-1], str) else "right"
@@ -133,7 +144,8 @@ def _all_that_is_read(path: Path, direct: bool) -> list:
             answer.append(slide.read(13, 29, GRID))
             answer.append(index_slide(slide, GRID, Tissue(min_area_um2=0)).coords0)
         except SlideError as error:
-            answer.append(type(error).__name__)
+            damaged_tile = isinstance(error.__cause__, DamagedTileError)
+            answer.append(DAMAGED_TILE if damaged_tile else type(error).__name__)
     return answer
 
 

@@ -172,9 +172,12 @@ def _why_not(page: tifffile.TiffPage) -> str:
         return f"{page.bitspersample} bits a channel"
     if samples - len(extra) != colours.get(page.photometric) or len(extra) > 1 or 1 in extra:
         return f"{samples} channels of photometric interpretation {page.photometric}"
+    sides = (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, _rows(page))
+    if min(sides) < 1:
+        return f"parts of {sides[0]} x {sides[1]} pixels"
     if not len(page.dataoffsets) == len(page.databytecounts) == _parts_needed(page):
         return "its table of strips or tiles is incomplete"
-    part = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * _rows(page)
+    part = sides[0] * sides[1]
     if part > MAX_PART and (page.is_tiled or page.compression != NONE or page.planarconfig == 2):
         return f"a part of {part} pixels"
     try:
