@@ -64,7 +64,7 @@ fit-%: $(READY)
 	$(BIN)/tapfm fit $(CONFIG) --seed_everything $(SEED) --run_dir $(RUN) \
 		--model.aggregator $(AGGREGATOR) $(OWN)
 
-test: $(READY) ## lint, and every test that needs no GPU and no download (15 minutes on 2 cores)
+test: $(READY) ## lint, and every test that needs no GPU and no download (about 20 minutes on 2 cores)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadfile
 

@@ -15,7 +15,6 @@ Shapes: T tiles of a slide, S side of a tile, K labels.
 from __future__ import annotations
 
 import pickle
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -329,8 +328,8 @@ class SlideLoader(DataLoader):
         try:
             bag = next(bags)
             return pickle.loads(bag) if isinstance(bag, bytes) else bag
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid", str(error)):
+        except (RuntimeError, ConnectionError) as error:  # of a pipe, where it died as it sent
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             ahead = turns[: self.num_workers * (self.prefetch_factor or 1)]
             rows = [self.dataset.rows[getattr(turn, "slide", turn)] for turn in ahead]
