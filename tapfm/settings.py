@@ -64,6 +64,15 @@ def below(settings: Mapping[str, Any], least: Mapping[str, float], where: str = 
     ]
 
 
+def unmet(*rules: tuple[str, Any, str, bool]) -> list[str]:
+    """Return a fault for each setting that breaks its rule.
+
+    Args:
+        rules: name, value, what it must be, and whether it is.
+    """
+    return [f"{name} must be {rule}, got {value}" for name, value, rule, good in rules if not good]
+
+
 def choose(
     kinds: Mapping[str, type], spec: Spec, where: str, error: type[SettingsError] = SettingsError
 ) -> Any:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from tapfm.bag_transforms.contract import BagTransform, Step
 from tapfm.data.bag import Moment, Places
-from tapfm.settings import SettingsError, refuse
+from tapfm.settings import SettingsError, refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 SCORES = ("class", "attention")
@@ -80,23 +80,17 @@ class Mhim:
     """Share of the run before anything is left out."""
 
     def __post_init__(self):
-        shares = {
-            key: (getattr(self, key), "in [0, 1)", 0 <= getattr(self, key) < 1)
-            for key in ("high", "low", "random", "warm_up")
-        }
-        refuse(
-            f"model.bag_transforms mhim: {key} must be {rule}, got {value}"
-            for key, (value, rule, good) in {
-                **shares,
-                "score": (self.score, f"one of {', '.join(SCORES)}", self.score in SCORES),
-                "high_drop": (self.high_drop, "in (0, 1]", 0 < self.high_drop <= 1),
-                "recycle_keep": (self.recycle_keep, "in (0, 1]", 0 < self.recycle_keep <= 1),
-                "recycle_tokens": (self.recycle_tokens, "0 or more", self.recycle_tokens >= 0),
-                "consistency": (self.consistency, "0 or more", self.consistency >= 0),
-                "momentum": (self.momentum, "in [0, 1]", 0 <= self.momentum <= 1),
-            }.items()
-            if not good
+        shares = {key: getattr(self, key) for key in ("high", "low", "random", "warm_up")}
+        faults = unmet(
+            *((key, share, "in [0, 1)", 0 <= share < 1) for key, share in shares.items()),
+            ("score", self.score, f"one of {', '.join(SCORES)}", self.score in SCORES),
+            ("high_drop", self.high_drop, "in (0, 1]", 0 < self.high_drop <= 1),
+            ("recycle_keep", self.recycle_keep, "in (0, 1]", 0 < self.recycle_keep <= 1),
+            ("recycle_tokens", self.recycle_tokens, "0 or more", self.recycle_tokens >= 0),
+            ("consistency", self.consistency, "0 or more", self.consistency >= 0),
+            ("momentum", self.momentum, "in [0, 1]", 0 <= self.momentum <= 1),
         )
+        refuse(f"model.bag_transforms mhim: {fault}" for fault in faults)
 
     def build(self, aggregator: Aggregator) -> HardTiles:
         """See `BagTransformOptions`."""

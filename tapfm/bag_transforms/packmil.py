@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tapfm.bag_transforms.contract import BagTransform, Step
 from tapfm.data.bag import Moment, Places
-from tapfm.settings import refuse
+from tapfm.settings import refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, TileSet
 
 
@@ -51,16 +51,13 @@ class PackMil:
     """A slide of fewer tiles is whole in both branches."""
 
     def __post_init__(self):
-        refuse(
-            f"model.bag_transforms packmil: {name} must be {rule}, got {value}"
-            for name, value, rule, good in (
-                ("share", self.share, "in (0, 1)", 0 < self.share < 1),
-                ("slides", self.slides, "2 or more", self.slides >= 2),
-                ("weight", self.weight, "0 or more", self.weight >= 0),
-                ("least", self.least, "2 or more", self.least >= 2),
-            )
-            if not good
+        faults = unmet(
+            ("share", self.share, "in (0, 1)", 0 < self.share < 1),
+            ("slides", self.slides, "2 or more", self.slides >= 2),
+            ("weight", self.weight, "0 or more", self.weight >= 0),
+            ("least", self.least, "2 or more", self.least >= 2),
         )
+        refuse(f"model.bag_transforms packmil: {fault}" for fault in faults)
 
     def build(self, aggregator: Aggregator) -> Hyperslide:
         """See `BagTransformOptions`."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from slides.files import replacing
 from tapfm.bag_transforms.contract import BagTransform, Step
 from tapfm.data.bag import Moment, Places
-from tapfm.settings import SettingsError, refuse
+from tapfm.settings import SettingsError, refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, TileSet
 
 
@@ -48,14 +48,11 @@ class Replay:
     """Regions of a pseudo-bag."""
 
     def __post_init__(self):
-        refuse(
-            f"model.bag_transforms replay: {name} must be {rule}, got {value}"
-            for name, value, rule, good in (
-                ("weight", self.weight, "0 or more", self.weight >= 0),
-                ("regions", self.regions, "1 or more", self.regions >= 1),
-            )
-            if not good
+        faults = unmet(
+            ("weight", self.weight, "0 or more", self.weight >= 0),
+            ("regions", self.regions, "1 or more", self.regions >= 1),
         )
+        refuse(f"model.bag_transforms replay: {fault}" for fault in faults)
 
     def build(self, aggregator: Aggregator) -> Rehearsal:
         """See `BagTransformOptions`."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tapfm.data.bag import Moment
 from tapfm.regularisers.contract import Regulariser
-from tapfm.settings import SettingsError, refuse
+from tapfm.settings import SettingsError, refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
 
@@ -46,16 +46,13 @@ class Aem:
     """Divide by the logarithm of the number of tiles."""
 
     def __post_init__(self):
-        refuse(
-            f"model.regularisers aem: {name} must be {rule}, got {value}"
-            for name, value, rule, good in (
-                ("weight", self.weight, "0 or more", self.weight >= 0),
-                ("end", self.end, "0 or more", self.end >= 0),
-                ("until", self.until, "in [0, 1]", 0 <= self.until <= 1),
-                ("top", self.top, "0 or more", self.top >= 0),
-            )
-            if not good
+        faults = unmet(
+            ("weight", self.weight, "0 or more", self.weight >= 0),
+            ("end", self.end, "0 or more", self.end >= 0),
+            ("until", self.until, "in [0, 1]", 0 <= self.until <= 1),
+            ("top", self.top, "0 or more", self.top >= 0),
         )
+        refuse(f"model.regularisers aem: {fault}" for fault in faults)
 
     def build(self, aggregator: Aggregator) -> AttentionEntropy:
         """See `RegulariserOptions`."""

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tapfm.settings import SettingsError
+from tapfm.settings import SettingsError, unmet
 
 SHARES = "some of [0, 1], 0 and 1 among them, or []"
 END = 0.01  # the cosine ends at this share of the peak: 1e-8 for the paper's 1e-6
@@ -56,22 +56,18 @@ class Steps:
         if self.head_start is not None:
             object.__setattr__(self, "warm_start", self.warm_start or self.head_start)
             object.__setattr__(self, "head_start", None)
-        faults = [
-            f"{name} must be {rule}, got {value}"
-            for name, value, rule, good in (
-                ("head_first", self.head_first, "in [0, 1)", 0 <= self.head_first < 1),
-                ("encoder_lr", self.encoder_lr, "0 or more", (self.encoder_lr or 0) >= 0),
-                ("head_lr", self.head_lr, "above 0", self.head_lr > 0),
-                ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
-                ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
-                ("clip", self.clip, "0 or more", self.clip >= 0),
-                ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
-                ("pull", self.pull, "0 or more", self.pull >= 0),
-                ("average", self.average, "in [0, 1]", 0 <= self.average <= 1),
-                ("interpolate", self.interpolate, SHARES, are_shares(self.interpolate)),
-            )
-            if not good
-        ]
+        faults = unmet(
+            ("head_first", self.head_first, "in [0, 1)", 0 <= self.head_first < 1),
+            ("encoder_lr", self.encoder_lr, "0 or more", (self.encoder_lr or 0) >= 0),
+            ("head_lr", self.head_lr, "above 0", self.head_lr > 0),
+            ("weight_decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("warmup", self.warmup, "in [0, 1)", 0 <= self.warmup < 1),
+            ("clip", self.clip, "0 or more", self.clip >= 0),
+            ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
+            ("pull", self.pull, "0 or more", self.pull >= 0),
+            ("average", self.average, "in [0, 1]", 0 <= self.average <= 1),
+            ("interpolate", self.interpolate, SHARES, are_shares(self.interpolate)),
+        )
         faults += [
             f"{name} must be finite, got {value}"
             for name, value in vars(self).items()

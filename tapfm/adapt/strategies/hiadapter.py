@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from tapfm.adapt.pixels import STAINS, Colours, StainMaps, optical_density, placed, stem
 from tapfm.adapt.surgery import Inserted, StrategyError, need_vit, share
+from tapfm.settings import unmet
 
 PARTS = ("stain", "morphology")
 HEADS = 8  # heads of the cross-attention
@@ -185,21 +186,17 @@ class HiAdapter(Inserted):
     adds: ClassVar[str] = "parts that look at the tile"
 
     def __post_init__(self):
-        faults = [
-            f"{name} must be {rule}, got {value}"
-            for name, value, rule, good in (
-                ("parts", list(self.parts), f"some of {', '.join(PARTS)}",
-                 _some(self.parts, PARTS)),
-                ("width", self.width, f"0 (the model's) or a multiple of {HEADS}",
-                 self.width >= 0 and self.width % HEADS == 0),
-                ("dropout", self.dropout, "in [0, 1)", 0 <= self.dropout < 1),
-                ("stages", self.stages, "1 or more", self.stages >= 1),
-                ("reduction", self.reduction, "1 or more", self.reduction >= 1),
-                ("stains", list(self.stains), f"some of {', '.join(STAINS)}",
-                 _some(self.stains, STAINS)),
-            )
-            if not good
-        ]  # fmt: skip
+        faults = unmet(
+            ("parts", list(self.parts), f"some of {', '.join(PARTS)}",
+             _some(self.parts, PARTS)),
+            ("width", self.width, f"0 (the model's) or a multiple of {HEADS}",
+             self.width >= 0 and self.width % HEADS == 0),
+            ("dropout", self.dropout, "in [0, 1)", 0 <= self.dropout < 1),
+            ("stages", self.stages, "1 or more", self.stages >= 1),
+            ("reduction", self.reduction, "1 or more", self.reduction >= 1),
+            ("stains", list(self.stains), f"some of {', '.join(STAINS)}",
+             _some(self.stains, STAINS)),
+        )  # fmt: skip
         if faults:
             raise StrategyError("model.strategy: hiadapter: " + "; ".join(faults))
 
