@@ -155,10 +155,6 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
     """
     from tapfm.yaml_files import load, read_text
 
-    if not file.exists():
-        there = sorted(path.stem for path in file.parent.glob("*.yaml"))
-        listed = f" There are: {', '.join(there)}." if there else ""
-        raise SettingsError(f"{file}: there is no such {what}.{listed}")
     found = load(read_text(file, what), file) or {}
     if not isinstance(found, dict):
         raise SettingsError(f"{file}: holds {found!r:.60}, and a {what} is lines of `key: value`")

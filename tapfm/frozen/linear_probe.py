@@ -107,6 +107,7 @@ def fit_linear_probe(
     (x_ND, y_NY), (val_x_ND, val_y_NY) = (_arrays(part, mean_D, std_D) for part in (train, val))
     loss = task.loss().double().eval()
     train_cases, val_cases = ([slide.case_id for slide in part] for part in (train, val))
+    share = len({*val_cases}) / len({*val_cases, *train_cases})
     chosen = []
     # scipy's vectors are short: a second thread of its own takes six times the processor time
     with threadpool_limits(1, "blas"):
@@ -117,7 +118,6 @@ def fit_linear_probe(
             y, val_y = (torch.where(its_Y, each, torch.nan) for each in (y_NY, val_y_NY))
             _check_values(name, y)
             folds = _folds(train_cases, y) if by_loss else []
-            share = len(set(val_cases)) / len({*val_cases, *train_cases}) if folds else 1.0
             now_KE, best_score = torch.zeros_like(found_KE), None
             for strength in strengths:
                 now_KE[of_J] = _solve(x_NR, y, loss, of_J, strength, now_KE)
@@ -125,7 +125,7 @@ def fit_linear_probe(
                 if by_loss:
                     figure, minus_loss = score
                     unseen = _unseen_loss(x_NR, y, loss, of_J, strength, folds, now_KE)
-                    if math.isfinite(unseen):  # not so where a fit was left without an event
+                    if math.isfinite(unseen):  # not so without folds, or a fit without an event
                         minus_loss = share * minus_loss - (1 - share) * unseen
                     score = minus_loss, figure
                 if best_score is None or score > best_score:
@@ -161,14 +161,14 @@ def _unseen_loss(
     x_NR: Tensor, y_NY: Tensor, loss: nn.Module, of_J: list[int], strength: float,
     folds: Sequence[Tensor], start_KE: Tensor,
 ) -> float:  # fmt: skip
-    """Return the loss of training slides, each under the fit to the other folds' cases."""
+    """Return the loss of training slides, each under the fit to the other folds; or nan."""
     logits_NK = x_NR.new_zeros(len(x_NR), len(start_KE))
     for fold_N in folds:
         fit_KE = torch.zeros_like(start_KE)
         rest_N = ~fold_N
         fit_KE[of_J] = _solve(x_NR[rest_N], y_NY[rest_N], loss, of_J, strength, start_KE)
         logits_NK[fold_N] = _logits(x_NR[fold_N], fit_KE)
-    return float(loss(logits_NK, y_NY)) if folds else 0.0
+    return float(loss(logits_NK, y_NY)) if folds else math.nan
 
 
 def _logits(x_NR: Tensor, found_KE: Tensor) -> Tensor:
