@@ -72,7 +72,7 @@ TARGET = torch.tensor([1.0])
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared."""
+    """One line of the table: an aggregator, with what is trained beside it."""
 
     aggregator: Spec
     regularisers: Sequence[Spec] = ()
@@ -108,9 +108,9 @@ class Fit:
 
     loss: float = float("inf")
     logits_N: list[float] = field(default_factory=list)
-    """Of the test bags."""
+    """Logits of the test bags."""
     tile_aurocs: list[float] = field(default_factory=list)
-    """Of the tile weights, and where there are any of the tiles' logits, over positive bags."""
+    """Mean AUROC of tile weights, and of tiles' logits where there are any, on positive bags."""
 
 
 def main() -> int:

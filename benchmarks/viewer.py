@@ -1,4 +1,4 @@
-"""How soon the viewer paints a slide of 100,000 x 80,000 pixels, and what it writes as files.
+"""Measure how soon the viewer paints a slide of 100,000 x 80,000 pixels.
 
     python -m benchmarks.viewer [--out FOLDER]
 

@@ -22,7 +22,7 @@ from tests.cohorts import write_cohort
 PIECES = (b"\0", b"\n", b"\x1b[2J", b"\xff\xfe", b"-1", b"nan", b"1e999", b"&a [*a]", b": ",
           b"'", b'"', b"{", b"]", b",", b";", "\u202e".encode(), b"=1+1", b"../",
           b"A" * 300)  # fmt: skip
-"""What text is changed to, beside single bytes."""
+"""Texts put into a file, beside single bytes."""
 
 
 def changed(data: bytes, numbers: random.Random, text: bool) -> bytes:

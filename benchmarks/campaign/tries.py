@@ -31,7 +31,7 @@ FIELDS = ("attack", "tried", "survived", "seed", "commit", "date", "ends")
 
 @dataclass(frozen=True)
 class End:
-    """How a try ended."""
+    """The end of a try: exit code, output and what it took."""
 
     code: int
     """Exit code; negative for a signal."""

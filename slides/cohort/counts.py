@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Tally = dict[str, int]
-"""What is counted -> its number."""
+"""Numbers of cases, slides or values, by name."""
 UNKNOWN = "unknown"
 
 

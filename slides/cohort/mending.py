@@ -34,7 +34,7 @@ class Mended:
     header: list[str]
     rows: list[list[str]]
     done: list[str]
-    """What was changed, a line each."""
+    """Changes made, a line each."""
 
 
 def mend(
