@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from slides.errors import SettingsError
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.aggregators.case_transformer import CaseTransformer, Slides
 from tests.bags import tile_set
+from tests.transformer_layers import through
 
 COUNTS, D, K, WIDTH, HEADS = (8, 5, 3), 7, 3, 8, 2
 T = sum(COUNTS)
@@ -30,14 +30,7 @@ def by_hand(a, bag):
     within = [a.gate(z).softmax(0) for z in bag.z_TD.split(COUNTS)]
     slides = [w @ z for w, z in zip(within, bag.z_TD.split(COUNTS), strict=True)]
     x = torch.stack([a.case.token_W, *(a.project(slide) for slide in slides)])[:, None]
-    for layer in a.case.layers:
-        h = layer.norm(x)
-        seen, looked = F.multi_head_attention_forward(
-            h, h, h, WIDTH, HEADS, layer.qkv.weight, layer.qkv.bias, None, None, False, 0.0,
-            layer.out.weight, layer.out.bias, training=False, average_attn_weights=False,
-        )  # fmt: skip
-        x = x + layer.scale_W * seen
-        x = x + layer.scale_mlp_W * layer.mlp(layer.norm_mlp(x))
+    x, looked = through(a.case.layers, x, HEADS)
     share = looked[0, :, 0, 1:]  # of the case token, a row a head
     share = (share / share.sum(1, keepdim=True)).mean(0)
     weights = torch.cat([s * w for s, w in zip(share, within, strict=True)])

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from slides.errors import SettingsError
 from tapfm.data.bag import Places
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.aggregators.contract import TileSet
 from tapfm.slide_model.aggregators.regions import regions_of
+from tests.transformer_layers import through
 
 D, K, WIDTH, HEADS, STEP = 7, 3, 8, 2, 448
 
@@ -95,14 +95,7 @@ def by_hand(a, tiles, truth, corner_side):
             wave = torch.tensor(wave, dtype=torch.float64)
             x.append(a.project(tiles.z_TD[n]) + a.scale_SW[truth[n][2]] + a.place(wave))
         x = torch.stack(x)[:, None]
-        for layer in a.layers:
-            h = layer.norm(x)
-            seen, looked = F.multi_head_attention_forward(
-                h, h, h, WIDTH, HEADS, layer.qkv.weight, layer.qkv.bias, None, None, False, 0.0,
-                layer.out.weight, layer.out.bias, training=False, average_attn_weights=False,
-            )  # fmt: skip
-            x = x + layer.scale_W * seen
-            x = x + layer.scale_mlp_W * layer.mlp(layer.norm_mlp(x))
+        x, looked = through(a.layers, x, HEADS)
         share = looked[0, :, 0, 1:]
         looks.append((share / share.sum(1, keepdim=True)).mean(0))
         tokens.append(a.norm_regions(x[0, 0]))
