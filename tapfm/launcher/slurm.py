@@ -38,7 +38,7 @@ class Slurm:
 
     def __init__(self, at_once: int = 64, options: Mapping[str, str] | None = None):
         try:
-            import submitit  # noqa: F401
+            import submitit  # noqa: F401, asked for before slides are looked at
         except ImportError:
             raise SettingsError(
                 "--launcher slurm needs the package submitit: pip install 'tapfm[slurm]'"
