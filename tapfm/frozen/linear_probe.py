@@ -86,6 +86,7 @@ def fit_linear_probe(
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
     by_loss: bool = False,
+    as_chosen: Sequence[float] = (),
 ) -> LinearProbe:
     """Return the linear probe.
 
@@ -97,6 +98,7 @@ def fit_linear_probe(
         strengths: candidates for C.
         by_loss: choose them by the loss of cases that a fit has not seen; the figure, which comes
             first otherwise, does not see how confident a wrong prediction is.
+        as_chosen: the strengths that another probe of these slides chose; none chooses anew.
 
     Raises:
         FitError: a label has one value only in `train`, or slides are empty or of unequal width.
@@ -114,12 +116,13 @@ def fit_linear_probe(
         u_NR, s_R, turn_RD = torch.linalg.svd(x_ND, full_matrices=False)
         x_NR, val_x_NR = u_NR * s_R, val_x_ND @ turn_RD.T
         found_KE = x_NR.new_zeros(len(task.labels), len(s_R) + 1)
-        for name, of_J, its_Y in _apart(task):
+        for place, (name, of_J, its_Y) in enumerate(_apart(task)):
             y, val_y = (torch.where(its_Y, each, torch.nan) for each in (y_NY, val_y_NY))
             _check_values(name, y)
-            folds = _folds(train_cases, y) if by_loss else []
+            tried = as_chosen[place : place + 1] or strengths
+            folds = _folds(train_cases, y) if by_loss and len(tried) > 1 else []
             now_KE, best_score = torch.zeros_like(found_KE), None
-            for strength in strengths:
+            for strength in tried:
                 now_KE[of_J] = _solve(x_NR, y, loss, of_J, strength, now_KE)
                 _, score = validation_score(_logits(val_x_NR, now_KE), val_y, task, loss)
                 if by_loss:

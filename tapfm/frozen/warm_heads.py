@@ -44,8 +44,9 @@ def fit_slide_model(
     val: Sequence[FrozenSlide],
     task: Task,
     seed: int,
-) -> list[str]:
-    """Fit a new slide model to features, and leave it on the CPU; return lines for the log.
+    strengths: Sequence[float] = (),
+) -> tuple[list[str], tuple[float, ...]]:
+    """Fit a new slide model to features, and leave it on the CPU.
 
     Features are standardised. The head is a solved linear probe, or attention and head are trained,
     whichever has the lower validation loss.
@@ -56,13 +57,18 @@ def fit_slide_model(
         val: slides of this process.
         task: target and loss.
         seed: of the order.
+        strengths: of the probe; none chooses them.
+
+    Returns:
+        Lines for the log, and the probe's strengths; none without a linear head.
     """
     standardise(aggregator, *feature_statistics(train, shared=True))
     fresh = deepcopy(aggregator)
     aggregator.cpu()
     lines, best = [], math.inf
     if aggregator.linear_head:
-        probe = solve_head(aggregator, train, val, task)
+        probe = solve_head(aggregator, train, val, task, strengths)
+        strengths = probe.chosen
         *_, best = figures(aggregator, val, task)
         lines.append(f"a linear probe, {probe.describe()}, validation loss {best:.3f}")
     if aggregator.learns_weights:
@@ -74,7 +80,7 @@ def fit_slide_model(
             lines[-1] += ", which is taken"
     state = gather(aggregator.state_dict())[0]  # rounding parts processes
     aggregator.load_state_dict(state)
-    return lines
+    return lines, tuple(strengths)
 
 
 @torch.no_grad()
@@ -91,8 +97,9 @@ def embed(aggregator: Aggregator, mine: Sequence[FrozenSlide]) -> list[FrozenSli
 
 @torch.no_grad()
 def solve_head(
-    aggregator: Aggregator, train: Sequence[FrozenSlide], val: Sequence[FrozenSlide], task: Task
-) -> LinearProbe:
+    aggregator: Aggregator, train: Sequence[FrozenSlide], val: Sequence[FrozenSlide], task: Task,
+    strengths: Sequence[float] = (),
+) -> LinearProbe:  # fmt: skip
     """Put a linear probe of the slides' embeddings in the aggregator's head, and return it.
 
     Args:
@@ -100,11 +107,14 @@ def solve_head(
         train: slides of this process, fitted on.
         val: slides of this process; they choose the strength, by loss.
         task: target and loss.
+        strengths: of the probe; none chooses them.
 
     Raises:
         FitError: a label has one value only in `train`.
     """
-    probe = fit_linear_probe(embed(aggregator, train), embed(aggregator, val), task, by_loss=True)
+    probe = fit_linear_probe(
+        embed(aggregator, train), embed(aggregator, val), task, by_loss=True, as_chosen=strengths
+    )
     weight_KD = probe.weight_KD / probe.std_D
     aggregator.head.weight.copy_(weight_KD)
     aggregator.head.bias.copy_(probe.bias_K - weight_KD @ probe.mean_D)

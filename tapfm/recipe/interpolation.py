@@ -1,10 +1,16 @@
 """How much of the encoder's change is kept: a share `a`, chosen on validation.
 
 After the last epoch the encoder is put at W(a) = W0 + a (W - W0), a slide model is fitted to each
-a's features (`slide_model_for`), and the validation loss decides by the rule of one standard
-error, toward 0: the smallest a whose loss is no more above the least than the standard error of
-that difference, from a paired bootstrap of whole cases. So no saved model is worse on validation
-than the frozen encoder with a slide model of its own, and where there is nothing to learn a is 0.
+a's features (`slide_model_for`), and the calibrated validation loss decides by the rule of one
+standard error, toward 0: the smallest a whose loss is no more above the least than the standard
+error of that difference, from a paired bootstrap of whole cases. So no saved model is worse on
+validation than the frozen encoder with a slide model of its own, and where there is nothing to
+learn a is 0.
+
+Two things keep few patients from deciding by chance. How strong a solved head is held is chosen
+once, on the frozen features, and is the same at every a: training cases flatter an encoder that
+has learned from them. And logits are calibrated before their loss is taken (`calibrated`), as
+`tapfm test` calibrates every row: the mean of five patients' logits says nothing of an encoder.
 
 W is the best epoch or the mean of the weights (`recipe.weight_average`), whichever has the lower
 validation loss at a = 1. Where a change has no scale, as with prompts, a is 0 or 1.
@@ -27,7 +33,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import minimize
+from torch import Tensor, nn
 
 from tapfm.adapt.interpolation import between, put
 from tapfm.adapt.strategies import scaled_parts
@@ -54,7 +61,7 @@ class Point:
 
     a: float
     loss: float
-    """Of all validation slides, with the slide model fitted at this a."""
+    """Of all validation slides, calibrated, with the slide model fitted at this a."""
     error: float
     """Standard error of the difference to the least loss of the curve."""
     figure: float
@@ -112,9 +119,13 @@ class Candidates:
         self.start, self.seed = start, seed
         self.scaled = scaled_parts(module.slide_model.strategy)
         self.trained = deepcopy(module.slide_model.aggregator).cpu()
+        self.strengths: tuple[float, ...] = ()
 
     def measure(self, end: Weights, a: float) -> tuple[Point, Aggregator, np.ndarray]:
-        """Return a share's point, its slide model, and its losses (B,) on the cases' draws."""
+        """Return a share's point, its slide model, and its losses (B,) on the cases' draws.
+
+        The first share to be measured is 0: its head's strengths are those of all others.
+        """
         model = self.module.slide_model
         if a == 0 and not self.scaled:
             model = frozen_model(model, self.start).to(model.device)
@@ -123,7 +134,10 @@ class Candidates:
         chunk, bags = self.module.chunk, (self.train(), self.val())
         train, val = cache_splits(model, chunk, *bags, f"a {a:g}")
         trained = self.trained if a > 0 else None
-        aggregator, head = slide_model_for(trained, model, train, val, self.task, self.seed)
+        with undisturbed(CPU):
+            aggregator, head, self.strengths = slide_model_for(
+                trained, model, train, val, self.task, self.seed, self.strengths
+            )
         figure, *_ = figures(aggregator, val, self.task)
         losses_B = drawn_losses(aggregator, val, self.task, self.seed)
         return Point(a, float(losses_B[0]), 0.0, figure, head), aggregator, losses_B
@@ -139,10 +153,11 @@ def interpolate(
         ends: what W may be, by name.
         shares: a's to try, from 0 to 1, both included.
     """
+    first = candidates.measure(next(iter(ends.values())), 0.0)
     full = {name: candidates.measure(end, 1.0) for name, end in ends.items()}
     source = min(full, key=lambda name: full[name][0].loss)
     between_a = sorted(a for a in shares if 0 < a < 1) if candidates.scaled else []
-    found = [candidates.measure(ends[source], a) for a in (0.0, *between_a)] + [full[source]]
+    found = [first, *(candidates.measure(ends[source], a) for a in between_a), full[source]]
     chosen, error_P = one_standard_error(np.stack([losses_B for *_, losses_B in found]))
     points = [point for point, *_ in found]
     curve = tuple(replace(point, error=float(e)) for point, e in zip(points, error_P, strict=True))
@@ -162,46 +177,72 @@ def interpolate(
 
 def slide_model_for(
     trained: Aggregator | None, model: SlideModel, train: Sequence[FrozenSlide],
-    val: Sequence[FrozenSlide], task: Task, seed: int,
-) -> tuple[Aggregator, str]:  # fmt: skip
+    val: Sequence[FrozenSlide], task: Task, seed: int, strengths: Sequence[float],
+) -> tuple[Aggregator, str, tuple[float, ...]]:  # fmt: skip
     """Return the slide model with the lowest validation loss on features, on the CPU.
 
     Tried are a new one, and the one that the run trained with its head solved anew. The frozen
     encoder is given a new one alone (`trained` None): attention that learned together with an
-    encoder has seen through it what the frozen one does not show.
+    encoder has seen through it what the frozen one does not show. Comes with the lines that say how
+    it was fitted, and the strengths of its solved head.
     """
-    with undisturbed(CPU):
-        torch.manual_seed(seed)
-        config = model.model_config
-        anew = make_aggregator(config.aggregator, model.encoder.dim, len(config.labels))
-        lines = fit_slide_model(anew.to(model.device), train, val, task, seed)
-        anew, found = anew.cpu(), "; ".join(lines)
-        if trained is None or not trained.learns_weights:
-            return anew, found
-        kept = deepcopy(trained)
-        if kept.linear_head:
-            solve_head(kept, train, val, task)
-        *_, loss = figures(kept, val, task)
-        *_, best = figures(anew, val, task)
+    torch.manual_seed(seed)
+    config = model.model_config
+    anew = make_aggregator(config.aggregator, model.encoder.dim, len(config.labels))
+    lines, strengths = fit_slide_model(anew.to(model.device), train, val, task, seed, strengths)
+    anew, found = anew.cpu(), "; ".join(lines)
+    if trained is None or not trained.learns_weights:
+        return anew, found, strengths
+    kept = deepcopy(trained)
+    if kept.linear_head:
+        solve_head(kept, train, val, task, strengths)
+    *_, loss = figures(kept, val, task)
+    *_, best = figures(anew, val, task)
     if loss < best:
-        return kept, f"attention as the run trained it, validation loss {loss:.3f}"
-    return anew, found
+        found = f"attention as the run trained it, validation loss {loss:.3f}"
+        return kept, found, strengths
+    return anew, found, strengths
 
 
 def drawn_losses(
     aggregator: Aggregator, val: Sequence[FrozenSlide], task: Task, seed: int
 ) -> np.ndarray:
-    """Return the loss of all validation slides (first), and of each draw of whole cases."""
+    """Return the calibrated loss of all validation slides (first), and of draws of whole cases."""
     cases = sorted(
         each for share in gather([(s.slide_id, s.case_id) for s in val]) for each in share
     )
     logits_NK, target_NY = val_logits(aggregator, val)
     loss = task.loss().eval()
+    logits_NK = calibrated(logits_NK, target_NY, loss)
     times_BN = torch.from_numpy(with_point([case for _, case in cases], DRAWS, seed).astype(int))
     drawn = (
         (x.repeat_interleave(times_N, 0) for x in (logits_NK, target_NY)) for times_N in times_BN
     )
     return np.array([float(loss(*each)) for each in drawn])
+
+
+def calibrated(logits_NK: Tensor, target_NY: Tensor, loss: nn.Module) -> Tensor:
+    """Return logits, each scaled and shifted so that their loss is least; no scale is below 0.
+
+    Source: vector scaling, Guo et al. 2017 (arXiv 1706.04599).
+    """
+    logits_NK, target_NY = logits_NK.double(), target_NY.double()
+    count = logits_NK.shape[1]
+
+    def moved(flat: np.ndarray) -> tuple[Tensor, Tensor]:
+        both_2K = torch.from_numpy(flat).view(2, count).requires_grad_()
+        return both_2K, both_2K[0] * logits_NK + both_2K[1]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        both_2K, moved_NK = moved(flat)
+        total = loss(moved_NK, target_NY)
+        (slope_2K,) = torch.autograd.grad(total, both_2K)
+        return total.item(), slope_2K.flatten().numpy()
+
+    start = np.repeat([1.0, 0.0], count)
+    bounds = [(0, None)] * count + [(None, None)] * count
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return moved(found)[1].detach()
 
 
 def frozen_model(model: SlideModel, start: Weights) -> SlideModel:

@@ -35,7 +35,7 @@ class WarmStart(Callback):
         bags = data.seen_in_training(views), data.val_dataloader()
         train, val = cache_splits(model, chunk, *bags, "frozen")
         aggregator = model.aggregator
-        lines = fit_slide_model(aggregator, train, val, task, data.seed)
+        lines, _ = fit_slide_model(aggregator, train, val, task, data.seed)
         figure, loss, _ = figures(aggregator, val, module.task)  # as the run's epochs are
         aggregator.to(module.device)
         if trainer.is_global_zero:

@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
 
 from tapfm.adapt.interpolation import between, learned, put
 from tapfm.adapt.strategies import STRATEGIES, scaled_parts
 from tapfm.cli import main
 from tapfm.encoders import backbones
+from tapfm.frozen import warm_heads
 from tapfm.recipe import interpolation
-from tapfm.recipe.interpolation import one_standard_error
+from tapfm.recipe.interpolation import calibrated, one_standard_error
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import ModelConfig, build
+from tapfm.tasks.multilabel import Multilabel
 from tapfm.training.fit import read_config
 from tests.cohorts import write_cohort
 
@@ -92,6 +95,43 @@ def test_the_least_change_within_one_standard_error_is_taken():
     assert one_standard_error(lost)[0] == 2
 
 
+def test_losses_are_of_calibrated_logits():
+    """Platt's scale and shift without a penalty; a ranking that is upside down says nothing."""
+    drawn = np.random.default_rng(0)
+    y_NK = drawn.integers(0, 2, (60, 2)).astype(float)
+    logits_NK = 3 * (y_NK - 0.5) + drawn.normal(0, 2, y_NK.shape) + 4.0
+    logits_NK[:, 1] *= -1
+    loss = Multilabel(("a", "b")).loss().eval()
+    both = torch.from_numpy(logits_NK), torch.from_numpy(y_NK)
+    found_NK = calibrated(*both, loss).numpy()
+    platt = LogisticRegression(C=np.inf, tol=1e-9).fit(logits_NK[:, :1], y_NK[:, 0])
+    expected_N = platt.decision_function(logits_NK[:, :1])
+    np.testing.assert_allclose(found_NK[:, 0], expected_N, atol=2e-3)
+    share = y_NK[:, 1].mean()
+    np.testing.assert_allclose(found_NK[:, 1], np.log(share / (1 - share)), atol=1e-3)
+    again_NK = calibrated(0.1 * both[0] - 7, both[1], loss)
+    np.testing.assert_allclose(again_NK, found_NK, atol=2e-3)
+
+
+def test_every_share_has_the_strength_that_the_frozen_features_chose(tmp_path, monkeypatch):
+    """Training cases flatter an encoder that learned from them: its own folds would choose more."""
+    solved, real = [], warm_heads.solve_head
+
+    def noting(aggregator, train, val, task, strengths=()):
+        probe = real(aggregator, train, val, task, strengths)
+        solved.append((tuple(strengths), probe.chosen))
+        return probe
+
+    monkeypatch.setattr(warm_heads, "solve_head", noting)
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.aggregator", "mean", "--model.strategy", "lora"]
+    assert main([*fit, *RUN]) == 0
+    frozen, *others = solved
+    assert frozen[0] == ()
+    assert others == [(frozen[1], frozen[1])] * len(others)
+    assert len(others) >= 2
+
+
 @pytest.mark.parametrize("strategy", ["full", "lora", "dora", "vpt_deep"])
 def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, strategy):
     config = write_cohort(tmp_path)
@@ -142,7 +182,7 @@ def test_the_control_knows_nothing_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_the_saved_models_have_the_losses_of_the_curve(tmp_path, strategy):
-    """Loaded from their files, both give validation the loss that the curve says."""
+    """Loaded from their files, both give validation the calibrated loss that the curve says."""
     config = write_cohort(tmp_path, tiles_per_slide=None, turns=False, colour=0.0)
     assert main(["fit", "--config", str(config), "--model.strategy", strategy, *RUN]) == 0
     run = next((tmp_path / "runs").iterdir())
@@ -152,7 +192,8 @@ def test_the_saved_models_have_the_losses_of_the_curve(tmp_path, strategy):
         model = models.load(run / f"{file}.safetensors")
         outputs = [(model(bag, 5).logits_K, bag.labels_K) for bag in data.val_dataloader()]
         logits, targets = map(torch.stack, zip(*outputs, strict=True))
-        loss = float(data.weighted_task.loss()(logits, targets))
+        task_loss = data.weighted_task.loss()
+        loss = float(task_loss(calibrated(logits, targets, task_loss), targets))
         said = next(point["loss"] for point in choice["curve"] if point["a"] == a)
         assert loss == pytest.approx(said, rel=1e-4)
 
