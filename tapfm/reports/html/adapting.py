@@ -16,8 +16,9 @@ def adapting(verdicts: Sequence[Mapping]) -> Iterator[str]:
     """Yield the choice of each run, given the verdicts of metrics_<split>.json."""
     yield (
         "<p>a is the share of the encoder's change that is kept: at 0 the encoder is frozen. A "
-        "slide model was fitted at each a, and validation chose: the smallest a whose loss is "
-        "above the least by no more than the standard error of that difference.</p>"
+        "slide model was fitted at each a, and validation chose: the smallest a whose loss, of "
+        "calibrated logits, is above the least by no more than the standard error of that "
+        "difference.</p>"
     )
     for verdict in verdicts:
         choice = verdict["choice"]
