@@ -11,8 +11,10 @@ are others. The encoder is a ViT-S/14 with DINOv2's architecture, no pathology m
 
 Each row is compared with its control: the same run's frozen encoder with a slide model fitted in
 the same way (`tapfm.recipe.saved_model`). Intervals are of paired differences, averaged over the
-seeds; cases are drawn, with their slides of all seeds. It also says whether the planted tiles are
-found: the AUROC of a tile's own logit within positive slides.
+seeds; cases are drawn, with their slides of all seeds. Two figures say where a gain comes from. *Of
+one patient* is the AUROC among the slides of each test patient, averaged: it does not see that
+patients differ without the trait. *Tiles found* is the AUROC of a tile's own logit within positive
+slides.
 
 A fit that is finished is not repeated, and one that was stopped goes on. Writes
 results/tissue.json and the table between the markers in README.md. Price: about 30 minutes of one
@@ -60,6 +62,7 @@ LABELS = "KARYOMEGALY", "VESICULAR", "NOISE"
 DRAWS = 2000
 # one core for each fit; and tiles of 65 tokens, for which torch's fused attention is slow on a CPU
 HOW = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
+LORA = {"name": "lora", "alpha": 8.0, "targets": ["q", "k", "v", "proj", "mlp"], "last": 6}
 ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "lora": {},
     "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
@@ -71,11 +74,18 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "without warm start": {"model": {"steps": {"warm_start": False}}},
     "without balanced steps": {"data": {"sampler": "shuffled"},
                                "model": {"steps": {"accumulate": 1}}},
+    "twelve tiles of a slide": {"data": {"tiles_per_slide": 12},
+                                "model": {"steps": {"accumulate": 8}},
+                                "trainer": {"max_epochs": 9, "check_val_every_n_epoch": 3}},
     "all tiles in a step": {"data": {"tiles_per_slide": None}, "trainer": {"max_epochs": 3,
                             "check_val_every_n_epoch": 1}},
     "tapfm_gated": {"model": {"aggregator": "tapfm_gated"}},
-    "lora on q, k and v": {"model": {"strategy": {"name": "lora", "alpha": 8.0}}},
+    "all blocks": {"model": {"strategy": LORA | {"last": 0}}},
+    "lora on q, k and v": {"model": {"strategy": LORA | {"targets": ["q", "k", "v"]}}},
+    "8 training patients": {},
+    "12 training patients": {},
 }  # fmt: skip
+PATIENTS = {"8 training patients": 8, "12 training patients": 12}  # of 17
 
 
 def main() -> int:
@@ -123,6 +133,9 @@ def run_cell(row: str, seed: int, folder: Path, data: Path) -> None:
         "data": {"table": str(data / "cohort.csv"), "index_dir": places["index"],
                  "cache_dir": places["cache"]},
     }  # fmt: skip
+    if row in PATIENTS:
+        changes["data"]["table"] = str(folder / "cohort.csv")
+        write_part(data / "cohort.csv", folder / "cohort.csv", PATIENTS[row], seed)
     own.write_text(yaml.safe_dump(merged(changes, ROWS[row])))
     arguments, began = ["--config", str(CONFIG), "--config", str(own)], time.monotonic()
     if subprocess.run([*TAPFM, "fit", *arguments], env=os.environ | HOW, check=False).returncode:
@@ -140,6 +153,20 @@ def run_cell(row: str, seed: int, folder: Path, data: Path) -> None:
             "minutes": minutes, "interpolation": choice, **models,
             "frozen": json.loads(frozen.read_text())}  # fmt: skip
     write_json(folder / "cell.json", cell)
+
+
+def write_part(whole: Path, part: Path, patients: int, seed: int) -> None:
+    """Write a cohort's table with some of its training patients, and all others."""
+    with whole.open() as file:
+        rows = [*csv.DictReader(file)]
+    training = sorted({row["case_id"] for row in rows if row["split"] == "train"})
+    left_out = {*np.random.default_rng(seed).permutation(training)[patients:].tolist()}
+    with part.open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            if row["case_id"] not in left_out:
+                writer.writerow(row | {"slide_path": str(whole.parent / row["slide_path"])})
 
 
 def frozen_predictions(seed: int, data: Path, folder: Path) -> dict[str, list]:
@@ -197,6 +224,9 @@ def read_truth(path: Path) -> dict[tuple[str, str], set[tuple[int, int]]]:
 def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return AUROC and paired differences of every row, averaged over its seeds."""
     frozen, rows = {}, {}
+    cells = [cell | {"adapted": cell["adapted"] | {"labels": cell["labels"]},
+                     "control": cell["control"] | {"labels": cell["labels"]}}
+             for cell in cells]  # fmt: skip
     for cell in cells:
         for title, row in cell["frozen"].items():
             frozen.setdefault(title, {})[cell["seed"]] = row | {"labels": LABELS}
@@ -204,14 +234,15 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for cell in cells:
         by_row[cell["row"]].append(cell)
     for title, seeds in frozen.items():
-        rows[title] = {"seeds": sorted(seeds), "figures": figures([*seeds.values()])}
+        rows[title] = {"seeds": sorted(seeds), "figures": figures([*seeds.values()]),
+                       "of_one": of_one_patient([*seeds.values()])}  # fmt: skip
     for row in filter(by_row.get, ROWS):
         own = sorted(by_row[row], key=lambda cell: cell["seed"])
-        adapted, control = ([cell[name] | {"labels": cell["labels"]} for cell in own]
-                            for name in ("adapted", "control"))  # fmt: skip
+        adapted, control = ([cell[name] for cell in own] for name in ("adapted", "control"))
         rows[row] = {
             "seeds": [cell["seed"] for cell in own], "figures": figures(adapted),
             "control": figures(control), "gain": figures(adapted, control),
+            "of_one": of_one_patient(adapted), "control_of_one": of_one_patient(control),
             "a": [cell["interpolation"]["a"] for cell in own],
             "tile_auroc": {label: float(np.mean([each["tile_auroc"][label] for each in adapted]))
                            for label in adapted[0]["tile_auroc"] if label != "NOISE"},
@@ -238,18 +269,32 @@ def figures(own: Sequence[Mapping], minus: Sequence[Mapping] = ()) -> dict[str, 
     return found
 
 
+def of_one_patient(own: Sequence[Mapping]) -> dict[str, float]:
+    """Return each label's AUROC among the slides of a patient, mean over patients and seeds."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for each in own:
+        cases_N, y_NK, said_NK = (np.array(each[key]) for key in ("cases", "y_NK", "logits_NK"))
+        for case in np.unique(cases_N):
+            of_case_N = cases_N == case
+            for k, label in enumerate(each["labels"]):
+                y_N = y_NK[of_case_N, k]
+                if 0 < y_N.mean() < 1:
+                    found[label].append(auroc(y_N, said_NK[of_case_N, k]))
+    return {label: float(np.mean(values)) for label, values in found.items()}
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Return a row a model: AUROC, gain over its control, a, planted tiles found, minutes."""
-    head = ["row", "seeds", *LABELS, *(f"{label} gained" for label in LABELS[:2]), "a",
-            "tiles found", "minutes"]  # fmt: skip
+    head = ["row", "seeds", *LABELS, *(f"{label} gained" for label in LABELS[:2]),
+            "of one patient", "frozen, of one", "a", "tiles found", "minutes"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for title, row in result["rows"].items():
         cells = [title, ", ".join(map(str, row["seeds"]))]
         cells += [spelled(row["figures"].get(label)) for label in LABELS]
         cells += [spelled(row.get("gain", {}).get(label), "+") for label in LABELS[:2]]
+        cells += [pair(row.get("of_one", {})), pair(row.get("control_of_one", {}))]
         cells.append(", ".join(f"{a:g}" for a in row.get("a", [])))
-        found = row.get("tile_auroc", {})
-        cells.append(", ".join(f"{found[label]:.2f}" for label in LABELS[:2] if label in found))
+        cells.append(pair(row.get("tile_auroc", {})))
         cells.append(f"{row['minutes']:.0f}" if "minutes" in row else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
@@ -257,6 +302,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['torch']}, timm {result['timm']}."
     )
     return "\n".join(lines)
+
+
+def pair(values: Mapping[str, float]) -> str:
+    """Return the figures of the two traits."""
+    return ", ".join(f"{values[label]:.2f}" for label in LABELS[:2] if label in values)
 
 
 def spelled(figure: Sequence[float] | None, sign: str = "") -> str:
