@@ -16,6 +16,7 @@ GUIDE = Path("docs/guide")
 SHOWN = {
     "configs/README.md": "settings.md",
     "tapfm/encoders/README.md": "encoders.md",
+    "tapfm/slide_encoders/README.md": "slide_encoders.md",
     "tapfm/adapt/README.md": "strategies.md",
     "tapfm/engine/README.md": "cards.md",
     "docs/when_to_adapt.md": "when_to_adapt.md",

@@ -38,6 +38,7 @@ VERBS = {
     "predict": (reading.predict, "probabilities and tile weights of any slides"),
     "heatmap": (reading.heatmap, "predict, and draw: PNG overlay and GeoJSON for QuPath"),
     "features": (reading.features, "features of every tile, for other tools to read"),
+    "embed": (reading.embed, "a vector a slide by TITAN, PRISM, CARE, Madeleine or MOOZY"),
     "histaug": (reading.histaug, "fit the bag transform histaug to an encoder"),
     "pathpt": (training.pathpt, "name every tile by learned prompts, from few slides"),
     "export": (reading.export, "a model for other tools: timm, ONNX, TorchScript, peft"),

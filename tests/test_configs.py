@@ -272,7 +272,7 @@ def test_keys_and_modules_that_pages_name_exist():
     for page in LINKED:
         text = (ROOT / page).read_text()
         named = re.findall(r"(?<![\w/.])(?:model|data|trainer)\.[a-z_]\w*(?:\.\w+)*", text)
-        assert not set(named) - known - {"model.safetensors"}, page
+        assert not set(named) - known - {"model.safetensors", "model.pt"}, page
         for name in re.findall(r"`((?:tapfm|slides)\.[\w.]+)`", text):
             assert resolve_name(name), page
 

@@ -12,8 +12,9 @@ from tests.conftest import ROOT
 SHARED = {"slides.files", "slides.errors", "slides.seeds"}  # whole files, errors, seeds: no pixels
 NO_PIXELS = {  # rooms and files of tapfm that never meet a slide
     "adapt", "adapt.strategies", "bag_transforms", "encoders", "engine", "regularisers", "settings",
-    "slide_model", "slide_model.aggregators", "stats", "tasks", "training.alternating",
-    "training.module", "training.objective", "training.passes", "tile_training.module",
+    "slide_encoders", "slide_model", "slide_model.aggregators", "stats", "tasks",
+    "training.alternating", "training.module", "training.objective", "training.passes",
+    "tile_training.module",
     "pathpt.text", "pathpt.spatial", "pathpt.pseudo", "pathpt.vote", "pathpt.tile_loss",
     "pathpt.model", "pathpt.scores", "weights",
 }  # fmt: skip
@@ -27,6 +28,7 @@ BELOW = {  # what a room may know of tapfm: a reader of one of these files needs
     "adapt.strategies": {"adapt", "settings"},
     "engine": {"encoders", "adapt", "data.bag", "settings"},
     "slide_model.aggregators": {"data.bag", "settings"},
+    "slide_encoders": {"data.bag", "settings", "slide_model.aggregators"},
     "regularisers": {"data.bag", "settings", "slide_model.aggregators"},
     "bag_transforms": {"data.bag", "settings", "slide_model.aggregators"},
     "data.bag": set(),
@@ -191,6 +193,7 @@ def test_rooms_and_files_are_small():
         "predict",
         "heatmap",
         "features",
+        "embed",
         "pathpt",
         "export",
         "doctor",

@@ -4,12 +4,15 @@ A and B are children of the layer they adapt, under the peft library's names, so
 already in peft's layout. In a fused qkv, any of q, k and v can be chosen: they share one A, as in
 peft, and B has the rows of those chosen.
 
+A may be kept apart from earlier changes (`room`): what counts is then A (I - Q Q'), where the
+columns of Q span the rows of their A; with nothing earlier Q is 0.
+
 Price: two thin products a layer; DoRA forms W + BA once a chunk for its norm, without a graph.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1; Liu et al. 2024 (DoRA, arXiv
     2402.09353), sections 4.1 and 4.3 (the norm is a constant of the backward pass).
 
-Shapes: I and O in and out features, R rank.
+Shapes: I and O in and out features, R rank, E columns of Q.
 """
 
 from __future__ import annotations
@@ -109,8 +112,12 @@ def insert(
     targets: tuple[str, ...],
     last: int,
     magnitude: bool,
+    room: int = 0,
 ) -> None:
-    """Freeze the model and give the chosen layers A and B (and a magnitude); BA is 0 at first."""
+    """Freeze the model and give the chosen layers A and B (and a magnitude); BA is 0 at first.
+
+    `room` is the number of columns of Q, which are 0 until `keep_apart`; 0 has no Q.
+    """
     vit.requires_grad_(False)
     for block in last_blocks(vit, last, name):
         for linear, parts in _chosen(block, name, targets):
@@ -122,6 +129,9 @@ def insert(
             nn.init.zeros_(linear.lora_B.weight)
             linear.lora_parts, linear.lora_scaling = parts, alpha / rank
             linear.lora_dropout = nn.Dropout(dropout)
+            if room:
+                like = {"device": linear.weight.device}
+                linear.register_buffer("lora_apart", torch.zeros(linear.in_features, room, **like))
             if magnitude:
                 norm_O = torch.linalg.vector_norm(linear.weight.detach(), dim=1)
                 linear.lora_magnitude_vector = nn.Parameter(select_rows(linear, norm_O))
@@ -131,6 +141,35 @@ def insert(
 def adapted(vit: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield name and layer of each linear layer that has an A and a B."""
     return ((name, m) for name, m in vit.named_modules() if hasattr(m, "lora_A"))
+
+
+def rows_a(linear: nn.Linear) -> Tensor:
+    """Return A (R, I), less what lies in the span of earlier changes."""
+    a_RI, q_IE = linear.lora_A.weight, getattr(linear, "lora_apart", None)
+    if q_IE is None:
+        return a_RI
+    with torch.autocast(a_RI.device.type, enabled=False):
+        wide_RI = a_RI.to(torch.promote_types(a_RI.dtype, q_IE.dtype))
+        q_IE = q_IE.to(wide_RI.dtype)
+        return (wide_RI - (wide_RI @ q_IE) @ q_IE.T).to(a_RI.dtype)
+
+
+@torch.no_grad()
+def keep_apart(linear: nn.Linear, earlier_EI: Tensor) -> None:
+    """Span Q by the rows of earlier changes' A; rows of 0 span nothing.
+
+    Raises:
+        StrategyError: there are more than Q has room for.
+    """
+    _, size_E, turn_EI = torch.linalg.svd(earlier_EI.double(), full_matrices=False)
+    basis_EI = turn_EI[size_E > 1e-6 * size_E.max()] if len(size_E) else turn_EI
+    if len(basis_EI) > linear.lora_apart.shape[1]:
+        raise StrategyError(
+            f"model.strategy: earlier changes span {len(basis_EI)} directions of a layer, and room "
+            f"is {linear.lora_apart.shape[1]}. Give room: {len(basis_EI)} or more."
+        )
+    linear.lora_apart.zero_()
+    linear.lora_apart[:, : len(basis_EI)] = basis_EI.T
 
 
 def select_rows(linear: nn.Linear, rows: Tensor) -> Tensor:
@@ -188,7 +227,7 @@ def _change(linear: nn.Linear) -> Tensor:
     """Return the change (alpha / r) B A, (O, I)."""
     with torch.autocast(linear.weight.device.type, enabled=False):
         b_OR = scatter_rows(linear, linear.lora_B.weight)
-        return linear.lora_scaling * (b_OR @ linear.lora_A.weight)
+        return linear.lora_scaling * (b_OR @ rows_a(linear))
 
 
 def _stretch(linear: nn.Linear) -> Tensor:
@@ -200,7 +239,7 @@ def _stretch(linear: nn.Linear) -> Tensor:
 
 
 def _lora(linear: nn.Linear, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    h_R = linear.lora_A(linear.lora_dropout(args[0])) * linear.lora_scaling
+    h_R = F.linear(linear.lora_dropout(args[0]), rows_a(linear)) * linear.lora_scaling
     return out + F.linear(h_R, scatter_rows(linear, linear.lora_B.weight))
 
 

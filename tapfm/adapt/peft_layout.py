@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slides.files import replacing
-from tapfm.adapt.lowrank import PARTS, adapted, scatter_rows, select_rows
+from tapfm.adapt.lowrank import PARTS, adapted, rows_a, scatter_rows, select_rows
 from tapfm.adapt.surgery import StrategyError
 from tapfm.weights import read_tensors
 
@@ -55,7 +55,7 @@ def write_peft(vit: nn.Module, strategy: Any, folder: Path) -> None:
             )
     state, dora = {}, False
     for name, linear in layers.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = linear.lora_A.weight
+        state[f"{PREFIX}{name}.lora_A.weight"] = rows_a(linear)
         state[f"{PREFIX}{name}.lora_B.weight"] = scatter_rows(linear, linear.lora_B.weight)
         if hasattr(linear, MAGNITUDE):
             dora = True

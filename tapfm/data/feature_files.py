@@ -4,6 +4,8 @@
     CLAM             h5_files/<slide>.h5   `features`, `coords` without attributes
                      pt_files/<slide>.pt   a tensor, no coordinates
     STAMP            <slide>.h5            `feats`, `coords` in micrometres, attributes on the file
+    tapfm, TRIDENT   <slide>.h5            `features` (E,) of a slide encoder: as one tile; of
+                                           several, each as a tile with places of its own
 
 Coordinates become level-0 pixels. Ours also have `scores` (T,), the raw CLS scores.
 
@@ -56,6 +58,8 @@ class SlideFeatures:
     """Name of the encoder, where the file says."""
     own_step0_T: np.ndarray | None = None
     """`step0` of each tile, where they are of several magnifications."""
+    of_slide: bool = False
+    """Whether it is one vector of the whole slide."""
 
     def __len__(self) -> int:
         return len(self.z_TD)
@@ -118,7 +122,10 @@ def read_scales(
 ) -> SlideFeatures:
     """Return a slide's features of one or several magnifications, a folder each, as one set.
 
-    Size and path are those of the first folder.
+    Size and path are those of the first folder. Vectors of the slide by several slide encoders
+    stand apart: a row each, with numbers in columns of its own and 0 in those of the others. So
+    attention over the rows weighs the encoders, and a linear layer behind it has its own weights
+    for each.
 
     Args:
         folders: as given in `data.features_dir`.
@@ -127,11 +134,16 @@ def read_scales(
         slide_path: the slide's file.
 
     Raises:
-        FeatureFileError: as `read_slide`, or of several one has no coordinates or another width.
+        FeatureFileError: as `read_slide`, or of several one has no coordinates or another width,
+            or some are of tiles and others of slides.
     """
     first, *more = found = [read_slide(each, slide_id, mpp0, slide_path) for each in folders]
     if not more:
         return first
+    if all(each.of_slide for each in found):
+        names = [each.encoder or str(each.path.parent.name) for each in found]
+        apart = torch.block_diag(*(each.z_TD.float() for each in found))
+        return replace(first, z_TD=apart, encoder=", ".join(names))
     for each in found:
         if each.coords0 is None:
             raise FeatureFileError(
@@ -189,6 +201,8 @@ def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFea
             None if score is None else torch.from_numpy(score),
             encoder=str(facts.get("encoder", on_file.get("extractor", ""))),
         )
+    if found.z_TD.ndim == 1:  # of the slide, whatever places are beside it
+        return replace(found, z_TD=found.z_TD[None], score_T=None, of_slide=True)
     if coords is None:
         return found
     coords = coords.reshape(-1, coords.shape[-1])

@@ -99,7 +99,7 @@ class FeatureSource:
         """Read every slide, keep what fits, and note what is wrong."""
         for row in tqdm(self.rows.values(), "features", unit=" slides", disable=None):
             try:
-                found = read_scales(self.folders, row.slide_id, partial(_slide_mpp, row), row.path)
+                found = read_scales(self.folders, row.slide_id, partial(slide_mpp, row), row.path)
             except SlideError as fault:
                 self.faults[row.slide_id] = str(fault)
                 continue
@@ -245,7 +245,7 @@ def open_features(folder: str, pixels: Mapping[str, object], data: Any) -> Featu
     return source
 
 
-def _slide_mpp(row: SlideRow) -> float | None:
+def slide_mpp(row: SlideRow) -> float | None:
     """Return microns per level-0 pixel, from the table, or from the slide where it is there."""
     if row.mpp is not None or not row.path.is_file():
         return row.mpp

@@ -1,15 +1,21 @@
 """`tapfm fit`, and with `--continue-from RUN` a run that goes on from another cohort's.
 
     aggregator and head start from RUN (`model.start_from`)
+
+On features (`data.features_dir`), of one encoder:
     RUN's training regions are replayed (`bag_transforms.replay`); their features are kept in
         RUN/memory.safetensors, so that a later run needs neither RUN's slides nor its features
-    after the last epoch: RUN's figures on its own val and test splits, before and after, printed
-        and in forgetting.json
 
-Both runs are on features of one encoder (`data.features_dir`) and of the same targets. A second
-`--continue-from` goes on from the run before it, with that one's memory.
+On slides, where features change as the encoder learns:
+    the encoder starts as RUN's adapted one, written to RUN/encoder (`model.weights`)
+    strategy `olora` leaves alone what RUN's `lora` or `olora` reads; any other may be taken too
 
-Source: Huang et al. 2023 (ConSlide, arXiv 2308.13324): random regions, a share of each slide.
+After the last epoch: RUN's figures on its own val and test splits, before and after, printed and in
+forgetting.json. Both runs have the same targets. A second `--continue-from` goes on from the run
+before it, with that one's memory or directions.
+
+Source: Huang et al. 2023 (ConSlide, arXiv 2308.13324): random regions, a share of each slide;
+    CoMEL (2025), without rehearsal, see `adapt.strategies.olora`.
 Differs: all slides are at hand when a memory is made, so regions are drawn at once, where a stream
     needs a reservoir; drawn alike from every slide.
 
@@ -32,6 +38,8 @@ from slides.seeds import stable_seed
 from tapfm.bag_transforms.replay import Memory, save_memory
 from tapfm.data.bag import Bag
 from tapfm.data.datamodule import SlideData
+from tapfm.inference.export import run_export
+from tapfm.inference.prediction import predict_all
 from tapfm.recipe.best_weights import BEST
 from tapfm.settings import SettingsError
 from tapfm.slide_model import model as models
@@ -40,6 +48,7 @@ from tapfm.training import fit
 from tapfm.training.begun import CONFIG
 
 FLAG, MEMORY, FORGETTING = "--continue-from", "memory.safetensors", "forgetting.json"
+ENCODER = "encoder"  # folder in RUN
 SHARE, REGIONS, SIDE = 0.2, 1100, 4  # of a slide's regions; of all; tiles a side of a region
 SPLITS = ("val", "test")
 
@@ -48,25 +57,32 @@ def run_fit(arguments: Sequence[str]) -> int:
     """Train as the arguments say, going on from another run if they name one; return 0.
 
     Raises:
-        SettingsError: RUN is not on features, or has neither features nor a memory.
+        SettingsError: RUN is on features, and has neither them nor a memory.
+        StrategyError: RUN is on slides, and its encoder cannot be written.
     """
     run, arguments = take_flag(arguments)
     if run is None:
         return fit.run_fit(arguments)
+    config, _ = models.read_model_config(run / BEST)
     old, memory = None, run / MEMORY
     try:
         old = data_of(run)
     except (SettingsError, SlideError, CohortError) as fault:
-        if not memory.exists():
+        if config.features and not memory.exists():
             raise
         print(f"{run}: its own slides are not here, so what is forgotten is not measured: {fault}")
-    if not memory.exists():
-        save_memory(regions_of(old), memory)
-    spec = json.dumps({"name": "replay", "memory": str(memory)})
-    more = ["--model.start_from", str(run), "--model.bag_transforms+", spec]
-    cli = fit.fit([*arguments, *more])
+    if config.features:
+        if not memory.exists():
+            save_memory(regions_of(old), memory)
+        spec = json.dumps({"name": "replay", "memory": str(memory)})
+        more = ["--model.bag_transforms+", spec]
+    else:
+        run_export(str(run / BEST), None, run / ENCODER)
+        weights = str(run / ENCODER / "model.safetensors")
+        more = ["--model.model", config.model, "--model.weights", weights]
+    cli = fit.fit([*arguments, "--model.start_from", str(run), *more])
     if old and cli.trainer.is_global_zero:
-        print(forgotten(old, run, cli.folder))
+        print(forgotten(old, run, cli.folder, cli.model.chunk))
     return 0
 
 
@@ -91,17 +107,11 @@ def take_flag(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def data_of(run: Path) -> SlideData:
-    """Return the data of a run on features.
+    """Return the data of a run.
 
     Raises:
-        SettingsError: it was on slides.
+        SettingsError, SlideError, CohortError: they are not as they were.
     """
-    config, _ = models.read_model_config(run / BEST)
-    if not config.features:
-        raise SettingsError(
-            f"{FLAG} {run}: it was trained on slides, and what is replayed is features. Run "
-            "`tapfm features`, and fit both runs with data.features_dir."
-        )
     quiet = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
     return fit.read_config(["--config", str(run / CONFIG), *quiet]).datamodule
 
@@ -154,12 +164,12 @@ def regions(bag: Bag) -> Tensor:
     return cells_T3.unique(dim=0, return_inverse=True)[1]
 
 
-def forgotten(data: SlideData, old: Path, new: Path) -> str:
+def forgotten(data: SlideData, old: Path, new: Path, chunk: int = 1) -> str:
     """Write what the old run's task gained or lost, as forgetting.json; return it as a table."""
     found = {}
     for split in SPLITS:
         if rows := data.rows(split):
-            before, after = (figures(data, rows, run / BEST) for run in (old, new))
+            before, after = (figures(data, rows, run / BEST, chunk) for run in (old, new))
             found[split] = {name: [before[name], after[name]] for name in before}
     write_text(new / FORGETTING, json.dumps({"run": str(old), "figures": found}, indent=1) + "\n")
     lines = [f"{old} on its own slides, before and after:", "split  figure  before  after  change"]
@@ -171,9 +181,11 @@ def forgotten(data: SlideData, old: Path, new: Path) -> str:
     return "\n".join(lines)
 
 
-def figures(data: SlideData, rows: Sequence, path: Path) -> dict[str, float]:
+def figures(data: SlideData, rows: Sequence, path: Path, chunk: int) -> dict[str, float]:
     """Return the task's figures of a saved model on some slides."""
-    model, bags = models.load(path), [data.features.bag(row) for row in rows]
-    logits_NK = torch.stack([model(bag, 1).logits_K for bag in bags]).double()
-    target_NY = torch.stack([bag.labels_K for bag in bags]).numpy()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = models.load(path).to(device)
+    found = predict_all(model, data.streamed(rows), chunk, f"{path.parent.name} on earlier slides")
+    logits_NK = torch.from_numpy(np.stack([each.logits_K for each in found])).double()
+    target_NY = np.stack([each.labels_K for each in found])
     return validation_figures(data.task, target_NY, data.task.predict(logits_NK).numpy())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -25,7 +26,12 @@ from slides.tiling.tissue import tile_fraction
 from slides.wsi.reader import Slide
 from tapfm.config_paths import with_absolute_paths
 from tapfm.data.datamodule import SlideData
-from tapfm.evaluation.predicted_rows import evaluate_run, frozen_rows, groups_of
+from tapfm.evaluation.predicted_rows import (
+    evaluate_run,
+    frozen_rows,
+    groups_of,
+    slide_feature_rows,
+)
 from tapfm.evaluation.robustness import with_robustness
 from tapfm.evaluation.site_leakage import site_leakage
 from tapfm.inference.heatmap import effective_text, overlay_png, weight_opacity
@@ -49,8 +55,9 @@ COMPARED = "table", "slides_dir", "features_dir", "labels", "task", "bags", "poo
 
 
 def run_test(
-    run: Path, split: str, overlays: int, features: Path | None = None, robustness: bool = False
-) -> int:
+    run: Path, split: str, overlays: int, features: Path | None = None, robustness: bool = False,
+    slide_features: Sequence[Path] = (),
+) -> int:  # fmt: skip
     """Evaluate every run below a folder and write `<run>/report_<split>`; return 0.
 
     Args:
@@ -59,6 +66,7 @@ def run_test(
         overlays: number of slides to draw.
         features: folder of frozen features that several folders share; None is `<run>/frozen`.
         robustness: measure what adapting did to it, see `evaluation.robustness`.
+        slide_features: folders of `tapfm embed`, a linear probe on each of which is a row.
 
     Raises:
         CheckpointError: there is no finished run, or runs of one folder have different data.
@@ -69,17 +77,13 @@ def run_test(
     plain = ["--model.strategy", "full", "--trainer.logger", "false", "--trainer.callbacks", "null"]
     first = read_config(["--config", str(folders[0] / CONFIG), *plain])
     data = first.datamodule
-    if not data.cohort.split(split):
-        there = sorted({row.split for row in data.cohort.rows})
-        raise CohortError(
-            f"{first.config.data.table}: no slide of split {split}; there are {', '.join(there)}. "
-            f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
-        )
+    check_split(data, first.config.data.table, split)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fitted: list[str] = []
     given = first.config.get("features")  # of the run, if several folders share them
     features = features or (Path(given) if given else run / "frozen")
     rows = frozen_rows(first, run / "frozen", split, device, features, fitted.append)
+    rows += slide_feature_rows(data, slide_features, run / "frozen", split, fitted.append)
     masks = Path(first.config.data.table).parent / "truth"
     groups = {kind: groups_of(data.cohort.rows, kind) for kind in GROUPS}
     aurocs = {}
@@ -107,6 +111,20 @@ def run_test(
     print(f"{report}: report.md, metrics_{split}.json, predictions_{split}.csv, pictures")
     print(f"{write_page(run, split)}: all of it, and example slides, on one page")
     return 0
+
+
+def check_split(data: SlideData, table: str, split: str) -> None:
+    """Raise unless the table has slides of a split.
+
+    Raises:
+        CohortError: it has none.
+    """
+    if not data.cohort.split(split):
+        there = sorted({row.split for row in data.cohort.rows})
+        raise CohortError(
+            f"{table}: no slide of split {split}; there are {', '.join(there)}. "
+            f"Give one of them, as `--split {there[-1]}`, or a table that has {split}."
+        )
 
 
 def slides_of(data: SlideData, split: str) -> dict[str, int]:

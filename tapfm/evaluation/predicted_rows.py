@@ -7,7 +7,7 @@ control, and its own, which stays end to end where the frozen encoder is what wa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from tapfm.frozen.baselines import FROZEN_ROWS, RgbStatistics
 from tapfm.frozen.features import Extraction, frozen_extraction, read_features
 from tapfm.frozen.fitter import Fitted
 from tapfm.frozen.frozen_slide import FrozenSlide
-from tapfm.frozen.linear_probe import LinearProbe
+from tapfm.frozen.linear_probe import LinearProbe, fit_linear_probe
 from tapfm.inference.prediction import (
     Prediction,
     pool_cases,
@@ -178,14 +178,55 @@ def frozen_rows(
         bags = made[kind]
         baseline = fit(bags["train"], bags["val"], data.weighted_task, seed=data.seed)
         say(f"{title}: {baseline.describe()}")
-        name = row_folder(title)
-        of = {}
-        for part in dict.fromkeys(("val", split)):
-            predictions = [predict_features(baseline, bag) for bag in bags[part]]
-            of[part] = by_case(data, part, predictions)
-            write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
-        rows.append(result_row(title, folder / name, of, split, end_to_end=False))
+        rows.append(row_of_baseline(data, title, baseline, bags, folder, split))
     return rows
+
+
+def slide_feature_rows(
+    data: SlideData, folders: Sequence[Path], folder: Path, split: str, say: Callable[[str], None]
+) -> list[ResultRow]:
+    """Return a row for each folder of slides' vectors: a linear probe on them.
+
+    Args:
+        data: the cohort.
+        folders: of `tapfm embed`; of a case the mean of its slides' vectors is taken.
+        folder: of predictions.
+        split: to predict, beside val.
+        say: takes a line on each fit.
+
+    Raises:
+        FeatureFileError: a slide of the cohort has no vector, or a damaged one.
+    """
+    rows = []
+    read = {
+        part: [row for row in data.rows(part) if row.slide_id not in data.skipped]
+        for part in dict.fromkeys(("train", "val", split))
+    }
+    slides = [slide for part in read.values() for row in part for slide in row.slides]
+    for each in folders:
+        source, bags = FeatureSource([each], slides, data.tiles.mpp, data.budget), {}
+        for part, of_part in read.items():
+            bags[part] = [
+                FrozenSlide.of(bag.slide_id, bag.case_id, bag.features.z_TD, bag.labels_K)
+                for bag in KnownBags(of_part, source)
+            ]
+        title = f"{source.spec['encoder'] or each.name}, linear probe"
+        baseline = fit_linear_probe(bags["train"], bags["val"], data.weighted_task)
+        say(f"{title}: {baseline.describe()}")
+        rows.append(row_of_baseline(data, title, baseline, bags, folder, split))
+    return rows
+
+
+def row_of_baseline(
+    data: SlideData, title: str, baseline: Fitted | LinearProbe,
+    bags: Mapping[str, Sequence[FrozenSlide]], folder: Path, split: str,
+) -> ResultRow:  # fmt: skip
+    """Return a fitted baseline's row; write its predictions of validation and `split`."""
+    name, of = row_folder(title), {}
+    for part in dict.fromkeys(("val", split)):
+        of[part] = by_case(data, part, [predict_features(baseline, bag) for bag in bags[part]])
+        write_predictions(folder / name / f"predictions_{part}.csv", data.task, of[part])
+    return result_row(title, folder / name, of, split, end_to_end=False)
 
 
 def predict_features(baseline: Fitted | LinearProbe, slide: FrozenSlide) -> Prediction:

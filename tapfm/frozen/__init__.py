@@ -2,6 +2,7 @@
 
     features.py         `tapfm features`: an encoder's features in the files that other tools read
     other_formats.py    the same features as CLAM and STAMP lay them out
+    slide_embeddings.py `tapfm embed`: a vector a slide by a published slide encoder
     frozen_slide.py     the record of a slide on frozen features; standardisation
     fitter.py           the one loop that trains slide models on frozen features
     baselines.py        the frozen rows of a report: mean-pool MLP, gated attention, RGB statistics

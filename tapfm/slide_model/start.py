@@ -1,10 +1,12 @@
 """An aggregator that starts from another run's, as prognosis of one cancer from that of others.
 
     start_from(model, Path("runs/brca/gated"))      weights of the aggregator, and of its head
+    start_from(model, Path("moozy.pt"))             a published slide encoder's, without a head
 
 The head is taken where its logits have the same names: hazards of one cancer are a start for those
 of another, and a head for KRAS is none for EGFR. The encoder of another run is a start by `tapfm
-export` and `model.weights`.
+export` and `model.weights`. Madeleine and MOOZY, as their publishers give them, are starts for the
+aggregators of these names (`tapfm.slide_encoders.published`).
 
 Source: Path-PKT (Liu et al. 2025, arXiv 2508.02282), warm start from other cancers' models.
 """
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tapfm.settings import SettingsError
-from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.settings import SettingsError, spec_of
+from tapfm.slide_encoders.published import is_published, read_published
+from tapfm.slide_encoders.registry import find
+from tapfm.slide_model.aggregators import AGGREGATORS, aggregator_options, make_aggregator
 from tapfm.slide_model.model import SlideModel, read_model_config
 from tapfm.weights import read_tensors
 
-PART = "aggregator."
+PART, VIT = "aggregator.", "encoder.vit."
+SCALES = "scale", "case_scale"  # where they started says nothing of trained ones; 0 is none at all
 
 
 def start_from(model: SlideModel, run: Path) -> list[str]:
@@ -26,12 +31,15 @@ def start_from(model: SlideModel, run: Path) -> list[str]:
 
     Args:
         model: of which the aggregator's weights are replaced.
-        run: its folder, or its best.safetensors.
+        run: its folder, or its best.safetensors; or files of a published slide encoder.
 
     Raises:
         SettingsError: an aggregator of another kind, or for features of another width.
+        StrategyError: the strategy cannot go on from that run.
         CheckpointError: no such file.
     """
+    if is_published(run):
+        return start_from_published(model, run)
     path = run / "best.safetensors" if run.is_dir() else run
     own, (other, _) = model.model_config, read_model_config(path)
     tensors = read_tensors(path)
@@ -51,7 +59,37 @@ def start_from(model: SlideModel, run: Path) -> list[str]:
         )
     taken = {key: value for key, value in state.items() if key in wanted.keys() - answers}
     model.aggregator.load_state_dict(taken, strict=False)
+    if hasattr(model.strategy, "follow"):
+        of_vit = {k.removeprefix(VIT): v for k, v in tensors.items() if k.startswith(VIT)}
+        model.strategy.follow(model.encoder.vit, of_vit)
     return sorted(answers)
+
+
+def start_from_published(model: SlideModel, path: Path) -> list[str]:
+    """Give a model the weights of a published slide encoder; return the names of what it lacks.
+
+    Raises:
+        SettingsError: the aggregator or its options are others, or features of another width.
+    """
+    own, (options, state) = model.model_config, read_published(path)
+    wanted = {key: value.shape for key, value in model.aggregator.state_dict().items()}
+    given = spec_of(AGGREGATORS, aggregator_options(own.aggregator))
+    alike = {key: bool if key in SCALES else lambda value: value for key in options}
+    others = {k: v for k, v in options.items() if alike[k](given.get(k)) != alike[k](v)}
+    if others:
+        raise SettingsError(
+            f"model.start_from: {path} is {options['name']} of other sizes than model.aggregator "
+            f"{own.aggregator['name']}. Set in model.aggregator: "
+            f"{', '.join(f'{key}: {value}' for key, value in others.items())}."
+        )
+    if wrong := [key for key, value in state.items() if value.shape != wanted.get(key)]:
+        raise SettingsError(
+            f"model.start_from: {path}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, and "
+            f"this run has {model.encoder.dim} features a tile. {options['name']} is for "
+            f"{find(options['name']).needs}. Give those."
+        )
+    model.aggregator.load_state_dict(state, strict=False)
+    return sorted(wanted.keys() - state.keys())
 
 
 def of_labels(model: SlideModel) -> set[str]:

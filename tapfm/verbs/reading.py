@@ -1,4 +1,4 @@
-"""Verbs that read slides: index, predict, heatmap, features, histaug, view, export."""
+"""Verbs that read slides: index, predict, heatmap, features, embed, histaug, view, export."""
 
 from __future__ import annotations
 
@@ -149,6 +149,38 @@ def features(verb: ArgumentParser) -> Do:
             pattern = folder / source.tiles.grid.tag / "features_*" / "{slide_id}.h5"
             return launch_source(verb, flags, source, folder, str(pattern))
         return run_features(source, model, out=out, **how)
+
+    return do
+
+
+def embed(verb: ArgumentParser) -> Do:
+    """Add the flags of `tapfm embed`; return its action."""
+    add = verb.add_argument
+    add("--slide-encoder", required=True,
+        help="titan, prism, care, madeleine or moozy; or the folder of a run")  # fmt: skip
+    add("--weights", type=Path, help="its publisher's files; none of a run")
+    add("--trust-code", action="store_true", help="run the code that comes with them")
+    add("--features", type=Path, help="folder of tiles' features; the config's data.features_dir")
+    config_flag(verb)
+    add("--out", type=Path, help="folder; slide_features_<encoder> beside that of the features")
+    add("--on-error", choices=("stop", "skip"), help="at a bad slide; the config's, or stop")
+    add("--device", type=device, help="cuda or cpu; cuda where there is one")
+
+    def do(config: Sequence[Path] | None, features: Path | None, on_error, **given) -> int:
+        from slides.errors import SettingsError
+        from tapfm.config import read_data, read_source
+        from tapfm.frozen.slide_embeddings import rows_of_folder, run_embed
+
+        data = read_data(config) if config else {}
+        if not features and not data.get("features_dir"):
+            raise SettingsError(
+                "embed: give --features, the folder of tiles' features, or a --config with "
+                "data.features_dir"
+            )
+        features = features or Path(data["features_dir"])
+        rows = read_source(config).rows if config else rows_of_folder(features)
+        on_error = on_error or data.get("on_error", "stop")
+        return run_embed(features=features, rows=rows, on_error=on_error, **given)
 
     return do
 

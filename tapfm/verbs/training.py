@@ -71,6 +71,8 @@ def test(verb: ArgumentParser) -> Do:
     run_flags(verb)
     add("--overlays", type=int, default=4, help="slides to draw (%(default)s)")
     add("--features", type=Path, help="frozen features that several folders share; <run>/frozen")
+    add("--slide-features", type=Path, nargs="+", default=(), metavar="FOLDER",
+        help="vectors of `tapfm embed`: a linear probe on each is a row")  # fmt: skip
     add(
         "--robustness",
         action="store_true",

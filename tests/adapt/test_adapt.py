@@ -53,6 +53,7 @@ CASES = {
     "lora, q v": {"name": "lora", "rank": 2, "targets": ["q", "v", "proj", "mlp"], "last": 2},
     "dora": {"name": "dora", "rank": 2, "dropout": 0.2},
     "dora, q v": {"name": "dora", "rank": 2, "targets": ["q", "v", "mlp"]},
+    "olora": {"name": "olora", "rank": 2, "room": 5},
     "vpt_deep": {"name": "vpt_deep", "n": 3},
     "adaptformer": {"name": "adaptformer", "width": 5},
     "ssf": {"name": "ssf"},
@@ -192,6 +193,7 @@ LISTED = {
     "norm_only": {"*norm*.weight", "*norm*.bias"},
     "lora": {"blocks.*.attn.qkv.lora_?.weight"},
     "dora": {"blocks.*.attn.qkv.lora_*"},
+    "olora": {"blocks.*.attn.qkv.lora_?.weight"},
     "vpt_deep": {"prompts"},
     "adaptformer": {"blocks.*.adaptformer.*"},
     "ssf": {"*.ssf_scale", "*.ssf_shift"},
@@ -219,6 +221,7 @@ UNI = {  # measured elsewhere, and computed where that rounds
     "adaptformer": 3_171_840,
     "lora": 786_432,
     "dora": 860_160,
+    "olora": 786_432,
     "last_n": 12_596_224 + 2_048 + 2_048,
     "hiadapter": 11_686_145 + 66_848,
     "pathotune": 245_760 + 1_024 + 371_264 + 526_336,
@@ -494,7 +497,8 @@ def test_checkpoint_holds_what_was_trained_and_gives_it_back(case, tmp_path):
     models.save(model, path, epoch=3)
     with safe_open(path, "pt") as file:
         held = set(file.keys())
-    trained = {f"encoder.vit.{name}" for name in names(model.encoder.vit)}
+    buffers = {n for n, _ in model.encoder.vit.named_buffers() if n.endswith("lora_apart")}
+    trained = {f"encoder.vit.{name}" for name in names(model.encoder.vit) | buffers}
     assert held == trained | {f"aggregator.{key}" for key in model.aggregator.state_dict()}
     again = models.load(path)
     assert again.model_config == replace(model.model_config, strategy=strategy_spec(model.strategy))

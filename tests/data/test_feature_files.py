@@ -187,8 +187,8 @@ class TestStamp(Contract):
 def test_a_missing_file_and_one_of_another_shape(tmp_path):
     with pytest.raises(FeatureFileError, match=r"s.1: there is no s.1.h5 or .pt in .*Extract"):
         read(tmp_path)
-    write.write_trident(tmp_path, "s.1", Z[:, 0])
-    with pytest.raises(FeatureFileError, match=r"holds \(7,\) of float32, and floats of shape"):
+    write.write_trident(tmp_path, "s.1", Z[:, :, None, None])
+    with pytest.raises(FeatureFileError, match=r"holds \(7, 5, 1, 1\) of float32, and floats of"):
         read(tmp_path)
     with h5py.File(tmp_path / "s.1.h5", "w") as file:
         file.create_group("features/uni")

@@ -3,6 +3,7 @@
 import json
 import re
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,10 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
+from slides.errors import FeatureFileError
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.encoders.fingerprint import state_fingerprint
 from tapfm.evaluation.evaluate import check_same_data, tile_auroc
+from tapfm.evaluation.predicted_rows import slide_feature_rows
 from tapfm.frozen.baselines import RgbStatistics
 from tapfm.frozen.features import read_features
 from tapfm.inference.prediction import Prediction
@@ -94,6 +97,29 @@ def test_rgb_numbers_are_of_the_tiles_and_read_from_them_once(run, monkeypatch):
         assert torch.equal(read_features(kept / f"{bag.slide_id}.h5"), z_T6)
     monkeypatch.setattr(RgbStatistics, "encode", None)
     assert main(["test", "--run", str(run), "--overlays", "0"]) == 0
+
+
+def test_a_probe_on_slides_vectors_is_a_row_paired_with_the_runs(run, tmp_path):
+    """The vectors hold the labels, so that the probe must find them, and noise."""
+    data = read_config(["--config", str(run / "tapfm" / "config.yaml")]).datamodule
+    drawn, folder, said = np.random.default_rng(0), tmp_path / "slide_features_own", []
+    folder.mkdir()
+    for row in data.used:
+        with h5py.File(folder / f"{row.slide_id}.h5", "w") as file:
+            known = np.nan_to_num(np.array(row.labels), nan=0.5)
+            vector_E = np.concatenate([8 * known, drawn.standard_normal(3)]).astype(np.float32)
+            file.create_dataset("features", data=vector_E).attrs["encoder"] = "titan"
+    (row,) = slide_feature_rows(data, [folder], tmp_path, "test", said.append)
+    assert (row.title, row.end_to_end) == ("titan, linear probe", False)
+    table = pd.read_csv(tmp_path / "titan_linear_probe" / "predictions_test.csv")
+    assert table["slide_id"].tolist() == list(row.slide_ids) == ["s10", "s11", "s12", "s13"]
+    known = ~np.isnan(row.y_NK)
+    assert ((row.p_NK > 0.5) == (row.y_NK > 0.5))[known].all()
+    assert row.validation is not None
+    assert said[0].startswith("titan, linear probe: chosen on validation")
+    (folder / "s11.h5").unlink()
+    with pytest.raises(FeatureFileError, match=r"s11: there is no s11.h5"):
+        slide_feature_rows(data, [folder], tmp_path, "test", said.append)
 
 
 def test_runs_on_other_data_are_not_compared(run, capsys):

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from slides.errors import SettingsError
+from tapfm.slide_encoders.published import read_published
 from tapfm.slide_model import model as models
 from tapfm.slide_model.feature_encoder import FeatureEncoder
 from tapfm.slide_model.start import start_from
 from tapfm.tasks import learn_task, task_config
 from tapfm.training.module import SlideModule
 from tapfm.training.optim import Steps
+from tests.slide_encoders.twins import write_moozy
 
 FEATURES = {"dim": 8, "scores": True, "coords": True, "encoder": "uni", "folder": "f"}
 HEAD = {"head.weight", "head.bias"}
@@ -73,3 +75,32 @@ def test_a_run_takes_it_and_not_a_warm_start_as_well(run, capsys):
     assert f"aggregator from {run}; new: nothing" in capsys.readouterr().out
     with pytest.raises(SettingsError, match="both say how the aggregator starts"):
         SlideModule(**given, steps=Steps(warm_start=True))
+
+
+def published(tmp_path, **options):
+    """A MOOZY of 8 features and a model that is to start from it."""
+    write_moozy(tmp_path / "moozy.pt", dim=8, width=24, heads=4, layers=1)
+    sizes = {"name": "moozy", "width": 24, "heads": 4, "layers": 1, "case_layers": 1}
+    return tmp_path / "moozy.pt", model_of(aggregator={**sizes, **options})
+
+
+def test_a_published_slide_encoder_is_a_start_for_its_aggregator(tmp_path):
+    path, model = published(tmp_path)
+    before = model.aggregator.head.weight.clone()
+    assert set(start_from(model, path)) == {*HEAD, "center_D", "scale_D"}
+    options, state = read_published(path)
+    own = model.aggregator.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+    assert options.items() <= {**model.model_config.aggregator, **options}.items()
+    assert torch.equal(model.aggregator.head.weight, before)
+
+
+def test_a_published_slide_encoder_of_other_sizes_says_which_to_set(tmp_path):
+    path, model = published(tmp_path, layers=2, registers=3)
+    with pytest.raises(SettingsError, match=r"Set in model.aggregator: layers: 1, registers: 4"):
+        start_from(model, path)
+    with pytest.raises(SettingsError, match=r"Set in model.aggregator: name: moozy"):
+        start_from(model_of(), path)
+    write_moozy(path, dim=9, width=24, heads=4, layers=1)
+    with pytest.raises(SettingsError, match=r"has shape \(24, 9\), and this run has 8 features"):
+        start_from(published(tmp_path / "other")[1], path)

@@ -9,6 +9,7 @@
     last_n.py       the last blocks and the final norm
     lora.py         a low-rank change of weight matrices
     norm_only.py    norms
+    olora.py        LoRA that leaves alone what earlier runs' LoRA reads
     pathotune.py    prompts: free ones, from a sentence, and from the tile
     ssf.py          scale and shift of every operation
     vpt_deep.py     prompt tokens before every block
@@ -33,6 +34,7 @@ from tapfm.adapt.strategies.hiadapter import HiAdapter
 from tapfm.adapt.strategies.last_n import LastN
 from tapfm.adapt.strategies.lora import Lora
 from tapfm.adapt.strategies.norm_only import NormOnly
+from tapfm.adapt.strategies.olora import OLora
 from tapfm.adapt.strategies.pathotune import PathoTune
 from tapfm.adapt.strategies.ssf import Ssf
 from tapfm.adapt.strategies.vpt_deep import VptDeep
@@ -75,6 +77,8 @@ class Strategy(Protocol):
     def describe(self, vit: nn.Module) -> str:
         """Return one line: what learns, and what share of the model that is."""
 
+    # optional: follow(vit, earlier), told of the tensors of the run that a new one starts from
+
 
 STRATEGIES: dict[str, type] = {
     "full": Full,
@@ -83,6 +87,7 @@ STRATEGIES: dict[str, type] = {
     "norm_only": NormOnly,
     "lora": Lora,
     "dora": Dora,
+    "olora": OLora,
     "vpt_deep": VptDeep,
     "adaptformer": AdaptFormer,
     "ssf": Ssf,

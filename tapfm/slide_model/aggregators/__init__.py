@@ -17,6 +17,8 @@
     case_transformer.py  each slide pooled, then a transformer over the slides of a case
     regions.py       tiles of several magnifications meet region by region
     blocks.py        a transformer block, which the last two share
+    madeleine.py     several heads of gated attention: the slide encoder Madeleine
+    moozy.py         tiles look at each other, then slides do: the slide encoder MOOZY
     tile_head.py     class logits of single tiles, for labelled tiles
 
 Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
@@ -37,8 +39,10 @@ from tapfm.slide_model.aggregators.dsmil import Dsmil
 from tapfm.slide_model.aggregators.gated import Gated
 from tapfm.slide_model.aggregators.graph import Graph
 from tapfm.slide_model.aggregators.hierarchical import Hierarchical
+from tapfm.slide_model.aggregators.madeleine import Madeleine
 from tapfm.slide_model.aggregators.mamba import Mamba
 from tapfm.slide_model.aggregators.mean import Mean
+from tapfm.slide_model.aggregators.moozy import Moozy
 from tapfm.slide_model.aggregators.otsurv import OtSurv
 from tapfm.slide_model.aggregators.regions import Regions
 from tapfm.slide_model.aggregators.tapfm import Tapfm
@@ -73,6 +77,8 @@ AGGREGATORS: dict[str, type] = {
     "graph": Graph,
     "case_transformer": CaseTransformer,
     "regions": Regions,
+    "madeleine": Madeleine,
+    "moozy": Moozy,
 }
 
 
