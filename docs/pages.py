@@ -20,6 +20,7 @@ SHOWN = {
     "tapfm/adapt/README.md": "strategies.md",
     "tapfm/engine/README.md": "cards.md",
     "docs/when_to_adapt.md": "when_to_adapt.md",
+    "docs/related.md": "related.md",
     "docs/decisions.md": "decisions.md",
 }
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")

@@ -55,6 +55,18 @@ def write_clam_pt(folder, slide_id, z_TD):
     return inside / f"{slide_id}.pt"
 
 
+def write_atlaspatch(folder, slide_id, z_TD, encoder="lunit_vit_small_patch8_dino"):
+    """Coordinates with how each tile was read, facts on the file, a data set an encoder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with h5py.File(folder / f"{slide_id}.h5", "w") as file:
+        file[f"features/{encoder}"] = z_TD
+        read = np.tile([STEP0, STEP0, 0], (len(z_TD), 1))
+        file["coords"] = np.concatenate([lattice(len(z_TD)), read], 1).astype(np.int32)
+        file.attrs.update(patch_size=56, patch_size_level0=STEP0, level0_magnification=40,
+                          target_magnification=20, overlap=0, num_patches=len(z_TD))  # fmt: skip
+    return folder / f"{slide_id}.h5"
+
+
 def write_stamp(folder, slide_id, z_TD):
     folder.mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / f"{slide_id}.h5", "w") as file:

@@ -69,3 +69,27 @@ def test_the_notebook_runs(tmp_path):
     assert "(112, 112, 3)" in text
     assert "p_EGFR" in text
     assert (tmp_path / "runs").is_dir()
+
+
+CONTEXT = ["PathAlign", "MLLM-HWSI", "SlideChat", "GIANT", "Quilt-LLaVA", "DCT-HistoTransformer",
+           "SongCi", "PIBD", "MOTCat", "PLUTO", "PathReasoner-R1", "Pathology-CoT", "PathGen-1.6M",
+           "PathMoE"]  # fmt: skip
+
+
+def test_related_papers_have_a_line_of_need_and_one_of_commands_that_exist():
+    """Commands of `fit-tiles` are Lightning's to read; the others are parsed as they stand."""
+    from tapfm import cli
+
+    page = (ROOT / "docs" / "related.md").read_text()
+    parts = re.split(r"^### ", page, flags=re.M)[1:]
+    assert [part.split()[0] for part in parts] == CONTEXT
+    for part in parts:
+        _, needs, here = part.strip().splitlines()
+        assert (needs[:9], here[:8]) == ("- Needs: ", "- Here: ")
+        commands = re.findall(r"`tapfm ([^`]+)`", here)
+        assert commands
+        for command in commands:
+            verb, *arguments = command.split()
+            assert verb in cli.VERBS
+            if verb not in cli.LIGHTNINGS:
+                cli.parser().parse_args([verb, *arguments])

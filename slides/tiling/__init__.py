@@ -2,7 +2,8 @@
 
     tissue.py         tissue and pen masks of a thumbnail, pure array functions
     focus.py          how blurred a tile is
-    masks.py          the user's own outlines: GeoJSON or a mask image
+    masks.py          the user's own outlines: GeoJSON, a mask image or an array
+    segmenter.py      masks by a segmentation network that is installed
     choose.py         chooses a slide's tiles in stages
     index.py          indexes a cohort and writes its ledger
     checked.py        which indexes need no second look

@@ -1,7 +1,9 @@
-"""Tissue masks that the user drew: GeoJSON outlines or a mask image.
+"""Tissue masks that the user or another program drew: GeoJSON outlines, a mask image or an array.
 
     <folder>/<slide_id>.geojson    QuPath's export, TRIDENT's contours_geojson, or any GeoJSON
     <folder>/<slide_id>.png        any size, stretched over the slide; non-zero pixels are tissue
+    <folder>/<slide_id>.npy        the same as an array (h, w) or (h, w, S), as SlideSegmenter gives
+                                   tissue or S cross-sections; of floats, 0.5 and above is tissue
 
 Every polygon in a GeoJSON is tissue, holes are not; points and lines are ignored. QuPath's classes
 that end in * are no tissue: `Ignore*` is taken out of it; others, such as `Region*`, and missing
@@ -33,7 +35,7 @@ from slides.files import names_of
 
 IGNORED = "Ignore*"
 NOT_TISSUE_MARKS = (b'*"', b'"isMissing"')  # in a file that may hold polygons that are no tissue
-KINDS = (".geojson", ".png")
+KINDS = (".geojson", ".png", ".npy")
 OUTSIDE = 0.01  # of the slide's longer side: hand-drawn outlines may run over its edge
 PROPORTIONS = 0.02  # allowed difference from the slide's, besides one pixel of rounding
 
@@ -248,10 +250,16 @@ def _picture(
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            values = np.asarray(image)  # of a palette image: its indices, not its colours
-            see_through = image.mode in ("LA", "RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if path.suffix == ".npy":
+            values, see_through = np.load(path, allow_pickle=False), False
+            if values.ndim not in (2, 3) or values.dtype.kind not in "biuf":
+                raise ValueError(f"it holds {values.dtype} of shape {values.shape}, not (h, w, S)")
+            values = values >= 0.5 if values.dtype.kind == "f" else values
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image)  # of a palette image: its indices, not its colours
+                see_through = image.mode in ("LA", "RGBA")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise MaskError(
             f"{name}: the mask {path} cannot be read: {error}. Export it again, smaller if it is "
             f"large: an eighth of the slide's resolution is fine enough."

@@ -4,13 +4,14 @@
     CLAM             h5_files/<slide>.h5   `features`, `coords` without attributes
                      pt_files/<slide>.pt   a tensor, no coordinates
     STAMP            <slide>.h5            `feats`, `coords` in micrometres, attributes on the file
+    AtlasPatch       <slide>.h5            `features/<encoder>`, one of them; `coords` (T, 5)
     tapfm, TRIDENT   <slide>.h5            `features` (E,) of a slide encoder: as one tile; of
                                            several, each as a tile with places of its own
 
 Coordinates become level-0 pixels. Ours also have `scores` (T,), the raw CLS scores.
 
-Source: the files those programs write (TRIDENT 0.3, CLAM of 2025-04, STAMP of 2026-04); no code of
-theirs.
+Source: the files those programs write (TRIDENT 0.3, CLAM of 2025-04, STAMP of 2026-04, AtlasPatch
+1.1); no code of theirs.
 
 Shapes: T tiles of a slide, D features.
 """
@@ -43,7 +44,7 @@ class SlideFeatures:
     slide_id: str
     path: Path
     writer: str
-    """`tapfm`, `TRIDENT`, `CLAM` or `STAMP`."""
+    """`tapfm`, `TRIDENT`, `CLAM`, `STAMP` or `AtlasPatch`."""
     z_TD: Tensor
     """In the numbers that the file holds."""
     score_T: Tensor | None = None
@@ -184,8 +185,13 @@ def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFea
     with h5py.File(path) as file:
         stamp = "feats" in file
         values = file["feats" if stamp else "features"]
-        if not isinstance(values, h5py.Dataset):
-            raise ValueError("`features` is a group of several encoders' features")
+        named = ""
+        if not isinstance(values, h5py.Dataset):  # AtlasPatch's
+            sets = [each for each in values.values() if isinstance(each, h5py.Dataset)]
+            if len(values) != 1 or not sets:
+                there = ", ".join(values) or "none"
+                raise ValueError(f"`features` is a group of several encoders' features: {there}")
+            named, values = next(iter(values.items()))
         for each in (values, *(file[name] for name in ("coords", "scores") if name in file)):
             must_be_tiles(each)
         facts, on_file = dict(values.attrs), dict(file.attrs)
@@ -196,10 +202,16 @@ def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFea
         found = SlideFeatures(
             slide_id,
             path,
-            "tapfm" if "fingerprint" in facts else "STAMP" if stamp else "CLAM",
+            "tapfm"
+            if "fingerprint" in facts
+            else "STAMP"
+            if stamp
+            else "AtlasPatch"
+            if named
+            else "CLAM",
             torch.from_numpy(values[:]),
             None if score is None else torch.from_numpy(score),
-            encoder=str(facts.get("encoder", on_file.get("extractor", ""))),
+            encoder=named or str(facts.get("encoder", on_file.get("extractor", ""))),
         )
     if found.z_TD.ndim == 1:  # of the slide, whatever places are beside it
         return replace(found, z_TD=found.z_TD[None], score_T=None, of_slide=True)
@@ -209,6 +221,8 @@ def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFea
     if stamp:
         return _stamp(found, on_file, coords, mpp0)
     coords0 = coords[:, :2].astype(np.int64)
+    if named and "patch_size" in on_file:
+        return replace(found, coords0=coords0, **_sizes(on_file))
     if "patch_size" in attrs:
         writer = found.writer if found.writer == "tapfm" else "TRIDENT"
         return replace(found, writer=writer, coords0=coords0, **_sizes(attrs))

@@ -5,6 +5,7 @@
     STAMP   features_<encoder>_stamp/<slide>.h5            `feats` in half precision, `coords` in
                                                            micrometres; attributes on the file
     pt      features_<encoder>_pt/<slide>.pt               a tensor (T, D), as eva and others read
+    csv     features_<encoder>_csv/<slide>.csv             a header and a row a tile, for SlideChat
     TRIDENT features_<encoder>/<slide>.h5                  those files themselves: nothing is added
 
 CLAM's and STAMP's are read back by `data.features_dir`. STAMP's version is not written: it refuses
@@ -96,9 +97,16 @@ def _pt(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> None:
         torch.save(torch.from_numpy(z_TD.astype(np.float32)), path)
 
 
+def _csv(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> None:
+    with replacing(folder / f"{index.slide_id}.csv") as path:
+        header = ",".join(map(str, range(z_TD.shape[1])))
+        np.savetxt(path, z_TD.astype(np.float32), "%.7g", ",", header=header, comments="")
+
+
 FORMATS: dict[str, Callable[[Path, np.ndarray, TileIndex, str], None]] = {
     "clam": _clam,
     "stamp": _stamp,
     "pt": _pt,
+    "csv": _csv,
     "trident": lambda *_: None,
 }

@@ -26,6 +26,8 @@ def index(verb: ArgumentParser) -> Do:
     source_flags(verb, "the config's; 224 and 0.5")
     add("--out", type=Path, default=Path("data/index"), help="folder (%(default)s)")
     add("--on-error", choices=("stop", "skip"), help="at a bad slide")
+    add("--segmenter", choices=("slidesegmenter",), help="find tissue by this installed network; "
+        "its masks are kept in --masks, or in OUT/masks_<name>")  # fmt: skip
     add("--coords", type=Path, help="folder of tiles that TRIDENT, CLAM, AtlasPatch or hs2p chose, "
         "to take as they are")  # fmt: skip
     add("--thumbnails", type=Path, help="folder for a picture a slide")
@@ -45,15 +47,30 @@ def index(verb: ArgumentParser) -> Do:
 
 
 def index_source(
-    out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None, **given
-) -> Source:
-    """Return the slides and tiles that `tapfm index` was asked for."""
+    out: Path, on_error: str | None, coords: Path | None, thumbnails: Path | None,
+    segmenter: str | None = None, **given,
+) -> Source:  # fmt: skip
+    """Return the slides and tiles that `tapfm index` was asked for; masks of a segmenter are made.
+
+    Raises:
+        SettingsError: there is no such segmenter, or coordinates are given as well.
+    """
     from dataclasses import replace
 
     from slides.streaming.settings import TileSettings
     from slides.tiling.tissue import Tissue
 
     source = source_of("index", out, TileSettings, **given)
+    if segmenter:
+        from slides.errors import SettingsError
+        from slides.tiling.segmenter import write_masks
+
+        if coords:
+            raise SettingsError("index: --coords are tiles as they are: leave --segmenter out")
+        folder = Path(given["masks"] or source.index_dir / f"masks_{segmenter}")
+        write_masks([(r.slide_id, r.path, r.mpp) for r in source.rows], folder, segmenter)
+        tissue = replace(source.tiles.tissue, masks=str(folder))
+        source = replace(source, tiles=replace(source.tiles, tissue=tissue))
     if coords:  # instead of tissue detection
         tissue = Tissue(coords=str(coords), masks=given["masks"])
         source = replace(source, tiles=replace(source.tiles, tissue=tissue))
@@ -131,7 +148,7 @@ def features(verb: ArgumentParser) -> Do:
     add("--precision", choices=("fp32", "fp16", "bf16"),
         help="of the encoder; the publisher's on a GPU, else fp32")  # fmt: skip
     add("--format", nargs="+", default=(), dest="formats",
-        choices=("trident", "clam", "stamp", "pt"),
+        choices=("trident", "clam", "stamp", "pt", "csv"),
         help="write them also as these programs read them")  # fmt: skip
     device_flags(verb)
     launcher_flags(verb)

@@ -115,6 +115,21 @@ class TestOurs(Contract):
         assert read(tmp_path).score_T is None
 
 
+class TestAtlasPatch(Contract):
+    writer = "AtlasPatch"
+
+    def write(self, folder, z_TD=Z):
+        return write.write_atlaspatch(folder, "s.1", z_TD)
+
+    def test_the_encoder_is_named_and_several_are_refused(self, tmp_path):
+        path = self.write(tmp_path)
+        assert read(tmp_path).encoder == "lunit_vit_small_patch8_dino"
+        with h5py.File(path, "r+") as file:
+            file["features/uni_v1"] = Z
+        with pytest.raises(FeatureFileError, match=r"several encoders' features: lunit_vit.*, uni"):
+            read(tmp_path)
+
+
 class TestClam(Contract):
     writer = "CLAM"
 

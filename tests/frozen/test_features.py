@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -127,7 +128,7 @@ def test_run_again_it_keeps_what_is_right_and_remakes_what_is_not(slide, tmp_pat
 
 def test_features_as_clam_and_stamp_lay_them_out(slide, tmp_path, capsys):
     job = tmp_path / "job"
-    assert extract(slide, job, "--format", "trident", "clam", "stamp", "pt") == 0
+    assert extract(slide, job, "--format", "trident", "clam", "stamp", "pt", "csv") == 0
     with h5py.File(job / TAG / "features_demo_vit" / "one.x.h5") as file:
         z_TD, coords0 = file["features"][:], file["coords"][:]
     clam, stamp = (job / TAG / f"features_demo_vit_{name}" for name in ("clam", "stamp"))
@@ -138,6 +139,11 @@ def test_features_as_clam_and_stamp_lay_them_out(slide, tmp_path, capsys):
     np.testing.assert_array_equal(z, z_TD)
     plain = torch.load(job / TAG / "features_demo_vit_pt" / "one.x.pt", weights_only=True)
     np.testing.assert_array_equal(plain, z_TD)
+    # as SlideChat reads a slide, and MOTCat the slides of a case
+    table = pd.read_csv(job / TAG / "features_demo_vit_csv" / "one.x.csv").iloc[:, :512]
+    np.testing.assert_allclose(table.to_numpy(), z_TD, rtol=1e-6)
+    case = torch.cat([torch.load(clam / "pt_files" / f"{'one.x.svs'.removesuffix('.svs')}.pt")])
+    assert case.shape == z_TD.shape
     with h5py.File(stamp / "one.x.h5") as file:
         np.testing.assert_array_equal(file["feats"][:], z_TD.astype(np.float16))
         np.testing.assert_allclose(file["coords"][:], coords0 * 0.25)

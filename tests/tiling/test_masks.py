@@ -5,6 +5,7 @@ The references are matplotlib's point-in-polygon test at pixel centres, and hand
 
 import hashlib
 import json
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -320,3 +321,77 @@ def test_the_command_line_takes_masks_and_draws(tmp_path, folder, capsys):
     assert "1 slides, 40 tiles" in capsys.readouterr().out
     assert (pictures / "a.png").stat().st_size > 10_000
     assert len(read_index(index_path(index, GRID, "a"), GRID, folder.tissue)) == 40
+
+
+class TestArrays:
+    """As SlideSegmenter gives tissue (h, w, 1), or cross-sections (h, w, S)."""
+
+    def put(self, folder, values):
+        folder.path.mkdir(exist_ok=True)
+        np.save(folder.path / "a.npy", values)
+        return folder.path / "a.npy"
+
+    def test_tissue_and_cross_sections_are_the_picture(self, folder):
+        tissue = np.zeros((57, 76), np.int64)
+        tissue[12:32, 8:40] = 1
+        sections = np.stack([tissue, np.zeros_like(tissue)], -1)
+        sections[40:50, 50:60, 1] = 1
+        likely = np.where(tissue, 0.7, 0.3)
+        for values in (tissue, tissue[..., None], sections, sections.astype(bool), likely):
+            drawn = values >= 0.5 if values is likely else values
+            picture = drawn.reshape(57, 76, -1).any(-1).astype(np.uint8)
+            Image.fromarray(picture).save(folder.path.parent / "a.png")
+            mask = mask_of(self.put(folder, values))
+            np.testing.assert_array_equal(mask, mask_of(folder.path.parent / "a.png"))
+            assert mask[15:30, 10:38].all()
+            assert mask.any(1).sum() < 40
+
+    def test_what_is_no_mask_is_refused(self, folder):
+        for values in (np.zeros(5), np.array(["a"]), np.array([None])):
+            with pytest.raises(MaskError, match=r"a: the mask .*a.npy cannot be read"):
+                mask_of(self.put(folder, values))
+        (folder.path / "a.npy").write_bytes(b"")
+        with pytest.raises(MaskError, match="cannot be read"):
+            mask_of(folder.path / "a.npy")
+
+
+class Network:
+    """What SlideSegmenter is called with, and returns: the dark pixels, of which some are pen."""
+
+    def __init__(self, channels_last=True, tissue_segmentation=True, pen_marking_segmentation=True,
+                 separate_cross_sections=True, model_folder="latest", device="cpu"):  # fmt: skip
+        assert (channels_last, separate_cross_sections) == (True, False)
+
+    def segment(self, image):
+        assert image.shape[2:] == (3,)
+        assert image.min() >= 0
+        assert image.max() <= 1
+        tissue = np.zeros((*image.shape[:2], 1), np.int64)
+        tissue[10:40, 20:50] = 1
+        pen = np.zeros_like(tissue)
+        pen[10:20] = 1
+        return tissue, pen
+
+
+def test_an_installed_segmenter_makes_masks_that_are_then_the_tissue(tmp_path, monkeypatch, capsys):
+    slide = write_pyramid(tmp_path / "a.tif", stained_picture(1201, 907), 0.5)
+    index = tmp_path / "index"
+    command = ["index", str(slide), "--out", str(index), "--tile-px", "64", "--workers", "0"]
+    assert main([*command, "--segmenter", "slidesegmenter"]) == 2
+    assert "pip install git+https://github.com/RTLucassen/slidesegmenter" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "slidesegmenter", SimpleNamespace(SlideSegmenter=Network))
+    assert main([*command, "--segmenter", "slidesegmenter"]) == 0
+    with Image.open(index / "masks_slidesegmenter" / "a.png") as image:
+        mask = np.asarray(image) > 0
+    expected = np.zeros_like(mask)
+    expected[20:40, 20:50] = True
+    np.testing.assert_array_equal(mask, expected)
+    tissue = Tissue(masks=str(index / "masks_slidesegmenter"))
+    corners = read_index(index_path(index, GRID, "a"), GRID, tissue).coords0
+    centres = (corners + 32) / (1201 / mask.shape[1])
+    assert len(corners)
+    assert ((centres >= [15, 15]) & (centres <= [55, 45])).all()
+    monkeypatch.setattr(Network, "segment", None)  # masks that are there are kept
+    assert main([*command, "--segmenter", "slidesegmenter"]) == 0
+    coords = ["--coords", str(tmp_path)]
+    assert main([*command, "--segmenter", "slidesegmenter", *coords]) == 2
