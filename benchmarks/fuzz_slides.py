@@ -18,6 +18,7 @@ import multiprocessing
 import resource
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,9 @@ def _worker(seeds: list[Path], folder: Path, pipe) -> None:
             pipe.send(f"FAULT {type(error).__name__}: {error}"[:400])
 
 
-def fuzz(cases: range, folder: Path, limit_s: float = LIMIT_S) -> tuple[dict, dict[int, str]]:
+def fuzz(
+    cases: Iterable[int], folder: Path, limit_s: float = LIMIT_S
+) -> tuple[dict, dict[int, str]]:
     """Run cases in a process that may die.
 
     Returns:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.campaign.kills import verbs
-from benchmarks.campaign.tries import arguments, attempt, draw, emptied, limited, record
+from benchmarks.campaign.tries import arguments, attempt, draw, emptied, limited, numbered, record
 from tests.cohorts import write_cohort
 
 NEW_NAMESPACE = 0x20000  # CLONE_NEWNS
@@ -47,14 +47,20 @@ def preparations(out: Path, numbers: random.Random) -> dict[str, Callable[[], No
     }
 
 
-def fill(folder: Path, tries: int, seed: int, only: tuple[str, ...] = ()) -> Counter:
+def fill(
+    folder: Path,
+    tries: int,
+    seed: int,
+    only: tuple[str, ...] = (),
+    minutes: float | None = None,
+) -> Counter:
     """Run verbs on full disks in turn; return how the tries ended."""
     config = write_cohort(emptied(folder) / "cohort")
     folder, ends = config.parent, Counter()
     base = ["fit", "--config", str(config), "--run_dir", str(folder), "--name", "model"]
     assert attempt([*base, "--trainer.max_epochs", "1"]).code == 0
     every = verbs(folder, config)
-    for number in range(tries):
+    for number in numbered(tries, minutes):
         name = list(only or every)[number % len(only or every)]
         command, out, _ = every[name]
         numbers = draw(seed, name, number)
@@ -77,7 +83,7 @@ def main() -> None:
         raise SystemExit("disks mounts file systems: run it as root")
     flags = arguments(__doc__, 20)
     with tempfile.TemporaryDirectory() as folder:
-        ends = fill(Path(folder), flags.tries, flags.seed)
+        ends = fill(Path(folder), flags.tries, flags.seed, tuple(flags.only), flags.minutes)
     record("disks: full, read-only, small /dev/shm, limits", ends, ends["survived"], flags.seed)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.tries import LIMIT_S, arguments, attempt, draw, emptied, record
+from benchmarks.campaign.tries import LIMIT_S, arguments, attempt, draw, emptied, numbered, record
 from benchmarks.fuzz_slides import fuzz
 from tests.cohorts import write_cohort
 
@@ -89,12 +89,14 @@ def attacks(folder: Path) -> dict[str, tuple[Path, bool, list[str], Callable | N
     }
 
 
-def mutate(kind: str, attack: tuple, tries: int, seed: int) -> Counter:
+def mutate(
+    kind: str, attack: tuple, tries: int, seed: int, minutes: float | None = None
+) -> Counter:
     """Change a file and have it read, again and again; return how the tries ended."""
     path, text, verb, before = attack
     sound, ends = path.read_bytes(), Counter()
     try:
-        for number in range(tries):
+        for number in numbered(tries, minutes):
             path.write_bytes(changed(sound, draw(seed, kind, number), text))
             end = attempt(verb, limit=4 * LIMIT_S, prepare=before)  # of a busy machine
             ends[end.how] += 1
@@ -111,12 +113,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, attack in attacks(emptied(folder / "cohort")).items():
-            ends = mutate(kind, attack, flags.tries, flags.seed)
+            if flags.only and kind not in flags.only:
+                continue
+            ends = mutate(kind, attack, flags.tries, flags.seed, flags.minutes)
             survived = ends["right"] + ends["refused"]
             record(f"hostile: {kind}", ends, survived, flags.seed)
-        start = 1_000_000 * flags.seed
-        counts, wrong = fuzz(range(start, start + flags.tries), folder / "slides")
-        record("hostile: slides", Counter(counts), flags.tries - len(wrong), flags.seed)
+        if not flags.only or "slides" in flags.only:
+            start = 1_000_000 * flags.seed
+            seeds = (start + number for number in numbered(flags.tries, flags.minutes))
+            counts, wrong = fuzz(seeds, folder / "slides")
+            survived = sum(counts.values()) - len(wrong)
+            record("hostile: slides", Counter(counts), survived, flags.seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs a verb in a process of its own that may be killed, and counts how it ends.
 
-The process is forked from this one, which has everything imported: a try costs what the verb costs.
+The process is forked from this one, which has imported what verbs import when they run: a try costs
+what the verb costs, and signals come where it works.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.record import RESULTS, commit, rewrite
 from tapfm.cli import main
 
+VERBS = ("tapfm.evaluation.continued", "tapfm.frozen.features", "tapfm.inference.export",
+         "tapfm.inference.predict", "tapfm.pathpt.model", "tapfm.reports.html.page",
+         "slides.streaming.loose_slides")  # fmt: skip
+"""Modules of the verbs that are tried."""
 LIMIT_S, MEMORY_GB, LINES = 10.0, 2.0, 8
 FIELDS = ("attack", "tried", "survived", "seed", "commit", "date", "ends")
 
@@ -65,6 +71,65 @@ class End:
         return found[0].splitlines() if found else []
 
 
+class Running:
+    """A verb of tapfm in a process of its own.
+
+    Args:
+        arguments: of the command line.
+        prepare: called in the process before the verb.
+    """
+
+    def __init__(self, arguments: list[str], prepare: Callable[[], object] | None = None):
+        for name in VERBS:
+            import_module(name)
+        self.said, self.began = tempfile.TemporaryFile(), time.monotonic()  # noqa: SIM115
+        self.late = False
+        sys.stdout.flush()
+        self.process = os.fork()
+        if not self.process:
+            self._become(arguments, prepare)
+
+    def _become(self, arguments: list[str], prepare: Callable[[], object] | None) -> None:
+        code = 70
+        try:
+            os.setsid()
+            os.dup2(self.said.fileno(), 1)
+            os.dup2(self.said.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(each, "w", closefd=False) for each in (1, 2))
+            if prepare:
+                prepare()
+            code = main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except KeyboardInterrupt:
+            code = 130
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self.began
+
+    def ended(self, limit: float) -> End | None:
+        """Return its end, or None while it runs; after `limit` seconds it is killed."""
+        found, status, used = os.wait4(self.process, os.WNOHANG)
+        if not found:
+            if self.seconds > limit:
+                os.killpg(self.process, signal.SIGKILL)
+                self.late = True
+            return None
+        self.said.seek(0)
+        text, code = self.said.read().decode(errors="replace"), os.waitstatus_to_exitcode(status)
+        self.said.close()
+        return End(code, text, self.seconds, used.ru_maxrss / 2**20, self.late)
+
+
 def attempt(
     arguments: list[str],
     limit: float = 600.0,
@@ -79,48 +144,13 @@ def attempt(
         prepare: called in the process before the verb.
         kill: seconds after which it gets a signal, and the signal.
     """
-    with tempfile.TemporaryFile() as said:
-        began = time.monotonic()
-        sys.stdout.flush()
-        process = os.fork()
-        if not process:
-            code = 70
-            try:
-                os.setsid()
-                os.dup2(said.fileno(), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(each, "w", closefd=False) for each in (1, 2))
-                if prepare:
-                    prepare()
-                code = main(arguments)
-            except SystemExit as error:
-                code = int(error.code or 0)
-            except KeyboardInterrupt:
-                code = 130
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                code = 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        late = killed = False
-        while True:
-            found, status, used = os.wait4(process, os.WNOHANG)
-            spent = time.monotonic() - began
-            if found:
-                break
-            if kill and not killed and spent > kill[0]:
-                os.kill(process, kill[1])
-                killed = True
-            if spent > limit:
-                os.killpg(process, signal.SIGKILL)
-                late = True
-            time.sleep(0.01)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    code = os.waitstatus_to_exitcode(status)
-    return End(code, text, spent, used.ru_maxrss / 2**20, late)
+    running = Running(arguments, prepare)
+    while (end := running.ended(limit)) is None:
+        if kill and running.seconds > kill[0]:
+            os.kill(running.process, kill[1])
+            kill = None
+        time.sleep(0.01)
+    return end
 
 
 def limited(kind: int, value: int) -> Callable[[], None]:
@@ -150,11 +180,22 @@ def record(attack: str, ends: Counter, survived: int, seed: int) -> None:
 
 
 def arguments(description: str, tries: int) -> argparse.Namespace:
-    """Return the flags `--tries` and `--seed`."""
+    """Return the flags `--tries`, `--seed`, `--minutes` and `--only`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--tries", type=int, default=tries)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=None, help="no try begins after them")
+    parser.add_argument("--only", nargs="*", default=(), help="some of the verbs or kinds")
     return parser.parse_args()
+
+
+def numbered(tries: int, minutes: float | None = None) -> Iterator[int]:
+    """Yield the numbers of tries until there are so many, or the time is up."""
+    began = time.monotonic()
+    for number in range(tries):
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            return
+        yield number
 
 
 def draw(seed: int, name: str, number: int) -> random.Random:
