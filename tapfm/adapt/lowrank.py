@@ -34,6 +34,7 @@ from tapfm.adapt.surgery import (
     share,
     timm_state,
 )
+from tapfm.autocast import without_autocast
 
 PARTS = ("q", "k", "v", "proj", "mlp")
 
@@ -225,7 +226,7 @@ def _chosen(
 
 def _change(linear: nn.Linear) -> Tensor:
     """Return the change (alpha / r) B A, (O, I)."""
-    with torch.autocast(linear.weight.device.type, enabled=False):
+    with without_autocast(linear.weight.device):
         b_OR = scatter_rows(linear, linear.lora_B.weight)
         return linear.lora_scaling * (b_OR @ rows_a(linear))
 

@@ -8,6 +8,7 @@
     attention.py            a tile's score from the last block's CLS row
     tail.py                 the last block for the CLS token alone
     merging.py              like patch tokens merged block by block (ToMe)
+    unfilled.py             models on the meta device, made without filling tensors
     pinned.py               copies to and from a GPU that do not wait
     compiled.py             torch.compile of blocks, for chunks of one shape
     fingerprint.py          a short hash of what an encoder computes

@@ -30,6 +30,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from slides.errors import SettingsError
+from tapfm.autocast import without_autocast
 
 
 class NoClsAttentionError(SettingsError):
@@ -39,7 +40,7 @@ class NoClsAttentionError(SettingsError):
 def cls_row(q_CHNE: Tensor, k_CHNE: Tensor, scale: float) -> Tensor:
     """Return the logits of the CLS row (C, H, N), in float32 or better."""
     dtype = torch.promote_types(q_CHNE.dtype, torch.float32)
-    with torch.autocast(q_CHNE.device.type, enabled=False):
+    with without_autocast(q_CHNE.device):
         q_CH1E = q_CHNE[:, :, :1].to(dtype)
         return (q_CH1E @ k_CHNE.to(dtype).transpose(-2, -1)).squeeze(2) * scale
 

@@ -21,9 +21,9 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from tapfm.autocast import without_autocast
 from tapfm.encoders.attention import ClsTap, NoClsAttentionError
 from tapfm.encoders.checkpoints import UNUSED, BackboneError, bare, read_weights
 from tapfm.encoders.compiled import compile_blocks, pad_chunks
@@ -31,6 +31,7 @@ from tapfm.encoders.merging import TokenMerging
 from tapfm.encoders.pinned import upload
 from tapfm.encoders.registry import LEFT_OUT, ROWS, Backbone
 from tapfm.encoders.tail import ClsTail, find_tail
+from tapfm.encoders.unfilled import Unfilled
 from tapfm.settings import did_you_mean, plain
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -163,15 +164,16 @@ class Encoder(nn.Module):
         """Return `encode`, with chunks filled up to `chunk` tiles if blocks are compiled."""
         return pad_chunks(encode, chunk) if self.compiled else encode
 
-    def autocast(self, precision: str) -> torch.autocast:
+    def autocast(self, precision: str) -> AbstractContextManager:
         """Return a new autocast context; one is made for each call.
 
         A longer context would cache cast weights: across an optimizer step they would be stale,
         and across a pass without and one with a graph parameters would get no gradient.
         """
+        if precision not in ("fp16", "bf16"):
+            return without_autocast(self.mean.device)
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        enabled = precision in ("fp16", "bf16")
-        return torch.autocast(self.mean.device.type, dtype, enabled=enabled)
+        return torch.autocast(self.mean.device.type, dtype)
 
     def forward(self, tiles_CP: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (C, D) and raw scores (C,), in float32 or better under any autocast.
@@ -237,7 +239,7 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
             "Run: pip install --upgrade timm"
         )
     given = {"num_classes": 0, "img_size": row.tile_px, **row.kwargs, **kwargs}
-    with _RatesOnCpu():
+    with Unfilled():
         vit = timm.create_model(row.arch, pretrained=False, **given)
     if row.head is not None:
         vit.head = _head(row)
@@ -251,16 +253,6 @@ def build(row: Backbone, tile_px: int | None = None, **kwargs: Any) -> nn.Module
     if tile_px != row.tile_px:
         vit.set_input_size(img_size=tile_px)
     return vit
-
-
-class _RatesOnCpu(TorchFunctionMode):
-    """Keeps linspace on the CPU: timm 1.0.20 reads drop-path rates from it, even on meta."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.linspace:
-            kwargs = {"device": "cpu", **kwargs}
-        return func(*args, **kwargs)
 
 
 def load(

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slides.errors import SettingsError, refuse
+from tapfm.autocast import without_autocast
 
 
 class TokenMerging:
@@ -119,7 +120,7 @@ def merging_block(
         x_CND = x_CND + block.drop_path1(block.ls1(block.attn(block.norm1(x_CND), attn_mask=mask)))
     finally:
         hook.remove()
-    with torch.autocast(x_CND.device.type, enabled=False):
+    with without_autocast(x_CND.device):
         x_CND, size_CN = merge(x_CND, size_CN, keys[0].detach().mean(1), prefix, count)
     return x_CND + block.drop_path2(block.ls2(block.mlp(block.norm2(x_CND)))), size_CN
 

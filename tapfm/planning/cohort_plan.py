@@ -37,6 +37,7 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
     if not row.prefix_tokens or strategy["name"] == "frozen":
         raise PlanError(f"plan: {row.key}, {strategy['name']}: nothing of a ViT learns: no passes")
     fixed = {key: model[key] for key in OPEN if model.get(key) is not None}
+    fixed["merge_tokens"] = model.get("merge_tokens") or 0
     tile_px = (data.get("tiles") or {}).get("tile_px", row.tile_px)
     option, reason = fitting(row, tile_px, strategy, fixed, gpu)
     card, steps = card_named(gpu), model.get("steps") or {}

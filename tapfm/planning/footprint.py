@@ -1,10 +1,11 @@
 """GPU memory and work of one training step, counted without a GPU and without weights.
 
-How: the model runs on fake CUDA tensors, which have shapes but no memory, and the bytes autograd
-would hold are counted for two tiles and for three: the difference is a tile's activations, the rest
-are the bfloat16 copies of the weights that autocast makes. A model's blocks are alike, so two and
-three blocks are counted and the others extrapolated; the last, which computes only the CLS token
-(`encoders.tail`), is in both. The peaks of each phase follow:
+How: the model runs on tensors that have shapes but no memory (of the meta device; for autocast fake
+ones of CUDA, which are slower), and the bytes autograd would hold are counted for two tiles and for
+three: the difference is a tile's activations, the rest are the bfloat16 copies of the weights that
+autocast makes. A model's blocks are alike, so two and three blocks are counted and the others
+extrapolated; the last, which computes only the CLS token (`encoders.tail`), is in both. The peaks
+of each phase follow:
 
     encode      resting memory, the graphs of the first chunks that are kept, and for the next
                 chunk the cast copies and one block's work
@@ -16,23 +17,28 @@ three blocks are counted and the others extrapolated; the last, which computes o
 Resting memory is the weights and what the optimizer keeps for those that learn
 (`engine.master_weights`).
 
-Condition: fused attention; one slide an update: accumulating slides keeps the gradient, 4 bytes a
-parameter, through encode and aggregate. Autocast keeps its copies until the encoder's call ends,
-with recomputation and without gradients too, so they are counted there.
+Where tokens are merged (`encoders.merging`) blocks differ, and all are counted; the work space is
+that of a block without.
+
+Condition: fused attention, under a mask too; one slide an update: accumulating slides keeps the
+gradient, 4 bytes a parameter, through encode and aggregate. Autocast keeps its copies until the
+encoder's call ends, with recomputation and without gradients too, so they are counted there.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +65,7 @@ class Setup:
     optimizer: str = "adamw"
     recompute: bool = False
     strategy: str | Mapping[str, Any] = "full"
+    merge_tokens: int = 0
 
     @property
     def flags(self) -> str:
@@ -68,6 +75,7 @@ class Setup:
             "precision": self.precision,
             "optimizer": self.optimizer,
             "recompute": str(self.recompute).lower(),
+            **({"merge_tokens": self.merge_tokens} if self.merge_tokens else {}),
         }
         return " ".join(
             f"--model.{key} '{value}'" if isinstance(value, Mapping) else f"--model.{key} {value}"
@@ -147,19 +155,20 @@ class Footprint:
 
     def sizes(self, strategy: Any) -> tuple[int, ...]:
         """Return parameters, those that learn, and the size of the largest tensor that learns."""
-        key = "sizes", repr(strategy_spec(make_strategy(strategy)))
-        if key not in self._counted:
-            every = list(self._first_blocks(self.depth, strategy).parameters())
+
+        def count(depth: int, strategy: Any) -> tuple[int, int, int]:
+            every = list(self._first_blocks(depth, strategy).parameters())
             learn = [p.numel() for p in every if p.requires_grad]
-            self._counted[key] = sum(p.numel() for p in every), sum(learn), max(learn)
-        return self._counted[key]
+            return sum(p.numel() for p in every), sum(learn), max(learn)
+
+        return self._over_depth(("sizes",), Setup(strategy=strategy), count)
 
     def saved_bytes(self, setup: Setup) -> tuple[int, int]:
         """Return bytes held for backward: per tile, and those independent of tiles."""
 
         def count(depth: int, strategy: Any) -> tuple[int, int]:
             # two and three, not one: torch treats a batch of one as contiguous and copies less
-            two, three = (self._saved(setup, depth, strategy, tiles) for tiles in (2, 3))
+            two, three = self._saved(setup, depth, strategy, (2, 3))
             return three - two, max(0, 3 * two - 2 * three)
 
         return self._over_depth(("held", setup.precision, setup.recompute), setup, count)
@@ -169,30 +178,35 @@ class Footprint:
 
         def count(depth: int, strategy: Any) -> tuple[int]:
             vit = self._first_blocks(depth, strategy)
-            with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-                # on the CPU: without a GPU, autograd cannot run backward on fake CUDA tensors
-                encoder, pixels = self._fake(vit, "cpu", torch.float32, setup, tiles=1)
+            with FusedAttention(), FlopCounterMode(display=False) as counter:
+                encoder, pixels = self._fake(vit, "meta", torch.float32, setup, tiles=1)
                 encode, first = encoder, first_to_learn(vit)
-                if first is not None:  # frozen blocks in front are computed in pass 1 only
+                if (
+                    first is not None and not setup.merge_tokens
+                ):  # frozen blocks in front are computed in pass 1 only
                     prefix = FrozenPrefix(encoder, first)
                     encode, pixels = prefix.encode, prefix.tokens(pixels)
-                encode(pixels)
-                z_CD, score_C = encode(pixels)
-                (z_CD.sum() + score_C.sum()).backward()
-            return (counter.get_total_flops(),)
+                before = counter.get_total_flops()
+                z_CD, score_C = encode(pixels)  # what pass 1 computes, and pass 2 again
+                twice = counter.get_total_flops() - before
+                # from an edge: a tensor's backward() is without the mode, which recomputing needs
+                torch.autograd.backward(get_gradient_edge(z_CD.sum() + score_C.sum()))
+            return (counter.get_total_flops() + twice,)
 
         return self._over_depth(("flops", setup.recompute), setup, count)[0]
 
     def _over_depth(self, key: tuple, setup: Setup, count: Count) -> tuple[int, ...]:
         """Return `count(depth, strategy)` of the whole model, extrapolated from 2 and 3 blocks.
 
-        A strategy that treats blocks differently is counted at full depth, which is slower.
+        A strategy that treats blocks differently is counted at full depth, which is slower; so are
+        blocks with fewer tokens than the ones before.
         """
         spec = strategy_spec(make_strategy(setup.strategy))
-        key = (*key, repr(spec))
+        key = (*key, repr(spec), setup.merge_tokens)
         if key not in self._counted:
             depth, n = self.depth, spec.get("n", 0)
-            if spec["name"] not in ("full", "last_n", "lora") or depth < 4 or n == depth:
+            alike = spec["name"] in ("full", "last_n", "lora") and not setup.merge_tokens
+            if not alike or depth < 4 or n == depth:
                 found = count(depth, spec)
             elif spec["name"] != "last_n":
                 two, three = count(2, spec), count(3, spec)
@@ -208,18 +222,25 @@ class Footprint:
             self._counted[key] = found
         return self._counted[key]
 
-    def _saved(self, setup: Setup, depth: int, strategy: Any, tiles: int) -> int:
+    def _saved(self, setup: Setup, depth: int, strategy: Any, counts: tuple[int, ...]) -> list[int]:
         vit = self._first_blocks(depth, strategy)
         dtype = torch.bfloat16 if setup.precision == "bf16-true" else torch.float32
-        with FakeTensorMode(), FusedAttention(), _autocast(setup.precision == "bf16"):
-            encoder, pixels = self._fake(vit, "cuda", dtype, setup, tiles)
-            return autograd_bytes(lambda: encoder(pixels), but=encoder.parameters())
+        cast = setup.precision == "bf16"  # by the kind of device, which the meta device has not
+        held = []
+        with FakeTensorMode() if cast else nullcontext(), FusedAttention():
+            encoder, pixels = self._fake(vit, "cuda" if cast else "meta", dtype, setup, max(counts))
+            for tiles in counts:
+                with _autocast(cast):
+                    encode = partial(encoder, pixels[:tiles])
+                    held.append(autograd_bytes(encode, but=encoder.parameters()))
+        return held
 
     def _fake(
         self, vit: nn.Module, device: str, dtype: torch.dtype, setup: Setup, tiles: int
     ) -> tuple[Encoder, Tensor]:
-        """Return an encoder without memory and tiles for it, inside a FakeTensorMode."""
-        encoder = Encoder(vit, self.row, recompute=setup.recompute, tail=self.tail).train()
+        """Return an encoder and tiles, without memory: on meta, or inside a FakeTensorMode."""
+        how = {"recompute": setup.recompute, "merge": setup.merge_tokens, "tail": self.tail}
+        encoder = Encoder(vit, self.row, **how).train()
         for module in encoder.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

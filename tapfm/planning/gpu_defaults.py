@@ -88,6 +88,7 @@ def planned(model: Any, features: bool) -> tuple[Mapping[str, Any], str]:
             given = {**ON_CPU, "precision": "bf16"}
         return given, f"Nothing to plan: {what}."
     fixed = {key: model[key] for key in ON_CPU if model[key] is not None}
+    fixed["merge_tokens"] = model.merge_tokens
     if hasattr(strategy, "optimizer") or model.steps.pull:
         fixed.setdefault("optimizer", "adamw")  # it has one of its own, or needs the weights
     option, reason = fitting(row, model.tile_px, spec, fixed)
@@ -109,7 +110,8 @@ def foretell(module: L.LightningModule) -> dict[str, float] | None:
     model_config, row = module.slide_model.model_config, module.slide_model.encoder.row
     if not row.prefix_tokens or not module.learns:
         return None
-    setup = Setup(model_config.precision, module.optimizer, module.recompute, model_config.strategy)
+    setup = Setup(model_config.precision, module.optimizer, module.recompute,
+                  model_config.strategy, model_config.merge_tokens)  # fmt: skip
     expected = forecast(row, model_config.tile_px, setup, module.chunk, module.passes.keep)
     peak = max(expected.values()) + CONTEXT_GIB
     print(f"expect {peak:.1f} GiB of GPU memory, whatever the number of tiles")

@@ -153,7 +153,8 @@ def fitting(
         row: which model.
         tile_px: side of the tiles.
         strategy: name and options.
-        fixed: settings that are not open: some of `precision`, `optimizer`, `recompute`, `chunk`.
+        fixed: settings that are not open: some of `precision`, `optimizer`, `recompute`, `chunk`;
+            and `merge_tokens`, which is 0 if it is not there.
         gpu: which; None is this machine's.
 
     Raises:
@@ -162,10 +163,10 @@ def fitting(
     card, total = card_memory(gpu)
     most, footprint = usable(total), Footprint(row, tile_px)
     fixed = dict(fixed)
-    chunk, options = fixed.pop("chunk", None), []
+    chunk, merge, options = fixed.pop("chunk", None), fixed.pop("merge_tokens", 0), []
     for recompute, optimizer in product((False, True), ORDER):
         autocast = fixed.get("precision", "bf16") if optimizer == "adamw" else "bf16-true"
-        setup = Setup(autocast, optimizer, recompute, strategy)
+        setup = Setup(autocast, optimizer, recompute, strategy, merge)
         if all(getattr(setup, key) == value for key, value in fixed.items()):
             options.append(_option(footprint, setup, most, chunk))
     large = [option for option in options if option.chunk >= (chunk or GOOD_CHUNK)]

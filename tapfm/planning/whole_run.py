@@ -99,7 +99,7 @@ def rate(device: str, precision: str) -> float:
 def work(row: Backbone, tile_px: int, setup: Setup) -> tuple[float, float]:
     """Return the FLOP of a tile in a training step and in one forward pass."""
     footprint = Footprint(row, tile_px)
-    whole = footprint.flops(Setup(setup.precision, "adamw"))
+    whole = footprint.flops(Setup(setup.precision, "adamw", merge_tokens=setup.merge_tokens))
     forward = whole / PASSES
     if strategy_spec(make_strategy(setup.strategy))["name"] == "frozen":
         return forward, forward

@@ -209,7 +209,9 @@ def check_run(
 ) -> None:
     """Add model and card, and the time, disk and memory of the whole run."""
     model, row = config.model, find(config.model.model)
-    setup = Setup(model.precision, model.optimizer, model.recompute, model.strategy)
+    setup = Setup(
+        model.precision, model.optimizer, model.recompute, model.strategy, model.merge_tokens
+    )
     device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
     if config.data.features_dir:
         page.part("Model", "features in place of slides; the encoder is not used")

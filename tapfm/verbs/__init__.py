@@ -14,6 +14,7 @@ is imported before it runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
@@ -81,7 +82,18 @@ class Parser(ArgumentParser):
 
 def later(where: str) -> Do:
     """Return the function `module:name`, imported when it is called."""
-    return lambda **flags: resolve_name(where)(**flags)
+
+    def do(**flags) -> int:
+        collects = gc.isenabled()
+        gc.disable()  # torch's modules are many objects and no garbage: .6 s of an import's 3
+        try:
+            found = resolve_name(where)
+        finally:
+            if collects:
+                gc.enable()
+        return found(**flags)
+
+    return do
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -1,5 +1,6 @@
 """Hours of a run on one card and on many: the simulation against a plain loop, and by hand."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,4 +138,10 @@ def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "7 training slides, 77 tiles an epoch (11 to 11 a slide), 3 epochs" in said
     assert "demo_vit: full, master, chunk 5" in said
+    merged = tmp_path / "merged.yaml"
+    merged.write_text("model: {merge_tokens: 4}\n")
+    fewer = ["plan", "--config", config, "--config", str(merged), "--gpus", "1", "--gpu", "L4"]
+    assert main(fewer) == 0
+    rates = re.compile(r"L4: (\d+) tiles/s")
+    assert int(rates.search(capsys.readouterr().out)[1]) > 1.1 * int(rates.search(said)[1])
     assert main(["plan", "--config", config, "--model", "uni"]) == 2

@@ -29,7 +29,7 @@ def counted_once():
 
 
 def model(**changes):
-    settings = {"model": "demo_vit", "strategy": "full", "tile_px": 112,
+    settings = {"model": "demo_vit", "strategy": "full", "tile_px": 112, "merge_tokens": 0,
                 "steps": SimpleNamespace(pull=0.0), **OPEN}  # fmt: skip
     return SimpleNamespace(**settings | changes)
 

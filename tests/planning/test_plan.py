@@ -161,18 +161,20 @@ REAL = {
     "lora": ("lora", False),
     "lora, recompute": ("lora", True),
     "prompts": ("vpt_deep", False),  # counted at full depth
+    "merged": ("full", False, 4),  # likewise
+    "merged, recompute": ("full", True, 4),
 }
 
 
 @pytest.mark.parametrize("case", REAL)
 def test_a_real_step_holds_and_computes_what_was_counted(case):
-    """Compares six real blocks on the CPU with two and three on fake tensors."""
-    strategy, recompute = REAL[case]
+    """Compares six real blocks on the CPU with two and three on tensors without memory."""
+    strategy, recompute, merge = (*REAL[case], 0)[:3]
     row, tiles = find("demo_vit"), 5
-    setup = Setup("fp32", recompute=recompute, strategy=strategy)
+    setup = Setup("fp32", recompute=recompute, strategy=strategy, merge_tokens=merge)
     vit = build(row)
     make_strategy(strategy).prepare(vit)
-    encoder = Encoder(vit, row, recompute=recompute)
+    encoder = Encoder(vit, row, recompute=recompute, merge=merge)
     pixels = torch.zeros(tiles, 3, row.tile_px, row.tile_px, dtype=torch.uint8)
     real = saved_bytes(lambda: encoder(pixels), but=encoder.parameters())
     tile, rest = footprint("demo_vit").saved_bytes(setup)
@@ -204,8 +206,8 @@ def test_the_last_quarter_costs_less_than_two_forwards():
 def test_strategies_and_recomputation_differ():
     """Shows that the test above can fail."""
     held = [
-        footprint("demo_vit").saved_bytes(Setup("fp32", recompute=recompute, strategy=strategy))[0]
-        for strategy, recompute in REAL.values()
+        footprint("demo_vit").saved_bytes(Setup("fp32", "adamw", recompute, strategy, *merge))[0]
+        for strategy, recompute, *merge in REAL.values()
     ]
     assert len(set(held)) == len(held)
     assert min(held) < 0.3 * max(held)

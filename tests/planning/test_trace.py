@@ -24,11 +24,12 @@ from tests.caching_allocator import reserved
 from tests.card import Ledger
 
 META = torch.device("meta")
-CASES = {  # model, chunk, optimizer, recompute, strategy
-    "S": ("kaiko_s16", 24, "master", False, "full"),
-    "L, recompute": ("uni", 16, "offload", True, "full"),
-    "L, last": ("uni", 16, "master", False, {"name": "last_n", "n": 6}),
-    "g": ("h_optimus_0", 22, "offload", False, "full"),  # the plan of an L4
+CASES = {  # model, chunk, optimizer, recompute, strategy, merged tokens
+    "S": ("kaiko_s16", 24, "master", False, "full", 0),
+    "S, merged": ("kaiko_s16", 24, "master", False, "full", 12),
+    "L, recompute": ("uni", 16, "offload", True, "full", 0),
+    "L, last": ("uni", 16, "master", False, {"name": "last_n", "n": 6}, 0),
+    "g": ("h_optimus_0", 22, "offload", False, "full", 0),  # the plan of an L4
 }
 SHORT = 0.4  # the last chunk, of a whole one
 
@@ -49,13 +50,13 @@ def fused(q, k, v, *_, dropout_p=0.0, scale=None, **__):
 @functools.cache
 def traced(case):
     """Return peak GiB by phase, and the events of a slide of two chunks and a half."""
-    model, chunk, optimizer, recompute, strategy = CASES[case]
+    model, chunk, optimizer, recompute, strategy, merge = CASES[case]
     row, ledger = find(model), Ledger(everything=True)
     attention = mock.patch("torch.nn.functional.scaled_dot_product_attention", fused)
     with mock.patch("torch.autocast", Autocast), attention, META, ledger:
         vit = build(row).bfloat16()
         make_strategy(strategy).prepare(vit)
-        encoder = Encoder(vit, row, recompute=recompute).train()
+        encoder = Encoder(vit, row, recompute=recompute, merge=merge).train()
         learning = [p for p in vit.parameters() if p.requires_grad]
         scheme = MasterAdamW([{"params": learning, "lr": 1e-5}], "master")
         if optimizer == "offload":
@@ -84,8 +85,8 @@ def traced(case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_what_a_step_takes(case):
     """Within 3 %, and never a hundredth less than is taken."""
-    model, chunk, optimizer, recompute, strategy = CASES[case]
-    setup = Setup("bf16-true", optimizer, recompute, strategy)
+    model, chunk, *how = CASES[case]
+    setup = Setup("bf16-true", *how)
     footprint = Footprint(find(model))
     planned = footprint.peaks(setup, footprint.cost(setup), chunk)
     found, _ = traced(case)
