@@ -27,6 +27,7 @@ and beside them:
 
     api.py           what people do in Python, in five functions, which this package gives
     cli.py           the command line: the list of verbs
+    config_lines.py  says where in the configs a key stands, for errors
     config_paths.py  finds configs by name, and resolves the paths in them
     config.py        what indexing reads of a config
     weights.py       files of weights: hashed when written, read whole and finite

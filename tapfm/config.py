@@ -19,6 +19,7 @@ from slides.errors import SettingsError
 from slides.streaming.settings import Source, TileSettings
 from slides.streaming.stain import METHODS
 from slides.tiling.tissue import Tissue
+from tapfm.config_lines import with_lines
 from tapfm.config_paths import find_config, located
 from tapfm.settings import did_you_mean, refuse
 
@@ -49,7 +50,7 @@ def read_source(configs: Sequence[Path]) -> Source:
         faults.append(f"data.on_error: {on_error!r} is neither stop nor skip")
     workers, cache_gb = data.get("workers", 2), data.get("cache_gb")
     faults += _no_numbers({"workers": workers, "cache_gb": cache_gb or 0}, "data")
-    refuse(faults, ", ".join(map(str, configs)))
+    refuse(with_lines(faults, configs), ", ".join(map(str, configs)))
     return source_of_data({**data, "workers": workers, "on_error": on_error}, read_cohort_of(data))
 
 
@@ -95,7 +96,7 @@ def read_data(configs: Sequence[Path]) -> dict[str, Any]:
         SettingsError: a file is missing or damaged, a key is unknown, or none names a table.
     """
     data, faults = _read_data(configs)
-    refuse(faults, ", ".join(map(str, configs)))
+    refuse(with_lines(faults, configs), ", ".join(map(str, configs)))
     return data
 
 

@@ -89,16 +89,28 @@ def localised(arguments: Sequence[str]) -> list[str]:
         SettingsError: a name that no config has.
     """
     words: list[str] = list(arguments)
-    places, files = [], []
-    for number, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in FLAGS and (equals or number + 1 < len(words)):
-            places.append((number, f"{flag}=") if equals else (number + 1, ""))
-            files.append(find_config(value if equals else words[number + 1]))
+    places = _places(words)
+    files = [find_config(words[number].removeprefix(prefix)) for number, prefix in places]
     for (number, prefix), file, node in zip(places, files, located(files), strict=True):
         text = node and yaml.serialize(node, Dumper=yaml.SafeDumper)
         words[number] = prefix + (text or str(file))
     return words
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Return the configs that the arguments of `tapfm fit` name, those that are there."""
+    words = [arguments[number].removeprefix(prefix) for number, prefix in _places(arguments)]
+    return [path for word in words if "\n" not in word and (path := find_config(word)).is_file()]
+
+
+def _places(words: Sequence[str]) -> list[tuple[int, str]]:
+    """Return at which word each config stands, and what the word has in front of it."""
+    places = []
+    for number, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if flag in FLAGS and (equals or number + 1 < len(words)):
+            places.append((number, f"{flag}=") if equals else (number + 1, ""))
+    return places
 
 
 def with_absolute_paths(config: Mapping[str, Any]) -> dict[str, Any]:

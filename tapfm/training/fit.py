@@ -28,6 +28,7 @@ from slides.grid import Grid
 from slides.tiling.tissue import Tissue
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
+from tapfm.config_lines import with_lines_of
 from tapfm.config_paths import localised
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import named_loss, part, watch_others
@@ -126,14 +127,20 @@ class Cli(LightningCLI):
         name += f"_{strategy}" if strategy != "full" else ""
         return Path(self.config.run_dir) / (self.config.name or name)
 
+    def refuse(self, faults: Sequence[str]) -> None:
+        """Refuse faults of the settings, if there are any, each with its file and line."""
+        refuse(with_lines_of(faults, self.typed), self.verb)
+
     def parse_arguments(self, parser, args) -> None:
         """Read the arguments, once nothing is wrong with them; say old keys' new names.
 
         Raises:
             SettingsError: all unknown keys, wrong types and missing files.
         """
-        refuse(argument_faults(parser, args), self.verb)
-        super().parse_arguments(parser, args)
+        self.typed = args
+        located = localised(args)
+        self.refuse(argument_faults(parser, located))
+        super().parse_arguments(parser, located)
         for line in rename_old_keys(self.config.model):
             rank_zero_only(print)(line)
 
@@ -154,7 +161,7 @@ class Cli(LightningCLI):
         faults += below(config.trainer, {"check_val_every_n_epoch": 1}, "trainer")
         faults += check_accelerator(config.trainer.accelerator)
         faults += check_parallel(config.trainer.strategy)
-        refuse(faults, self.verb)
+        self.refuse(faults)
         strategy = strategy_spec(make_strategy(self.config.model.strategy))["name"]
         if self.config.data.get("features_dir") and strategy == "full":
             self.config.model.strategy = "frozen"
@@ -228,7 +235,7 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
         warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
         return kind(
             *kind.kinds,
-            args=localised(arguments),
+            args=list(arguments),
             run=False,
             save_config_callback=None,
             trainer_defaults={"callbacks": [Progress()]},

@@ -222,3 +222,47 @@ def test_a_gpu_flag_where_there_is_none(capsys, monkeypatch):
 
 def test_a_message_that_is_not_known_is_passed_on_in_one_line():
     assert explain("Something else\n  went wrong", ["a"]) == (["Something else went wrong"], [])
+
+
+PLACES = [
+    ("model: {chunk: 4}\n", "model:\n\n  chnk: 3\n", "chnk", "b.yaml, line 3"),
+    ("model:\n  chunk: four\n", "data: {workers: 0}\n", "'four'", "a.yaml, line 2"),
+    ("model:\n  chunk: four\n", "model: {chunk: 4}\n", "'four'", "a.yaml, line 2"),
+    ("model: {chunk: 4}\n", "#\n#\nmodel: {chunk: five}\n", "'five'", "b.yaml, line 3"),
+    ("model: {strategy: loar}\n", "model: {chunk: 4}\n", "Did you mean lora?", "a.yaml, line 1"),
+    ("modle: {chunk: 4}\n", "model: {chunk: 4}\n", "modle", "a.yaml, line 1"),
+    ("model: {chunk: 4}\n", "model:\n  drop_path: 1.5\n", "[0, 1)", "b.yaml, line 2"),
+    ("model: {chunk: 4}\n", "data:\n  tiles:\n    mppp: 1\n", "mppp", "b.yaml, line 3"),
+]
+
+
+@pytest.mark.parametrize("first", [None, "a.yaml"], ids=["by path", "by own folder"])
+@pytest.mark.parametrize(
+    ("a", "b", "words", "place"), PLACES, ids=[each[3] + each[2] for each in PLACES]
+)
+def test_a_fault_of_a_config_names_file_and_line(cohort, tmp_path, capsys, monkeypatch, a, b, words,
+                                                 place, first):  # fmt: skip
+    """Of several configs the one that is at fault, wherever the command is typed."""
+    (tmp_path / "a.yaml").write_text(a)
+    (tmp_path / "b.yaml").write_text(b)
+    if first:
+        monkeypatch.chdir(tmp_path)
+    folder = "" if first else f"{tmp_path}/"
+    configs = ["--config", str(cohort), "--config", f"{folder}a.yaml", f"--config={folder}b.yaml"]
+    err = said(capsys, ["fit", *configs])
+    assert words in err
+    assert err.endswith(f"({folder}{place})")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_fault_of_a_flag_has_no_place(cohort, capsys):
+    assert "line" not in said(capsys, ["fit", "--config", str(cohort), "--model.chunk", "x"])
+
+
+def test_verbs_that_read_data_alone_name_file_and_line(cohort, tmp_path, capsys):
+    (tmp_path / "b.yaml").write_text("data:\n  color: 1\n  tiles:\n    tile: 3\n")
+    configs = ["--config", str(cohort), "--config", str(tmp_path / "b.yaml")]
+    lines = said(capsys, ["index", *configs]).splitlines()
+    assert len(lines) == 3
+    assert lines[1].endswith(f"({tmp_path}/b.yaml, line 2)")
+    assert lines[2].endswith(f"({tmp_path}/b.yaml, line 4)")
