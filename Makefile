@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install labels train pathpt test test-all lint format guide bench clean
+.PHONY: help install labels train pathpt test test-all first-hour lint format guide bench clean
 
 COHORT ?= demo
 # what of the encoder learns: one of configs/strategies, or as the cohort's config says
@@ -68,8 +68,11 @@ test: $(READY) ## lint, and every test that needs no GPU and no download (about 
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadfile
 
-test-all: $(READY) ## every test this machine can run
+test-all: $(READY) first-hour ## every test this machine can run, and the first hour
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+first-hour: $(READY) ## the wheel, in an environment and a folder of its own, to a report
+	$(BIN)/python -m benchmarks.first_hour --borrow
 
 lint: $(READY) ## what `test` checks of the code's form; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

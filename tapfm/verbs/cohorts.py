@@ -7,24 +7,28 @@ from pathlib import Path
 
 from tapfm.verbs import Do, at_least, config_flag, later
 
+SLIDES = 160  # of the demo cohort
+
 
 def demo(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm demo`; return its action."""
     add = verb.add_argument
     add("--out", type=Path, default=Path("data/demo"), help="folder (%(default)s)")
     add("--seed", type=int, default=0, help="another seed is another cohort")
+    add("--slides", type=int, default=SLIDES, help="of all splits (%(default)s)")
     add("--workers", type=at_least(0), default=2, help="processes (%(default)s)")
 
-    def do(out: Path, seed: int, workers: int) -> int:
+    def do(out: Path, seed: int, slides: int, workers: int) -> int:
         marker = out / "seed.txt"  # written last: it marks a complete cohort
-        if marker.exists() and marker.read_text().strip() == str(seed):
+        asked = f"{seed}" + f", {slides} slides" * (slides != SLIDES)
+        if marker.exists() and marker.read_text().strip() == asked:
             print(f"{out}: the demo cohort is there already; delete the folder to repaint it")
             return 0
         from slides.demo.cohort import write_demo
 
         marker.unlink(missing_ok=True)
-        table = write_demo(out, seed, workers=workers)
-        marker.write_text(f"{seed}\n")
+        table = write_demo(out, seed, slides, workers)
+        marker.write_text(f"{asked}\n")
         print(f"{table}: the demo cohort")
         return 0
 
