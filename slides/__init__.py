@@ -10,6 +10,7 @@
     errors.py   errors about slides, tables and settings
     files.py    atomic writing, file fingerprints, damaged files
     grid.py     tile size, mpp and overlap to level-0 corners
+    progress.py progress of long jobs: a bar, or lines in a log file
     seeds.py    seeds that are the same in every process
 
 No file here imports `tapfm`; only `streaming` imports torch.

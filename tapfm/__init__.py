@@ -32,6 +32,7 @@ and beside them:
     config.py        what indexing reads of a config
     weights.py       files of weights: hashed when written, read whole and finite
     autocast.py      a part of a model without autocast
+    following.py     the command that usually follows each verb
     yaml_files.py    reads YAML that people write
     settings.py      settings: what is wrong with them, all at once; things chosen by name
     distributed.py   what several GPUs tell each other

@@ -16,9 +16,9 @@ from itertools import pairwise
 
 from slides.errors import printable
 from slides.files import WriteError
+from tapfm.following import say_next
 from tapfm.verbs import Parser, cohorts, later, reading, training
 from tapfm.verbs.fit_help import first_screen, keys_that_begin
-from tapfm.verbs.following import next_command
 
 VERBS = {
     "demo": (cohorts.demo, "write the demo cohort: slides, table, truth masks"),
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = vars(parser().parse_args(argv))
         verb, do = flags.pop("verb"), flags.pop("do")
         code = do(**flags)
-        if not code and (command := next_command(verb, flags)):
-            print(f"next: {command}")
+        if not code:
+            say_next(verb, flags)
         return code
     except KeyboardInterrupt:
         print("tapfm: interrupted. The same command goes on there.", file=sys.stderr)

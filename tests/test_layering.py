@@ -9,7 +9,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-SHARED = {"slides.files", "slides.errors", "slides.seeds"}  # whole files, errors, seeds: no pixels
+SHARED = {  # whole files, errors, seeds, progress: no pixels
+    "slides.files", "slides.errors", "slides.progress", "slides.seeds",
+}  # fmt: skip
 NO_PIXELS = {  # rooms and files of tapfm that never meet a slide
     "adapt", "adapt.strategies", "bag_transforms", "encoders", "engine", "regularisers", "settings",
     "slide_encoders", "slide_model", "slide_model.aggregators", "stats", "tasks",

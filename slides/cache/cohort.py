@@ -53,7 +53,7 @@ def cache_cohort(
         The slides that failed, slide_id -> reason.
     """
     refuse(reading_faults(workers, on_error))
-    from tqdm import tqdm
+    from slides.progress import progress_bar
 
     jobs = [(row.slide_id, row.path, row.mpp, index_dir, cache_dir, grid, tissue) for row in rows]
     if budget is not None:
@@ -66,7 +66,7 @@ def cache_cohort(
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
             stack.callback(pool.shutdown, cancel_futures=True)  # after a fault, begin no more
             outcomes = pool.map(_cache_one, jobs)
-        bar = tqdm(outcomes, "cache", len(jobs), unit="slide", disable=not progress)
+        bar = progress_bar(outcomes, "cache", len(jobs), unit="slide", disable=not progress)
         for (slide_id, *_), (fault, is_disk) in zip(jobs, bar, strict=True):
             if fault and (on_error == "stop" or is_disk):
                 raise fault

@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from slides.demo.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 from slides.errors import SettingsError, refuse
 from slides.files import replacing, write_text
+from slides.progress import progress_bar
 
 LABELS = ("EGFR", "KRAS", "STK11")
 PREVALENCE = (0.45, 0.35, 0.17)  # share of positives of each label among its known cases
@@ -266,7 +266,7 @@ def _painted(slide: DemoSlide) -> str:
 
 
 def _exhaust(done: Iterable, total: int, progress: bool) -> None:
-    for _ in tqdm(done, "paint", total, unit="slide", disable=not progress):
+    for _ in progress_bar(done, "paint", total, unit="slide", disable=not progress):
         pass
 
 

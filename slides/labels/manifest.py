@@ -149,14 +149,16 @@ def check_files(files: Sequence[ManifestFile], folder: Path, progress: bool = Tr
         folder: where gdc-client put them; `verified.tsv` is kept there.
         progress: show a bar of bytes, with rate and time left.
     """
-    from tqdm import tqdm
+    from slides.progress import progress_bar
 
     folder = Path(folder)
     verified = _Verified(folder / "verified.tsv")
     places = {path.name: path for path in files_below(folder)}
     found, faults = {}, []
     total = sum(file.size for file in files)
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(
+        total=total, desc="verify", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
         for file in files:
             path = folder / file.id / file.name
             path = path if path.is_file() else places.get(file.name, path)

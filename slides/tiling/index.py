@@ -123,10 +123,10 @@ def index_cohort(
 
 def _index_all(jobs: list, workers: int, on_error: str, progress: bool, done: dict) -> None:
     """Index each slide and add its row of the ledger to `done`; raise a fault that stops."""
-    from tqdm import tqdm
+    from slides.progress import progress_bar
 
     tiles = 0
-    with tqdm(total=len(jobs), desc="index", unit="slide", disable=not progress) as bar:
+    with progress_bar(total=len(jobs), desc="index", unit="slide", disable=not progress) as bar:
         for outcome in _outcomes(jobs, workers):
             done[outcome.row["slide_id"]] = outcome.row
             tiles += outcome.row["tiles"]

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slides.cohort.table import SPLITS, SlideRow
 from slides.errors import FeatureFileError, SettingsError, SlideError, all_faults, refuse, some
+from slides.progress import progress_bar
 from slides.streaming.order import Turn
 from slides.streaming.stream import BagDataset
 from slides.wsi.reader import Slide
@@ -97,7 +97,7 @@ class FeatureSource:
 
     def _read_all(self, budget: int) -> None:
         """Read every slide, keep what fits, and note what is wrong."""
-        for row in tqdm(self.rows.values(), "features", unit=" slides", disable=None):
+        for row in progress_bar(self.rows.values(), "features", unit=" slides", disable=None):
             try:
                 found = read_scales(self.folders, row.slide_id, partial(slide_mpp, row), row.path)
             except SlideError as fault:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
+from slides.progress import progress_bar
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.datamodule import SlideData
 from tapfm.data.feature_source import FeatureSource, KnownBags
@@ -245,7 +245,9 @@ def feature_bags(
 ) -> list[FrozenSlide]:
     """Return the features of every slide of a split that can be read."""
     bags = []
-    for bag in tqdm(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"):
+    for bag in progress_bar(
+        data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"
+    ):
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from slides.cohort.table import SlideRow
 from slides.errors import SettingsError
+from slides.progress import progress_bar
 from slides.streaming.augment import Augmentation
 from slides.streaming.settings import Source, index_and_cache
 from slides.streaming.tile_source import TileSource
@@ -131,7 +131,7 @@ def fit(
 ) -> None:
     """Train the network for some steps, each with drawn tiles and a change of each."""
     optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=DECAY)
-    bar = trange(steps, desc="histaug")
+    bar = progress_bar(range(steps), desc="histaug")
     for _ in bar:
         rows = torch.randint(0, len(tiles_TP), (batch,), generator=drawn)
         theta = draw_theta(batch, colour, drawn)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import torch
-from tqdm import tqdm
 
+from slides.progress import progress_bar
 from slides.seeds import stable_seed
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.frozen.fitter import evaluating
@@ -25,7 +25,7 @@ def cache_features(
 ) -> list[FrozenSlide]:
     """Return bags as slides on features; of a large one, `MOST_TILES` tiles drawn by id."""
     found = []
-    with evaluating(model), tqdm(desc=title, unit=" tiles") as bar:
+    with evaluating(model), progress_bar(desc=title, unit=" tiles") as bar:
         for bag in bags:
             with suppress(SkippedBag):
                 tiles = model.tiles(bag, chunk)

@@ -31,11 +31,11 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import replacing
+from slides.progress import progress_bar
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
 from slides.streaming.tile_source import TileSource
@@ -210,7 +210,7 @@ def extract(
             wanted += [row] * (why is not None)
     kept = len(rows) - len(wanted) - len(failed)
     streamed = tile_source.streamed(wanted, source.workers)
-    for row, each in tqdm(streamed, folder.name, len(wanted), unit=" slides"):
+    for row, each in progress_bar(streamed, folder.name, len(wanted), unit=" slides"):
         with _left_out(row, source, failed):
             path, tissue = folder / f"{row.slide_id}.h5", source.tiles.tissue
             extraction.write(path, each, tile_source.index(row), tissue)

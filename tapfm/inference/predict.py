@@ -22,6 +22,7 @@ from slides.cohort.cases import group_by_case
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import file_fingerprint, rows_there
+from slides.progress import progress_bar
 from slides.streaming.bounded_tiles import JoinedTiles, SlideTiles
 from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import new_slides, tiles_as_trained
@@ -65,7 +66,7 @@ def predict_slides(
     device: str | None = None,
     draw: bool = False,
 ) -> int:
-    """Predict slides outside a cohort; a bad one is reported and the others go on.
+    """Predict slides outside a cohort, and report bad ones; return 0, or 2 if there was one.
 
     Args:
         path: a saved model.
@@ -79,8 +80,6 @@ def predict_slides(
         workers: reading processes.
         device: device to run on; None is CUDA if there is one.
         draw: write pictures and GeoJSON as well.
-
-    Returns 0, or 2 if any slide failed.
 
     Raises:
         CheckpointError: the model predicts tiles, or was not trained for cases.
@@ -96,7 +95,8 @@ def predict_slides(
     with new_slides(rows, tiles, workers, facts.get("stain")) as (tile_source, left, failed):
         left = [] if case and failed else left
         bags = group_by_case(left, ()) if pool == "union" else left
-        for row, each in tqdm(tile_source.streamed(bags, workers), total=len(bags), unit=" slides"):
+        read = tile_source.streamed(bags, workers)
+        for row, each in progress_bar(read, None, len(bags), unit=" slides"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
                 predictions.append(predict_row(model, row, each, indices, chunk, out, drawn))

@@ -17,10 +17,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
 from slides.files import join_csv, replacing, write_csv
+from slides.progress import progress_bar
 from slides.tiling.index import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.feature_files import SlideFeatures
@@ -74,7 +74,7 @@ def predict_all(
 ) -> list[Prediction]:
     """Return the predictions of all bags but skipped ones; show a progress bar in tiles."""
     predictions = []
-    with tqdm(unit=" tiles", desc=title) as bar:
+    with progress_bar(unit=" tiles", desc=title) as bar:
         for bag in bags:
             with suppress(SkippedBag):
                 predictions.append(predict_bag(model, bag, chunk))

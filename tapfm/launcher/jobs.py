@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from slides.errors import SettingsError
 from slides.files import write_csv, write_json
+from slides.progress import progress_bar
 
 TAPFM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 
@@ -126,7 +127,9 @@ class Local:
         """Run all jobs; each writes its result."""
         with ThreadPoolExecutor(self.at_once) as pool:
             ended = pool.map(lambda job: job.run(folder), jobs)
-            for job, fault in zip(jobs, tqdm(ended, total=len(jobs), unit=" jobs"), strict=True):
+            for job, fault in zip(
+                jobs, progress_bar(ended, total=len(jobs), unit=" jobs"), strict=True
+            ):
                 if fault:
                     tqdm.write(f"{job.name}: {fault}", file=sys.stderr)
 

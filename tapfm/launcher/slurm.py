@@ -14,10 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from slides.errors import SettingsError
 from slides.files import write_json
+from slides.progress import progress_bar
 from tapfm.launcher.jobs import Job
 
 POLL_S = 5.0  # between looks at the queue
@@ -89,7 +88,7 @@ class Slurm:
         return {job.name: each.job_id for job, each in zip(jobs, given, strict=True)}
 
     def _wait(self, waiting: dict[str, str], folder: Path) -> None:
-        with tqdm(total=len(waiting), unit=" jobs") as bar:
+        with progress_bar(total=len(waiting), unit=" jobs") as bar:
             missed: set[str] = set()
             while waiting:
                 time.sleep(POLL_S)

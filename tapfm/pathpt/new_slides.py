@@ -28,6 +28,7 @@ from tqdm import tqdm
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import file_fingerprint, join_csv, replacing, rows_there
+from slides.progress import progress_bar
 from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import new_slides, tiles_as_trained
 from slides.tiling.index import TileIndex
@@ -77,7 +78,8 @@ def name_slides(
     rows_there(table, vote_columns(names))  # refused now, not after all slides
     with new_slides(rows, tiles, workers, model_config.stain) as (tile_source, left, failed):
         left = [] if case and failed else left
-        for row, each in tqdm(tile_source.streamed(left, workers), total=len(left), unit=" slides"):
+        read = tile_source.streamed(left, workers)
+        for row, each in progress_bar(read, None, len(left), unit=" slides"):
             try:
                 z_Nd, index = encode_slide(towers, each, chunk), tile_source.index(row)
                 spots_N2 = places(index.coords0, index.grid.step0(index.slide_mpp)).to(device)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from slides.cohort.cases import unlabelled
 from slides.cohort.counts import count_table
@@ -28,6 +27,7 @@ from slides.cohort.mending import mend
 from slides.cohort.table import Cohort, SlideRow
 from slides.errors import CohortError, SlideError, some
 from slides.files import write_csv, write_text
+from slides.progress import progress_bar
 from slides.streaming.settings import Source
 from slides.wsi.reader import Slide
 from tapfm.config import read_cohort_of, source_of_data
@@ -107,8 +107,6 @@ def run_check(
     sound = cohort.rows if data["features_dir"] else check_slides(page, cohort, source)
     check_run(page, cohort, source, settings, sound)
     print(page.text())
-    if not page.faults:
-        print(f"next: tapfm fit {' '.join(words)}")
     return 1 if page.faults else 0
 
 
@@ -131,7 +129,6 @@ def write_mended(data: dict[str, Any], out: Path) -> int:
     except CohortError as error:
         print(f"\nLeft for you:\n{error}")
         return 1
-    print(f"next: tapfm check --table {out}, and set data.table to it in your config")
     return 0
 
 
@@ -178,7 +175,7 @@ def check_table(page: Page, cohort: Cohort, data: dict[str, Any]) -> None:
 def check_slides(page: Page, cohort: Cohort, source: Source) -> list[SlideRow]:
     """Open every slide; add files, sizes and resolutions; return those that can be read."""
     sound, wrong, size, scales = [], [], 0, Counter()
-    for row in tqdm(cohort.rows, "slides", unit=" slides", leave=False, disable=None):
+    for row in progress_bar(cohort.rows, "slides", unit=" slides", leave=False, disable=None):
         try:
             size += row.path.stat().st_size if row.path.is_file() else 0
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from slides.files import replacing
 from slides.grid import Grid
+from slides.progress import progress_bar
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.encoders import backbones
 from tapfm.encoders.backbones import find
 from tapfm.encoders.fingerprint import state_fingerprint
+from tapfm.following import say_next
 from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.settings import SettingsError, faults_of
 from tapfm.slide_model import model as models
@@ -35,6 +36,7 @@ from tapfm.tile_training.data import TileData
 from tapfm.tile_training.module import TileModule
 from tapfm.tile_training.report import TileResult, write_tile_results
 from tapfm.training.alternating import check_drop_path, check_precision
+from tapfm.training.announce import RunStatus
 from tapfm.training.begun import prepare_folder, program
 from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.fit import Cli, add_tensorboard, read_config
@@ -129,6 +131,7 @@ def fit_and_report(cli: TileCli) -> None:
     probes = fit_probes(cli, frozen_features(cli, device))
     train(cli, probes[PROBE])
     report(cli, probes, device)
+    say_next("fit-tiles", {"folder": cli.folder})
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ def train(cli: TileCli, frozen: FrozenProbe) -> None:
     add_tensorboard(trainer, folder)
     point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     stop = StopOnSignal(folder, point)
-    trainer.callbacks += [TileLog(folder), BestWeights(folder, "f1"), point, stop]
+    best = BestWeights(folder, "f1")
+    status = RunStatus(folder, best, unit="batch")
+    trainer.callbacks += [TileLog(folder), best, status, point, stop]
     resume = resume_point(folder)
     begun = {"ckpt_path": resume, "weights_only": True} if resume else {}
     with stop.listening(trainer):
@@ -201,7 +206,7 @@ def report(cli: TileCli, probes: dict[str, FrozenProbe], device: str) -> None:
 @torch.no_grad()
 def predict_tiles(model: SlideModel, data: TileData, split: str) -> np.ndarray:
     """Return probabilities (N, K) of a part's tiles, in their order."""
-    batches = tqdm(data.loader(data.tiles.part(split)), desc=split, unit=" batches")
+    batches = progress_bar(data.loader(data.tiles.part(split)), desc=split, unit=" batches")
     logits = [model.aggregator(model.encode(batch.tiles_CP)[0]).float() for batch in batches]
     return torch.cat(logits).double().softmax(1).cpu().numpy()
 
@@ -220,7 +225,9 @@ def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
     name = f"{encoder.row.key}_{print_of[:8]}_{model_config.precision}_{tiles}"
     path = Path(cli.config.run_dir) / "frozen" / f"{name}.safetensors"
     if not path.exists():
-        batches = tqdm(data.loader(data.tiles.rows), desc="frozen features", unit=" batches")
+        batches = progress_bar(
+            data.loader(data.tiles.rows), desc="frozen features", unit=" batches"
+        )
         z_ND, rgb_N6 = features(encoder.to(device), batches, model_config.precision)
         with replacing(path) as partial:
             save_file({"z": z_ND, "rgb": rgb_N6}, partial)

@@ -1,4 +1,4 @@
-"""What `tapfm fit` tells: before it trains what learns and on how many slides; then how far it is.
+"""What a run tells: before it trains what learns and on how many slides; then how far it is.
 
 The bar, status.json and, where the output is no terminal, a line every half minute say the same:
 place in the run, tiles a second, best so far, and the time left of the whole run.
@@ -7,6 +7,7 @@ place in the run, tiles a second, best so far, and the time left of the whole ru
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tapfm.training.callbacks import RunLog
 from tapfm.training.module import SlideModule
 
 STATUS, EVERY = "status.json", 30.0  # seconds between two of them
+PLURAL = {"slide": "slides", "batch": "batches"}
 
 
 def announce(folder: Path, module: SlideModule, data: SlideData) -> None:
@@ -95,11 +97,20 @@ class RunStatus(Callback):
         folder: of the run.
         best: has the best figure so far, and its name.
         looks: passes over training and validation slides after the last epoch.
-        lines: whether to print lines.
+        lines: whether to print lines; None: where the output is no terminal.
+        unit: what a step takes: a `slide`, or of tiles a `batch`.
     """
 
-    def __init__(self, folder: Path, best: Any, looks: int = 0, lines: bool = True):
-        self.path, self.best, self.looks, self.lines = folder / STATUS, best, looks, lines
+    def __init__(
+        self,
+        folder: Path,
+        best: Any,
+        looks: int = 0,
+        lines: bool | None = None,
+        unit: str = "slide",
+    ):
+        self.path, self.best, self.looks, self.unit = folder / STATUS, best, looks, unit
+        self.lines = not sys.stdout.isatty() if lines is None else lines
         self.clock, self.written, self.tiles, self.begun = Clock(), -math.inf, 0, time.monotonic()
         self.validated = 0  # slides of the validation that is going on
 
@@ -151,8 +162,8 @@ class RunStatus(Callback):
         return {
             "epoch": min(trainer.current_epoch + 1, trainer.max_epochs),
             "epochs": trainer.max_epochs,
-            "slide": done,
-            "slides": trainer.num_training_batches,
+            self.unit: done,
+            PLURAL[self.unit]: trainer.num_training_batches,
             "validated": self.validated,
             "loss": loss,
             "tiles_per_s": self.tiles / max(self.clock.seconds["train"], 1e-9),
@@ -175,10 +186,11 @@ class RunStatus(Callback):
 def status_line(facts: dict[str, Any]) -> str:
     """Return the facts of a run's status as a line."""
     parts = [f"epoch {facts['epoch']} of {facts['epochs']}"]
+    unit = next(unit for unit in PLURAL if unit in facts)
     parts.append(
-        f"validation slide {facts['validated']}"
+        f"validation {unit} {facts['validated']}"
         if facts["validated"]
-        else f"slide {facts['slide']} of {facts['slides']}"
+        else f"{unit} {facts[unit]} of {facts[PLURAL[unit]]}"
     )
     if facts["loss"] is not None:
         parts.append(f"loss {facts['loss']:.3f}")

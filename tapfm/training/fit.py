@@ -8,7 +8,6 @@ config is continued; one of another config is refused.
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from tapfm.data.datamodule import SlideData
 from tapfm.distributed import named_loss, part, watch_others
 from tapfm.encoders.backbones import find
 from tapfm.encoders.pinned import RING
+from tapfm.following import say_next
 from tapfm.planning.gpu_defaults import fill_in, foretell, say_retries
 from tapfm.planning.plan import compare
 from tapfm.recipe.best_weights import BEST, BestWeights
@@ -65,6 +65,8 @@ from tapfm.training.old_keys import rename_old_keys
 from tapfm.training.optim import Steps
 from tapfm.training.stopping import StopOnSignal, running
 
+LIGHTNINGS_OWN = r"lightning\.pytorch\.utilities\._pytree", r"lightning\.fabric\..*\.slurm"
+"""Modules whose warnings are of Lightning against torch, and of `srun`, where it is installed."""
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
 
 
@@ -213,7 +215,7 @@ class Cli(LightningCLI):
         Raises:
             SettingsError: what Lightning finds wrong with `trainer`.
         """
-        unseen = self.verb == "fit" and not sys.stdout.isatty()  # `RunStatus` prints lines
+        unseen = not sys.stdout.isatty()  # `RunStatus` prints lines
         if self.config.trainer.enable_progress_bar is False or unseen:
             self.trainer_defaults, kwargs = {}, {**kwargs, "enable_progress_bar": False}
         try:
@@ -231,6 +233,8 @@ def read_config(arguments: Sequence[str], kind: type[Cli] = Cli) -> Cli:
     """
     for name in ("lightning.pytorch", "lightning.fabric"):  # tips, and what we print ourselves
         logging.getLogger(name).setLevel(logging.WARNING)
+    for module in LIGHTNINGS_OWN:
+        warnings.filterwarnings("ignore", module=module)
     with warnings.catch_warnings():  # Lightning's CLI against newer jsonargparse: not the user's
         warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.cli")
         return kind(
@@ -283,7 +287,7 @@ def train(cli: Cli) -> None:
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
-        RunStatus(folder, best, looks, lines=not sys.stdout.isatty()),
+        RunStatus(folder, best, looks),
         point,
         stop,
     ]
@@ -305,7 +309,7 @@ def train(cli: Cli) -> None:
         print(compare(expected, folder / "memory.csv"))
         say_retries()
     print(f"{folder / BEST}: the weights of the best validation {module.task.title}")
-    print(f"next: tapfm test --run {shlex.quote(str(folder.parent))}")
+    say_next("fit", {"folder": folder})
 
 
 def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:

@@ -2,7 +2,6 @@
 
     cohorts.py    demo, labels, split
     fit_help.py   the first screen of `tapfm fit --help`
-    following.py  the command that usually follows a verb
     reading.py    index, predict, heatmap, features, embed, histaug, export, view
     launched.py   index, features and predict as jobs
     training.py   check, plan, probe, test, study, report, compare, pathpt, doctor

@@ -39,6 +39,25 @@ def cohort(tmp_path_factory):
     return tiles, runs
 
 
+def test_a_log_file_gets_lines_as_those_of_fit(cohort, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tapfm.training.announce.EVERY", 0.0)
+    monkeypatch.setattr("slides.progress.EVERY", 0.0)
+    assert main(arguments(cohort[0], tmp_path, "--model.strategy", "frozen")) == 0
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2 * (4 + 2) + 1, "a batch each, and the end"
+    assert lines[0].startswith("epoch 1 of 2, batch 1 of 4, loss ")
+    assert lines[4].startswith("epoch 1 of 2, validation batch 1, ")
+    assert "best f1" in lines[-1]
+    assert lines[-1].endswith("0 s left")
+    assert "\r" not in said.out + said.err
+    assert "Epoch 0" not in said.out
+    facts = json.loads((tmp_path / "frozen" / "status.json").read_text())
+    assert (facts["epoch"], facts["batch"], facts["batches"]) == (2, 4, 4)
+    model = tmp_path / "frozen" / "best.safetensors"
+    assert said.out.splitlines()[-1] == f"next: tapfm export --model {model} --out exported"
+
+
 def predictions(run, split="test"):
     with (run / f"report_{split}" / f"predictions_{split}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
