@@ -67,10 +67,17 @@ def read_cohort_of(data: Mapping[str, Any]) -> Cohort:
         folder and Path(folder),
         task=data.get("task") or "multilabel",
         need_slides=not data.get("features_dir"),
-        missing=data.get("missing") or (),
-        names=data.get("columns"),
-        values=data.get("values"),
+        **spelling_of(data),
     )
+
+
+def spelling_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a table's columns and cells are to be read, for `read_cohort` and `run_split`."""
+    return {
+        "missing": data.get("missing") or (),
+        "names": data.get("columns"),
+        "values": data.get("values"),
+    }
 
 
 def source_of_data(data: Mapping[str, Any], cohort: Cohort) -> Source:

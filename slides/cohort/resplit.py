@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slides.cohort.leaks import cases_spelled_twice, repeated_values
-from slides.cohort.spelling import missing_words
+from slides.cohort.spelling import missing_words, value_reader
 from slides.cohort.split_files import (
     clam_bool_text,
     clam_text,
@@ -69,7 +70,7 @@ def run_split(
     formats: Sequence[str] = ("table",),
     task: str | Mapping[str, Any] = "multilabel",
     slides_dir: str | None = None,
-    missing: Sequence[str] = (),
+    **spelling: Any,
 ) -> int:
     """Split the cases or read a split, print its balance, and write it; return exit code 0.
 
@@ -87,21 +88,21 @@ def run_split(
         formats: any of table, clam, clam-bool, patho-bench, stamp.
         task: the type of the labels: a name, or a name and options (`slides.cohort.targets`).
         slides_dir: folder of relative slide paths, which are then kept; None is the table's.
-        missing: the user's words for unknown labels, beside NA and the like.
+        spelling: `missing`, `names` and `values` of `slides.cohort.table.read_cohort`; the new
+            tables keep the user's names and words.
 
     Raises:
         SplitError: the table is faulty (all faults are listed), or no such split can be made.
     """
-    words = missing_words(missing)
+    words = missing_words(spelling.get("missing") or ())
     columns, labels = _columns(task, labels)
     several = folds is not None or (repeats or 1) > 1 or list(formats) != ["table"]
     binary = "patho-bench" not in formats or columns.binary
     _check_options(out, [folds, repeats, source], several, "" if binary else task)
-    records, labels, cases = _read(table, labels, columns, words)
+    written, records, labels, cases = _read(table, labels, columns, words, spelling)
     case_of = {row["slide_id"]: row["case_id"] for row in records}
     by_name = labels if isinstance(columns, Labels | Classes) else ()
-    mixed = label_conflicts(records, case_of, by_name, words)
-    _say_mixed(table, mixed, "patho-bench" in formats)
+    _say_mixed(table, label_conflicts(records, case_of, by_name, words), "patho-bench" in formats)
     if source is not None:
         names = slide_names((r["slide_id"], r.get("slide_path", ""), r["case_id"]) for r in records)
         splits = [read_split(source, names, fold)]
@@ -110,7 +111,8 @@ def run_split(
         splits = _deal(cases, folds, repeats, fractions, seed, preserve_sites)
     _print_balance(cases, splits)
     base = None if slides_dir else table.parent
-    for path, text in _files(table, out, records, labels, case_of, splits, formats, base).items():
+    tables = _Tables(written, spelling.get("names") or {}, base, table.stem)
+    for path, text in _files(tables, out, records, labels, case_of, splits, formats).items():
         write_text(path, text)
     print(f"{out}: written")
     return 0
@@ -169,10 +171,15 @@ def _print_balance(cases: Cases, splits: Sequence[Split]) -> None:
 
 
 def _read(
-    table: Path, labels: Sequence[str] | None, columns: Columns, words: Collection[str]
-) -> tuple[list[dict], Sequence[str], Cases]:
-    """Return the table's rows as text, its label columns, and its cases."""
-    header, lines = read_table(table)
+    table: Path,
+    labels: Sequence[str] | None,
+    columns: Columns,
+    words: Collection[str],
+    spelling: Mapping[str, Any],
+) -> tuple[list[dict], list[dict], Sequence[str], Cases]:
+    """Return the rows as written and with the labels that are meant, label columns, and cases."""
+    header, lines = read_table(table, spelling.get("names"))
+    meant = value_reader(spelling.get("values"))
     labels = columns.choose(labels, [n for n in header if n and n not in REQUIRED + OPTIONAL])
     missing = [name for name in ("case_id", "slide_id", *labels) if name not in header]
     faults = [f"column {name!r} is missing (there are: {', '.join(header)})" for name in missing]
@@ -185,7 +192,7 @@ def _read(
         elif not missing:
             if not row["case_id"] or not row["slide_id"]:
                 faults.append(f"row {number}: case_id or slide_id is blank: fill it in")
-            records[number], texts[number] = row, [row[label] for label in labels]
+            records[number], texts[number] = row, [meant(label, row[label]) for label in labels]
     if not missing:
         values = columns.read(Cells(labels, texts, {}, words), ())
         faults += values.faults
@@ -194,12 +201,15 @@ def _read(
     if faults or not records:
         raise SplitError(all_faults(table, faults or ["no row below the header"]))
     rows = list(records.values())
+    spelled = [
+        {**row, **dict(zip(labels, texts[number], strict=True))} for number, row in records.items()
+    ]
     ids = [row["case_id"] for row in rows]
     sites = [row.get("site") or site_of(row["case_id"]) for row in rows]
     values_NY = np.array([values.rows[number] for number in records], float)
     strata = stratify(columns, labels, values.classes, ids, values_NY.reshape(len(ids), -1))
     values_NL = np.array(list(strata.values()), float).reshape(-1, len(ids)).T
-    return rows, labels, gather_cases(ids, sites, list(strata), values_NL)
+    return rows, spelled, labels, gather_cases(ids, sites, list(strata), values_NL)
 
 
 def _columns(
@@ -216,17 +226,46 @@ def _columns(
     return make_columns({"name": task, **dict(zip(wanted, labels, strict=True))}), None
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What the new tables have of the old one."""
+
+    records: list[dict[str, str]]
+    names: Mapping[str, str]
+    """The user's names of columns -> those of the records."""
+    base: Path | None
+    """Folder of relative slide paths, which are rewritten; None keeps them."""
+    stem: str
+
+    def text(self, path: Path, split: Split) -> str:
+        """Return the table of a split as text, for a file."""
+        header = list(self.records[0]) + ["split"] * ("split" not in self.records[0])
+        rows = []
+        for record in self.records:
+            if part := split.get(record["case_id"]):
+                row = {**record, "split": part}
+                slide, base = row.get("slide_path"), self.base
+                relative = base and slide and not Path(slide).is_absolute()
+                if relative and file_at(base, slide).exists():
+                    found = os.path.relpath(file_at(base, slide), path.parent.absolute())
+                    row["slide_path"] = Path(found).as_posix()
+                rows.append([row[name] for name in header])
+        own = {ours: theirs for theirs, ours in self.names.items()}
+        header = [own.get(name, name) for name in header]
+        return csv_text([header, *rows], "\t" if path.suffix == ".tsv" else ",")
+
+
 def _files(
-    table, out, records, labels, case_of, splits: list[Split], formats, base: Path | None
+    tables: _Tables, out: Path, records, labels, case_of, splits: list[Split], formats
 ) -> dict[Path, str]:
-    """Return what to write, path -> text; slide paths relative to `base` are rewritten."""
+    """Return what to write, path -> text."""
     if out.suffix in (".csv", ".tsv"):
-        return {out: _table_text(base, out, records, splits[0])}
+        return {out: tables.text(out, splits[0])}
     files: dict[Path, str] = {}
     for number, split in enumerate(splits):
         if "table" in formats:
-            path = out / f"{table.stem}_{number}.csv"
-            files[path] = _table_text(base, path, records, split)
+            path = out / f"{tables.stem}_{number}.csv"
+            files[path] = tables.text(path, split)
         if "clam" in formats:
             files[out / f"splits_{number}.csv"] = clam_text(case_of, split)
         if "clam-bool" in formats:
@@ -243,17 +282,3 @@ def _files(
                 folder += "_"  # of labels that differ in a sign
             files |= {out / folder / name: text for name, text in task.items()}
     return files
-
-
-def _table_text(base: Path | None, path: Path, records: list[dict], split: Split) -> str:
-    header = list(records[0]) + ["split"] * ("split" not in records[0])
-    rows = []
-    for record in records:
-        if part := split.get(record["case_id"]):
-            row = {**record, "split": part}
-            slide = row.get("slide_path")
-            if base and slide and not Path(slide).is_absolute() and file_at(base, slide).exists():
-                found = os.path.relpath(file_at(base, slide), path.parent.absolute())
-                row["slide_path"] = Path(found).as_posix()
-            rows.append([row[name] for name in header])
-    return csv_text([header, *rows], "\t" if path.suffix == ".tsv" else ",")

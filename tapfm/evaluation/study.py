@@ -37,7 +37,7 @@ from slides.cohort.resplit import run_split
 from slides.errors import SettingsError
 from slides.files import write_json, write_text
 from slides.streaming.settings import index_and_cache
-from tapfm.config import read_data, read_source, read_yaml
+from tapfm.config import read_data, read_source, read_yaml, spelling_of
 from tapfm.config_paths import find_config
 from tapfm.evaluation.study_cells import Cell, Study
 from tapfm.evaluation.study_table import FINISHED, RUN, summary, write_figures
@@ -134,11 +134,6 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
     out, table = Path(study.out), Path(data["table"])
     if not table.is_file():
         raise SettingsError(f"{table}: there is no such table. Correct data.table.")
-    if study.folds is not None and (data.get("columns") or data.get("values")):
-        raise SettingsError(
-            "study: folds deal the table anew, and data.columns or data.values would be asked of "
-            "it again. `tapfm check --fix NEW.csv` writes it in tapfm's words; take that one."
-        )
     fixed = {
         "configs": [yaml.safe_load(Path(each).read_text()) for each in study.config],
         "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
@@ -157,7 +152,7 @@ def prepare(study: Study, data: Mapping[str, Any]) -> list[Path]:
         run_split(table, out / "folds", data.get("labels"), folds=study.folds,
                   seed=study.fold_seed, preserve_sites=study.preserve_sites,
                   task=task, slides_dir=data.get("slides_dir"),
-                  missing=data.get("missing") or ())  # fmt: skip
+                  **spelling_of(data))  # fmt: skip
     write_text(about, yaml.safe_dump(fixed, sort_keys=False))
     if study.folds is None:
         return [table]

@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from slides.cohort.table import SlideRow, read_cohort
+from slides.cohort.table import SlideRow
+from slides.progress import progress_bar
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex
 from slides.wsi.reader import Slide
 from tapfm.adapt.strategies import make_optimizer, make_strategy, strategy_spec
-from tapfm.config import read_data, read_source
+from tapfm.config import read_cohort_of, read_data, read_source
 from tapfm.frozen.baselines import fit_gated_attention, fit_mean_pool_mlp
 from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.pathpt import pseudo
@@ -89,10 +89,9 @@ def run_pathpt(
     """
     question = read_question(question_file)
     data = read_data(configs)
-    folder = data.get("slides_dir")
-    words = {"missing": data.get("missing") or (), "names": data.get("columns"),
-             "values": data.get("values")}  # fmt: skip
-    cohort = read_cohort(Path(data["table"]), question.columns, folder and Path(folder), **words)
+    cohort = read_cohort_of({
+        **data, "labels": question.columns, "task": None, "features_dir": None
+    })  # fmt: skip
     source = read_source(configs)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     towers = load_towers(device, **question.towers)
@@ -107,7 +106,7 @@ def run_pathpt(
     called: dict[int, dict[str, list[list[int]]]] = {}
     for shots, draws in few.items():
         called[shots] = {}
-        for n, ids in enumerate(tqdm(draws, desc=f"{shots} shots", unit=" draws")):
+        for n, ids in enumerate(progress_bar(draws, desc=f"{shots} shots", unit=" draws")):
             here = out / f"{shots}_shots" / f"draw_{n}"
             show = drawn if (shots, n) == (max(question.shots), 0) else 0
             chosen = [slides[name] for name in ids]

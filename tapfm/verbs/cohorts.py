@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from tapfm.verbs import Do, at_least, config_flag, later
+from tapfm.verbs import Do, at_least, config_flag
 
 SLIDES = 160  # of the demo cohort
 
@@ -81,12 +81,13 @@ def labels(verb: ArgumentParser) -> Do:
 def split(verb: ArgumentParser) -> Do:
     """Add the flags of `tapfm split`; return its action."""
     add = verb.add_argument
-    add("--table", type=Path, required=True, help="the cohort's")
+    config_flag(verb)
+    add("--table", type=Path, help="the cohort's; the config's")
     add("--out", type=Path, required=True, help="a .csv, or a folder for several")
-    add("--slides-dir", help="the config's, if it has one: paths then stay as they are")
-    add("--labels", nargs="+", help="to stratify over; all; of survival TIME EVENT")
-    add("--task", default="multilabel", help="what they hold, as data.task (%(default)s)")
-    add("--missing", nargs="+", default=(), help="words for unknown, as data.missing")
+    add("--slides-dir", help="of relative paths, which then stay as they are; the config's")
+    add("--labels", nargs="+", help="to stratify over; the config's, all; of survival TIME EVENT")
+    add("--task", help="what they hold, as data.task; the config's, multilabel")
+    add("--missing", nargs="+", help="words for unknown, as data.missing; the config's")
     add("--folds", type=int, help="cross-validation")
     add("--repeats", type=int, help="Monte-Carlo cross-validation")
     add("--from", type=Path, dest="source", metavar="FILE",
@@ -95,7 +96,24 @@ def split(verb: ArgumentParser) -> Do:
     add("--format", nargs="+", default=["table"], dest="formats", help="what to write: any of "
         "these", choices=("table", "clam", "clam-bool", "patho-bench", "stamp"))  # fmt: skip
     split_flags(verb)
-    return later("slides.cohort.resplit:run_split")
+
+    def do(config, table, slides_dir, labels, task, missing, **deal) -> int:
+        from slides.cohort.resplit import run_split
+        from slides.errors import SettingsError
+        from tapfm.config import read_data, spelling_of
+
+        if not config and not table:
+            raise SettingsError("split: give --table of a cohort, or --config of a run")
+        flags = {"table": table and str(table), "slides_dir": slides_dir, "labels": labels,
+                 "task": task, "missing": missing}  # fmt: skip
+        data = read_data(config) if config else {}
+        data |= {key: value for key, value in flags.items() if value}
+        of_config = {"task": data.get("task") or "multilabel", "slides_dir": data.get("slides_dir")}
+        return run_split(
+            Path(data["table"]), labels=data.get("labels"), **of_config, **spelling_of(data), **deal
+        )
+
+    return do
 
 
 def split_flags(verb: ArgumentParser) -> None:
