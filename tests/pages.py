@@ -87,5 +87,15 @@ FAINT = """(() => {
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     return ratio < 4.5 ? [ratio.toFixed(2) + ' ' + e.outerHTML.slice(0, 99)] : [];
   }); })()"""
+UNNAMED = "[...document.images].filter(i => !i.alt).length"
+# tables that reach beyond the window and do not scroll
+UNFRAMED = """[...document.querySelectorAll('table')].filter(t =>
+  t.getBoundingClientRect().right > {width} && !t.closest('.scroll')).length"""
+# tables that are wider than their frame, and frames that cannot be scrolled to their end
+SCROLLED = """(() => { const wide = [...document.querySelectorAll('.scroll')]
+  .filter(f => f.scrollWidth > f.clientWidth + 1); let stuck = 0;
+  wide.forEach(f => { f.scrollLeft = 1e6;
+    stuck += f.scrollLeft + f.clientWidth < f.scrollWidth - 1; });
+  return [wide.length, stuck]; })()"""
 BRIGHT = """(() => { const style = getComputedStyle(document.body);
   return [style.backgroundColor, style.color].map(c => Number(c.match(/\\d+/)[0])); })()"""

@@ -18,13 +18,10 @@ from tapfm.reports.rows import ResultRow
 from tapfm.stats.bootstrap import Interval
 from tapfm.stats.metrics import MACRO, evaluate, paired_difference
 from tapfm.tasks import make_task
-from tests.pages import FAINT, SMALL, WIDTH, Page
+from tests.pages import FAINT, SCROLLED, SMALL, UNFRAMED, UNNAMED, WIDTH, Page
 from tests.reports.test_page import EVIL, LABELS, write_run
 
 N, DRAWS = 60, 300
-UNNAMED = "[...document.images].filter(i => !i.alt).length"
-UNFRAMED = """[...document.querySelectorAll('table')].filter(t =>
-  t.getBoundingClientRect().right > {width} && !t.closest('.scroll')).length"""
 
 
 def rows_of(*shares, seed=0):
@@ -174,7 +171,9 @@ def test_a_studys_page(study):
 
 
 BAD = """<!DOCTYPE html><body style="background:#fff"><p style="font-size:11px">small</p>
-<p style="color:#999">faint</p><img src="data:,"><table style="width:900px"><tr><td>wide"""
+<p style="color:#999">faint</p><img src="data:,"><table style="width:900px"><tr><td>wide</table>
+<div class="scroll" style="width:90px;overflow:clip"><table style="width:900px"><tr><td>cut</table>
+</div><div class="scroll">short</div>"""
 
 
 def test_the_instruments_find_faults(browser, tmp_path):
@@ -185,15 +184,21 @@ def test_the_instruments_find_faults(browser, tmp_path):
     assert found.startswith("2.85 ")  # of #999 on white, by WCAG's formula
     assert browser.ask(UNNAMED) == 1
     assert browser.ask(UNFRAMED.format(width=400)) == 1
+    assert browser.ask(SCROLLED) == [1, 1], "of two, one is wide and hidden"
     assert browser.ask(WIDTH) > 400
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("kind", ["report", "compare", "study"])
-def test_every_page_is_legible(kind, width, dark, browser, cohort, compared, study):
-    pages = {"report": cohort / "report_test" / "report.html", "compare": compared, "study": study}
-    browser.open(pages[kind].as_uri(), width=width, dark=dark)
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory):
+    """The whole report of 60 slides with tiles of 224 px."""
+    run = write_run(tmp_path_factory.mktemp("sixty"), slides=60, side=224, kinds=3)
+    assert main(["report", "--run", str(run)]) == 0
+    return run / "report_test" / "report.html"
+
+
+def legible(browser, page, width, dark):
+    """Measure all that a reader needs of a page, with everything on it opened."""
+    browser.open(page.as_uri(), width=width, dark=dark)
     browser.ask("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert browser.ask(SMALL) == []
     assert browser.ask(FAINT) == []
@@ -201,6 +206,29 @@ def test_every_page_is_legible(kind, width, dark, browser, cohort, compared, stu
     assert browser.ask(UNFRAMED.format(width=width)) == 0
     assert browser.ask(WIDTH) == width
     assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+    wide, stuck = browser.ask(SCROLLED)
+    assert stuck == 0
+    return wide
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("kind", ["report", "compare", "study"])
+def test_every_page_is_legible(kind, width, dark, browser, cohort, compared, study):
+    pages = {"report": cohort / "report_test" / "report.html", "compare": compared, "study": study}
+    legible(browser, pages[kind], width, dark)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_whole_report_of_sixty_slides(width, browser, sixty):
+    assert 200_000 < sixty.stat().st_size < 15e6
+    page = Page(sixty.read_text())
+    assert page.faults == []
+    assert ["test", "60", "30"] in [row[:3] for row in page.rows]
+    assert len(page.tags("img")) == 10 * len(page.tags("article")) >= 40
+    wide = legible(browser, sixty, width, dark=False)
+    assert (wide > 3) == (width == 400), "wide tables scroll where they do not fit"
 
 
 def test_a_page_of_sixty_slides_is_light(shared_data, tmp_path):

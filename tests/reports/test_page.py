@@ -29,20 +29,26 @@ LABELS = ["EGFR", EVIL]
 SLIDES, SIDE = 12, 32
 
 
-def write_run(folder):
-    """Write the files of `tapfm fit` and `tapfm test` for two runs and a baseline, and slides."""
-    rng, names = np.random.default_rng(2), [f"s{n:02d}" for n in range(SLIDES)]
+def write_run(folder, slides=SLIDES, side=SIDE, kinds=SLIDES):
+    """Write the files of `tapfm fit` and `tapfm test` for two runs and a baseline, and slides.
+
+    Slides have 9 x 8 tiles of `side` pixels, and so many `kinds` of pictures.
+    """
+    rng, names = np.random.default_rng(2), [f"s{n:02d}" for n in range(slides)]
     (folder / "slides").mkdir(parents=True)
     index = folder / "index" / "20x_32px_0px_overlap"
     index.mkdir(parents=True)
-    y = (rng.random((SLIDES, 2)) < 0.5).astype(float)
+    y = (rng.random((slides, 2)) < 0.5).astype(float)
     y[:2], y[3, 0] = ((0, 1), (1, 0)), np.nan
     table = ["case_id,slide_id,slide_path,split,EGFR,other"]
     ledger = ["slide_id,path,mpp,mpp_source,tissue_mm2,tiles,seconds,status,reason"]
     for n, name in enumerate(names):
-        path = write_pyramid(
-            folder / "slides" / f"{name}.tif", stained_picture(311, 263, n), 0.5, 2
-        )
+        path = folder / "slides" / f"{name}.tif"
+        if n < kinds:
+            picture = stained_picture(9 * side + 23, 8 * side + 7, n)
+            write_pyramid(path, picture, 0.5, 2)
+        else:
+            os.link(folder / "slides" / f"s{n % kinds:02d}.tif", path)
         label = "" if np.isnan(y[n, 0]) else int(y[n, 0])
         table.append(f"c{n // 2},{name},slides/{name}.tif,test,{label},1")
         ledger.append(f"{name},{path},0.50000000001,tiff,0.5,72,0.1,indexed,")
@@ -52,9 +58,9 @@ def write_run(folder):
     tiles = {"tile_px": SIDE, "mpp": 0.5, "overlap": 0, "tissue": {"pen": True}}
     where = {"table": str(folder / "cohort.csv"), "index_dir": str(folder / "index")}
     data = {**where, "tiles": tiles}
-    coords = np.stack(np.meshgrid(np.arange(9), np.arange(8)), -1).reshape(-1, 2) * SIDE
+    coords = np.stack(np.meshgrid(np.arange(9), np.arange(8)), -1).reshape(-1, 2) * side
     arms = [ResultRow("frozen, gated attention", False, names, [f"c{n // 2}" for n in
-    range(SLIDES)], y,
+    range(slides)], y,
                 np.clip(0.3 * np.nan_to_num(y) + 0.7 * rng.random(y.shape), 0, 1))]  # fmt: skip
     for number, name in enumerate(("tapfm", "tapfm_gated")):
         run = folder / "runs" / name
@@ -62,7 +68,7 @@ def write_run(folder):
         for slide in names:
             with h5py.File(run / "weights_test" / f"{slide}.h5", "w") as file:
                 file["weights"] = rng.dirichlet(np.ones(72))
-                file.create_dataset("coords", data=coords).attrs["patch_size_level0"] = SIDE
+                file.create_dataset("coords", data=coords).attrs["patch_size_level0"] = side
         settings = {"seed_everything": 0, "model": {"aggregator": name}, "data": data}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
         steps = "".join(f"{s},s{s % 12:02d},72,5,{90 + s},0.25,{1 + s / 99},0.01,{1 + s / 99},"
