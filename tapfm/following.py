@@ -100,6 +100,13 @@ def _features(flags: Flags) -> str | None:
     return f"tapfm fit {given} --config features_only --data.features_dir {where}"
 
 
+def _embed(flags: Flags) -> str:
+    base = (flags["features"] or Path("FOLDER")).parent
+    found = sorted(base.glob("slide_features_*"), key=lambda path: path.stat().st_mtime)
+    out = flags["out"] or (found[-1] if found else "FOLDER")
+    return f"tapfm test --run RUN --slide-features {quote(str(out))}"
+
+
 def _histaug(flags: Flags) -> str:
     given = _given(flags) or "--config CONFIG"
     options = quote(f"[{{name: histaug, weights: {flags['out']}}}]")
@@ -141,6 +148,7 @@ FOLLOWING: dict[str, Callable[[Flags], str | None]] = {
     "predict": lambda flags: _draw(flags["path"], flags["slides"][0], flags["out"]),
     "heatmap": _heatmap,
     "features": _features,
+    "embed": _embed,
     "histaug": _histaug,
     "pathpt": lambda flags: _draw(flags["out"] / "pathpt.safetensors"),
     "export": lambda flags: None,

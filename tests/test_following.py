@@ -58,6 +58,11 @@ CASES = [
     ("histaug", {"config": [Path("my.yaml")], "out": Path("h.safetensors")},
      "tapfm fit --config my.yaml --config features_only --data.features_dir FOLDER "
      "--model.bag_transforms '[{name: histaug, weights: h.safetensors}]'"),
+    ("embed", {"features": Path("JOB/20x/features_uni"), "out": Path("v")},
+     "tapfm test --run RUN --slide-features v"),
+    ("embed", {"features": Path("JOB/20x/features_uni"), "out": None},
+     "tapfm test --run RUN --slide-features JOB/20x/slide_features_titan"),
+    ("embed", {"features": None, "out": None}, "tapfm test --run RUN --slide-features FOLDER"),
     ("pathpt", {"out": Path("p")}, "tapfm heatmap SLIDE --model p/pathpt.safetensors"),
     ("export", {"out": Path("e")}, None),
     ("doctor", {"model": None}, "tapfm demo"),
@@ -70,7 +75,7 @@ def folder(tmp_path, monkeypatch):
     """What some verbs have left behind."""
     for name in ("ONE/a/best.safetensors", "TWO/a/best.safetensors", "TWO/b/best.safetensors",
                  "FOLDS/split_1.csv", "FOLDS/split_0.csv",
-                 "JOB/20x/features_uni/s.h5"):  # fmt: skip
+                 "JOB/20x/features_uni/s.h5", "JOB/20x/slide_features_titan/s.h5"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)

@@ -34,11 +34,11 @@ from typing import Any
 
 import h5py
 import torch
-from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
 from slides.errors import FeatureFileError, SettingsError, SlideError
 from slides.files import replacing
+from slides.progress import progress_bar
 from tapfm import __version__
 from tapfm.data.bag import Places
 from tapfm.data.feature_files import SlideFeatures, read_slide
@@ -83,7 +83,7 @@ def run_embed(
     opened.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out, mark = out or features.resolve().parent / f"slide_features_{row.key}", opened.fingerprint
     kept, failed = 0, {}
-    for each in tqdm(rows, row.key, unit=" slides", disable=None):
+    for each in progress_bar(rows, row.key, unit=" slides", disable=None):
         try:
             found = read_slide(features, each.slide_id, partial(slide_mpp, each), each.path)
             path = out / f"{each.slide_id}.h5"
