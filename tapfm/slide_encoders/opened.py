@@ -20,12 +20,8 @@ from tapfm.slide_encoders.shipped import CALLS, load_shipped
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.aggregators.contract import TileSet
 
-LACKING = {
-    "head.weight",
-    "head.bias",
-    "center_D",
-    "scale_D",
-}  # an aggregator's, not the publisher's
+# of our aggregators, and not in the publishers' files
+LACKING = {"head.weight", "head.bias", "center_D", "scale_D"}
 
 
 @dataclass(frozen=True)
