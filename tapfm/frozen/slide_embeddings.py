@@ -82,11 +82,11 @@ def run_embed(
     row = opened.row
     opened.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out, mark = out or features.resolve().parent / f"slide_features_{row.key}", opened.fingerprint
-    kept, failed = 0, {}
+    kept, unnamed, failed = 0, 0, {}
     for each in progress_bar(rows, row.key, unit=" slides", disable=None):
         try:
             found = read_slide(features, each.slide_id, partial(slide_mpp, each), each.path)
-            path = out / f"{each.slide_id}.h5"
+            path, unnamed = out / f"{each.slide_id}.h5", unnamed + (not found.encoder)
             if is_there(path, mark, len(found)):
                 kept += 1
             else:
@@ -97,6 +97,8 @@ def run_embed(
             failed[each.slide_id] = str(fault)
     for reason in failed.values():
         print(f"tapfm: {reason}", file=sys.stderr)
+    if unnamed:
+        print(f"features of {unnamed} slides name no encoder: taken for {row.tile_encoder}'s")
     print(
         f"{out}: {len(rows) - len(failed)} slides, {row.dim} numbers each; {kept} were there "
         f"already; {row.key} {mark}, licence {row.licence}"

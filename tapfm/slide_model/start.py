@@ -69,9 +69,17 @@ def start_from_published(model: SlideModel, path: Path) -> list[str]:
     """Give a model the weights of a published slide encoder; return the names of what it lacks.
 
     Raises:
-        SettingsError: the aggregator or its options are others, or features of another width.
+        SettingsError: the aggregator or its options are others, or features of another encoder,
+            tile size or width.
     """
     own, (options, state) = model.model_config, read_published(path)
+    row = find(options["name"])
+    tiles = (own.features["encoder"], None) if own.features else (own.model, own.tile_px * own.mpp)
+    if why := row.fault(tiles[0], row.tile_dim, tiles[1], coords=True):
+        raise SettingsError(
+            f"model.start_from: {path} is {row.key}, for {row.needs}, and this run has {why}. Take "
+            "those, or leave start_from out."
+        )
     wanted = {key: value.shape for key, value in model.aggregator.state_dict().items()}
     given = spec_of(AGGREGATORS, aggregator_options(own.aggregator))
     alike = {key: bool if key in SCALES else lambda value: value for key in options}
@@ -85,8 +93,8 @@ def start_from_published(model: SlideModel, path: Path) -> list[str]:
     if wrong := [key for key, value in state.items() if value.shape != wanted.get(key)]:
         raise SettingsError(
             f"model.start_from: {path}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, and "
-            f"this run has {model.encoder.dim} features a tile. {options['name']} is for "
-            f"{find(options['name']).needs}. Give those."
+            f"this run has {model.encoder.dim} features a tile. {row.key} is for {row.needs}. Give "
+            "those."
         )
     model.aggregator.load_state_dict(state, strict=False)
     return sorted(wanted.keys() - state.keys())

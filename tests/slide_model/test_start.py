@@ -17,8 +17,8 @@ FEATURES = {"dim": 8, "scores": True, "coords": True, "encoder": "uni", "folder"
 HEAD = {"head.weight", "head.bias"}
 
 
-def model_of(labels=("A", "B"), aggregator="gated", seed=0, dim=8):
-    features = {**FEATURES, "dim": dim}
+def model_of(labels=("A", "B"), aggregator="gated", seed=0, dim=8, encoder="uni"):
+    features = {**FEATURES, "dim": dim, "encoder": encoder}
     config = models.ModelConfig(
         "features", aggregator, labels, 224, 0.5, strategy={"name": "frozen"}, features=features
     )
@@ -81,7 +81,7 @@ def published(tmp_path, **options):
     """A MOOZY of 8 features and a model that is to start from it."""
     write_moozy(tmp_path / "moozy.pt", dim=8, width=24, heads=4, layers=1)
     sizes = {"name": "moozy", "width": 24, "heads": 4, "layers": 1, "case_layers": 1}
-    return tmp_path / "moozy.pt", model_of(aggregator={**sizes, **options})
+    return tmp_path / "moozy.pt", model_of(aggregator={**sizes, **options}, encoder="lunit-vits8")
 
 
 def test_a_published_slide_encoder_is_a_start_for_its_aggregator(tmp_path):
@@ -100,6 +100,10 @@ def test_a_published_slide_encoder_of_other_sizes_says_which_to_set(tmp_path):
     with pytest.raises(SettingsError, match=r"Set in model.aggregator: layers: 1, registers: 4"):
         start_from(model, path)
     with pytest.raises(SettingsError, match=r"Set in model.aggregator: name: moozy"):
+        start_from(model_of(encoder=""), path)
+    with pytest.raises(
+        SettingsError, match=r"for 384 features of lunit_s8, .* has features of uni"
+    ):
         start_from(model_of(), path)
     write_moozy(path, dim=9, width=24, heads=4, layers=1)
     with pytest.raises(SettingsError, match=r"has shape \(24, 9\), and this run has 8 features"):
