@@ -9,6 +9,7 @@
     demo/       a painted demo cohort
     errors.py   errors about slides, tables and settings
     files.py    atomic writing, file fingerprints, damaged files
+    hdf5.py     opens HDF5 files that may be damaged
     grid.py     tile size, mpp and overlap to level-0 corners
     progress.py progress of long jobs: a bar, or lines in a log file
     seeds.py    seeds that are the same in every process

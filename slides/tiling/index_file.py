@@ -26,6 +26,7 @@ import numpy as np
 from slides.errors import CoordinatesError, IndexFileError, IndexSettingsError
 from slides.files import damage_as, write_whole
 from slides.grid import MAX_TILES, Grid
+from slides.hdf5 import open_h5
 from slides.tiling.job_folders import coordinates_sha256, find_coordinates
 from slides.tiling.masks import mask_sha256
 from slides.tiling.tissue import Tissue
@@ -169,13 +170,11 @@ def read_index(
             missing.
         CoordinatesError: another program wrote it.
     """
-    import h5py
-
     path = Path(path)
     if not path.is_file():
         raise IndexFileError(f"{path.name}: no index at {path}. Make it with `tapfm index`.")
     with damage_as(lambda why: IndexFileError(_damaged(path, why))):
-        with h5py.File(path, "r") as file:
+        with open_h5(path) as file:
             attrs = dict(must_be_tiles(file["coords"]).attrs)
             if "spec_sha256" not in attrs:
                 raise CoordinatesError(

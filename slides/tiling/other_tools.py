@@ -32,6 +32,7 @@ import numpy as np
 from slides.errors import CoordinatesError, NoTissueError
 from slides.files import damage_as, file_fingerprint
 from slides.grid import MPP_RANGE, UNSCALED_TOLERANCE, Grid
+from slides.hdf5 import open_h5
 from slides.tiling.index_file import TileIndex, must_be_tiles
 from slides.tiling.job_folders import coordinates_sha256, hs2p_parts
 from slides.wsi.reader import Slide
@@ -156,10 +157,10 @@ def _fitted(index: TileIndex, grid: Grid, slide: Slide, other: str) -> tuple[Til
 
 
 def _h5(path: Path, slide: Slide, asked: Grid | None) -> _Found:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        must_be_tiles(file["coords"])
+    with open_h5(path) as file:
+        shape = must_be_tiles(file["coords"]).shape
+        if shape[0] and (len(shape) != 2 or shape[1] < 2):
+            raise ValueError(f"`coords` has the shape {shape}, and no x and y in a row")
         on_file, attrs, coords = dict(file.attrs), dict(file["coords"].attrs), file["coords"][:]
     coords0 = coords[:, :2].astype(np.int64) if len(coords) else np.empty((0, 2), np.int64)
     if "patch_level" in attrs:

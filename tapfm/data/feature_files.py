@@ -31,6 +31,7 @@ from torch import Tensor
 
 from slides.errors import FeatureFileError
 from slides.files import damage_as, names_of
+from slides.hdf5 import open_h5
 from slides.tiling.index_file import must_be_tiles
 
 PLACES = "{}.h5", "h5_files/{}.h5", "pt_files/{}.pt", "{}.pt"
@@ -182,7 +183,7 @@ def _tensor(slide_id: str, path: Path) -> SlideFeatures:
 
 def _h5(slide_id: str, path: Path, mpp0: Callable[[], float | None]) -> SlideFeatures:
     """Return an h5's features, whoever wrote it."""
-    with h5py.File(path) as file:
+    with open_h5(path) as file:
         stamp = "feats" in file
         values = file["feats" if stamp else "features"]
         named = ""

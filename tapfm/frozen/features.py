@@ -35,6 +35,7 @@ from torch import Tensor
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
 from slides.files import replacing
+from slides.hdf5 import open_h5
 from slides.progress import progress_bar
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
@@ -95,7 +96,7 @@ class Extraction:
         if not path.exists():
             return "not there"
         try:
-            with h5py.File(path) as file:
+            with open_h5(path) as file:
                 attrs, features = file["features"].attrs, file["features"]
                 if "fingerprint" not in attrs:
                     raise FeatureError(
@@ -231,7 +232,7 @@ def _left_out(row: SlideRow, source: Source, failed: dict[str, str]) -> Iterator
 
 def read_features(path: Path) -> torch.Tensor:
     """Return a file's features (T, D), fp32."""
-    with h5py.File(path) as file:
+    with open_h5(path) as file:
         return torch.from_numpy(file["features"][:].astype(np.float32))
 
 

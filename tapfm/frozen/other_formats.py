@@ -28,6 +28,7 @@ import torch
 from slides.cohort.table import SlideRow
 from slides.errors import SettingsError
 from slides.files import replacing
+from slides.hdf5 import open_h5
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex
@@ -60,7 +61,7 @@ def write_slide(formats: Sequence[str], ours: Path, index: TileIndex) -> None:
         SettingsError: a feature is beyond the numbers of a format.
         WriteError: the disk is full.
     """
-    with h5py.File(ours) as file:
+    with open_h5(ours) as file:
         z_TD, encoder = file["features"][:], str(file["features"].attrs["encoder"])
     for name in formats:
         FORMATS[name](ours.parent.with_name(f"{ours.parent.name}_{name}"), z_TD, index, encoder)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import yaml
 from scipy.stats import rankdata
 
 from slides.errors import SettingsError
+from slides.hdf5 import open_h5
 from tapfm.inference.heatmap import effective_tiles
 from tapfm.reports.rows import ResultRow, read_result_row
 from tapfm.reports.runs import read_metrics, read_task
@@ -163,7 +163,7 @@ def tiles_of(shown: Shown, names: tuple[str, ...]) -> dict[str, Any]:
         SettingsError: the file of tile weights is damaged, or does not say where tiles lie.
     """
     try:
-        with h5py.File(shown.weights) as file:
+        with open_h5(shown.weights) as file:
             weights_T, coords0 = file["weights"][:], file["coords"][:]
             size0 = int(file["coords"].attrs["patch_size_level0"])
             predicted_TP = file["predictions"][:] if "predictions" in file else None

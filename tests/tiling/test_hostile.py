@@ -4,12 +4,14 @@ import os
 import resource
 
 import h5py
+import numpy as np
 import pytest
 
 from slides.cohort.table import read_cohort
 from slides.errors import CohortError, NotASlideError, SlideError, name_fault
 from slides.files import replacing
 from slides.grid import Grid
+from slides.hdf5 import HEAP, OBJECT, open_h5
 from slides.streaming.chunks import named_fault
 from slides.tiling.index import index_cohort, index_path, read_index
 from slides.tiling.other_tools import read_coordinates
@@ -131,3 +133,44 @@ def test_the_longest_name_is_written_whole(tmp_path, sound):
         partial.write_text("x")
     assert (tmp_path / ("y" * 251 + ".csv")).read_text() == "x"
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A file whose texts lie in a heap, and where that begins."""
+    with h5py.File(tmp_path / "texts.h5", "w") as file:
+        file.attrs.update({"first": "one", "second": "two", "third": "three"})
+    start = (tmp_path / "texts.h5").read_bytes().index(HEAP)
+    return tmp_path / "texts.h5", start + len(HEAP) + 8
+
+
+def test_a_heap_of_texts_without_sizes_is_refused(texts):
+    """The library itself would stay in it for ever (h5py 3.16, HDF5 2.0.0), so it is not asked."""
+    path, first = texts
+    with open_h5(path) as file:
+        assert dict(file.attrs) == {"first": "one", "second": "two", "third": "three"}
+    sound = path.read_bytes()
+    second = first + OBJECT.size + 8
+    assert OBJECT.unpack_from(sound, second)[::3] == (2, 3)
+    path.write_bytes(sound[:second] + bytes(OBJECT.size) + sound[second + OBJECT.size :])
+    with pytest.raises(OSError, match=r"texts are damaged at byte 40 of a heap"):
+        open_h5(path)
+
+
+def test_an_index_of_which_a_sector_is_lost_is_named(tmp_path, sound):
+    index_cohort([row(sound)], tmp_path / "index", GRID, TISSUE, progress=False)
+    path = index_path(tmp_path / "index", GRID, "sound")
+    data = bytearray(path.read_bytes())
+    start = data.index(HEAP) + 16
+    data[start : start + 64] = bytes(64)
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match="damaged"):
+        read_index(path, GRID, TISSUE)
+
+
+def test_coordinates_without_x_and_y_are_refused(tmp_path, sound):
+    with h5py.File(tmp_path / "sound.h5", "w") as file:
+        file["coords"] = np.empty((37, 0), np.int64)
+        file["coords"].attrs["patch_size"] = 32
+    with Slide(sound) as slide, pytest.raises(SlideError, match=r"\(37, 0\), and no x and y"):
+        read_coordinates(tmp_path / "sound.h5", slide, GRID)

@@ -19,12 +19,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from slides.errors import SlideError
 from slides.files import replacing, write_json
+from slides.hdf5 import open_h5
 from slides.wsi.reader import Slide
 from tapfm.inference.heatmap import (
     COLOURS,
@@ -77,7 +77,7 @@ def pictures_of(run: Path, split: str, slide_id: str, path: Path | None, tile_px
     weights, folder = run / f"weights_{split}" / f"{slide_id}.h5", run / f"cases_{split}" / slide_id
     facts = _read_facts(folder)
     try:
-        with h5py.File(weights) as file:
+        with open_h5(weights) as file:
             weights_T, coords0 = file["weights"][:], file["coords"][:]
             size0 = int(file["coords"].attrs["patch_size_level0"])
     except (OSError, KeyError) as error:
