@@ -38,6 +38,7 @@ import torch
 from slides.cohort.table import SlideRow
 from slides.errors import FeatureFileError, SettingsError, SlideError
 from slides.files import replacing
+from slides.hdf5 import open_h5
 from slides.progress import progress_bar
 from tapfm import __version__
 from tapfm.data.bag import Places
@@ -212,7 +213,7 @@ def is_there(path: Path, mark: str, tiles: int) -> bool:
     if not path.exists():
         return False
     attrs: dict = {}
-    with suppress(OSError, KeyError), h5py.File(path) as file:
+    with suppress(OSError, KeyError), open_h5(path) as file:
         attrs = dict(file["features"].attrs)
     if attrs.get("fingerprint") != mark:
         raise SettingsError(
