@@ -24,6 +24,7 @@ import numpy as np
 
 from slides.errors import SettingsError, SlideError
 from slides.files import replacing
+from slides.progress import progress_bar
 from slides.wsi.reader import Slide
 
 MPP = 8.0  # 1.25x
@@ -44,7 +45,7 @@ def slide_segmenter() -> Segment:
     except ImportError as error:
         raise SettingsError(
             f"index: --segmenter slidesegmenter is a package that cannot be imported ({error}). "
-            "Run: pip install git+https://github.com/RTLucassen/slidesegmenter"
+            "Run `pip install git+https://github.com/RTLucassen/slidesegmenter`, or leave it out."
         ) from error
 
     def segment(rgb: np.ndarray) -> np.ndarray:
@@ -71,11 +72,10 @@ def write_masks(slides: Sequence[tuple[str, Path, float | None]], folder: Path, 
         SettingsError: the segmenter is not installed.
     """
     from PIL import Image
-    from tqdm import tqdm
 
     wanted = [each for each in slides if not (folder / f"{each[0]}.png").is_file()]
     segment = SEGMENTERS[name]() if wanted else None
-    for slide_id, path, mpp in tqdm(wanted, name, unit=" slides", disable=None):
+    for slide_id, path, mpp in progress_bar(wanted, name, unit=" slides", disable=None):
         with suppress(SlideError):
             with Slide(path, mpp, slide_id) as slide:
                 rgb, _ = slide.thumbnail(MPP)
