@@ -210,7 +210,9 @@ def slide_feature_rows(
                 FrozenSlide.of(bag.slide_id, bag.case_id, bag.features.z_TD, bag.labels_K)
                 for bag in KnownBags(of_part, source)
             ]
-        title = f"{source.spec['encoder'] or each.name}, linear probe"
+        name = source.spec["encoder"] or each.name
+        taken = any(row.title == f"{name}, linear probe" for row in rows)
+        title = f"{name}{f' of {each}' * taken}, linear probe"
         baseline = fit_linear_probe(bags["train"], bags["val"], data.weighted_task)
         say(f"{title}: {baseline.describe()}")
         rows.append(row_of_baseline(data, title, baseline, bags, folder, split))

@@ -25,12 +25,10 @@ Shapes: T tiles of a slide, E numbers of a slide.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import h5py
 import torch
@@ -128,31 +126,32 @@ def open_any(slide_encoder: str, weights: Path | None, trust_code: bool) -> Open
 def open_run(path: Path) -> OpenedEncoder:
     """Return the aggregator of a run as a slide encoder, for features of the run's encoder.
 
+    Of a run on features the tiles' size is not compared: its config need not say it.
+
     Raises:
         CheckpointError: the file is no model of slides.
-        SettingsError: it looks at scores of tiles, which features of others lack.
     """
     config, facts = read_model_config(path)
     model = load(path)
-    dim, named = model.encoder.dim, (config.features or {}).get("encoder", "")
-    names = [named] if config.features else [config.model, f"{config.model}_{_short(facts)}"]
+    if config.features:
+        encoder, also, mpps = config.features.get("encoder", ""), (), ()
+        extract = f"--model {encoder}" if encoder else ""
+    else:  # as `tapfm features` names an adapted encoder, and a published one
+        encoder = f"{config.model}_{str(facts.get('fingerprint'))[:8]}"
+        also = (config.model,) if config.strategy["name"] == "frozen" else ()
+        mpps, extract = (config.mpp,), f"--model {path}"
+    dim = model.encoder.dim
+    one = TileSet.of(
+        Places.of([torch.zeros(1, 2)], [1.0], 1.0), torch.zeros(1, dim), torch.zeros(1)
+    )
     with torch.inference_mode():
-        tiles = TileSet.of(Places.of([torch.zeros(1, 2)], [1.0], 1.0), torch.zeros(1, dim),
-                           torch.zeros(1))  # fmt: skip
-        width = len(model.aggregator(tiles).embedding_E)
+        width = len(model.aggregator(one).embedding_E)
     row = SlideEncoder(
-        path.parent.name, str(path), "that of its tile encoder", False, names[-1], (), dim,
-        config.tile_px, (config.mpp,), width, str(path), config.aggregator["name"],
-        coords=model.aggregator.uses_coords, extract=f"--model {path}",
+        path.parent.name, str(path), "that of its tile encoder", False, encoder, also, dim,
+        config.tile_px, mpps, width, str(path), config.aggregator["name"],
+        coords=model.aggregator.uses_coords, extract=extract,
     )  # fmt: skip
-    if not names[-1]:  # features that named no encoder: their width must do
-        row = replace(row, tile_encoder="")
     return OpenedEncoder(row, model.aggregator)
-
-
-def _short(facts: Mapping[str, Any]) -> str:
-    """Return the start of an encoder's fingerprint, as `tapfm features` names its files."""
-    return str(facts.get("fingerprint", ""))[:8]
 
 
 def write_vector(

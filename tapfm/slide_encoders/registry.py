@@ -39,7 +39,7 @@ class SlideEncoder:
     tile_px: int
     """Side of the tile that is read, before the tile encoder shrinks it."""
     mpps: tuple[float, ...]
-    """Microns per pixel of that tile."""
+    """Microns per pixel of that tile; () is unknown."""
     dim: int
     """Numbers of a slide, E."""
     files: str
@@ -68,10 +68,8 @@ class SlideEncoder:
     def needs(self) -> str:
         """Return in words which features it is for."""
         mpps = " or ".join(f"{mpp:g}" for mpp in self.mpps)
-        return (
-            f"{self.tile_dim} features of {self.tile_encoder}, tiles of {self.tile_px} px at "
-            f"{mpps} microns per pixel"
-        )
+        tiles = f", tiles of {self.tile_px} px at {mpps} microns per pixel" if mpps else ""
+        return f"{self.tile_dim} features of {self.tile_encoder or 'its own encoder'}{tiles}"
 
     def fault(self, encoder: str, dim: int, side_um: float | None, coords: bool) -> str | None:
         """Return why a slide's features are not those that it is for; None if they may be.
@@ -88,7 +86,7 @@ class SlideEncoder:
         if dim != self.tile_dim:
             return f"{dim} features a tile"
         sides = [self.tile_px * mpp for mpp in self.mpps]
-        if side_um and all(abs(side_um / side - 1) > SIZE_TOLERANCE for side in sides):
+        if side_um and sides and all(abs(side_um / side - 1) > SIZE_TOLERANCE for side in sides):
             return f"tiles of {side_um:.0f} microns"
         return "no coordinates" if self.coords and not coords else None
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import h5py
 import numpy as np
@@ -109,7 +110,10 @@ def test_a_probe_on_slides_vectors_is_a_row_paired_with_the_runs(run, tmp_path):
             known = np.nan_to_num(np.array(row.labels), nan=0.5)
             vector_E = np.concatenate([8 * known, drawn.standard_normal(3)]).astype(np.float32)
             file.create_dataset("features", data=vector_E).attrs["encoder"] = "titan"
-    (row,) = slide_feature_rows(data, [folder], tmp_path, "test", said.append)
+    twice = [folder, shutil.copytree(folder, tmp_path / "again")]
+    row, other = slide_feature_rows(data, twice, tmp_path, "test", said.append)
+    assert other.title == f"titan of {tmp_path / 'again'}, linear probe", "rows are told apart"
+    assert (other.p_NK == row.p_NK).all()
     assert (row.title, row.end_to_end) == ("titan, linear probe", False)
     table = pd.read_csv(tmp_path / "titan_linear_probe" / "predictions_test.csv")
     assert table["slide_id"].tolist() == list(row.slide_ids) == ["s10", "s11", "s12", "s13"]

@@ -171,7 +171,7 @@ def test_runs_are_slide_encoders_and_several_are_a_mixture_with_learned_gates(tm
     brca, others = tmp_path / "runs" / "brca", tmp_path / "luad" / "features"
     more = ["--out", str(tmp_path / "o")]
     assert main(["embed", "--slide-encoder", str(brca), "--features", str(others), *more]) == 2
-    assert "has features of lunit-vits8, and brca is for 6 features of uni_v1" in (
+    assert "has features of lunit-vits8, and brca is for 6 features of uni_v1. Extract" in (
         capsys.readouterr().err
     )
 
