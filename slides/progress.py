@@ -18,12 +18,14 @@ class Lines:
     """A file that gets each frame of a bar as a line of its own."""
 
     def __init__(self, file: TextIO):
-        self.file = file
+        self.file, self.last = file, ""
 
     def write(self, text: str) -> None:
-        """Write a frame as a line; what only moves or clears is left out."""
-        if text := text.strip():
-            self.file.write(f"{text}\n")
+        """Write a frame as a line; what only moves or clears, or says no more, is left out."""
+        count = text.strip().partition("[")[0]
+        if count and count != self.last:
+            self.last = count
+            self.file.write(f"{text.strip()}\n")
 
     def flush(self) -> None:
         """Flush the file below."""

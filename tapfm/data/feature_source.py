@@ -97,7 +97,7 @@ class FeatureSource:
 
     def _read_all(self, budget: int) -> None:
         """Read every slide, keep what fits, and note what is wrong."""
-        for row in progress_bar(self.rows.values(), "features", unit=" slides", disable=None):
+        for row in progress_bar(self.rows.values(), "features", unit="slide", disable=None):
             try:
                 found = read_scales(self.folders, row.slide_id, partial(slide_mpp, row), row.path)
             except SlideError as fault:

@@ -247,9 +247,7 @@ def feature_bags(
 ) -> list[FrozenSlide]:
     """Return the features of every slide of a split that can be read."""
     bags = []
-    for bag in progress_bar(
-        data.streamed(data.rows(split)), desc=f"{kind} {split}", unit=" slides"
-    ):
+    for bag in progress_bar(data.streamed(data.rows(split)), desc=f"{kind} {split}", unit="slide"):
         with suppress(SkippedBag):
             bags.append(features(bag))
     return bags

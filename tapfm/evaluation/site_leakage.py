@@ -27,6 +27,7 @@ from tapfm.reports.rows import ResultRow
 from tapfm.stats.bootstrap import interval, percentiles, with_point
 
 NEIGHBOURS = 5
+FEW = 2 * NEIGHBOURS
 DRAWS = 2000
 
 
@@ -42,7 +43,8 @@ def site_leakage(
 
     Returns:
         `run`, `control` and `more` (their difference, paired), each an `Interval` as a mapping;
-        `chance`, `slides`, `sites`. None if fewer than two sites have two cases.
+        `chance`, `slides`, `sites`. None if fewer than two sites have two cases, or of up to `FEW`
+        slides: where most are neighbours of each, their numbers are told, and not sites.
     """
     if run.embeddings_NE is None or control.embeddings_NE is None:
         return None
@@ -54,7 +56,7 @@ def site_leakage(
         cases.setdefault(site[slide], set()).add(case_of[slide])
     names = [slide for slide in names if len(cases[site[slide]]) > 1]
     sites_S, site_N = np.unique([site[slide] for slide in names], return_inverse=True)
-    if len(sites_S) < 2:
+    if len(sites_S) < 2 or len(names) <= FEW:
         return None
     case_N = np.array([case_of[slide] for slide in names])
     times_BN = with_point(case_N, DRAWS, 0).astype(float)

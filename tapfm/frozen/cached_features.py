@@ -25,7 +25,7 @@ def cache_features(
 ) -> list[FrozenSlide]:
     """Return bags as slides on features; of a large one, `MOST_TILES` tiles drawn by id."""
     found = []
-    with evaluating(model), progress_bar(desc=title, unit=" tiles") as bar:
+    with evaluating(model), progress_bar(desc=title, unit="tile") as bar:
         for bag in bags:
             with suppress(SkippedBag):
                 tiles = model.tiles(bag, chunk)

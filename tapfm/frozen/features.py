@@ -211,7 +211,7 @@ def extract(
             wanted += [row] * (why is not None)
     kept = len(rows) - len(wanted) - len(failed)
     streamed = tile_source.streamed(wanted, source.workers)
-    for row, each in progress_bar(streamed, folder.name, len(wanted), unit=" slides"):
+    for row, each in progress_bar(streamed, folder.name, len(wanted), unit="slide"):
         with _left_out(row, source, failed):
             path, tissue = folder / f"{row.slide_id}.h5", source.tiles.tissue
             extraction.write(path, each, tile_source.index(row), tissue)

@@ -96,7 +96,7 @@ def predict_slides(
         left = [] if case and failed else left
         bags = group_by_case(left, ()) if pool == "union" else left
         read = tile_source.streamed(bags, workers)
-        for row, each in progress_bar(read, None, len(bags), unit=" slides"):
+        for row, each in progress_bar(read, None, len(bags), unit="slide"):
             try:
                 indices = [tile_source.index(slide) for slide in row.slides]
                 predictions.append(predict_row(model, row, each, indices, chunk, out, drawn))

@@ -74,7 +74,7 @@ def predict_all(
 ) -> list[Prediction]:
     """Return the predictions of all bags but skipped ones; show a progress bar in tiles."""
     predictions = []
-    with progress_bar(unit=" tiles", desc=title) as bar:
+    with progress_bar(unit="tile", desc=title) as bar:
         for bag in bags:
             with suppress(SkippedBag):
                 predictions.append(predict_bag(model, bag, chunk))

@@ -128,7 +128,7 @@ class Local:
         with ThreadPoolExecutor(self.at_once) as pool:
             ended = pool.map(lambda job: job.run(folder), jobs)
             for job, fault in zip(
-                jobs, progress_bar(ended, total=len(jobs), unit=" jobs"), strict=True
+                jobs, progress_bar(ended, total=len(jobs), unit="job"), strict=True
             ):
                 if fault:
                     tqdm.write(f"{job.name}: {fault}", file=sys.stderr)

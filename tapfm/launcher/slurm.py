@@ -88,7 +88,7 @@ class Slurm:
         return {job.name: each.job_id for job, each in zip(jobs, given, strict=True)}
 
     def _wait(self, waiting: dict[str, str], folder: Path) -> None:
-        with progress_bar(total=len(waiting), unit=" jobs") as bar:
+        with progress_bar(total=len(waiting), unit="job") as bar:
             missed: set[str] = set()
             while waiting:
                 time.sleep(POLL_S)

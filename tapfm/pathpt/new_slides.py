@@ -79,7 +79,7 @@ def name_slides(
     with new_slides(rows, tiles, workers, model_config.stain) as (tile_source, left, failed):
         left = [] if case and failed else left
         read = tile_source.streamed(left, workers)
-        for row, each in progress_bar(read, None, len(left), unit=" slides"):
+        for row, each in progress_bar(read, None, len(left), unit="slide"):
             try:
                 z_Nd, index = encode_slide(towers, each, chunk), tile_source.index(row)
                 spots_N2 = places(index.coords0, index.grid.step0(index.slide_mpp)).to(device)

@@ -106,7 +106,7 @@ def run_pathpt(
     called: dict[int, dict[str, list[list[int]]]] = {}
     for shots, draws in few.items():
         called[shots] = {}
-        for n, ids in enumerate(progress_bar(draws, desc=f"{shots} shots", unit=" draws")):
+        for n, ids in enumerate(progress_bar(draws, desc=f"{shots} shots", unit="draw")):
             here = out / f"{shots}_shots" / f"draw_{n}"
             show = drawn if (shots, n) == (max(question.shots), 0) else 0
             chosen = [slides[name] for name in ids]

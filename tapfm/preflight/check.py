@@ -175,7 +175,7 @@ def check_table(page: Page, cohort: Cohort, data: dict[str, Any]) -> None:
 def check_slides(page: Page, cohort: Cohort, source: Source) -> list[SlideRow]:
     """Open every slide; add files, sizes and resolutions; return those that can be read."""
     sound, wrong, size, scales = [], [], 0, Counter()
-    for row in progress_bar(cohort.rows, "slides", unit=" slides", leave=False, disable=None):
+    for row in progress_bar(cohort.rows, "slides", unit="slide", leave=False, disable=None):
         try:
             size += row.path.stat().st_size if row.path.is_file() else 0
             with Slide(row.path, mpp=row.mpp, name=row.slide_id) as slide:

@@ -206,7 +206,7 @@ def report(cli: TileCli, probes: dict[str, FrozenProbe], device: str) -> None:
 @torch.no_grad()
 def predict_tiles(model: SlideModel, data: TileData, split: str) -> np.ndarray:
     """Return probabilities (N, K) of a part's tiles, in their order."""
-    batches = progress_bar(data.loader(data.tiles.part(split)), desc=split, unit=" batches")
+    batches = progress_bar(data.loader(data.tiles.part(split)), desc=split, unit="batch")
     logits = [model.aggregator(model.encode(batch.tiles_CP)[0]).float() for batch in batches]
     return torch.cat(logits).double().softmax(1).cpu().numpy()
 
@@ -225,9 +225,7 @@ def frozen_features(cli: TileCli, device: str) -> dict[str, Tensor]:
     name = f"{encoder.row.key}_{print_of[:8]}_{model_config.precision}_{tiles}"
     path = Path(cli.config.run_dir) / "frozen" / f"{name}.safetensors"
     if not path.exists():
-        batches = progress_bar(
-            data.loader(data.tiles.rows), desc="frozen features", unit=" batches"
-        )
+        batches = progress_bar(data.loader(data.tiles.rows), desc="frozen features", unit="batch")
         z_ND, rgb_N6 = features(encoder.to(device), batches, model_config.precision)
         with replacing(path) as partial:
             save_file({"z": z_ND, "rgb": rgb_N6}, partial)

@@ -334,6 +334,7 @@ def save_choice(module: SlideModule, folder: Path, recipe: Sequence[Callback]) -
         return
     module.to(module.trainer.strategy.root_device)
     mean = next((each for each in recipe if isinstance(each, WeightAverage)), None)
+    rank_zero_only(print)("choosing how much of the encoder's change is saved", flush=True)
     choice = choose_and_save(module, module.trainer.datamodule, folder, mean)
     for point in choice.curve:
         figure = f"{module.task.title} {point.figure:.3f}"

@@ -47,7 +47,7 @@ def write_page(contents: Contents, out: Path, side: int) -> Path:
         with replacing(out / "page" / each.name) as partial:
             partial.write_bytes(each.read_bytes())
     shutil.rmtree(out / "slides", ignore_errors=True)  # of an earlier page
-    for number in progress_bar(range(len(contents.slides)), unit=" slides"):
+    for number in progress_bar(range(len(contents.slides)), unit="slide"):
         _write_slide(contents, number, out / "slides" / str(number), side)
     write_text(out / "run.js", as_script("view.start", contents.page()))
     write_text(index, page.joinpath("index.html").read_text(encoding="utf-8"))

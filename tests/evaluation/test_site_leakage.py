@@ -93,3 +93,13 @@ def test_embeddings_come_from_predictions_and_of_cases_are_their_means(tmp_path)
     bare = [*each[:3], Prediction("s3", "c1", np.zeros(1), np.zeros(1), np.ones(1))]
     assert result_row("r", tmp_path, {"test": bare, "val": []}, "test", end_to_end=True
                       ).embeddings_NE is None  # fmt: skip
+
+
+@pytest.mark.parametrize(("slides", "told"), [(10, False), (12, True)])
+def test_of_few_slides_nothing_is_said(slides, told):
+    """Where all others are neighbours, their number is told: the site of none is guessed right."""
+    six = guessed_sites(TELLS[:6:1], SITE[:6], np.arange(6)) == SITE[:6]
+    assert not six.any(), "though embeddings tell it"
+    keep = range(slides)
+    found = site_leakage(row("run", TELLS, keep), row("control", NOISE, keep), SITES)
+    assert (found is not None) == told

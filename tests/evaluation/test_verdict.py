@@ -92,6 +92,7 @@ def test_the_verdicts_are_printed_first_and_robustness_beside_them(
     runs, tested, capsys, monkeypatch
 ):
     monkeypatch.setattr("tapfm.evaluation.evaluate.groups_of", two_sites)
+    monkeypatch.setattr("tapfm.evaluation.site_leakage.FEW", 3)  # there are 4 slides
     assert main(["test", "--run", str(runs), "--overlays", "0", "--robustness"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     found = json.loads((runs / "report_test" / "metrics_test.json").read_text())["verdicts"]

@@ -138,6 +138,7 @@ def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, str
     fit = ["fit", "--config", str(config), "--model.strategy", strategy, *RUN]
     assert main(fit) == 0
     printed = capsys.readouterr().out
+    assert "choosing how much of the encoder's change is saved\n" in printed
     run = next((tmp_path / "runs").iterdir())
     choice = json.loads((run / "interpolation.json").read_text())
     shares = [point["a"] for point in choice["curve"]]
