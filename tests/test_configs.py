@@ -8,6 +8,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from inspect import signature
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -17,6 +18,7 @@ import yaml
 from slides.errors import SettingsError
 from tapfm import cli, verbs
 from tapfm.config import preamble, read_source
+from tapfm.config_paths import find_config
 from tapfm.settings import spec_of
 from tests.conftest import ROOT
 
@@ -202,6 +204,8 @@ def test_readme_command_exists(command, monkeypatch):
         assert done.returncode == 0, done.stderr
     elif arguments[0] in ("fit", "fit-tiles"):
         configs = [a for a in arguments if a.startswith("configs/")]
+        named = [b for a, b in pairwise(arguments) if a == "--config" and re.fullmatch(r"\w+", b)]
+        configs += [find_config(name) for name in named]  # one that comes with tapfm
         assert all((ROOT / a).exists() for a in configs)
         assert arguments[0] in {verb_of(a) for a in configs}
     else:

@@ -82,7 +82,7 @@ def run_embed(
     opened.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out, mark = out or features.resolve().parent / f"slide_features_{row.key}", opened.fingerprint
     kept, unnamed, failed = 0, 0, {}
-    for each in progress_bar(rows, row.key, unit=" slides", disable=None):
+    for each in progress_bar(rows, row.key, unit="slide", disable=None):
         try:
             found = read_slide(features, each.slide_id, partial(slide_mpp, each), each.path)
             path, unnamed = out / f"{each.slide_id}.h5", unnamed + (not found.encoder)
