@@ -35,6 +35,8 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
 
 from benchmarks.peak_memory import Job, Step
 from benchmarks.record import RESULTS, facts, rewrite
@@ -61,6 +63,8 @@ class Bench:
     def __init__(self, model: str, device: str, cap_gib: float | None):
         self.model, self.device, self.cap = model, torch.device(device), cap_gib
         self.cuda = self.device.type == "cuda"
+        if self.cuda and self.device.index is None:  # torch's limit of memory wants a number
+            self.device = torch.device("cuda", torch.cuda.current_device())
         total = torch.cuda.get_device_properties(self.device).total_memory if self.cuda else 0
         self.total_gib = total / GIB
 
@@ -136,7 +140,8 @@ def measure(model: str, device: str, cap_gib: float | None, largest: int, tiles:
     bench = Bench(model, device, cap_gib)
     row = find(model)
     footprint = Footprint(row)
-    found = {"chunk": CHUNK, "tiles": tiles, "cap_gib": cap_gib, "peaks": {}, "bags": {}}
+    found = {"chunk": CHUNK, "tiles": tiles, "cap_gib": cap_gib, "peaks": {}, "bags": {},
+             "attention": attention(footprint.vit, bench.device)}  # fmt: skip
 
     bench.limit(cap=True)
     for scheme in SCHEMES:
@@ -165,6 +170,18 @@ def measure(model: str, device: str, cap_gib: float | None, largest: int, tiles:
     bench.limit(cap=False)
     found["speed"] = speed(bench, tiles)
     return found
+
+
+def attention(vit: nn.Module, device: torch.device) -> dict[str, str]:
+    """Return which kernel `scaled_dot_product_attention` takes here for a chunk, by dtype."""
+    made, tokens = vit.blocks[0].attn, vit.pos_embed.shape[1] + vit.num_prefix_tokens
+    shape = CHUNK, made.num_heads, tokens, made.head_dim
+    chosen = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.empty(shape, dtype=dtype, device=device)
+        backend = SDPBackend(torch._fused_sdp_choice(q, q, q))
+        chosen[str(dtype).removeprefix("torch.")] = backend.name.lower()
+    return chosen
 
 
 def most(bench: Bench, step: Step, largest: int) -> int:
@@ -270,11 +287,12 @@ def tables(results: dict) -> str:
         cells.append(f"{floor:.2f}" if floor else "")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     first = next(iter(results.values()))
+    kernels = ", ".join(f"{kernel} in {dtype}" for dtype, kernel in first["attention"].items())
     lines += [
         "",
         f"Chunks of {first['chunk']}, {first['tiles']} tiles, peaks and bags under a cap of "
-        f"{first['cap_gib']} GiB. {first['machine']}; {first['date']}, commit {first['commit']}, "
-        f"torch {first['torch']}, timm {first['timm']}.\n",
+        f"{first['cap_gib']} GiB. Attention: {kernels}. {first['machine']}; {first['date']}, "
+        f"commit {first['commit']}, torch {first['torch']}, timm {first['timm']}.\n",
     ]
     return "\n".join(lines)
 

@@ -134,9 +134,6 @@ class Ledger(TorchDispatchMode):
         )
         if name in SHAPED_BY_VALUES or by_mask:
             self.waits.append(name)
-        generator = kwargs.get("generator")
-        if generator is not None and not getattr(generator, "on_card", False):
-            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
 
     @contextmanager
     def _own_random(self, func, on: bool):
@@ -207,6 +204,10 @@ class PretendCard(TorchFunctionMode):
             return func(*args, **kwargs)
         if isinstance(first, Tensor) and name in ("to", "cuda", "cpu", "type_as"):
             return self._to(name, *args, **kwargs)
+        drawn = kwargs.get("generator")  # here, since torch gives modes of dispatch another object
+        on_card = self.holds(first) or is_cuda(kwargs.get("device"))
+        if drawn is not None and on_card and not getattr(drawn, "on_card", False):
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if self.holds(first):
             if name in ("tolist", "__format__", "__repr__"):
                 self.wait(name)
@@ -321,6 +322,10 @@ class PretendCard(TorchFunctionMode):
         def set_state(state, *_):
             ledger.random = state.clone()
 
+        def limit(share, device=None):
+            if not 0 <= share <= 1 or (device is not None and torch.device(device).index is None):
+                raise ValueError(f"torch takes a share of 0 to 1 and a card's number: {device}")
+
         del real_seed
         properties = event(name="Pretend", total_memory=self.total, major=8, minor=9,
                            multi_processor_count=58)  # fmt: skip
@@ -343,6 +348,7 @@ class PretendCard(TorchFunctionMode):
                 "max_memory_allocated": lambda *_: ledger.peak,
                 "max_memory_reserved": lambda *_: ledger.peak,
                 "memory_allocated": lambda *_: ledger.live,
+                "set_per_process_memory_fraction": limit,
                 "memory_stats": lambda *_: {"num_alloc_retries": 0},
                 "manual_seed": seed, "manual_seed_all": seed,
                 "get_rng_state": lambda *_: ledger.random.clone(),

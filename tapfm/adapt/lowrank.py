@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -150,9 +149,7 @@ def rows_a(linear: nn.Linear) -> Tensor:
     a_RI, q_IE = linear.lora_A.weight, getattr(linear, "lora_apart", None)
     if q_IE is None:
         return a_RI
-    device = a_RI.device.type  # `tapfm plan` computes on meta, which has no autocast
-    exact = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if exact else nullcontext():
+    with without_autocast(a_RI.device):
         wide_RI = a_RI.to(torch.promote_types(a_RI.dtype, q_IE.dtype))
         q_IE = q_IE.to(wide_RI.dtype)
         return (wide_RI - (wide_RI @ q_IE) @ q_IE.T).to(a_RI.dtype)

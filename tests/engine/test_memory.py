@@ -5,8 +5,12 @@ any machine is checked: order, and that a large array shows.
 """
 
 import csv
+import functools
+import json
+import re
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch
 
 from tapfm.engine.chunked import encode_bag
 from tapfm.engine.memory import PhaseMeter, SavedBytes, reset_resident, resident_gib, saved_bytes
+from tests.card import PretendCard
 from tests.conftest import ROOT
 from tests.tiny import random_tiles, tiny_encoder
 
@@ -196,21 +201,50 @@ class TestBenchmark:
             record.rewrite("other", "", readme)
 
 
-def test_the_gpu_benchmark_runs_through_on_a_cpu(monkeypatch):
-    """Finds its faults before it takes GPU time; the figures mean nothing on a CPU."""
+class Here:
+    """A process pool that calls in this process, where the pretend card is."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=functools.partial(function, *arguments))
+
+
+def test_the_gpu_benchmark_runs_through_on_a_pretend_card(monkeypatch, tmp_path):
+    """Finds its faults before it takes GPU time; of its figures only bytes mean something here."""
     import benchmarks.gpu_engine as bench
 
-    monkeypatch.setattr(bench, "CHUNK", 2)
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    monkeypatch.setattr(bench, "SCHEMES", {k: bench.SCHEMES[k] for k in bench.SCHEMES if "a" in k})
-    found = bench.measure("demo_vit", "cpu", None, largest=4, tiles=3)
-    assert found["bags"]["official"]["tiles"] >= 4
+    fewer = {name: each for name, each in bench.SCHEMES.items() if name != "residual, recompute"}
+    changed = {"CHUNK": 2, "SCHEMES": fewer, "REPEATS": 1, "RESULTS": tmp_path,
+               "ProcessPoolExecutor": Here,
+               "rewrite": lambda _, text: (tmp_path / "table.md").write_text(text)}  # fmt: skip
+    for name, value in changed.items():
+        monkeypatch.setattr(bench, name, value)
+    flags = ["--models", "demo_vit", "--largest", "2", "--tiles", "2"]
+    monkeypatch.setattr("sys.argv", ["gpu_engine", *flags])
+    with PretendCard():
+        assert bench.main() == 0
+    results = json.loads((tmp_path / "gpu_engine.json").read_text())
+    found, text = results["demo_vit"], (tmp_path / "table.md").read_text()
+    assert found["bags"]["ours"] | {"seconds": 1} == {"scheme": "master", "tiles": 2, "seconds": 1}
+    assert found["bags"]["official"]["tiles"] >= 2
     assert all(rate > 0 for rate in found["speed"].values())
-    about = {"machine": "none", "date": "today", "commit": "c", "torch": "t", "timm": "i"}
+    assert found["machine"].startswith("Pretend; ")
+    assert set(found["attention"]) == {"bfloat16", "float32"}
+    assert f"Attention: {found['attention']['bfloat16']} in bfloat16" in text
+    peaks = {name: each["allocated_reserved"][0][0] for name, each in found["peaks"].items()}
+    assert set(peaks) == set(bench.SCHEMES)
+    assert peaks["residual"] < peaks["adamw"]
     found["peaks"]["master"]["allocated_reserved"] = [(1.0, 1.5), (1.009, 1.6)]
-    found["bags"]["ours"] = {"scheme": "master", "tiles": 5000, "seconds": 29.0}
-    text = bench.tables({"demo_vit": {**about, **found}})
-    assert "| demo_vit | 5,000 (master) |" in text
-    assert "| 1.00 | 1.50 | 1.00 |" in text, "0.009 GiB over 9 tiles more"
-    assert "| demo_vit, offload | " in text
-    assert "does not fit" in text
+    found["peaks"]["offload"]["allocated_reserved"] = []
+    text = bench.tables(results)
+    assert "| demo_vit | 2 (master) |" in text
+    assert "| 1.00 | 1.50 | 1.50 |" in text, "0.009 GiB over 6 tiles more"
+    assert re.search(r"demo_vit, offload \| \S+ \| does not fit", text)
