@@ -12,7 +12,7 @@ from tapfm.cli import main
 from tests.cohorts import write_cohort
 
 REMEDY = re.compile(  # what a user is told to do, or what there is to choose from
-    r"[Cc]orrect|[Gg]ive|[Ww]rite|[Rr]un |[Ll]eave|[Ss]et |[Tt]ake|[Aa]dd|[Mm]ove|[Rr]emove|"
+    r"[Cc]orrect|[Gg]ive|[Ww]rite|[Rr]un[ :]|[Ll]eave|[Ss]et |[Tt]ake|[Aa]dd|[Mm]ove|[Rr]emove|"
     r"[Ss]ave|Did you mean|[Cc]hoose|[Rr]ename|[Tt]here (are|is):? |must be|choose from|"
     r"none of \w+, \w+|nor one of \w+, \w+|is not a (whole )?number"
 )
