@@ -1,16 +1,36 @@
 """A slice of each attack of `benchmarks/campaign`, and that they can see what they look for."""
 
+import os
+import signal
+from functools import partial
+
 import pytest
 
 from benchmarks.campaign import hostile, kills, scale, syncs, writers
 from benchmarks.campaign.tries import attempt, draw
 from slides import files
 from tapfm import cli
+from tests.cohorts import write_cohort
 
 
 def test_kills_of_an_index_and_an_export_are_made_good(tmp_path):
     ends = kills.kill(tmp_path / "kills", 4, seed=1, only=("index", "export"))
     assert ends == {"same": 4}
+
+
+def test_a_process_that_waits_for_another_can_be_ended(tmp_path):
+    """It waits in torch, where Python hears no signal; the other one never comes."""
+    alone = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": "1",
+             "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "alone", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "1"}  # fmt: skip
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    end = attempt(
+        ["fit", "--config", str(write_cohort(tmp_path / "cohort")), *flags],
+        limit=60,
+        prepare=partial(os.environ.update, alone),
+        kill=(8.0, signal.SIGTERM),
+    )
+    assert (end.code, end.late) == (-signal.SIGTERM, False), end.said
 
 
 def test_hostile_tables_yaml_and_weights_are_clear(tmp_path):

@@ -93,7 +93,8 @@ def pair(
             alone = alone or time.monotonic()
             if time.monotonic() - alone > GRACE_S:  # once a while, until it has heard it
                 os.kill(running[ends.index(None)].process, signal.SIGTERM)
-                limit, alone = running[0].seconds + 3 * GRACE_S, time.monotonic()
+                limit = min(limit, running[0].seconds + 3 * GRACE_S)
+                alone = time.monotonic()
         time.sleep(0.01)
     return ends
 

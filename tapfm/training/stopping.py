@@ -59,22 +59,32 @@ class StopOnSignal(Checkpoint):
 
     def __init__(self, folder: Path, point: ResumePoint):
         self.folder, self.point, self.asked, self.updating = folder, point, 0, False
+        self.listens = False
 
     @contextmanager
     def listening(self, trainer: L.Trainer) -> Iterator[None]:
         """Listen in place of Lightning, whose handler waits for processes that may have gone.
 
-        The handlers from before are put back. Python hears signals in its first thread alone.
+        The handlers from before are put back. Python hears signals in its first thread alone, and
+        not while that waits in torch for the other processes to come: till then signals just end
+        one of several.
         """
         trainer._signal_connector.register_signal_handlers = lambda: None
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        before, heard = {}, signal.SIG_DFL if trainer.world_size > 1 else self.note
+        self.listens = threading.current_thread() is threading.main_thread()
+        if self.listens:
+            before = {number: signal.signal(number, heard) for number in SIGNALS}
         try:
             yield
         finally:
+            self.listens = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Listen from now on, when all processes have met."""
+        for number in SIGNALS if self.listens else ():
+            signal.signal(number, self.note)
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Remember the signal; outside of updates, and a second Ctrl+C, are not waited for."""
