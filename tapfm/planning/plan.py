@@ -219,8 +219,8 @@ def _choose(options: list[Option], most: float, wanted: int | None) -> tuple[Opt
         )
     choice = (large or full or fitting)[0]
     setup = choice.setup
-    least = f"{choice.good_gib if choice.chunk >= good else choice.least_gib:.1f} GiB at chunk "
-    reason = f"{SCHEMES[setup.optimizer]}: {least}{good if choice.chunk >= good else wanted or 1}, "
+    peak = max(choice.peak_gib.values())
+    reason = f"{SCHEMES[setup.optimizer]}: {peak:.1f} GiB at chunk {choice.chunk}, "
     reason += f"{most:.1f} are usable"
     if not choice.full:
         return choice, f"training every parameter does not fit; {choice.name} does. {reason}."

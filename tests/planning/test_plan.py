@@ -320,6 +320,8 @@ def test_choice(model, gpu_gib, choice):
     assert plan.reason in text
     if choice:
         assert f"--model.chunk {plan.choice.chunk}" in text
+        peak = max(plan.choice.peak_gib.values())
+        assert f": {peak:.1f} GiB at chunk {plan.choice.chunk}, " in plan.reason
         assert f"--model.optimizer {plan.choice.setup.optimizer}" in text
         assert "RTX 4090" in text
     else:
