@@ -138,9 +138,10 @@ def run_cell(row: str, seed: int, folder: Path, data: Path) -> None:
         write_part(data / "cohort.csv", folder / "cohort.csv", PATIENTS[row], seed)
     own.write_text(yaml.safe_dump(merged(changes, ROWS[row])))
     arguments, began = ["--config", str(CONFIG), "--config", str(own)], time.monotonic()
+    resumed = (folder / "run").exists()
     if subprocess.run([*TAPFM, "fit", *arguments], env=os.environ | HOW, check=False).returncode:
         raise SystemExit(f"tissue: {row}, seed {seed}: fit failed")
-    minutes = (time.monotonic() - began) / 60
+    minutes = None if resumed else (time.monotonic() - began) / 60
     run, truth = folder / "run", read_truth(data / "tiles.csv")
     cli = read_config(arguments)
     frozen = folder.parent / "frozen.json"
@@ -246,7 +247,7 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "a": [cell["interpolation"]["a"] for cell in own],
             "tile_auroc": {label: float(np.mean([each["tile_auroc"][label] for each in adapted]))
                            for label in adapted[0]["tile_auroc"] if label != "NOISE"},
-            "minutes": float(np.mean([cell["minutes"] for cell in own])),
+            "minutes": [cell["minutes"] for cell in own if cell["minutes"]],
         }  # fmt: skip
     return {"rows": rows}
 
@@ -295,7 +296,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells += [pair(row.get("of_one", {})), pair(row.get("control_of_one", {}))]
         cells.append(", ".join(f"{a:g}" for a in row.get("a", [])))
         cells.append(pair(row.get("tile_auroc", {})))
-        cells.append(f"{row['minutes']:.0f}" if "minutes" in row else "")
+        cells.append(", ".join(f"{each:.0f}" for each in row.get("minutes", [])))
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"\n{result['machine']}; {result['date']}, commit {result['commit']}, torch "
