@@ -64,8 +64,8 @@ def test_the_aggregator_says_what_the_probe_says(name):
     torch.testing.assert_close(output.logits_K, expected_K, rtol=1e-4, atol=1e-4)
 
 
-def needles(count, seed, tiles=100):
-    """Two tiles of 100 lean far where the label is 1, each its own way in what the others share."""
+def needles(count, seed, tiles=60):
+    """Two tiles of them lean far where the label is 1, each its own way in what the others share."""
     drawn = torch.Generator().manual_seed(seed)
     found = []
     for place in range(count):
@@ -78,7 +78,8 @@ def needles(count, seed, tiles=100):
 
 
 @pytest.mark.parametrize("name", ["gated", "tapfm_gated", "hierarchical"])
-def test_trained_attention_finds_what_the_mean_tile_hides(name):
+def test_trained_attention_finds_what_the_mean_tile_hides(name, monkeypatch):
+    monkeypatch.setattr(warm_heads, "SCHEDULE", Schedule(30, 8))
     torch.manual_seed(1)
     train, val, unseen = needles(120, 1), needles(60, 2), needles(60, 3)
     fresh = make_aggregator(name, 8, 1)
@@ -95,9 +96,10 @@ def test_trained_attention_finds_what_the_mean_tile_hides(name):
     figure, _, loss = figures(fitted.model, unseen, TASK)
     assert figure > max(0.9, probe + 0.05)
     assert loss < its_loss
-    again = fit_attention(fresh, train, val, TASK, seed=0)
-    for key, value in again.model.state_dict().items():
-        assert torch.equal(value, fitted.model.state_dict()[key]), key
+    if name == "gated":
+        again = fit_attention(fresh, train, val, TASK, seed=0)
+        for key, value in again.model.state_dict().items():
+            assert torch.equal(value, fitted.model.state_dict()[key]), key
 
 
 def test_an_epoch_sees_one_view_of_each_slide(monkeypatch):
