@@ -94,7 +94,7 @@ class Mhim:
 
     def build(self, aggregator: Aggregator) -> HardTiles:
         """See `BagTransformOptions`."""
-        name = type(aggregator).__name__
+        name = aggregator.key
         if not (aggregator.has_attention or aggregator.learns_weights):
             raise SettingsError(
                 f"model.bag_transforms: mhim ranks tiles by their weights, and to {name} all tiles "

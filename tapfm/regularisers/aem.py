@@ -59,7 +59,7 @@ class Aem:
         if not aggregator.has_attention:
             raise SettingsError(
                 f"model.regularisers: aem is of tile weights that learn, and "
-                f"{type(aggregator).__name__} has none. Leave it out, or take tapfm_gated."
+                f"{aggregator.key} has none. Leave it out, or take tapfm_gated."
             )
         return AttentionEntropy(self)
 

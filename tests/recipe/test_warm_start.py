@@ -65,7 +65,7 @@ def test_the_aggregator_says_what_the_probe_says(name):
 
 
 def needles(count, seed, tiles=60):
-    """Two tiles of them lean far where the label is 1, each its own way in what the others share."""
+    """Two tiles lean far where the label is 1, each its own way in what the others share."""
     drawn = torch.Generator().manual_seed(seed)
     found = []
     for place in range(count):

@@ -104,7 +104,9 @@ def make_aggregator(spec: Spec, dim: int, labels: int) -> Aggregator | TileHead:
     """
     if name_of(spec) == TILES:
         return TileHead(dim, labels)
-    return aggregator_options(spec).build(dim, labels)
+    made = aggregator_options(spec).build(dim, labels)
+    made.key = name_of(spec)
+    return made
 
 
 def with_temperature(spec: Spec, temperature: float | None) -> dict[str, Any]:

@@ -104,6 +104,8 @@ class Aggregator(nn.Module):
         self.register_buffer("center_D", torch.zeros(dim))
         self.register_buffer("scale_D", torch.ones(dim))
         self.labels = labels
+        self.key = type(self).__name__
+        """The name in configs, for messages; the class's where none made it from a config."""
 
     @property
     def learns_weights(self) -> bool:
