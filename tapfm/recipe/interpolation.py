@@ -52,6 +52,7 @@ from tapfm.stats.bootstrap import with_point
 from tapfm.tasks import Task
 
 DRAWS = 500
+TIE = 1e-6  # of loss: what the search for scales and shifts leaves open
 Weights = Mapping[str, Tensor]
 
 
@@ -95,7 +96,7 @@ def one_standard_error(losses_PB: np.ndarray) -> tuple[int, np.ndarray]:
     best = int(np.argmin(losses_PB[:, 0]))
     above_PB = losses_PB - losses_PB[best]
     error_P = np.nan_to_num(np.nanstd(above_PB[:, 1:], axis=1, ddof=1))
-    within_P = above_PB[:, 0] <= error_P
+    within_P = above_PB[:, 0] <= error_P + TIE
     return int(np.argmax(within_P)), error_P
 
 

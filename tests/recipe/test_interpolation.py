@@ -90,6 +90,8 @@ def test_the_least_change_within_one_standard_error_is_taken():
     unsure, _ = one_standard_error(losses([0.8, 0.6, 0.5], 0.12))
     assert unsure == 1, "0.1 is less than its error, 0.3 is more"
     assert one_standard_error(losses([0.5, 0.6, 0.7], 0.01))[0] == 0
+    tied = losses([0.6931471805671, 0.6931471805599, 0.6931471805599], 0.0)
+    assert one_standard_error(tied)[0] == 0, "where nothing is learned all are at chance"
     lost = losses([0.7, 0.6, 0.5], 0.01)
     lost[:, 5:] = np.nan  # draws without an event say nothing
     assert one_standard_error(lost)[0] == 2
