@@ -19,9 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.campaign.kills import verbs
+from benchmarks.campaign.kills import verbs, with_model
 from benchmarks.campaign.tries import arguments, attempt, draw, emptied, limited, numbered, record
-from tests.cohorts import write_cohort
 
 NEW_NAMESPACE = 0x20000  # CLONE_NEWNS
 
@@ -55,11 +54,7 @@ def fill(
     minutes: float | None = None,
 ) -> Counter:
     """Run verbs on full disks in turn; return how the tries ended."""
-    config = write_cohort(emptied(folder) / "cohort")
-    folder, ends = config.parent, Counter()
-    base = ["fit", "--config", str(config), "--run_dir", str(folder), "--name", "model"]
-    assert attempt([*base, "--trainer.max_epochs", "1"]).code == 0
-    every = verbs(folder, config)
+    every, ends = verbs(*with_model(folder)), Counter()
     for number in numbered(tries, minutes):
         name = list(only or every)[number % len(only or every)]
         command, out, _ = every[name]

@@ -57,6 +57,14 @@ def verbs(folder: Path, config: Path) -> dict[str, tuple[list[str], Path, tuple[
     }  # fmt: skip
 
 
+def with_model(folder: Path) -> tuple[Path, Path]:
+    """Write a cohort and fit a model on it; return their folder and the config."""
+    config = write_cohort(emptied(folder) / "cohort")
+    base = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
+    assert attempt([*base, "--run_dir", str(config.parent), "--name", "model"]).code == 0
+    return config.parent, config
+
+
 def content(out: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Return the files to compare."""
     found = (path for pattern in patterns for path in out.rglob(pattern) if path.is_file())
@@ -124,11 +132,7 @@ def kill(
     def run(name: str) -> End:
         return pair(chosen[name][0])[0] if name == TWO else attempt(chosen[name][0])
 
-    config = write_cohort(emptied(folder) / "cohort")
-    folder = config.parent
-    base = ["fit", "--config", str(config), "--trainer.max_epochs", "1"]
-    assert attempt([*base, "--run_dir", str(folder), "--name", "model"]).code == 0
-    every = verbs(folder, config)
+    every = verbs(*with_model(folder))
     command, *written = every["fit"]
     two = ["--name", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     every[TWO] = ([*command, *two], *written)

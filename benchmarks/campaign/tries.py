@@ -113,7 +113,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """How long it has been running."""
+        """Return the seconds since it began."""
         return time.monotonic() - self.began
 
     def ended(self, limit: float) -> End | None:

@@ -228,7 +228,7 @@ def _columns(
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the new tables have of the old one."""
+    """Writes a split as a table in the words of the old one."""
 
     records: list[dict[str, str]]
     names: Mapping[str, str]

@@ -62,7 +62,7 @@ class Point:
 
     a: float
     loss: float
-    """Of all validation slides, calibrated, with the slide model fitted at this a."""
+    """Loss of all validation slides: calibrated, with the slide model fitted at this a."""
     error: float
     """Standard error of the difference to the least loss of the curve."""
     figure: float

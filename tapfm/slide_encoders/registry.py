@@ -31,7 +31,7 @@ class SlideEncoder:
     gated: bool
     """Whether a licence must be accepted at the publisher first."""
     tile_encoder: str
-    """Whose features it takes, as tapfm names it, or as TRIDENT does where tapfm has no such."""
+    """Name of its tile encoder: tapfm's, or TRIDENT's where tapfm has no such."""
     also: tuple[str, ...]
     """Other names of that encoder in files of features."""
     tile_dim: int
@@ -43,15 +43,15 @@ class SlideEncoder:
     dim: int
     """Numbers of a slide, E."""
     files: str
-    """What is given as its weights."""
+    """Files to give as its weights."""
     aggregator: str | None = None
     """Name of the aggregator that states the network; None: it ships as code."""
     packages: tuple[str, ...] = ()
-    """What its publisher's code imports beside torch."""
+    """Packages that its publisher's code imports beside torch."""
     coords: bool = True
     """Whether it looks at where tiles lie."""
     extract: str = ""
-    """How `tapfm features` makes its tiles' features; "" where TRIDENT must."""
+    """Flags of `tapfm features` for its tiles' features; "" where TRIDENT must make them."""
 
     @property
     def page(self) -> str:

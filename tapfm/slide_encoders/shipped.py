@@ -86,4 +86,4 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor | None, int], Tensor]] = {
     "prism": _prism,
     "care": _care,
 }
-"""How each model is asked for a slide: model, features, corners in level-0 pixels, their step."""
+"""Calls by key: each takes model, features, corners in level-0 pixels and their step."""
