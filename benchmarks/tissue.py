@@ -244,6 +244,12 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "seeds": [cell["seed"] for cell in own], "figures": figures(adapted),
             "control": figures(control), "gain": figures(adapted, control),
             "of_one": of_one_patient(adapted), "control_of_one": of_one_patient(control),
+            "by_seed": [
+                {"seed": cell["seed"], "gain": figures([cell["adapted"]], [cell["control"]]),
+                 "of_one": of_one_patient([cell["adapted"]]),
+                 "control_of_one": of_one_patient([cell["control"]])}
+                for cell in own
+            ],
             "a": [cell["interpolation"]["a"] for cell in own],
             "tile_auroc": {label: float(np.mean([each["tile_auroc"][label] for each in adapted]))
                            for label in adapted[0]["tile_auroc"] if label != "NOISE"},
