@@ -13,7 +13,9 @@ the largest difference in any channel of any pixel; 0: the same bits.
 
 Tasks: `aligned`, one of the file's own tiles; `random`, 224 px anywhere, unscaled; `lattice`, 224
 px in the order of an index; `reduce`, 443 px reduced to 224, as from a 0.2527 mpp scan at 0.5. All
-reduce alike (Pillow's HAMMING), so there the readers differ by their decoding only.
+reduce alike (Pillow's HAMMING), so there the readers differ by their decoding only. `threads`: the
+tiles of `lattice`, half by each of two threads that share one open slide; here, and only here, time
+is wall clock, so the machine must have two idle cores.
 
 Writes results/tile_throughput.csv (a row a slide, task and reader) and the table between the
 markers in README.md. Readers that are not installed are left out.
@@ -28,6 +30,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,11 +40,11 @@ import openslide
 from PIL import Image
 
 from benchmarks.record import README, RESULTS, facts, rewrite, write_rows
-from slides.wsi.jpeg_tiles import JpegDecoder, _stream
+from slides.wsi.jpeg_tiles import JpegDecoder
 from slides.wsi.reader import Slide
 
 DEFAULT = ("atlas/PDACtc3_20x.tif", "fixtures/CMU-1-Small-Region.svs")
-TASKS = ("aligned", "random", "lattice", "reduce")
+TASKS = ("aligned", "random", "lattice", "reduce", "threads")
 COLUMNS = (
     "slide", "task", "reader", "tiles", "tiles_per_s", "ms_per_tile", "ratio", "worst", "version",
     "machine", "date", "commit",
@@ -59,7 +62,7 @@ def spots(slide: Slide, task: str, count: int, tile: tuple[int, int]) -> list[tu
         chosen = rng.choice(len(every), min(count, len(every)), replace=False)
         return [(*every[n], *tile, tile[0]) for n in sorted(chosen)]
     size0 = 443 if task == "reduce" else 224
-    if task == "lattice":
+    if task in ("lattice", "threads"):
         columns = slide.width0 // size0
         first = columns * (slide.height0 // size0 // 3)
         total = columns * (slide.height0 // size0) - first
@@ -161,7 +164,7 @@ def bare_decode(path: Path, slide: Slide) -> Callable | None:
         number = y0 // height * grid.columns + x0 // width
         if number not in streams:
             data = os.pread(file._descriptor, int(grid.counts[number]), int(grid.offsets[number]))
-            streams[number] = _stream(grid.head, data, width, height)[0]
+            streams[number] = file._stream(grid, data)
         return simplejpeg.decode_jpeg(streams[number])
 
     return tile
@@ -188,10 +191,7 @@ def measure(path: Path, task: str, count: int, rounds: int) -> list[dict]:
             opened = readers(path)  # fresh handles: no tile is decoded yet but by `bare`
             read = opened[name][1] if name in opened else every[name][1]
             read(0, 0, *wanted[0][2:])  # opening and our check against OpenSlide, untimed
-            began = time.process_time()
-            for spot in wanted:
-                read(*spot)
-            seconds[name].append((time.process_time() - began) / len(wanted))
+            seconds[name].append(seconds_for(read, wanted, 2 if task == "threads" else 1))
     rows = []
     for name, (package, _) in every.items():
         each = statistics.median(seconds[name])
@@ -203,6 +203,22 @@ def measure(path: Path, task: str, count: int, rounds: int) -> list[dict]:
             "worst": worst[name], "version": installed(package),
         })  # fmt: skip
     return rows
+
+
+def seconds_for(read: Callable, wanted: list[tuple[int, ...]], threads: int) -> float:
+    """Return seconds a tile: CPU time of one thread, or wall clock of several that share them."""
+    if threads == 1:
+        began = time.process_time()
+        for spot in wanted:
+            read(*spot)
+        return (time.process_time() - began) / len(wanted)
+    size = -(-len(wanted) // threads)
+    shares = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(len, shares))  # the threads are there
+        began = time.perf_counter()
+        list(pool.map(lambda share: [read(*spot) for spot in share] and None, shares))
+        return (time.perf_counter() - began) / len(wanted)
 
 
 def installed(package: str) -> str:

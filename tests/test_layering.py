@@ -1,6 +1,7 @@
 """The architecture, as a test: which room may import which."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import defaultdict
@@ -161,6 +162,20 @@ def test_nothing_imports_the_command_line():
             assert "tapfm.cli" not in set(imports(path)), path
             if module != "tapfm.cli":
                 assert not any(name.startswith("tapfm.verbs") for name in imports(path)), path
+
+
+def test_what_a_benchmark_takes_from_the_project_is_there():
+    """No test runs them all, so a name that moved would be found by the next who measures."""
+    lost = [
+        f"{path.name}:{node.lineno}: {node.module}.{alias.name}"
+        for path in files("benchmarks")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("slides", "tapfm")
+        for alias in node.names
+        if f"{node.module}.{alias.name}" not in MODULES
+        and not hasattr(importlib.import_module(node.module), alias.name)
+    ]
+    assert not lost
 
 
 def test_rooms_and_files_are_small():
