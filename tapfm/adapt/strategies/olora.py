@@ -73,8 +73,7 @@ class OLora(LowRank):
             if a_RI is None:
                 continue
             q_IE = earlier.get(f"{name}.lora_apart", a_RI.new_zeros(a_RI.shape[1], 0))
-            a_RI, q_IE = a_RI.double(), q_IE.double()
-            keep_apart(linear, torch.cat([q_IE.T, a_RI - (a_RI @ q_IE) @ q_IE.T]))
+            keep_apart(linear, torch.cat([q_IE.T.double(), a_RI.double()]))
 
     def parameters(self, vit: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return groups of all A and B."""
