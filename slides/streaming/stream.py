@@ -129,9 +129,11 @@ class Augment:
     """Slide-shared change of stain, contrast and brightness; 0.1 is up to a tenth."""
     stain: float = 0.0
     """Slide-shared change of haematoxylin and eosin alone; 0.1 is up to a tenth of each."""
+    scale: float = 0.0
+    """Slide-shared change of scale; 0.1 is a factor of up to 1.1, or down to 1 / 1.1."""
 
     def __post_init__(self):
-        refuse(strength_faults(self.colour, self.stain), "data")
+        refuse(strength_faults(self.colour, self.stain, self.scale), "data")
 
 
 class BagDataset(Dataset):

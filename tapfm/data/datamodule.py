@@ -80,20 +80,20 @@ class SlideData(L.LightningDataModule):
             read each time. None is no limit.
         tiles: size, resolution and tissue.
         tiles_per_slide: tiles drawn from a slide each epoch, without replacement; None is all.
-        turns: mirror training tiles and turn them by quarters. What the frozen rows know by which
-            way is up, a run with turns does not.
+        turns: mirror training tiles and turn them by quarters; which way is up is then not known.
         colour: strength of the slide-shared colour jitter of training tiles; 0 is none.
         stain: bring the stains of every slide to a common reference, in training and ever after;
             None leaves them as they are.
         stain_jitter: strength of the slide-shared change of haematoxylin and eosin in training.
+        scale_jitter: strength of the slide-shared change of scale in training.
         sampling: `uniform` draws tiles wherever they are, `spatial` spreads them over the slide.
         views: how often a slide comes in a row, drawn anew each time (`regularisers.consistency`).
         host_gb: memory for tiles of training slides that are held or read ahead; of a slide that
             does not fit, the rest is read again in each pass. None is half of the machine's.
         workers: reading processes.
         on_error: `stop` at a slide that cannot be read, or `skip` it, count it and list it. What
-            comes up in the second pass over a training slide (see `host_gb`), or where several
-            processes train together, stops the run all the same.
+            comes up in the second pass over a slide (see `host_gb`), or with several processes,
+            stops the run all the same.
         max_skipped: the share of training slides that may be skipped; one may be in any case.
         seed: of order, tiles and augmentation.
     """
@@ -120,6 +120,7 @@ class SlideData(L.LightningDataModule):
         colour: float = 0.0,
         stain: Literal["macenko", "reinhard"] | None = None,
         stain_jitter: float = 0.0,
+        scale_jitter: float = 0.0,
         sampling: Literal["uniform", "spatial"] = "uniform",
         views: int = 1,
         host_gb: float | None = None,
@@ -143,13 +144,13 @@ class SlideData(L.LightningDataModule):
         self.workers, self.on_error, self.seed = workers, on_error, seed
         refuse(below({"host_gb": host_gb}, {"host_gb": 0}, "data"))
         self.sampling, self.host_gb, self.views = sampling, host_gb, views
-        self.augment = Augment(turns, turns, colour, stain_jitter)
+        self.augment = Augment(turns, turns, colour, stain_jitter, scale_jitter)
         self.skipped = SkippedSlides(self.cohort.rows, max_skipped)
         self.had, self.begun = {}, {}  # split -> its slides, and those before a resume
         self.features: FeatureSource | None = None
         if features_dir:
-            pixels = {"colour": colour, "stain": stain, "stain_jitter": stain_jitter,
-                      "cache_dir": cache_dir, "cache_gb": cache_gb}  # fmt: skip
+            pixels = {"colour": colour, "stain": stain, "stain_jitter": stain_jitter}
+            pixels |= {"scale_jitter": scale_jitter, "cache_dir": cache_dir, "cache_gb": cache_gb}
             self.augment = Augment(flips=False, rotations=False)
             self.features = open_features(features_dir, pixels, self)
             self.skipped.note(self.features.faults)

@@ -94,6 +94,7 @@ class TileData(L.LightningDataModule):
         balance: weigh the classes in the loss, so that each counts the same in training.
         colour: strength of the colour jitter of a training tile; 0 is none.
         stain_jitter: strength of the change of its haematoxylin and eosin.
+        scale_jitter: strength of the change of its scale.
         workers: reading processes.
         seed: of dealing, order and augmentation.
     """
@@ -109,6 +110,7 @@ class TileData(L.LightningDataModule):
         balance: bool = True,
         colour: float = 0.0,
         stain_jitter: float = 0.0,
+        scale_jitter: float = 0.0,
         workers: int = 2,
         seed: int = 0,
     ):
@@ -118,7 +120,7 @@ class TileData(L.LightningDataModule):
         self.tiles = read_tiles(Path(source), case_pattern, fractions, seed)
         self.tile_px, self.mpp, self.batch, self.workers = tile_px, mpp, batch, workers
         self.balance, self.seed = balance, seed
-        self.augment = Augment(colour=colour, stain=stain_jitter)
+        self.augment = Augment(colour=colour, stain=stain_jitter, scale=scale_jitter)
         self.skipped = SkippedSlides()  # none is ever left out
         self.sampler: SlideSampler | None = None
 

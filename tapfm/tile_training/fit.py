@@ -52,7 +52,9 @@ class TileCli(Cli):
 
     kinds = TileModule, TileData
     verb = "fit-tiles"
-    least: ClassVar = {"batch": 1, "colour": 0, "stain_jitter": 0, "workers": 0}
+    least: ClassVar = {
+        "batch": 1, "colour": 0, "stain_jitter": 0, "scale_jitter": 0, "workers": 0,
+    }  # fmt: skip
 
     def add_arguments_to_parser(self, parser):
         """Add those of any run; take classes and tile geometry from the data."""

@@ -76,7 +76,8 @@ class Cli(LightningCLI):
     kinds = SlideModule, SlideData
     verb = "fit"
     least: ClassVar = {
-        "tiles_per_slide": 1, "views": 1, "colour": 0, "stain_jitter": 0, "host_gb": 0, "workers": 0
+        "tiles_per_slide": 1, "views": 1, "colour": 0, "stain_jitter": 0, "scale_jitter": 0,
+        "host_gb": 0, "workers": 0,
     }  # fmt: skip
     """The least value of numbers of `data`."""
 

@@ -9,8 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
 
-from slides.streaming.augment import HAEMATOXYLIN_EOSIN, draw_augmentation, orient, recolour_
+from slides.streaming.augment import (
+    HAEMATOXYLIN_EOSIN,
+    draw_augmentation,
+    orient,
+    recolour_,
+    rescale_,
+)
 
 SIDE = 7
 
@@ -154,8 +161,40 @@ def test_what_cannot_be_augmented_is_refused(tiles, options, text):
         augment(tiles, rng(), **options)
 
 
+def slow_rescale(tiles, zoom):
+    """Return the tiles enlarged about their centres, by scipy, mirrored beyond the edge."""
+    centre = (SIDE - 1) / 2
+    where = (np.indices((SIDE, SIDE)) - centre) / zoom + centre
+    flat = tiles.numpy().reshape(-1, SIDE, SIDE).astype(float)
+    out = [map_coordinates(each, where, order=1, mode="reflect") for each in flat]
+    return np.stack(out).reshape(tiles.shape)
+
+
+@pytest.mark.parametrize("zoom", [1.2, 0.8])
+def test_scale_is_its_definition(zoom):
+    tiles, got = random_tiles(), random_tiles()
+    rescale_(got, zoom)
+    assert np.abs(got.numpy() - slow_rescale(tiles, zoom)).max() <= 0.51  # rounding to bytes
+    assert np.abs(got.numpy() - slow_rescale(tiles, 1 / zoom)).max() > 5, "this can fail"
+
+
+def test_scale_is_drawn_within_its_strength_and_changes_nothing_else():
+    drawn = [draw_augmentation(3, rng(seed), colour=0.1, scale=0.25) for seed in range(200)]
+    zooms = np.array([each.zoom for each in drawn])
+    assert 1 / 1.25 <= zooms.min() < 0.83 < 1.2 < zooms.max() <= 1.25
+    assert abs(np.log(zooms).mean()) < 0.04  # as often smaller as larger: .13 / sqrt(200) is .009
+    for each, seed in zip(drawn, range(200), strict=True):
+        without = draw_augmentation(3, rng(seed), colour=0.1)
+        assert torch.equal(each.amount_5, without.amount_5)
+        assert torch.equal(each.turns_T, without.turns_T)
+        assert without.zoom == 1
+    tiles = random_tiles(3)
+    alone = drawn[0](tiles[1:2], slice(1, 2))
+    assert torch.equal(alone, drawn[0](tiles)[1:2]), "a tile is the same in any company"
+
+
 def test_no_tiles_are_no_tiles():
-    assert augment(random_tiles(0), rng(), colour=0.1).shape == (0, 3, SIDE, SIDE)
+    assert augment(random_tiles(0), rng(), colour=0.1, scale=0.1).shape == (0, 3, SIDE, SIDE)
 
 
 def test_stain_jitter_moves_haematoxylin_and_eosin_alone():
