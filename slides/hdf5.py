@@ -1,18 +1,20 @@
-"""Opens HDF5 files that may be damaged, without the library's endless loop.
+"""Opens HDF5 files that may be damaged, without the library's endless loop or gigabytes.
 
 Texts of varying length lie in global heaps: objects in a row, each with its size, the free rest
 with number 0. Where a few zeros stand for an object's header (a lost sector), the HDF5 library
 takes it for a free rest of no size and stays there for ever, in C, where nothing interrupts it. So
-heaps are walked here first.
+heaps are walked here first. What refers to a text repeats its length; of a damaged one, up to 4 GB,
+the library allocates all before it looks. So no length may be above the file's.
 
 Condition: of files above `WHOLE` bytes only both ends are looked at; h5py puts heaps there.
-Source: HDF5 File Format Specification 3.0, III.E, Global Heap.
+Source: HDF5 File Format Specification 3.0, III.E, Global Heap; IV.B, a reference to one.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ WHOLE = 8 << 20  # bytes
 HEAP = b"GCOL\x01\0\0\0"  # version 1, three bytes that are not used
 OBJECT = struct.Struct("<HHIQ")  # number, references, not used, bytes
 HEADER = len(HEAP) + 8  # with the heap's size
+REFERENCE = struct.Struct("<IQI")  # a text's length, its heap's address, its number there
 
 
 def open_h5(path: str | Path) -> h5py.File:
@@ -35,28 +38,46 @@ def open_h5(path: str | Path) -> h5py.File:
 
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        parts = [file.read(WHOLE if size <= WHOLE else WHOLE // 2)]
+        parts = {0: file.read(WHOLE if size <= WHOLE else WHOLE // 2)}
         if size > WHOLE:
-            file.seek(size - WHOLE // 2)
-            parts.append(file.read())
-    for part in parts:
-        check_heaps(part)
+            parts[file.seek(size - WHOLE // 2)] = file.read()
+    heaps = {start + at: texts for start, part in parts.items() for at, texts in heaps_of(part)}
+    for part in parts.values():
+        check_lengths(part, heaps, size)
     return h5py.File(path, "r")
 
 
-def check_heaps(data: bytes) -> None:
-    """Refuse bytes of a file in which a global heap has an object that leads nowhere.
+def heaps_of(data: bytes) -> Iterator[tuple[int, set[int]]]:
+    """Yield where each global heap begins in bytes of a file, and the numbers of its texts.
 
     Raises:
-        OSError: it has.
+        OSError: an object of it leads nowhere.
     """
     start = data.find(HEAP)
     while start >= 0:
-        at = start + HEADER
+        texts, at = set(), start + HEADER
         end = start + int.from_bytes(data[start + len(HEAP) : at], "little")
         while at + OBJECT.size <= min(end, len(data)):
             number, _, _, length = OBJECT.unpack_from(data, at)
             if number == 0 and length < OBJECT.size:
                 raise OSError(f"its texts are damaged at byte {at - start} of a heap")
+            texts.add(number)
             at += length if number == 0 else OBJECT.size + (length + 7) // 8 * 8
+        yield start, texts - {0}
         start = data.find(HEAP, start + 1)
+
+
+def check_lengths(data: bytes, heaps: Mapping[int, set[int]], size: int) -> None:
+    """Refuse bytes of a file of `size` bytes in which a text of its heaps is said to be longer.
+
+    Raises:
+        OSError: there is one.
+    """
+    for heap, texts in heaps.items():
+        address = heap.to_bytes(8, "little")
+        at = data.find(address, 4)
+        while 0 <= at <= len(data) - REFERENCE.size + 4:
+            length, _, number = REFERENCE.unpack_from(data, at - 4)
+            if number in texts and length > size:
+                raise OSError(f"it names a text of {length} bytes, and has {size} itself")
+            at = data.find(address, at + 1)

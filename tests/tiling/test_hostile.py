@@ -11,7 +11,7 @@ from slides.cohort.table import read_cohort
 from slides.errors import CohortError, NotASlideError, SlideError, name_fault
 from slides.files import replacing
 from slides.grid import Grid
-from slides.hdf5 import HEAP, OBJECT, open_h5
+from slides.hdf5 import HEAP, OBJECT, REFERENCE, open_h5
 from slides.streaming.chunks import named_fault
 from slides.tiling.index import index_cohort, index_path, read_index
 from slides.tiling.other_tools import read_coordinates
@@ -155,6 +155,26 @@ def test_a_heap_of_texts_without_sizes_is_refused(texts):
     path.write_bytes(sound[:second] + bytes(OBJECT.size) + sound[second + OBJECT.size :])
     with pytest.raises(OSError, match=r"texts are damaged at byte 40 of a heap"):
         open_h5(path)
+
+
+def test_a_text_that_is_longer_than_its_file_is_refused(texts):
+    """The library would allocate 4 GB, and then look. What only looks like a length is none."""
+    path, first = texts
+    sound = path.read_bytes()
+    heap = first - len(HEAP) - 8
+    at = sound.index(REFERENCE.pack(3, heap, 2))
+    long = bytearray(sound)
+    long[at : at + 4] = (4_000_000_000).to_bytes(4, "little")
+    path.write_bytes(long)
+    with pytest.raises(OSError, match=r"names a text of 4000000000 bytes"):
+        open_h5(path)
+    path.write_bytes(sound)
+    corners = np.array([[1_000_000, heap], [0, 500]], np.int32)  # of tiles, in four bytes each
+    with h5py.File(path, "r+") as file:
+        file["coords"] = corners
+    with open_h5(path) as file:
+        assert file.attrs["second"] == "two"
+        assert np.array_equal(file["coords"][:], corners)
 
 
 def test_an_index_of_which_a_sector_is_lost_is_named(tmp_path, sound):
