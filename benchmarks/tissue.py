@@ -62,7 +62,7 @@ LABELS = "KARYOMEGALY", "VESICULAR", "NOISE"
 DRAWS = 2000
 # one core for each fit; and tiles of 65 tokens, for which torch's fused attention is slow on a CPU
 HOW = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
-LORA = {"name": "lora", "alpha": 8.0, "targets": ["q", "k", "v", "proj", "mlp"], "last": 6}
+LORA = yaml.safe_load(CONFIG.read_text())["model"]["strategy"]
 ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "lora": {},
     "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
@@ -82,6 +82,8 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "tapfm_gated": {"model": {"aggregator": "tapfm_gated"}},
     "all blocks": {"model": {"strategy": LORA | {"last": 0}}},
     "lora on q, k and v": {"model": {"strategy": LORA | {"targets": ["q", "k", "v"]}}},
+    "half the change (alpha 8)": {"model": {"strategy": LORA | {"alpha": 8.0}}},
+    "stain and scale varied": {"data": {"colour": 0.15, "stain_jitter": 0.2, "scale_jitter": 0.15}},
     "8 training patients": {},
     "12 training patients": {},
 }  # fmt: skip
