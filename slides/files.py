@@ -25,7 +25,9 @@ from slides.errors import IndexFileError, SlideError
 
 UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # of the GDC
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
-FULL = re.compile(r"PytorchStreamWriter|[Nn]o space left|os error \d+|code: \d+|quota")
+FULL = re.compile(  # of torch, twice, and of safetensors
+    r"PytorchStreamWriter|inline_container|[Nn]o space left|os error \d+|code: \d+|quota"
+)
 _cleared: set[Path] = set()  # folders that this process has looked through
 LONG = 160  # bytes of a name
 PLACE = 65_536  # bytes that a fingerprint reads at each of three places

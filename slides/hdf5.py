@@ -1,4 +1,4 @@
-"""Opens HDF5 files that may be damaged, without the library's endless loop or gigabytes.
+"""Opens HDF5 files that may be damaged, and writes on disks that may be full.
 
 Texts of varying length lie in global heaps: objects in a row, each with its size, the free rest
 with number 0. Where a few zeros stand for an object's header (a lost sector), the HDF5 library
@@ -6,17 +6,24 @@ takes it for a free rest of no size and stays there for ever, in C, where nothin
 heaps are walked here first. What refers to a text repeats its length; of a damaged one, up to 4 GB,
 the library allocates all before it looks. So no length may be above the file's.
 
+A file that the library could not finish, because the disk is full, crashes the process when its
+object is collected (h5py 3.16, HDF5 2.0.0). So files are made in memory and then written.
+
 Condition: of files above `WHOLE` bytes only both ends are looked at; h5py puts heaps there.
 Source: HDF5 File Format Specification 3.0, III.E, Global Heap; IV.B, a reference to one.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from slides.files import replacing
 
 if TYPE_CHECKING:
     import h5py
@@ -45,6 +52,24 @@ def open_h5(path: str | Path) -> h5py.File:
     for part in parts.values():
         check_lengths(part, heaps, size)
     return h5py.File(path, "r")
+
+
+@contextmanager
+def writing_h5(path: Path) -> Iterator[h5py.File]:
+    """Yield a new HDF5 file, which takes its name once all of it is on the disk.
+
+    Price: the file's bytes in memory.
+
+    Raises:
+        WriteError: no permission, no space, or a folder of that name.
+    """
+    import h5py
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        yield file
+    with replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def heaps_of(data: bytes) -> Iterator[tuple[int, set[int]]]:

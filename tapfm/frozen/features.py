@@ -27,15 +27,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
-from slides.files import replacing
-from slides.hdf5 import open_h5
+from slides.hdf5 import open_h5, writing_h5
 from slides.progress import progress_bar
 from slides.streaming.settings import Source, TileSettings, index_and_cache
 from slides.streaming.stain import refuse_other_stains
@@ -147,7 +145,7 @@ class Extraction:
                 f"{index.slide_id}: features of {self.name} computed in {self.precision} are not "
                 f"finite in {self.dtype}. Use --precision fp32 --dtype fp32."
             )
-        with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+        with writing_h5(path) as file:
             rows = min(ROWS, len(stored_TD))
             chunks = rows, stored_TD.shape[1]
             features = file.create_dataset("features", data=stored_TD, chunks=chunks)

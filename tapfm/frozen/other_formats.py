@@ -21,14 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from slides.cohort.table import SlideRow
 from slides.errors import SettingsError
 from slides.files import replacing
-from slides.hdf5 import open_h5
+from slides.hdf5 import open_h5, writing_h5
 from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
 from slides.tiling.index_file import TileIndex
@@ -69,7 +68,7 @@ def write_slide(formats: Sequence[str], ours: Path, index: TileIndex) -> None:
 
 def _clam(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> None:
     name = index.slide_id
-    with replacing(folder / "h5_files" / f"{name}.h5") as path, h5py.File(path, "w") as file:
+    with writing_h5(folder / "h5_files" / f"{name}.h5") as file:
         file["features"] = z_TD.astype(np.float32)
         file["coords"] = index.coords0
     _pt(folder / "pt_files", z_TD, index, encoder)
@@ -83,7 +82,7 @@ def _stamp(folder: Path, z_TD: np.ndarray, index: TileIndex, encoder: str) -> No
             f"{index.slide_id}: features of {encoder} exceed 65504, the largest number of STAMP's "
             "half precision. Leave --format stamp out."
         )
-    with replacing(folder / f"{index.slide_id}.h5") as path, h5py.File(path, "w") as file:
+    with writing_h5(folder / f"{index.slide_id}.h5") as file:
         file["feats"] = half_TD
         file["coords"] = (index.coords0 * index.slide_mpp).astype(np.float32)
         file.attrs["extractor"] = encoder

@@ -30,13 +30,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import h5py
 import torch
 
 from slides.cohort.table import SlideRow
 from slides.errors import FeatureFileError, SettingsError, SlideError
-from slides.files import replacing
-from slides.hdf5 import open_h5
+from slides.hdf5 import open_h5, writing_h5
 from slides.progress import progress_bar
 from tapfm import __version__
 from tapfm.data.bag import Places
@@ -178,7 +176,7 @@ def write_vector(
             "them with `tapfm features`."
         )
     vector_E = opened.encode(found.z_TD, where, found.step0, found.score_T)
-    with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+    with writing_h5(path) as file:
         features = file.create_dataset("features", data=vector_E.numpy())
         features.attrs.update(
             encoder=row.key, fingerprint=mark, precision="fp32", licence=row.licence,

@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from slides.cohort.table import SlideRow
-from slides.files import join_csv, replacing, write_csv
+from slides.files import join_csv, write_csv
+from slides.hdf5 import writing_h5
 from slides.progress import progress_bar
 from slides.tiling.index import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
@@ -175,7 +175,7 @@ def write_weights(path: Path, prediction: Prediction, index: TileIndex | SlideFe
 
     Corners are level-0 pixels; predictions those of each tile alone, see `Aggregator.alone`.
     """
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
+    with writing_h5(path) as file:
         file["weights"] = prediction.weights_T
         if prediction.tile_probs_TP is not None:
             file["predictions"] = prediction.tile_probs_TP.astype(np.float32)

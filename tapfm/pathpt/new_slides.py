@@ -20,14 +20,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from slides.cohort.table import SlideRow
 from slides.errors import SlideError
-from slides.files import file_fingerprint, join_csv, replacing, rows_there
+from slides.files import file_fingerprint, join_csv, rows_there
+from slides.hdf5 import writing_h5
 from slides.progress import progress_bar
 from slides.streaming.settings import TileSettings
 from slides.streaming.tile_source import new_slides, tiles_as_trained
@@ -153,7 +153,7 @@ def load_whole(path: Path, device: str) -> tuple[PathPT, torch.Tensor, PathPTCon
 
 def write_tiles(path: Path, names: Sequence[str], p_NK: np.ndarray, index: TileIndex) -> None:
     """Write tile probabilities and their corners (N, 2), level-0 pixels, as h5."""
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
+    with writing_h5(path) as file:
         file["probabilities"] = p_NK
         file["probabilities"].attrs["classes"] = list(names)
         coords = file.create_dataset("coords", data=index.coords0)

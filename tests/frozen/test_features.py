@@ -1,5 +1,6 @@
 """Features are the encoder's, in TRIDENT's layout; a file is whole or absent, and kept if right."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -241,7 +242,7 @@ def test_nothing_half_written_stays(slide, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(h5py.Group, "create_dataset", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(WriteError, match=r"one.h5: .*No space left on device.*run the same"):
             extraction.write(path, tiles, index, Tissue())
     assert list(path.parent.iterdir()) == []

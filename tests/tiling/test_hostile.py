@@ -1,7 +1,10 @@
 """One bad file ends no job: it is that slide's fault, in one line, soon and at little memory."""
 
 import os
+import re
 import resource
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -19,7 +22,7 @@ from slides.tiling.tissue import Tissue
 from slides.wsi import reader
 from slides.wsi.reader import Slide
 from tapfm.data.feature_files import read_slide
-from tests.conftest import stained_picture, write_pyramid
+from tests.conftest import ROOT, stained_picture, write_pyramid
 from tests.tiling.test_index import row
 
 GRID, TISSUE = Grid(32, 0.5), Tissue(min_area_um2=1000.0)
@@ -175,6 +178,39 @@ def test_a_text_that_is_longer_than_its_file_is_refused(texts):
     with open_h5(path) as file:
         assert file.attrs["second"] == "two"
         assert np.array_equal(file["coords"][:], corners)
+
+
+def test_a_disk_that_is_full_ends_in_one_error_and_no_file(tmp_path):
+    """Straight onto it, the library leaves an object that crashes the process (h5py 3.16)."""
+    code = f"""if True:
+        import gc, resource, sys
+        import numpy as np
+        from pathlib import Path
+        from slides.files import WriteError
+        from slides.hdf5 import writing_h5
+        path, limit = Path({str(tmp_path / "new.h5")!r}), int(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            with writing_h5(path) as file:
+                file["features"] = np.ones((185, 128), np.float32)
+        except WriteError as error:
+            print(error)
+        del file
+        gc.collect()
+        print(sorted(each.name for each in path.parent.iterdir()))"""
+    for limit, said in ((20_000, ["new.h5: cannot be written (File too large)", "[]"]),
+                        (200_000, ["['new.h5']"])):  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, str(limit)], capture_output=True,
+                              text=True, check=True)  # fmt: skip
+        lines = done.stdout.splitlines()
+        assert len(lines) == len(said)
+        assert all(text in line for text, line in zip(said, lines, strict=True)), lines
+
+
+def test_no_other_file_writes_hdf5_to_a_disk():
+    at = [path for top in ("slides", "tapfm") for path in (ROOT / top).rglob("*.py")
+          if re.search(r'h5py\.File\([^)]*"(w|a|x|r\+)"', path.read_text())]  # fmt: skip
+    assert {path.name for path in at} == {"hdf5.py", "index_file.py"}, "both to memory"
 
 
 def test_an_index_of_which_a_sector_is_lost_is_named(tmp_path, sound):
