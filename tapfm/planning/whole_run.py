@@ -129,7 +129,7 @@ def forecast_run(
     frozen = strategy_spec(make_strategy(config.model.strategy))["name"] == "frozen"
     tiles = {split: count * found.tiles for split, count in counts.items()}
     epochs = 1 if frozen and data.tiles_per_slide is None else trainer.max_epochs
-    validations = 1 if frozen else trainer.max_epochs // (trainer.check_val_every_n_epoch or 1)
+    validations = 1 if frozen else -(-trainer.max_epochs // (trainer.check_val_every_n_epoch or 1))
     looks = 0 if frozen else len(steps.interpolate or ()) + bool(steps.warm_start)
     seconds = {
         "index": slides * found.index_s / workers,

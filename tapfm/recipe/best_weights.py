@@ -22,6 +22,11 @@ class BestWeights(Callback):
     def __init__(self, folder: Path, figure: str = "auroc"):
         self.path, self.best, self.figure = folder / BEST, (-math.inf, -math.inf), figure
 
+    def on_train_epoch_start(self, trainer, module) -> None:
+        """Have the last epoch validated, where the schedule ends, however seldom others are."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
     def on_validation_end(self, trainer, module) -> None:
         """Save the model if it is the best so far."""
         found = trainer.callback_metrics

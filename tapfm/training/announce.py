@@ -150,7 +150,7 @@ class RunStatus(Callback):
         each, every = trainer.num_training_batches, trainer.check_val_every_n_epoch or 1
         val = sum(trainer.num_val_batches)
         epochs = trainer.max_epochs - trainer.current_epoch - 1
-        checks = trainer.max_epochs // every - trainer.current_epoch // every
+        checks = -(-trainer.max_epochs // every) - trainer.current_epoch // every
         looks = self.looks * (each + val)
         return self.clock.left(
             max(0, epochs * each + each - done), max(0, checks * val - self.validated) + looks

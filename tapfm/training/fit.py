@@ -300,6 +300,11 @@ def train(cli: Cli) -> None:
     try:
         with stop.listening(trainer):
             trainer.fit(module, datamodule=data, **begun)
+            if not (folder / BEST).is_file():
+                raise SettingsError(
+                    f"{folder}: the run ended before an epoch was validated, so no model is chosen "
+                    "yet. Give trainer.max_time more, and run the same command: it goes on there."
+                )
             save_choice(module, folder, recipe)
     finally:
         RING.release()

@@ -346,6 +346,25 @@ def test_a_run_without_a_progress_bar(tmp_path, capsys):
     assert "Epoch 0" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("epochs", "validated"), [(1, [0]), (3, [1, 2])])
+def test_the_last_epoch_is_validated(tmp_path, epochs, validated):
+    """A run shorter than what `check_val_every_n_epoch` says would end with nothing saved."""
+    seldom = ["--trainer.check_val_every_n_epoch", "2", "--trainer.max_epochs", str(epochs)]
+    assert main(["fit", "--config", str(write_cohort(tmp_path)), *seldom]) == 0
+    (run,) = (tmp_path / "runs").glob("tapfm_gated*")
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert metrics[metrics["val/auroc"].notna()]["epoch"].tolist() == validated
+    assert (run / "best.safetensors").is_file()
+
+
+def test_a_run_without_time_for_an_epoch_says_so_and_goes_on(tmp_path, capsys):
+    command = ["fit", "--config", str(write_cohort(tmp_path)), "--trainer.max_epochs", "1"]
+    assert main([*command, "--trainer.max_time", "00:00:00:00"]) == 2
+    said = capsys.readouterr().err
+    assert "ended before an epoch was validated" in said
+    assert main(command) == 0
+
+
 def test_checkpoint_of_another_model_is_refused(finished):
     run, _ = finished
     other = models.load(run / "best.safetensors")
