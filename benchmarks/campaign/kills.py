@@ -170,7 +170,7 @@ def main() -> None:
     flags = arguments(__doc__, 20)
     with tempfile.TemporaryDirectory() as folder:
         ends = kill(Path(folder), flags.tries, flags.seed, tuple(flags.only), flags.minutes)
-    what = ", ".join(flags.only) or "index, fit, predict, export, features"
+    what = ", ".join(flags.only) or "index, fit, predict, export, features, fit, two"
     record(f"kills: {what}", ends, ends["same"], flags.seed)
 
 
