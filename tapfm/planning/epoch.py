@@ -1,16 +1,22 @@
-"""How long an epoch takes on one GPU and on many: simulated from the index's own tile counts.
+"""How long a run takes on one GPU and on many: simulated from the index's own tile counts.
 
     epoch = simulate(tiles_N, gpus=8, rates=Rates(...), accumulate=8)
     epoch.seconds, epoch.efficiency
+    run_hours(Run(...), gpus=8, rates=Rates(...))
 
-Each process takes every n-th slide of the epoch's order (`slides.streaming.order`), and all wait
-for the slowest at every update. A slide waits for its tiles where the readers are slower than the
-card. So what is lost is seen apart: waiting for larger slides of others, updates and the averaging
-of gradients, reading. `paired` puts slides of like size beside each other (`paired_order`), so that
-processes wait less.
+Each process takes every n-th slide of the epoch's order (`slides.streaming.order`). At each update
+all wait for the slowest twice: after pass 1, where the slide model's gradient is averaged, and
+after pass 2, where the encoder's is. A slide waits for its tiles where the readers are slower than
+the card. So what is lost is seen apart: waiting for larger slides of others, updates and the
+averaging of gradients, reading. `paired` puts slides of like size beside each other
+(`paired_order`), so that processes wait less.
+
+Beside the epochs a run passes over all tiles of its validation slides after each, and over training
+and validation slides to choose what is saved. These are forward passes, of which each process has
+its share of the slides.
 
 Condition: speeds are those of `cards`, assumed; a process's rates may be given where they were
-measured. Validation is not in it.
+measured (`benchmarks.two_processes` compares such a forecast with a run).
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ class Rates:
 
     tile_s: float
     """Seconds of both passes, per tile."""
+    forward_s: float
+    """Seconds of a forward pass, per tile: pass 1, and all that validation needs."""
     update_s: float
     """Seconds of an update of the encoder's weights."""
     slide_s: float = 0.0
@@ -60,6 +68,24 @@ class Epoch:
     """Share of the time that a card waits for tiles."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """The slides that a run passes over, and how often."""
+
+    train_N: Sequence[int]
+    """Tiles that an epoch draws of each training slide."""
+    val_N: Sequence[int]
+    """Tiles of each validation slide."""
+    seen_N: Sequence[int]
+    """Tiles of each training slide in a pass that chooses what is saved."""
+    accumulate: int = 1
+    """Slides of an update, all processes together; each takes its share, at least 1."""
+    epochs: int = 20
+    validations: int = 20
+    looks: int = 0
+    """Passes over `seen_N` and `val_N`, before the first epoch and after the last."""
+
+
 def simulate(
     tiles_N: Sequence[int],
     gpus: int,
@@ -68,6 +94,7 @@ def simulate(
     *,
     paired: bool = False,
     seed: int = 0,
+    epoch: int = 0,
 ) -> Epoch:
     """Return an epoch over slides of so many tiles.
 
@@ -78,25 +105,32 @@ def simulate(
         accumulate: slides of a process per update.
         paired: slides of like size beside each other.
         seed: of the order.
+        epoch: likewise.
     """
     sizes_N = np.asarray(tiles_N, dtype=float)
-    order_N = epoch_order(len(sizes_N), seed, 0)
+    order_N = epoch_order(len(sizes_N), seed, epoch)
     if paired:
-        order_N = paired_order(order_N, sizes_N, gpus, seed, 0)
+        order_N = paired_order(order_N, sizes_N, gpus, seed, epoch)
     turns = -(-len(order_N) // gpus)
     sizes_TG = sizes_N[order_N[np.arange(turns * gpus) % len(order_N)]].reshape(turns, gpus)
-    work_TG = sizes_TG * rates.tile_s + rates.slide_s
+    first_TG = sizes_TG * rates.forward_s + rates.slide_s
+    second_TG = sizes_TG * (rates.tile_s - rates.forward_s)
     ready_TG = np.cumsum(sizes_TG / rates.read_tiles_s, axis=0)  # readers never stop
     update_s = rates.update_s + 2 * rates.average_s * (gpus - 1) / gpus
-    clock, now_G, starved_G, waited = 0.0, np.zeros(gpus), np.zeros(gpus), 0.0
+    now_G, starved_G, waited = np.zeros(gpus), np.zeros(gpus), 0.0
     for turn in range(turns):
         begin_G = np.maximum(now_G, ready_TG[turn])
         starved_G += begin_G - now_G
-        now_G = begin_G + work_TG[turn]
-        if (turn + 1) % accumulate == 0 or turn == turns - 1:
+        updates_now = (turn + 1) % accumulate == 0 or turn == turns - 1
+        now_G = begin_G + first_TG[turn]
+        if updates_now:  # the slide model's
             waited += float((now_G.max() - now_G).mean())
-            clock = float(now_G.max()) + update_s
-            now_G = np.full(gpus, clock)
+            now_G = np.full(gpus, now_G.max())
+        now_G = now_G + second_TG[turn]
+        if updates_now:  # the encoder's
+            waited += float((now_G.max() - now_G).mean())
+            now_G = np.full(gpus, now_G.max() + update_s)
+    clock = float(now_G[0])
     updates = -(-turns // accumulate)
     ideal = (sizes_N.sum() * rates.tile_s + len(sizes_N) * rates.slide_s) / gpus
     return Epoch(
@@ -105,39 +139,53 @@ def simulate(
     )  # fmt: skip
 
 
+def pass_seconds(tiles_N: Sequence[int], gpus: int, rates: Rates) -> float:
+    """Return seconds of a forward pass over slides, each process every n-th of them."""
+    tile_s = max(rates.forward_s, 1 / rates.read_tiles_s)
+    shares = (tiles_N[rank::gpus] for rank in range(gpus))
+    return max(sum(share) * tile_s + len(share) * rates.slide_s for share in shares)
+
+
+def run_hours(run: Run, gpus: int, rates: Rates, *, paired: bool = False) -> dict[str, float]:
+    """Return hours of a run's parts: training, validation, and choosing what is saved."""
+    each = max(1, run.accumulate // gpus)
+    epoch = simulate(run.train_N, gpus, rates, each, paired=paired)
+    validation = pass_seconds(run.val_N, gpus, rates)
+    look = pass_seconds(run.seen_N, gpus, rates) + validation
+    seconds = {
+        "training": run.epochs * epoch.seconds,
+        "validation": run.validations * validation,
+        "choice": run.looks * look,
+    }
+    return {part: value / 3600 for part, value in seconds.items()}
+
+
 def average_seconds(trained: int) -> float:
     """Return seconds in which a gradient of so many parameters is sent once between cards."""
     return trained * GRADIENT / (ALL_REDUCE_GB_S * 1e9)
 
 
-def epoch_table(
-    tiles_N: Sequence[int], gpus: Sequence[int], rates: Rates, accumulate: int, epochs: int
-) -> str:
-    """Return hours and efficiency of a run on so many GPUs, as text.
-
-    Args:
-        tiles_N: tiles that each training slide gives.
-        gpus: numbers of cards.
-        rates: of one card.
-        accumulate: slides of an update, all cards together; each card takes its share, at least 1.
-        epochs: of the run.
-    """
+def run_table(run: Run, gpus: Sequence[int], rates: Rates) -> str:
+    """Return hours and efficiency of a run on so many GPUs, as text."""
+    tiles_N = run.train_N
     lines = [
         f"{len(tiles_N)} training slides, {sum(tiles_N):,} tiles an epoch "
-        f"({min(tiles_N)} to {max(tiles_N)} a slide), {epochs} epochs",
+        f"({min(tiles_N)} to {max(tiles_N)} a slide), {run.epochs} epochs",
+        f"{len(run.val_N)} validation slides, {sum(run.val_N):,} tiles, all of them "
+        f"{run.validations} times; {run.looks} passes to choose what is saved, of "
+        f"{sum(run.seen_N) + sum(run.val_N):,} tiles",
         "",
-        f"  {'GPUs':>4}{'hours':>9}{'efficiency':>12}{'larger slides':>15}{'updates':>9}"
-        f"{'reading':>9}   {'paired by size':>14}",
+        f"  {'GPUs':>4}{'hours':>9}{'training':>10}{'validation':>12}{'choice':>8}   "
+        f"{'efficiency':>10}{'larger slides':>15}{'updates':>9}{'reading':>9}   "
+        f"{'paired by size':>14}",
     ]
     for count in gpus:
-        each = max(1, accumulate // count)
-        plain, pairs = (
-            simulate(tiles_N, count, rates, each, paired=paired) for paired in (False, True)
-        )
-        hours = plain.seconds * epochs / 3600
-        gain = f"{pairs.seconds * epochs / 3600:.1f} h" if count > 1 else ""
+        found = simulate(tiles_N, count, rates, max(1, run.accumulate // count))
+        hours, pairs = (run_hours(run, count, rates, paired=paired) for paired in (False, True))
+        gain = f"{sum(pairs.values()):.1f} h" if count > 1 else ""
         lines.append(
-            f"  {count:>4}{hours:>9.1f}{plain.efficiency:>12.0%}{plain.waiting:>15.0%}"
-            f"{plain.updating:>9.0%}{plain.reading:>9.0%}   {gain:>14}"
+            f"  {count:>4}{sum(hours.values()):>9.1f}{hours['training']:>10.1f}"
+            f"{hours['validation']:>12.1f}{hours['choice']:>8.1f}   {found.efficiency:>10.0%}"
+            f"{found.waiting:>15.0%}{found.updating:>9.0%}{found.reading:>9.0%}   {gain:>14}"
         )
     return "\n".join(lines)

@@ -99,6 +99,8 @@ class Cost:
     """Most bytes of work space that one block needs for one tile."""
     flop: float
     """Floating-point operations of both passes, per tile."""
+    forward_flop: float
+    """Floating-point operations of pass 1, per tile."""
 
 
 Count = Callable[[int, Any], tuple[int, ...]]
@@ -126,6 +128,7 @@ class Footprint:
         """Return the cost of a setup; a new one takes a second or so."""
         parameters, trained, largest = self.sizes(setup.strategy)
         block, casts = self.saved_bytes(Setup(setup.precision))
+        flop, forward_flop = self.flops(setup)
         return Cost(
             parameters=parameters,
             trained=trained,
@@ -133,7 +136,8 @@ class Footprint:
             tile=self.saved_bytes(setup)[0],
             casts=casts,
             block=block // max(1, self.depth - self.tail),
-            flop=self.flops(setup),
+            flop=flop,
+            forward_flop=forward_flop,
         )
 
     def peaks(self, setup: Setup, cost: Cost, chunk: int, keep: int = 1) -> dict[str, float]:
@@ -173,10 +177,10 @@ class Footprint:
 
         return self._over_depth(("held", setup.precision, setup.recompute), setup, count)
 
-    def flops(self, setup: Setup) -> int:
-        """Return the work of one tile in both passes; a multiply-add is 2."""
+    def flops(self, setup: Setup) -> tuple[int, int]:
+        """Return the work of one tile in both passes, and in pass 1; a multiply-add is 2."""
 
-        def count(depth: int, strategy: Any) -> tuple[int]:
+        def count(depth: int, strategy: Any) -> tuple[int, int]:
             vit = self._first_blocks(depth, strategy)
             with FusedAttention(), FlopCounterMode(display=False) as counter:
                 encoder, pixels = self._fake(vit, "meta", torch.float32, setup, tiles=1)
@@ -188,12 +192,12 @@ class Footprint:
                     encode, pixels = prefix.encode, prefix.tokens(pixels)
                 before = counter.get_total_flops()
                 z_CD, score_C = encode(pixels)  # what pass 1 computes, and pass 2 again
-                twice = counter.get_total_flops() - before
+                forward = counter.get_total_flops()
                 # from an edge: a tensor's backward() is without the mode, which recomputing needs
                 torch.autograd.backward(get_gradient_edge(z_CD.sum() + score_C.sum()))
-            return (counter.get_total_flops() + twice,)
+            return counter.get_total_flops() + forward - before, forward
 
-        return self._over_depth(("flops", setup.recompute), setup, count)[0]
+        return self._over_depth(("flops", setup.recompute), setup, count)
 
     def _over_depth(self, key: tuple, setup: Setup, count: Count) -> tuple[int, ...]:
         """Return `count(depth, strategy)` of the whole model, extrapolated from 2 and 3 blocks.

