@@ -1,6 +1,6 @@
 """Compare the hours that `tapfm plan --gpus` simulates with two processes that train together.
 
-    python -m benchmarks.two_processes [--repeats 3] [--keep FOLDER]
+    python -m benchmarks.two_processes [--repeats 4] [--keep FOLDER]
 
 A painted cohort of 24 training slides of very unequal sizes trains the demo encoder for two epochs,
 4 slides an update of each process, in three ways, in turn: one process; two processes that know
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -157,12 +158,13 @@ def fit(config: Path, name: str, together: bool, processes: int) -> list[list[di
     """Train in one run, or in several that know nothing of each other; return their traces."""
     folder = config.parent
     names = [name if together else f"{name}_{rank}" for rank in range(processes)]
+    for each in names:  # of a repeat that was stopped
+        shutil.rmtree(folder / "runs" / each, ignore_errors=True)
     commands = [[*TAPFM, "fit", "--config", str(config), "--name", each] for each in names]
     traces = [{"TRACE": str(folder / each)} for each in names]
     if together:
         flags = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
-        share = str(ACCUMULATE)
-        commands = [[*each, *flags, "--model.steps.accumulate", share] for each in commands]
+        commands = [[*each, *flags] for each in commands]
         places = group(processes)
         traces = [{**each, **place} for each, place in zip(traces, places, strict=True)]
     run(commands, traces, folder / f"{name}.log")
@@ -307,7 +309,7 @@ def done() -> list[dict]:
 def main() -> int:
     """Run the repeats that are missing, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--keep", type=Path, help="folder of the cohort, which is left behind")
     parser.add_argument("--average", type=int, help=argparse.SUPPRESS)  # of this process
     given = parser.parse_args()
