@@ -4,6 +4,7 @@
     frozen_prefix.py   frozen blocks before the first that learns, computed once a slide
     sampling.py        an unbiased backward over a few of the slide's tiles
     master_weights.py  AdamW for bfloat16 weights, with exact fp32 values kept elsewhere
+    packed.py          fp32 values in few bits, for the scheme `residual`
     dither.py          noise for weights stored as float16, before bfloat16 training
     memory.py          seconds and peak memory by phase
 

@@ -19,10 +19,8 @@ clipping, averaging over processes and learning rates work on them as on any par
 Source: Micikevicius et al. 2018 (arXiv 1710.03740), fp32 master weights. Loshchilov and Hutter 2019
     (arXiv 1711.05101), AdamW. Dettmers et al. 2022 (arXiv 2110.02861), moments in 8 bits by blocks.
     Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840), the update on the host.
-Differs: the residual loses nothing: weights are rounded half up in magnitude, which can be undone.
-    The second moment is never rounded to 0, where the update would divide by almost nothing.
-
-Price: one pass over the parameters per update; `offload` copies the gradient to the host and the
+Price: one pass over the parameters per update, of `residual` several (`engine.packed`, which
+compiles them); `offload` copies the gradient to the host and the
 weight back, once an update whatever the number of chunks.
 """
 
@@ -33,16 +31,14 @@ from itertools import chain, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from slides.errors import SettingsError
 from tapfm.encoders.pinned import RING
+from tapfm.engine.packed import EAGER, chances, make_coder, pack, split_bits
 
 HOST_BYTES = 12  # of host memory a parameter with `offload`: master and moments
-BLOCK = 256  # neighbouring values of a moment that share a scale
-CODES, OCTAVES = {torch.int8: 127, torch.uint8: 255}, 18  # magnitudes from 2 ** -18 to 1
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch's defaults
 
 Fp32State = tuple[Tensor, Tensor, Tensor]
@@ -77,8 +73,10 @@ class MasterAdamW(torch.optim.Optimizer):
             {"lr": 1e-3, "weight_decay": 0.0},
         )
         self.kept = {p: kind(weight) for each in pairs for p, weight in each}
-        for number, kept in enumerate(self.kept.values()):
-            kept.number = number
+        if kind is PackedMasterState:
+            coder = make_coder([kept.weight for kept in self.kept.values()])
+            for number, kept in enumerate(self.kept.values()):
+                kept.number, kept.coder = number, coder
         for each in pairs:
             for stand_in, weight in each:
                 weight.register_post_accumulate_grad_hook(_summing_into(stand_in))
@@ -221,84 +219,35 @@ class PackedMasterState(MasterState):
     number = 0
     """Number of the weight; it seeds rounding, so that no two weights round alike."""
 
+    coder = EAGER
+    """How it is packed, compiled or not."""
+
     def __init__(self, weight: nn.Parameter):
         self.weight, self.updates = weight, 0
         rounded, self.low = split_bits(weight.detach().to(torch.float32))
         nothing = torch.zeros(weight.shape, device=weight.device)
-        self.first, self.first_scale = pack(nothing, torch.int8, seed=0)
-        self.root, self.root_scale = pack(nothing, torch.uint8, seed=0)
+        chance = chances(nothing, 0)
+        self.first, self.first_scale = pack(nothing, torch.int8, chance)
+        self.root, self.root_scale = pack(nothing, torch.uint8, chance)
         weight.data = rounded
 
     def read(self) -> Fp32State:
         """Return master and moments decoded to fp32, as new tensors."""
+        moments = self.first, self.first_scale, self.root, self.root_scale
+        flat = self.weight.flatten(), self.low.flatten()
+        master, first, root = self.coder.decode(*flat, *moments)
         shape = self.weight.shape
-        return (
-            join_bits(self.weight, self.low),
-            unpack(self.first, self.first_scale, shape),
-            unpack(self.root, self.root_scale, shape).square_(),
-        )
+        return master.view(shape), first.view(shape), root.square_().view(shape)
 
     def write(self, state: Fp32State) -> None:
         """Encode the updated values again."""
-        master, first, second = state
-        rounded, self.low = split_bits(master)
-        self.weight.copy_(rounded)
+        master, first, second = (each.flatten() for each in state)
         seed = hash((self.updates, self.number)) % 2**32  # a CPU's generator takes 32 bits
-        self.first, self.first_scale = pack(first, torch.int8, seed=seed)
-        self.root, self.root_scale = pack(second.sqrt(), torch.uint8, seed=seed)
+        chance = chances(first, seed)
+        rounded, low, *moments = self.coder.encode(master, first, second.sqrt(), chance)
+        self.weight.copy_(rounded.view(self.weight.shape))
+        self.low = low.view(self.weight.shape)
+        self.first, self.first_scale, self.root, self.root_scale = moments
 
 
 SCHEMES = {"master": MasterState, "residual": PackedMasterState, "offload": HostMasterState}
-
-
-def split_bits(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an fp32 tensor's nearest bfloat16 and its low 16 bits (int16).
-
-    Halves are rounded away from 0, not to even, so that `join_bits` can undo the rounding.
-    """
-    bits = master.view(torch.int32)
-    rounded = (bits + 0x8000) >> 16
-    return rounded.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
-
-
-def join_bits(weight: Tensor, low: Tensor) -> Tensor:
-    """Return the fp32 tensor that `split_bits` took apart, bit for bit."""
-    behind = low.to(torch.int32) & 0xFFFF
-    front = weight.view(torch.int16).to(torch.int32) - (behind >= 0x8000).to(torch.int32)
-    return ((front << 16) | behind).view(torch.float32)
-
-
-def pack(values: Tensor, kind: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """Return fp32 values as logarithmic 8-bit codes (blocks, BLOCK), and each block's maximum.
-
-    AdamW divides one moment by the root of the other, so relative error counts: neighbouring codes
-    have the same ratio everywhere, and only 0 becomes 0. A moment may change by 0.1 % a step,
-    so values are rounded up or down at random, right on average. The draw depends on `seed` alone,
-    so a resumed run draws the same.
-
-    Args:
-        values: fp32 tensor of any shape.
-        kind: int8, with signed codes, or uint8, with twice as many codes.
-        seed: seed of the rounding.
-    """
-    flat = values.flatten()
-    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    part, codes = blocks.abs().div_(largest), CODES[kind]
-    below = part.log2().mul_(codes / OCTAVES).add_(codes).floor_().clamp_(1, codes - 1)
-    low, high = _magnitude(below, codes), _magnitude(below + 1, codes)
-    draw = torch.Generator(values.device).manual_seed(seed)
-    chance = torch.rand(blocks.shape, device=values.device, generator=draw)
-    code = below + (part - low > chance * (high - low))
-    return (code * blocks.sign()).to(kind), largest
-
-
-def unpack(code: Tensor, largest: Tensor, shape: torch.Size) -> Tensor:
-    """Decode packed values to float32; the error is at most one quantisation step."""
-    magnitude = _magnitude(code.to(torch.float32).abs_(), CODES[code.dtype])
-    return magnitude.mul_(code.sign()).mul_(largest).flatten()[: shape.numel()].view(shape)
-
-
-def _magnitude(code: Tensor, codes: int) -> Tensor:
-    """Return 0 for code 0, else a power of 2 up to 1."""
-    return torch.where(code > 0, ((code - codes) * (OCTAVES / codes)).exp2_(), 0.0)

@@ -16,8 +16,9 @@ from tapfm.planning.epoch import READ_TILES_S, Rates, average_seconds
 from tapfm.planning.footprint import BAG_TILES, Cost, Setup
 
 # bytes that an update reads and writes on the card, per parameter that learns: gradient, exact
-# weight, two moments, the rounded weight. `residual` decodes and encodes in some forty passes.
-MOVED = {"adamw": 28, "master": 30, "residual": 250, "offload": 6}
+# weight, two moments, the rounded weight. `residual`, compiled, decodes, updates and encodes, and
+# draws the numbers by which it rounds.
+MOVED = {"adamw": 28, "master": 30, "residual": 96, "offload": 6}
 HOST_MOVED, HOST_GB_S = 28, 15.0  # AdamW in host memory; a few cores of a server
 COPIED, PCIE_GB_S = 6, 12.0  # gradient to the host, weight back
 

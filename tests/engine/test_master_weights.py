@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from tapfm.encoders.compiled import CompilerError, need_compiler
 from tapfm.engine import master_weights as masters
-from tapfm.engine.master_weights import SCHEMES, MasterAdamW, join_bits, pack, split_bits, unpack
+from tapfm.engine import packed
+from tapfm.engine.master_weights import SCHEMES, MasterAdamW
+from tapfm.engine.packed import EAGER, chances, join_bits, pack, split_bits, unpack
 
 N = 20_000
 EXACT = ("master", "offload")  # to the bit; the residual scheme has moments of 8 bits
@@ -82,13 +85,14 @@ def test_packing_keeps_relative_error_sign_and_what_is_not_zero(kind, step):
     values = torch.randn(100, 77, generator=draw) * torch.rand(100, 77, generator=draw).square()
     values = values.abs() if kind == torch.uint8 else values
     values[0] = 0
-    once = unpack(*pack(values, kind, seed=3), values.shape)
+    once = unpack(*pack(values, kind, chances(values, 3)), values.shape)
     assert torch.equal(once == 0, values == 0)
     assert torch.equal(once.sign(), values.sign())
     large = values.abs() > 2e-5 * values.abs().max()  # the scale reaches down to 2 ** -18
     assert ((once - values).abs() <= step * values.abs() * 1.001)[large].all()
-    assert torch.equal(once, unpack(*pack(values, kind, seed=3), values.shape))
-    mean = sum(unpack(*pack(values, kind, seed=n), values.shape) for n in range(400)) / 400
+    assert torch.equal(once, unpack(*pack(values, kind, chances(values, 3)), values.shape))
+    drawn = (pack(values, kind, chances(values, n)) for n in range(400))
+    mean = sum(unpack(*each, values.shape) for each in drawn) / 400
     assert ((mean - values).abs() <= 0.2 * step * values.abs())[large].float().mean() > 0.999
 
 
@@ -181,3 +185,49 @@ def test_weights_of_equal_shape_round_by_other_random_numbers():
     one, other = optimizer.kept.values()
     assert torch.equal(one.first_scale, other.first_scale)
     assert not torch.equal(one.first, other.first)
+
+
+def residual_run(shapes=((300, 77), (1024,), (5,))):
+    """Return the optimizer after four updates of several weights at sizes of all kinds."""
+    draw = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=draw) * 0.02) for shape in shapes]
+    groups = [{"params": weights, "lr": 1e-5, "weight_decay": 1e-4}]
+    optimizer = MasterAdamW(groups, "residual")
+    for _ in range(4):
+        for weight in optimizer.param_groups[0]["params"]:
+            size = torch.randn(weight.shape, generator=draw).exp() * 1e-3
+            weight.grad = size * torch.randn(weight.shape, generator=draw)
+        optimizer.step()
+    return optimizer
+
+
+def test_a_compiled_update_is_the_same_to_the_bit(monkeypatch):
+    try:
+        need_compiler(torch.device("cpu"))
+    except CompilerError as error:
+        pytest.skip(str(error))
+    eager = residual_run()
+    monkeypatch.setattr(packed, "COMPILED_FROM", 1)
+    compiled = residual_run()
+    pairs = list(zip(eager.kept.values(), compiled.kept.values(), strict=True))
+    assert all(one.coder is EAGER and other.coder is not EAGER for one, other in pairs)
+    for one, other in pairs:
+        assert torch.equal(one.weight, other.weight)
+        assert one.state().keys() == other.state().keys() == {"updates", *one.names}
+        for name in one.names:
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.first.count_nonzero() > 0
+
+
+def test_without_a_compiler_an_update_is_said_to_take_longer(monkeypatch, capsys):
+    monkeypatch.setattr(packed, "COMPILED_FROM", 1)
+    monkeypatch.setattr(torch, "compile", broken)
+    kept = residual_run().kept.values()
+    assert all(each.coder is EAGER for each in kept)
+    assert capsys.readouterr().out.splitlines() == [
+        "model.optimizer residual: updates are not compiled, which takes longer: no compiler"
+    ]
+
+
+def broken(*_, **__):
+    raise RuntimeError("no compiler\nand a long explanation")

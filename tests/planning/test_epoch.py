@@ -134,6 +134,7 @@ def test_an_update_costs_what_it_moves():
     card = card_named("L4")
     assert tile_seconds(cost, card) == pytest.approx(1 / 55)
     assert update_seconds(Setup("bf16-true", "master"), cost, card) == pytest.approx(0.1)
+    assert update_seconds(Setup("bf16-true", "residual"), cost, card) == pytest.approx(0.32)
     offload = update_seconds(Setup("bf16-true", "offload"), cost, card)
     assert offload == pytest.approx(0.02 + 28 / 15)
     speed = tiles_per_second(Setup("bf16-true", "master"), cost, card, bag=100)
