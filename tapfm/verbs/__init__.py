@@ -89,8 +89,12 @@ def later(where: str) -> Do:
             found = resolve_name(where)
         finally:
             if collects:
+                gc.freeze()  # nor is it looked through again while the verb runs
                 gc.enable()
-        return found(**flags)
+        try:
+            return found(**flags)
+        finally:
+            gc.unfreeze()  # or libraries report it as leaked at the end
 
     return do
 
