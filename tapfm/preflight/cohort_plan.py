@@ -67,7 +67,7 @@ def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence
         seen_N=[min(count, VIEWS * most if most else count) for count in train],
         accumulate=steps.accumulate,
         epochs=epochs,
-        validations=epochs // (trainer.get("check_val_every_n_epoch") or 1),
+        validations=-(-epochs // (trainer.get("check_val_every_n_epoch") or 1)),
         looks=len(steps.interpolate or ()) + bool(steps.warm_start),
     )
 

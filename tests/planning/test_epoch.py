@@ -179,8 +179,11 @@ def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
     rates = re.compile(r"L4: (\d+) tiles/s")
     assert int(rates.search(capsys.readouterr().out)[1]) > 1.1 * int(rates.search(said)[1])
     chosen = tmp_path / "chosen.yaml"
-    chosen.write_text("model: {steps: {interpolate: [0, 1], warm_start: true, accumulate: 2}}\n")
+    steps = "{interpolate: [0, 1], warm_start: true, accumulate: 2}"
+    chosen.write_text(f"trainer: {{check_val_every_n_epoch: 2}}\nmodel: {{steps: {steps}}}\n")
     asked = ["plan", "--config", config, "--config", str(chosen), "--gpu", "L4"]
     assert main(asked) == 0
-    assert "3 passes to choose what is saved" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all of them 2 times; 3 passes to choose what is saved" in said, "the last epoch too"
+    assert "an update of 2 slides" in said
     assert main(["plan", "--config", config, "--model", "uni"]) == 2

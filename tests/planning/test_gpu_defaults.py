@@ -10,7 +10,7 @@ from tapfm.encoders.backbones import find
 from tapfm.planning import plan
 from tapfm.planning.cards import usable
 from tapfm.planning.footprint import CONTEXT_GIB, Footprint
-from tapfm.planning.gpu_defaults import LOG_EVERY, ON_CPU, foretell, planned
+from tapfm.planning.gpu_defaults import LOG_EVERY, ON_CPU, foretell, planned, say_retries
 from tapfm.planning.plan import PlanError
 from tapfm.training.fit import prepare_folder, read_config
 from tests.card import PretendCard
@@ -76,6 +76,7 @@ def test_on_a_cpu_all_is_as_ever(tmp_path, capsys):
     cli = read_config(["--config", str(write_cohort(tmp_path)), *QUIET])
     assert {key: cli.config.model[key] for key in ON_CPU} == {**ON_CPU, "chunk": 5}
     assert cli.trainer.log_every_n_steps == 1
+    assert cli.config.trainer.devices == 1, "auto would be DDP on a node of several"
     assert "for this GPU" not in capsys.readouterr().out
 
 
@@ -100,3 +101,12 @@ def test_a_smaller_card_gets_another_setup():
 def test_a_card_on_which_nothing_fits_is_refused():
     with pytest.raises(PlanError, match=r"this run would take .* GiB of GPU memory"):
         chosen(1.42, optimizer="master")
+
+
+@pytest.mark.parametrize(("retries", "lines"), [(0, 0), (3, 1)])
+def test_an_allocator_that_was_short_of_memory_is_told(monkeypatch, capsys, retries, lines):
+    monkeypatch.setattr("torch.cuda.memory_stats", lambda: {"num_alloc_retries": retries})
+    say_retries()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    assert all("short 3 times" in line and "model.chunk" in line for line in said)
