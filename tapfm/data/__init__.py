@@ -2,6 +2,7 @@
 
     datamodule.py      LightningDataModule: slides or features to bags
     streamed.py        bags of slides in a row, read ahead
+    lookahead.py       training slides with those that fit the same chunk
     skipped.py         the slides that a run leaves out
     feature_source.py  bags of features in place of slides
     feature_files.py   readers of feature files: tapfm, TRIDENT, CLAM, STAMP

@@ -145,6 +145,8 @@ class Bag:
     """Its place in training: epoch, position, slide; None outside training."""
     features: Features | None = None
     """Features of the tiles, if they were encoded before; None otherwise."""
+    behind: tuple[Bag, ...] = ()
+    """In training: bags that come next and fit into a chunk with it (`data.lookahead`)."""
 
     @property
     def count(self) -> int:

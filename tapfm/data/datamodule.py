@@ -30,6 +30,7 @@ from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, SkippedBag
 from tapfm.data.feature_files import SlideFeatures
 from tapfm.data.feature_source import FeatureBags, FeatureSource, KnownBags, open_features
+from tapfm.data.lookahead import LookaheadLoader, chunk_to_fill
 from tapfm.data.skipped import LIMIT, SkippedSlides
 from tapfm.data.streamed import (
     Streamed,
@@ -253,7 +254,8 @@ class SlideData(L.LightningDataModule):
         n, order = repeated(len(rows), order, self.seed, self.views, self.place[1])
         self.sampler = SlideSampler(n, self.seed, *self.place, order)
         bags, workers = self.training_bags(rows), 0 if self.known(rows) else self.workers
-        return SlideLoader(bags, self.sampler, workers, PREFETCH, apart(self.trainer, workers))
+        how = workers, PREFETCH, apart(self.trainer, workers)
+        return LookaheadLoader(bags, self.sampler, *how, room=chunk_to_fill(self.trainer))
 
     def training_bags(self, rows: list[SlideRow], plain: int = 0) -> BagDataset:
         """Return a dataset of training bags: tiles drawn, augmented, in memory.
@@ -266,11 +268,8 @@ class SlideData(L.LightningDataModule):
         drawn = {"budget": few, "seed": self.seed, "sampling": self.sampling}
         if features := self.known(rows):
             return FeatureBags(rows, features, **drawn)
-        how = {
-            "augment": augment,
-            "on_error": self.on_error,
-            "hold": tiles_held(rows, self.room, PREFETCH, self),
-        }
+        hold = tiles_held(rows, self.room, PREFETCH, self)
+        how = {"augment": augment, "on_error": self.on_error, "hold": hold}
         return BagDataset(rows, self.tile_source, **drawn, **how, workers=self.streaming_workers)
 
     def seen_in_training(self, epochs: int, *, plain: bool = False) -> Iterator[Bag]:

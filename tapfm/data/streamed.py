@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -23,6 +24,7 @@ from slides.streaming.stream import Skipped, TileBag
 from slides.tiling.checked import Checked
 from slides.tiling.index_file import TileIndex
 from tapfm.data.bag import Bag, Places
+from tapfm.data.lookahead import Ahead, chunk_to_fill
 
 
 class Streamed:
@@ -143,6 +145,8 @@ def tiles_held(rows: Sequence[SlideRow], room: int, ahead: int, data: Any) -> in
         data: the data module, for `workers`, `tiles`, `tile_source` and `tiles_per_slide`.
     """
     bags = data.workers * ahead + 2  # read ahead, in training, and about to be let go
+    if chunk := chunk_to_fill(data.trainer):
+        bags, room = bags + 1, max(0, room - 3 * data.tiles.tile_px**2 * chunk)
     slides = bags * max(len(row.slides) for row in rows)
     hold = tiles_to_hold(room, data.tiles.tile_px, slides)
     checked, most = checked_indexes(data), 0
@@ -243,12 +247,15 @@ def places_of(indices: Sequence[TileIndex]) -> Places:
     return Places.of(coords0, steps0, indices[0].grid.mpp)
 
 
-def as_bag(item: Bag | Skipped | TileBag, data: Any) -> Bag | None:
+def as_bag(item: Ahead | Bag | Skipped | TileBag, data: Any) -> Bag | None:
     """Return a loader's item as a `Bag`; note a skipped slide with the data module, return None.
 
     Raises:
         SlideError: it is skipped where several processes train.
     """
+    if isinstance(item, Ahead):
+        bag = as_bag(item.item, data)
+        return bag and replace(bag, behind=tuple(as_bag(each, data) for each in item.behind))
     if isinstance(item, Bag):
         return item
     several = data.place[1] > 1

@@ -60,14 +60,16 @@ from tapfm.training.arguments import argument_faults
 from tapfm.training.begun import prepare_folder, provenance
 from tapfm.training.callbacks import ResumePoint, RunLog, resume_point
 from tapfm.training.encode_once import EncodeOnce, splits_to_encode
-from tapfm.training.module import SlideModule, check_counts
+from tapfm.training.module import SlideModule
 from tapfm.training.old_keys import rename_old_keys
 from tapfm.training.optim import Steps
+from tapfm.training.passes import check_counts, check_packs
 from tapfm.training.stopping import StopOnSignal, running
 
 LIGHTNINGS_OWN = r"lightning\.pytorch\.utilities\._pytree", r"lightning\.fabric\..*\.slurm"
 """Modules whose warnings are of Lightning against torch, and of `srun`, where it is installed."""
 SCHEDULE = "precision", "max_epochs", "max_steps", "fast_dev_run"  # keys of trainer
+COUNTS = "chunk", "keep_chunks", "backward_tiles", "cosine_every", "pack_chunks"  # of model
 
 
 class Cli(LightningCLI):
@@ -190,7 +192,8 @@ class Cli(LightningCLI):
                     for spec in model[key] or ()
                 ),
             ),
-            *check_counts(model.chunk, model.keep_chunks, model.backward_tiles, model.cosine_every),
+            *check_counts(**{key: model[key] for key in COUNTS}),
+            *check_packs(model.pack_chunks, model.steps.accumulate),
             *check_drop_path(model.drop_path),
             *check_precision(model.precision, model.optimizer),
         ]

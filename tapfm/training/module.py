@@ -13,6 +13,7 @@ Shapes: T tiles of a slide, D features, K labels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ from tapfm.training.alternating import (
 )
 from tapfm.training.objective import make_objective
 from tapfm.training.optim import Steps
-from tapfm.training.passes import Passes
+from tapfm.training.passes import Passes, check_counts
 
 
 class ValidationError(ValueError):
@@ -102,6 +103,8 @@ class SlideModule(AlternatingModule):
         cosine_every: after so many slides, measure how near the gradient of `backward_tiles` is to
             that of all tiles, as train/sampling_cosine; it costs pass 2 of all, and two gradients'
             memory. None is never.
+        pack_chunks: let small slides of an update share a chunk, as many as fit into one: the same
+            gradient from fuller chunks. Needs steps.accumulate, and an encoder without noise.
         steps: learning rates and their kin.
         features: width and kind of the features that stand in the encoder's place (the data's).
     """
@@ -130,6 +133,7 @@ class SlideModule(AlternatingModule):
         merge_tokens: int = 0,
         backward_tiles: int | None = None,
         cosine_every: int | None = None,
+        pack_chunks: bool = False,
         steps: Steps = Steps(),  # noqa: B008 (frozen)
         features: dict[str, Any] | None = None,
     ):
@@ -138,13 +142,13 @@ class SlideModule(AlternatingModule):
         beside = on_cpu(precision, optimizer)
         precision, optimizer = precision or beside["precision"], optimizer or beside["optimizer"]
         how = {"recompute": recompute, "compiled": compile, "drop_path": drop_path}
-        of_encoder = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
-                      "weights": weights, "precision": precision != "fp32",
-                      "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
-        faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every)
+        given = {"recompute": recompute, "compile": compile, "drop_path": drop_path,
+                 "weights": weights, "precision": precision != "fp32", "pack_chunks": pack_chunks,
+                 "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
+        faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every, pack_chunks)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
         faults += check_pull(steps.pull, optimizer) + check_start(start_from, steps.warm_start)
-        refuse([*faults, *check_features(features, strategy["name"], **of_encoder)], "model")
+        refuse([*faults, *check_features(features, strategy["name"], **given)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
             tile_px, mpp, precision, strategy, weights, task, features, merge_tokens,
@@ -159,9 +163,9 @@ class SlideModule(AlternatingModule):
             self.task.loss(), self.slide_model.aggregator, bag_transforms, regularisers,
             task=self.task, encoder=None if self.learns else frozen,
         )  # fmt: skip
-        skip = len(self.objective.transforms) > 0
-        self.passes = Passes(self.slide_model, chunk, keep_chunks, backward_tiles, skip)
-        self.cosine_every, self.recompute = cosine_every, recompute
+        much = chunk, keep_chunks, backward_tiles
+        self.passes = Passes(self.slide_model, *much, skip=bool(bag_transforms))
+        self.cosine_every, self.recompute, self.pack_chunks = cosine_every, recompute, pack_chunks
         kept = steps.interpolate or steps.pull
         self.start = learned(self.slide_model.encoder.vit) if kept else {}
         self.validated: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -172,7 +176,9 @@ class SlideModule(AlternatingModule):
 
         try:
             with self.meter.phase("encode"):
-                encoded = self.passes.encode(bag, adapting=self.adapting)
+                encoded = self.passes.encode(
+                    bag, adapting=self.adapting, behind=self.same_update(bag.behind)
+                )
         except SkippedBag:
             return None  # nothing has learned from it
 
@@ -209,6 +215,14 @@ class SlideModule(AlternatingModule):
         progress = self.slides_seen / self.slides_in_run
         return Moment(progress, self.current_epoch, bag.seed, bag.slide_id)
 
+    def same_update(self, behind: Sequence[Bag]) -> Sequence[Bag]:
+        """Return those of the next bags that learn with this one, before the weights change."""
+        if not self.adapting:
+            return ()
+        world, last = self.trainer.world_size, self.trainer.num_training_batches
+        turns = self.steps.accumulate - 1 - self.slides_seen % self.steps.accumulate
+        return [bag for bag in behind if bag.turn[1] // world < last][:turns]
+
     @property
     def columns(self) -> list[str]:
         """Columns of metrics.csv that a step fills beside those of every run."""
@@ -225,6 +239,11 @@ class SlideModule(AlternatingModule):
     def chunk(self) -> int:
         """Tiles in memory at once: what was asked for, or as many as proved to fit."""
         return self.passes.chunk
+
+    @property
+    def shared_chunk(self) -> int:
+        """Tiles of the chunk that small slides share; 0 where they do not."""
+        return self.chunk if self.pack_chunks and self.learns else 0
 
     @property
     def compares(self) -> bool:
@@ -247,13 +266,15 @@ class SlideModule(AlternatingModule):
         """Find the encoder's frozen prefix; see `AlternatingModule`.
 
         Raises:
-            SettingsError: tiles are to be drawn from an encoder with noise.
+            SettingsError: tiles are to be drawn, or chunks shared, with an encoder with noise.
         """
         super().on_fit_start()
-        if self.passes.few is not None and self.passes.noisy:
+        asked = {"backward_tiles": self.passes.few is not None, "pack_chunks": self.shared_chunk}
+        if (keys := [key for key in asked if asked[key]]) and self.passes.noisy:
             raise SettingsError(
-                "model.backward_tiles needs an encoder without noise: dropout and drop-path belong "
-                "to the chunks of pass 1. Leave drop_path and the strategy's dropout at 0."
+                f"model.{keys[0]} needs an encoder without noise: dropout, drop-path and batch "
+                "statistics belong to the chunks of pass 1. Leave drop_path and the strategy's "
+                f"dropout at 0, or leave {keys[0]} out."
             )
         if self.learns:
             self.passes.find_frozen_prefix()
@@ -324,22 +345,3 @@ def check_pull(pull: float, optimizer: str) -> list[str]:
             "keeps their exact values elsewhere: take adamw, or leave pull out"
         ]
     return []
-
-
-def check_counts(
-    chunk: int | None, keep_chunks: int, backward_tiles: int | None, cosine_every: int | None
-) -> list[str]:
-    """Return what is wrong with a run's numbers, each with its key."""
-    faults = []
-    if chunk is not None and chunk < 1:
-        faults.append(f"model.chunk must be 1 or more, got {chunk}")
-    if keep_chunks < 0:
-        faults.append(f"model.keep_chunks must be 0 or more, got {keep_chunks}")
-    if backward_tiles is not None and backward_tiles < 1:
-        faults.append(f"model.backward_tiles must be 1 or more, got {backward_tiles}")
-    if cosine_every is not None and (cosine_every < 1 or backward_tiles is None):
-        faults.append(
-            f"model.cosine_every must be 1 or more, and takes model.backward_tiles, whose "
-            f"gradient it is of; got {cosine_every} with backward_tiles {backward_tiles}"
-        )
-    return faults

@@ -25,6 +25,8 @@ from tapfm.training.module import SlideModule
 from tests.cohorts import LABELS, spoil, write_cohort
 from tests.conftest import ROOT
 
+SHARED = ["--model.pack_chunks", "true", "--model.chunk", "25"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -276,8 +278,9 @@ def test_an_unknown_strategy_or_option_is_named(finished, capsys):
         (5, []),
         (11, ["--model.strategy", "{name: lora, dropout: 0.1}"]),
         (5, ["--model.precision", "bf16-true", "--model.optimizer", "residual"]),
+        (5, [*SHARED, "--model.drop_path", "0", "--trainer.max_epochs", "1"]),
     ],
-    ids=["first epoch", "second epoch", "16-bit residual"],
+    ids=["first epoch", "second epoch", "16-bit residual", "between two slides of a chunk"],
 )
 def test_killed_and_resumed_equals_never_killed(tmp_path, killed_after, options):
     """Bit for bit, in another process. 5 and 11 are mid-epoch, one slide after a resume point."""
