@@ -105,7 +105,7 @@ def work(row: Backbone, tile_px: int, setup: Setup) -> tuple[float, float]:
 
 def forecast_run(
     counts: dict[str, int], found: Sample, flop: tuple[float, float], flops: float, config: Any,
-    row: Backbone, parameters: int,
+    row: Backbone, parameters: int, views: int,
 ) -> Forecast:  # fmt: skip
     """Return hours and bytes of a whole run.
 
@@ -117,6 +117,7 @@ def forecast_run(
         config: the run's, as `tapfm fit` reads it.
         row: the encoder.
         parameters: of the encoder.
+        views: of a training slide, of `tiles_per_slide` each, in a pass that starts or chooses.
     """
     data, trainer, steps = config.data, config.trainer, config.model.steps
     slides, workers = sum(counts.values()), max(1, data.workers)
@@ -128,12 +129,13 @@ def forecast_run(
     epochs = 1 if frozen and data.tiles_per_slide is None else trainer.max_epochs
     validations = 1 if frozen else -(-trainer.max_epochs // (trainer.check_val_every_n_epoch or 1))
     looks = 0 if frozen else len(steps.interpolate or ()) + bool(steps.warm_start)
+    seen = counts["train"] * min(found.tiles, views * drawn)
     seconds = {
         "index": slides * found.index_s / workers,
         "cache": slides * found.tiles * found.tile_s / workers * bool(data.cache_dir),
         "fit": epochs * counts["train"] * drawn * max(step, read)
         + validations * tiles["val"] * max(forward, read)
-        + looks * (tiles["train"] + tiles["val"]) * max(forward, read),
+        + looks * (seen + tiles["val"]) * max(forward, read),
         # frozen features of all, RGB numbers of all, and the run and its control on two splits
         "test": sum(tiles.values()) * (max(forward, read) + read)
         + 2 * (tiles["val"] + tiles["test"]) * max(forward, read) * (not frozen),

@@ -36,6 +36,7 @@ from tapfm.planning.cards import card_memory, usable
 from tapfm.planning.footprint import CONTEXT_GIB, Footprint, Setup
 from tapfm.planning.plan import forecast, make_plan
 from tapfm.planning.whole_run import Forecast, forecast_run, rate, sample, spread, work
+from tapfm.recipe.warm_start import VIEWS
 from tapfm.training.fit import Cli, read_config
 
 FEW = 5  # slides of a label value in val or test: an interval of theirs is as wide as the scale
@@ -227,7 +228,8 @@ def check_run(
     counts = {split: len(cohort.split(split)) for split in ("train", "val", "test")}
     parameters = Footprint(row, source.tiles.tile_px).sizes("full")[0]
     flop = work(row, source.tiles.tile_px, setup)
-    made = forecast_run(counts, found, flop, rate(device, model.precision), config, row, parameters)
+    flops = rate(device, model.precision)
+    made = forecast_run(counts, found, flop, flops, config, row, parameters, VIEWS)
     add_forecast(page, made, config)
 
 

@@ -158,11 +158,11 @@ def test_a_forecast_by_hand():
     )  # fmt: skip
     counts = {"train": 5, "val": 2, "test": 3}
     found, row = Sample(tiles=100.0, index_s=4.0, tile_s=0.02), find("demo_vit")
-    made = forecast_run(counts, found, (4e9, 1e9), 1e11, config, row, 1000)
+    made = forecast_run(counts, found, (4e9, 1e9), 1e11, config, row, 1000, 3)
     step, forward, read = 0.04, 0.01, 0.01
     assert made.hours["index"] * 3600 == pytest.approx(10 * 4 / 2)
     assert made.hours["cache"] == 0
-    looks = 3 * (500 + 200) * forward
+    looks = 3 * (5 * 3 * 20 + 200) * forward  # three views of twenty tiles, of a hundred
     fit = 6 * 5 * 20 * step + 2 * 200 * forward + looks
     assert made.hours["fit"] * 3600 == pytest.approx(fit)
     test = 1000 * (forward + read) + 2 * 500 * forward
@@ -170,7 +170,7 @@ def test_a_forecast_by_hand():
     assert made.disk == {"index": 32_000, "cache": 0, "run": 1000 * row.dim * 4 + 36 * 1000}
     assert made.tiles == 1000
     config.model.strategy, config.data.cache_dir, config.data.tiles_per_slide = "frozen", "c", None
-    frozen = forecast_run(counts, found, (1e9, 1e9), 1e11, config, row, 1000)
+    frozen = forecast_run(counts, found, (1e9, 1e9), 1e11, config, row, 1000, 3)
     assert frozen.hours["fit"] * 3600 == pytest.approx((500 + 200) * forward), "encoded once"
     assert frozen.disk["cache"] == 1000 * 300
 
