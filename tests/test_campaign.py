@@ -54,6 +54,9 @@ def test_an_end_says_what_was_wrong_with_it(monkeypatch):
     assert attempt(["grows"]).how == "memory"
     monkeypatch.setattr("benchmarks.campaign.tries.main", lambda _: 2)
     assert attempt([]).how == "unclear"
+    monkeypatch.setattr("benchmarks.campaign.tries.main", lambda _: 0)
+    monkeypatch.setattr("benchmarks.campaign.tries.MEMORY_GB", 0.2)
+    assert attempt([]).how == "right", "what it was forked with is not its own"
     monkeypatch.setattr("benchmarks.campaign.tries.main", cli.main)
     assert attempt(["index", "nowhere.svs", "--no-such"]).how == "refused"
     assert draw(1, "a", 2).random() == draw(1, "a", 2).random() != draw(1, "a", 3).random()
@@ -90,7 +93,8 @@ def test_what_killed_processes_left_is_cleared_where_the_next_one_writes(tmp_pat
     assert not left.exists()
 
 
-def test_scale_measures_each_step(tmp_path):
+def test_scale_measures_each_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "TESTED", 0)  # a whole `tapfm test`
     rows = scale.measure(tmp_path / "many", 20)
     assert {row["slides"] for row in rows} == {20}
     assert len({row["what"] for row in rows}) == len(rows) == 6

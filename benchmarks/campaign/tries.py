@@ -44,7 +44,7 @@ class End:
     said: str
     seconds: float
     gigabytes: float
-    """Largest resident size."""
+    """Largest resident size, beside what it was forked with."""
     late: bool = False
     """Whether it had to be ended."""
 
@@ -83,7 +83,7 @@ class Running:
         for name in VERBS:
             import_module(name)
         self.said, self.began = tempfile.TemporaryFile(), time.monotonic()  # noqa: SIM115
-        self.late = False
+        self.late, self.given = False, resident()
         sys.stdout.flush()
         self.process = os.fork()
         if not self.process:
@@ -127,7 +127,14 @@ class Running:
         self.said.seek(0)
         text, code = self.said.read().decode(errors="replace"), os.waitstatus_to_exitcode(status)
         self.said.close()
-        return End(code, text, self.seconds, used.ru_maxrss / 2**20, self.late)
+        own = max(0, used.ru_maxrss * 1024 - self.given) / 2**30
+        return End(code, text, self.seconds, own, self.late)
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory, which a fork begins with."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def attempt(
