@@ -202,10 +202,12 @@ def _legend(figure: Figure, titles: Sequence[str], styles: Sequence[dict]) -> No
     """Draw one legend below all panels."""
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], **style) for style in styles]
+    marks = [Line2D([], [], **style) for style in styles]
     columns = max(1, int(figure.get_figwidth() / 3.4))
     legend = figure.legend(
-        lines, titles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3
+        marks, titles, loc="outside lower center", ncols=columns, frameon=False, handlelength=3
     )
+    lines = -(-len(titles) // columns)  # `panels` has room for one
+    figure.set_figheight(figure.get_figheight() + 0.25 * (lines - 1))
     for text in legend.get_texts():
         text.set_parse_math(False)
