@@ -21,7 +21,7 @@ from benchmarks.record import HERE, RESULTS, rewrite, write_rows
 from tapfm.encoders.backbones import find
 from tapfm.planning import plan
 from tapfm.planning.cards import CARDS
-from tapfm.planning.epoch import Run, run_hours, simulate
+from tapfm.planning.epoch import Run, simulate_run
 from tapfm.planning.footprint import Footprint
 from tapfm.planning.speed import rates
 from tapfm.recipe.warm_start import VIEWS
@@ -61,10 +61,8 @@ def main() -> int:
                            "tiles": "all" if every else TILES}  # fmt: skip
                     run = made_run(slides, every)
                     for gpus in GPUS:
-                        hours = run_hours(run, gpus, speed)
-                        pairs = run_hours(run, gpus, speed, paired=True)
-                        each = max(1, ACCUMULATE // gpus)
-                        found = simulate(run.train_N, gpus, speed, each)
+                        found, hours = simulate_run(run, gpus, speed)
+                        _, pairs = simulate_run(run, gpus, speed, paired=True)
                         row[f"hours_{gpus}"] = sum(hours.values())
                         row |= {f"{part}_hours_{gpus}": value for part, value in hours.items()}
                         row[f"efficiency_{gpus}"] = found.efficiency

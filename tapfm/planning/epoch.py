@@ -1,8 +1,8 @@
-"""How long a run takes on one GPU and on many: simulated from the index's own tile counts.
+"""Simulates a run on one GPU and on many, from the index's own tile counts.
 
     epoch = simulate(tiles_N, gpus=8, rates=Rates(...), accumulate=8)
     epoch.seconds, epoch.efficiency
-    run_hours(Run(...), gpus=8, rates=Rates(...))
+    epoch, hours = simulate_run(Run(...), gpus=8, rates=Rates(...))
 
 Each process takes every n-th slide of the epoch's order (`slides.streaming.order`). At each update
 all wait for the slowest twice: after pass 1, where the slide model's gradient is averaged, and
@@ -146,8 +146,10 @@ def pass_seconds(tiles_N: Sequence[int], gpus: int, rates: Rates) -> float:
     return max(sum(share) * tile_s + len(share) * rates.slide_s for share in shares)
 
 
-def run_hours(run: Run, gpus: int, rates: Rates, *, paired: bool = False) -> dict[str, float]:
-    """Return hours of a run's parts: training, validation, and choosing what is saved."""
+def simulate_run(
+    run: Run, gpus: int, rates: Rates, *, paired: bool = False
+) -> tuple[Epoch, dict[str, float]]:
+    """Return an epoch, and hours of a run's parts: training, validation, choosing what is saved."""
     each = max(1, run.accumulate // gpus)
     epoch = simulate(run.train_N, gpus, rates, each, paired=paired)
     validation = pass_seconds(run.val_N, gpus, rates)
@@ -157,7 +159,7 @@ def run_hours(run: Run, gpus: int, rates: Rates, *, paired: bool = False) -> dic
         "validation": run.validations * validation,
         "choice": run.looks * look,
     }
-    return {part: value / 3600 for part, value in seconds.items()}
+    return epoch, {part: value / 3600 for part, value in seconds.items()}
 
 
 def average_seconds(trained: int) -> float:
@@ -180,8 +182,8 @@ def run_table(run: Run, gpus: Sequence[int], rates: Rates) -> str:
         f"{'paired by size':>14}",
     ]
     for count in gpus:
-        found = simulate(tiles_N, count, rates, max(1, run.accumulate // count))
-        hours, pairs = (run_hours(run, count, rates, paired=paired) for paired in (False, True))
+        found, hours = simulate_run(run, count, rates)
+        _, pairs = simulate_run(run, count, rates, paired=True)
         gain = f"{sum(pairs.values()):.1f} h" if count > 1 else ""
         lines.append(
             f"  {count:>4}{sum(hours.values()):>9.1f}{hours['training']:>10.1f}"

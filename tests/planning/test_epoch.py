@@ -10,7 +10,7 @@ from slides.streaming.order import SlideSampler, epoch_order, paired_order
 from tapfm.cli import main
 from tapfm.data.streamed import training_order
 from tapfm.planning.cards import CARDS, card_named
-from tapfm.planning.epoch import Rates, Run, pass_seconds, run_hours, run_table, simulate
+from tapfm.planning.epoch import Rates, Run, pass_seconds, run_table, simulate, simulate_run
 from tapfm.planning.footprint import Cost, Setup
 from tapfm.planning.speed import tile_seconds, tiles_per_second, update_seconds
 from tests.cohorts import write_cohort
@@ -80,7 +80,8 @@ def test_parts_of_a_run_by_hand():
     run = Run([6, 6, 6], [4, 8, 12, 16], [20, 20, 20], epochs=10, validations=5, looks=2)
     assert pass_seconds(run.val_N, 3, rates) == pytest.approx((4 + 16) * 0.25 + 0.2)
     assert pass_seconds(run.val_N, 1, Rates(1, 0.25, 0, read_tiles_s=2)) == pytest.approx(40 / 2)
-    hours = run_hours(run, 3, rates)
+    epoch, hours = simulate_run(run, 3, rates)
+    assert epoch == simulate([6, 6, 6], 3, rates)
     assert hours["training"] == pytest.approx(10 * simulate([6, 6, 6], 3, rates).seconds / 3600)
     assert hours["validation"] == pytest.approx(5 * 5.2 / 3600)
     assert hours["choice"] == pytest.approx(2 * (20 * 0.25 + 0.1 + 5.2) / 3600)
