@@ -24,7 +24,6 @@ import argparse
 import csv
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from benchmarks.campaign.tries import group
 from benchmarks.record import RESULTS, facts, rewrite, write_rows
 from slides.demo.cohort import plan_demo, write_slide
 from tapfm.distributed import average
@@ -170,19 +170,6 @@ def fit(config: Path, name: str, together: bool, processes: int) -> list[list[di
     run(commands, traces, folder / f"{name}.log")
     ranks = range(processes) if together else [0] * processes
     return [read(folder / f"{each}_{rank}.csv") for each, rank in zip(names, ranks, strict=True)]
-
-
-def group(processes: int) -> list[dict[str, str]]:
-    """Return the variables by which torchrun tells each process its place."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    count = str(processes)
-    shared = {
-        "TORCHELASTIC_RUN_ID": "benchmark", "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def read(path: Path) -> list[dict]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from benchmarks.campaign.tries import (
     attempt,
     draw,
     emptied,
+    group,
     numbered,
     record,
 )
@@ -79,14 +79,7 @@ def pair(
     limit: float = 600.0,
 ) -> list[End]:
     """Run a fit in two processes, some of which get a signal; return both ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-              "TORCHELASTIC_RUN_ID": "kills", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port}  # fmt: skip
-    each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    running = [Running(command, partial(os.environ.update, own)) for own in each]
+    running = [Running(command, partial(os.environ.update, own)) for own in group(2)]
     ends: list[End | None] = [None, None]
     alone = None
     while None in ends:

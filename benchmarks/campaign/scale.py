@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +34,20 @@ TESTED = 1250
 TILES = TileSettings(32, 0.5, tissue=Tissue(min_area_um2=1000.0))
 
 
+def write_table(table: Path, kinds: Iterable[tuple[str, int]]) -> None:
+    """Write a table of slides with these splits and labels."""
+    lines = ["case_id,slide_id,slide_path,split,x"]
+    for number, (split, x) in enumerate(kinds):
+        lines.append(f"c{number},s{number},slides/s{number}.tif,{split},{x}")
+    table.write_text("\n".join(lines) + "\n")
+
+
 def write_many(folder: Path, slides: int) -> Path:
     """Write slides with indexes and a table; return the table."""
     (folder / "slides").mkdir()
     table, where = folder / "cohort.csv", folder / "index"
-    lines = ["case_id,slide_id,slide_path,split,x"]
-    for number in range(slides):
-        split = "train" if number % 10 < 7 else "val" if number % 10 < 9 else "test"
-        name = f"s{number}"
-        lines.append(f"c{number},{name},slides/{name}.tif,{split},{number // 10 % 2}")
-    table.write_text("\n".join(lines) + "\n")
+    by_ten = ["train"] * 7 + ["val"] * 2 + ["test"]
+    write_table(table, ((by_ten[number % 10], number // 10 % 2) for number in range(slides)))
     seed = write_pyramid(folder / "slides" / "s0.tif", stained_picture(311, 263), 0.5, levels=2)
     data = seed.read_bytes()
     for number in range(1, slides):
@@ -87,11 +91,8 @@ def measure(folder: Path, slides: int) -> list[dict]:
 def write_run(table: Path, slides: int) -> Path:
     """Fit a run whose test split is all slides but twelve; return its folder."""
     folder = table.parent
-    lines = ["case_id,slide_id,slide_path,split,x"]
-    for number in range(slides):
-        split = "train" if number < 8 else "val" if number < 12 else "test"
-        lines.append(f"c{number},s{number},slides/s{number}.tif,{split},{number % 2}")
-    (folder / "tested.csv").write_text("\n".join(lines) + "\n")
+    splits = ["train"] * 8 + ["val"] * 4 + ["test"] * (slides - 12)
+    write_table(folder / "tested.csv", ((split, n % 2) for n, split in enumerate(splits)))
     config = {
         "run_dir": str(folder / "runs"),
         "trainer": {"accelerator": "cpu", "max_epochs": 1},

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -129,6 +130,19 @@ class Running:
         self.said.close()
         own = max(0, used.ru_maxrss * 1024 - self.given) / 2**30
         return End(code, text, self.seconds, own, self.late)
+
+
+def group(processes: int) -> list[dict[str, str]]:
+    """Return the variables by which torchrun tells each process its place."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = str(processes)
+    shared = {
+        "TORCHELASTIC_RUN_ID": "benchmark", "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def resident() -> int:
