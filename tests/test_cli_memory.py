@@ -1,4 +1,4 @@
-"""What the command line does to memory: how CUDA allocates, and when garbage is collected."""
+"""Checks how CUDA allocates under the command line, and when garbage is collected."""
 
 import gc
 import os

@@ -19,9 +19,10 @@ clipping, averaging over processes and learning rates work on them as on any par
 Source: Micikevicius et al. 2018 (arXiv 1710.03740), fp32 master weights. Loshchilov and Hutter 2019
     (arXiv 1711.05101), AdamW. Dettmers et al. 2022 (arXiv 2110.02861), moments in 8 bits by blocks.
     Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840), the update on the host.
+
 Price: one pass over the parameters per update, of `residual` several (`engine.packed`, which
-compiles them); `offload` copies the gradient to the host and the
-weight back, once an update whatever the number of chunks.
+compiles them); `offload` copies the gradient to the host and the weight back, once an update
+whatever the number of chunks.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ class PackedMasterState(MasterState):
     """Number of the weight; it seeds rounding, so that no two weights round alike."""
 
     coder = EAGER
-    """How it is packed, compiled or not."""
+    """Packs and unpacks it, compiled or not."""
 
     def __init__(self, weight: nn.Parameter):
         self.weight, self.updates = weight, 0

@@ -49,7 +49,7 @@ def decode(
 
 
 class Coder(NamedTuple):
-    """How values are packed and unpacked."""
+    """Packs and unpacks values."""
 
     encode: Callable[..., tuple[Tensor, ...]]
     decode: Callable[..., tuple[Tensor, ...]]

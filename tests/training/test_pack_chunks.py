@@ -191,7 +191,7 @@ FIT = ["--model.drop_path", "0", "--model.chunk", "16", "--model.steps.accumulat
 
 
 def test_a_run_learns_the_same_beside_a_broken_slide_and_in_a_short_epoch(tmp_path):
-    """Of seven slides one is broken and one is beyond the limit; an update has three."""
+    """Trains on five of seven slides, three an update: one is broken, one beyond the limit."""
     config = write_cohort(tmp_path, on_error="skip", tiles_per_slide=5)
     assert main(["index", "--config", str(config)]) == 0
     broken = epoch_order(7, 0, 0)[1]
