@@ -1,4 +1,4 @@
-"""`tapfm plan --config C --gpus 1,8,64`: hours of a run on its cohort, from the index's tiles.
+"""`tapfm plan --config C --gpus 1,8,64`: hours of a run on its cohort, and what it may gain.
 
 The model, strategy and settings are the config's; what it leaves open follows the plan for the card
 (`plan.fitting`), as a run on that card would.
@@ -19,6 +19,7 @@ from tapfm.planning.cards import card_named
 from tapfm.planning.epoch import Run, run_table
 from tapfm.planning.plan import PlanError, fitting
 from tapfm.planning.speed import rates, update_seconds
+from tapfm.preflight.gains import advice
 from tapfm.recipe.warm_start import VIEWS
 from tapfm.training.optim import Steps
 
@@ -53,7 +54,14 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
         "slides, at rates that are assumed"
     )
     print(run_table(run, gpus, speed))
+    print(advice(training_patients(configs)))
     return 0
+
+
+def training_patients(configs: Sequence[Path]) -> int:
+    """Return the number of cases that a cohort trains on."""
+    rows = read_source(configs).rows
+    return len({row.case_id for row in rows if row.split == "train"})
 
 
 def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence[int]) -> Run:
