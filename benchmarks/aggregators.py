@@ -31,7 +31,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -50,9 +50,10 @@ from tapfm.engine.memory import SavedBytes
 from tapfm.frozen.frozen_slide import FrozenSlide, feature_statistics, standardise
 from tapfm.settings import Spec
 from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.slide_model.aggregators.contract import Aggregator
 from tapfm.stats.bootstrap import interval, percentiles, with_point
 from tapfm.stats.metrics import auroc, auroc_draws
-from tapfm.tasks.losses import MaskedBCE
+from tapfm.tasks.multilabel import Multilabel
 from tapfm.training.objective import Objective, make_objective
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,7 @@ POOLS = {"train": 0.6, "val": 0.15, "test": 0.25}  # shares of the source tiles
 SPLITS, EPOCHS, UPDATE, RATE = 5, 5, 4, 1e-3
 STEP_TILES, FORWARD_TILES, MIB = 10_000, 20_000, 2**20
 REFERENCE, DRAWS = "gated", 2000
+TASK = Multilabel(("adenoma",))
 TARGET = torch.tensor([1.0])
 
 
@@ -126,7 +128,8 @@ def main() -> int:
             if name not in done:
                 done[name] = {"splits": [], **cost(ROWS[name], tiles)}
             if len(done[name]["splits"]) == split:
-                done[name]["splits"].append(measure(ROWS[name], tiles, split))
+                bags = bags_of(split, tiles, ROWS[name].colours)
+                done[name]["splits"].append(measure(ROWS[name], bags, split))
                 print(split, name, flush=True)
                 write_json(RESULT, about | {"rows": done})
     result = json.loads(RESULT.read_text())
@@ -144,23 +147,28 @@ def source_tiles() -> dict[str, torch.Tensor]:
     ranked = sorted(rows, key=lambda key: stable_seed("tile", *key))
     chosen = [key for key in ranked if rows[key]["target"] == "1"]
     chosen += [key for key in ranked if rows[key]["tile_class"] == "host"][:OTHERS]
+    y = torch.tensor([float(rows[key]["target"]) for key in chosen])
+    found = {**encoded([rows[key] for key in chosen]), "y": y}
+    FEATURES.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, FEATURES)
+    return found
+
+
+def encoded(rows: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
+    """Return features and colours of tiles of tiles.csv, each turned as its source's name says."""
     encoder = backbones.load("dinov2_vits14", str(WEIGHTS), tile_px=112).eval()
     z, colours = [], []
-    for key in tqdm(chosen, "encode", unit=" tiles"):
-        row = rows[key]
+    for row in tqdm(rows, "encode", unit=" tiles"):
         with Slide(DATA / "needle" / "slides" / f"{row['slide_id']}.tif") as slide:
             pixels = np.asarray(slide.region(int(row["x"]), int(row["y"]), 224, 224))
-        pixels = np.rot90(pixels, stable_seed("turn", *key) % 4)
+        turns = stable_seed("turn", row["src"], row["src_x"], row["src_y"])
+        pixels = np.rot90(pixels, turns % 4)
         half = pixels.reshape(112, 2, 112, 2, 3).mean((1, 3)).round().astype(np.uint8)
         tile = torch.from_numpy(half.copy()).permute(2, 0, 1)
         colours.append(torch.cat([tile.float().mean((1, 2)), tile.float().std((1, 2))]))
         with torch.no_grad():
             z.append(encoder.encode(tile[None], "bf16")[0][0].float())
-    y = torch.tensor([float(rows[key]["target"]) for key in chosen])
-    found = {"z": torch.stack(z), "colours": torch.stack(colours), "y": y}
-    FEATURES.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, FEATURES)
-    return found
+    return {"z": torch.stack(z), "colours": torch.stack(colours)}
 
 
 def bags_of(split: int, tiles: dict, colours: bool) -> dict[str, list[tuple[FrozenSlide, list]]]:
@@ -194,10 +202,10 @@ def lattice(places: np.ndarray) -> Places:
     return Places.of([corners], [448.0], 0.5)
 
 
-def measure(row: Row, tiles: dict, split: int) -> dict:
+def measure(row: Row, bags: dict, split: int, epochs: int = EPOCHS) -> dict:
     """Return a row's test bags, logits and figures on one split."""
-    bags, began = bags_of(split, tiles, row.colours), time.process_time()
-    best = fit(row, bags, split)
+    began = time.process_time()
+    best = fit(row, bags, split, epochs)
     return {
         "y": [slide.target_Y.item() for slide, _ in bags["test"]], "logits": best.logits_N,
         "val_loss": best.loss, "tile_auroc": best.tile_aurocs,
@@ -205,35 +213,36 @@ def measure(row: Row, tiles: dict, split: int) -> dict:
     }  # fmt: skip
 
 
-def objective_of(row: Row, dim: int) -> tuple[Objective, torch.nn.Module]:
+def objective_of(row: Row, dim: int) -> tuple[Objective, Aggregator]:
     """Return a row's objective and its aggregator."""
     aggregator = make_aggregator(row.aggregator, dim, 1)
-    loss = MaskedBCE([1.0])
-    return make_objective(loss, aggregator, row.bag_transforms, row.regularisers), aggregator
+    beside = row.bag_transforms, row.regularisers
+    return make_objective(TASK.loss(), aggregator, *beside, task=TASK), aggregator
 
 
-def fit(row: Row, bags: dict, seed: int) -> Fit:
+def fit(row: Row, bags: dict, seed: int, epochs: int) -> Fit:
     """Return the epoch of least validation loss."""
     torch.manual_seed(seed)
     train, val, test = ([slide for slide, _ in bags[part]] for part in BAGS)
     objective, model = objective_of(row, train[0].z_TD.shape[1])
     standardise(model, *feature_statistics(train))
     learning = [*model.parameters(), *objective.parameters()]
+    learning = [parameter for parameter in learning if parameter.requires_grad]
     optimizer, best, steps = torch.optim.AdamW(learning, RATE, weight_decay=1e-2), Fit(), 0
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(train) // UPDATE)
-    for epoch in range(EPOCHS):
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train) // UPDATE)
+    for epoch in range(epochs):
         model.train()
         for n in torch.randperm(len(train)).tolist():
             draw = stable_seed(seed, epoch, n) % 2**63
-            moment = Moment(steps / (EPOCHS * len(train)), epoch, draw)
+            moment = Moment(steps / (epochs * len(train)), epoch, draw, train[n].slide_id)
             target = train[n].target_Y
             (objective(model, train[n].tiles, target, moment).loss / UPDATE).backward()
             steps += 1
             if steps % UPDATE == 0:
                 optimizer.step()
-                objective.after_update()
-                optimizer.zero_grad()
                 falling.step()
+                optimizer.zero_grad()
+                objective.after_update()
         model.eval()
         with torch.no_grad():
             losses = [objective.task_loss(model(s.tiles).logits_K, s.target_Y) for s in val]
@@ -249,7 +258,7 @@ def tile_aurocs(outputs: Sequence, bags: Sequence) -> list[float]:
     found = []
     for output, (_, planted) in zip(outputs, bags, strict=True):
         if planted:
-            truth = np.zeros(BAG)
+            truth = np.zeros(len(output.weights_T))
             truth[planted] = 1
             each = [output.weights_T]
             each += [] if output.tile_logits_TK is None else [output.tile_logits_TK[:, 0]]

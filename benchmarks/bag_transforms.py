@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,38 +26,40 @@ import torch
 import yaml
 
 from benchmarks.aggregators import (
-    BAGS,
-    EPOCHS,
-    RATE,
     SPLITS,
-    UPDATE,
+    Row,
     bags_of,
     drawn,
     lattice,
+    measure,
+    objective_of,
     source_tiles,
 )
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.files import write_json
-from slides.seeds import stable_seed
 from tapfm.data.bag import Moment
-from tapfm.frozen.frozen_slide import FrozenSlide, feature_statistics, standardise
+from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.reports.plain_table import markdown
-from tapfm.slide_model.aggregators import make_aggregator
+from tapfm.settings import Spec
 from tapfm.stats.bootstrap import interval, percentiles
-from tapfm.tasks.multilabel import Multilabel
-from tapfm.training.objective import make_objective
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parent.parent / "configs" / "bag_transforms"
 RESULT, REFERENCE = RESULTS / "bag_transforms.json", "gated"
+
+
+def transforms_of(config: str) -> list[Spec]:
+    """Return the bag transforms of a config."""
+    return yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())["model"]["bag_transforms"]
+
+
 ROWS = {
-    REFERENCE: {},
-    "aem": {"regularisers": ["aem"]},
+    REFERENCE: Row("gated"),
+    "aem": Row("gated", regularisers=["aem"]),
     **{
-        name: yaml.safe_load((CONFIGS / "bag_transforms" / f"{name}.yaml").read_text())["model"]
+        name: Row("gated", bag_transforms=transforms_of(name))
         for name in ("tile_dropout", "mhim", "mhim_v1", "packmil")
     },
 }
-TASK = Multilabel(("adenoma",))
 
 
 def main() -> int:
@@ -71,66 +72,27 @@ def main() -> int:
     if not only_table:
         tiles, about = source_tiles(), facts("cpu")
         for name in [name for name in ROWS if name not in done]:
-            done[name] = measure(ROWS[name], tiles)
+            done[name] = measure_all(ROWS[name], tiles)
             write_json(RESULT, about | {"rows": done})
     rewrite("bag_transforms", table(json.loads(RESULT.read_text())))
     return 0
 
 
-def measure(model: dict, tiles: dict) -> dict:
+def measure_all(row: Row, tiles: dict) -> dict:
     """Return a row's figures on every split, CPU seconds of a fit, and the share skipped."""
-    splits, used = [], 0.0
-    for split in range(SPLITS):
-        bags, began = bags_of(split, tiles, colours=False), time.process_time()
-        loss, logits_N = fit(model, bags, RATE, split)
-        used += time.process_time() - began
-        y = [slide.target_Y.item() for slide, _ in bags["test"]]
-        splits.append({"y": y, "logits": logits_N, "val_loss": loss})
-    share = skipped(model, tiles["z"].shape[1])
-    return {"fit_cpu_s": used / SPLITS, "splits": splits, "skipped": share}
+    splits = [measure(row, bags_of(split, tiles, False), split) for split in range(SPLITS)]
+    share = skipped(row, tiles["z"].shape[1])
+    return {
+        "fit_cpu_s": np.mean([each["cpu_s"] for each in splits]),
+        "splits": splits,
+        "skipped": share,
+    }
 
 
-def parts(model: dict, dim: int):
-    """Return the aggregator and the objective of a row."""
-    aggregator = make_aggregator("gated", dim, 1)
-    chosen = model.get("bag_transforms"), model.get("regularisers")
-    return aggregator, make_objective(TASK.loss(), aggregator, *chosen, task=TASK)
-
-
-def fit(model: dict, bags: dict, lr: float, seed: int) -> tuple[float, list[float]]:
-    """Return the least validation loss, and that epoch's logits of the test bags."""
-    torch.manual_seed(seed)
-    train, val, test = ([slide for slide, _ in bags[part]] for part in BAGS)
-    aggregator, objective = parts(model, train[0].z_TD.shape[1])
-    standardise(aggregator, *feature_statistics(train))
-    learning = [p for each in (aggregator, objective) for p in each.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr, weight_decay=1e-2)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(train) // UPDATE)
-    best, steps = (float("inf"), []), 0
-    for epoch in range(EPOCHS):
-        aggregator.train(), objective.train()
-        for n in torch.randperm(len(train)).tolist():
-            own = stable_seed(seed, epoch, n) % 2**63
-            moment = Moment(steps / (EPOCHS * len(train)), epoch, own, train[n].slide_id)
-            outcome = objective(aggregator, train[n].tiles, train[n].target_Y, moment)
-            (outcome.loss / UPDATE).backward()
-            steps += 1
-            if steps % UPDATE == 0:
-                optimizer.step(), falling.step()
-                optimizer.zero_grad()
-                objective.after_update()
-        aggregator.eval()
-        with torch.no_grad():
-            losses = [objective.task_loss(aggregator(s.tiles).logits_K, s.target_Y) for s in val]
-            if (mean := float(torch.stack(losses).mean())) < best[0]:
-                best = mean, [float(aggregator(slide.tiles).logits_K) for slide in test]
-    return best
-
-
-def skipped(model: dict, dim: int, count: int = 1000) -> float:
+def skipped(row: Row, dim: int, count: int = 1000) -> float:
     """Return the share of a bag's tiles that get no gradient half-way through a run."""
     torch.manual_seed(0)
-    aggregator, objective = parts(model, dim)
+    objective, aggregator = objective_of(row, dim)
     z_TD = torch.randn(count, dim).requires_grad_()
     places = lattice(np.arange(count))
     tiles = FrozenSlide.of("s", "s", z_TD, torch.tensor([1.0]), places=places).tiles
