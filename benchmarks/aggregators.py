@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.files import write_json
@@ -62,7 +62,7 @@ WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 FEATURES = ROOT / "runs" / "aggregators" / "features.pt"
 RESULT = RESULTS / "aggregators.json"
 OTHERS = 800  # source tiles of host tissue; of the adenoma there are 185
-BAG, PLANTED = 100, 5
+BAG, PLANTED, CHUNK = 100, 5, 32
 BAGS = {"train": 150, "val": 50, "test": 80}
 POOLS = {"train": 0.6, "val": 0.15, "test": 0.25}  # shares of the source tiles
 SPLITS, EPOCHS, UPDATE, RATE = 5, 5, 4, 1e-3
@@ -158,17 +158,22 @@ def encoded(rows: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
     """Return features and colours of tiles of tiles.csv, each turned as its source's name says."""
     encoder = backbones.load("dinov2_vits14", str(WEIGHTS), tile_px=112).eval()
     z, colours = [], []
-    for row in tqdm(rows, "encode", unit=" tiles"):
-        with Slide(DATA / "needle" / "slides" / f"{row['slide_id']}.tif") as slide:
-            pixels = np.asarray(slide.region(int(row["x"]), int(row["y"]), 224, 224))
-        turns = stable_seed("turn", row["src"], row["src_x"], row["src_y"])
-        pixels = np.rot90(pixels, turns % 4)
-        half = pixels.reshape(112, 2, 112, 2, 3).mean((1, 3)).round().astype(np.uint8)
-        tile = torch.from_numpy(half.copy()).permute(2, 0, 1)
-        colours.append(torch.cat([tile.float().mean((1, 2)), tile.float().std((1, 2))]))
+    for first in trange(0, len(rows), CHUNK, desc="encode"):
+        tiles_C3HW = torch.stack([tile_of(row) for row in rows[first : first + CHUNK]])
+        pixels = tiles_C3HW.float()
+        colours.append(torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], 1))
         with torch.no_grad():
-            z.append(encoder.encode(tile[None], "bf16")[0][0].float())
-    return {"z": torch.stack(z), "colours": torch.stack(colours)}
+            z.append(encoder.encode(tiles_C3HW, "bf16")[0].float())
+    return {"z": torch.cat(z), "colours": torch.cat(colours)}
+
+
+def tile_of(row: Mapping[str, str]) -> torch.Tensor:
+    """Return a tile at half its size, (3, 112, 112) uint8, turned by its source's name."""
+    with Slide(DATA / "needle" / "slides" / f"{row['slide_id']}.tif") as slide:
+        pixels = np.asarray(slide.region(int(row["x"]), int(row["y"]), 224, 224))
+    turns = stable_seed("turn", row["src"], row["src_x"], row["src_y"]) % 4
+    half = np.rot90(pixels, turns).reshape(112, 2, 112, 2, 3).mean((1, 3)).round()
+    return torch.from_numpy(half.astype(np.uint8)).permute(2, 0, 1)
 
 
 def bags_of(split: int, tiles: dict, colours: bool) -> dict[str, list[tuple[FrozenSlide, list]]]:
