@@ -27,7 +27,7 @@ class Gain:
 
 
 MEASURED = (
-    Gain(8, 68, Interval(0.093, 0.015, 0.160, DRAWS), Interval(-0.029, -0.101, 0.032, DRAWS)),
+    Gain(8, 68, Interval(0.062, 0.005, 0.110, DRAWS), Interval(0.047, 0.024, 0.088, DRAWS)),
     Gain(17, 152, Interval(0.061, 0.029, 0.090, DRAWS), Interval(0.013, -0.001, 0.034, DRAWS)),
 )
 
