@@ -64,12 +64,13 @@ def run_seed(seed: int, patients: int | None, work: Path) -> dict:
     seconds["fit"] = stage(f"demo seed {seed}: fit", ["fit", *run])
     seconds["test"] = stage(f"demo seed {seed}: test", ["test", "--run", str(runs)])
     report = runs / "report_test"
-    return {
-        **about,
-        "seconds": seconds,
-        "tile_auroc": json.loads((report / "tile_auroc_test.json").read_text()),
-        **json.loads((report / "metrics_test.json").read_text()),
+    metrics = json.loads((report / "metrics_test.json").read_text())
+    metrics["arms"] = {
+        title: {key: row[key] for key in ("figures", "auroc_difference")}
+        for title, row in metrics["arms"].items()
     }
+    tile_auroc = json.loads((report / "tile_auroc_test.json").read_text())
+    return {**about, "seconds": seconds, "tile_auroc": tile_auroc, **metrics}
 
 
 def prepare(seed: int, work: Path) -> tuple[Path, dict[str, int]]:
