@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slides.errors import SlideError
+from slides.streaming.settings import Source
 from slides.streaming.tile_source import TileSource
 from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.config import merged, read_source
@@ -36,7 +37,8 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
     """
     settings = merged(configs)
     model, data = settings.get("model") or {}, settings.get("data") or {}
-    counts = {split: indexed_tiles(configs, split) for split in ("train", "val")}
+    source = read_source(configs)
+    counts = {split: indexed_tiles(source, split) for split in ("train", "val")}
     row = find(model.get("model", "demo_vit"))
     strategy = strategy_spec(make_strategy(model.get("strategy", "full")))
     if not row.prefix_tokens or strategy["name"] == "frozen":
@@ -54,14 +56,8 @@ def run_cohort_plan(configs: Sequence[Path], gpu: str | None, gpus: Sequence[int
         "slides, at rates that are assumed"
     )
     print(run_table(run, gpus, speed))
-    print(advice(training_patients(configs)))
+    print(advice(len({row.case_id for row in source.rows if row.split == "train"})))
     return 0
-
-
-def training_patients(configs: Sequence[Path]) -> int:
-    """Return the number of cases that a cohort trains on."""
-    rows = read_source(configs).rows
-    return len({row.case_id for row in rows if row.split == "train"})
 
 
 def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence[int]) -> Run:
@@ -80,14 +76,13 @@ def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence
     )
 
 
-def indexed_tiles(configs: Sequence[Path], split: str) -> list[int]:
+def indexed_tiles(source: Source, split: str) -> list[int]:
     """Return the number of tiles of each slide of a split.
 
     Raises:
         PlanError: none is indexed.
     """
-    source, found, without = read_source(configs), [], 0
-    tiles = TileSource.of(source)
+    tiles, found, without = TileSource.of(source), [], 0
     for row in source.rows:
         if row.split != split:
             continue
