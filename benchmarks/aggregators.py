@@ -48,6 +48,7 @@ from tapfm.data.bag import Moment, Places
 from tapfm.encoders import backbones
 from tapfm.engine.memory import SavedBytes
 from tapfm.frozen.frozen_slide import FrozenSlide, feature_statistics, standardise
+from tapfm.reports.plain_table import span
 from tapfm.settings import Spec
 from tapfm.slide_model.aggregators import make_aggregator
 from tapfm.slide_model.aggregators.contract import Aggregator
@@ -295,11 +296,19 @@ def cost(row: Row, tiles: dict) -> dict[str, float]:
     return found
 
 
-def drawn(row: dict) -> Iterator[np.ndarray]:
-    """Yield the AUROC of each split's test bags, as found and in bootstrap draws."""
-    for split, each in enumerate(row["splits"]):
-        times_BN = with_point([*map(str, range(len(each["y"])))], DRAWS, split)
+def drawn(splits: Sequence[Mapping]) -> Iterator[np.ndarray]:
+    """Yield the AUROC of each split's test bags, as found and in draws of cases, or of bags."""
+    for split, each in enumerate(splits):
+        cases = each.get("cases") or [*map(str, range(len(each["y"])))]
+        times_BN = with_point(cases, DRAWS, split)
         yield auroc_draws(np.array(each["y"]), np.array(each["logits"]), times_BN)
+
+
+def gained(over_B: np.ndarray) -> str:
+    """Return a difference with its interval, and whether that is above or below 0."""
+    over = percentiles(over_B)
+    said = ", loses" if over.high < 0 else ", gains" if over.low > 0 else ""
+    return f"{span(over, sign='+')}{said}"
 
 
 def markdown(result: dict) -> str:
@@ -310,14 +319,12 @@ def markdown(result: dict) -> str:
         "| CPU s, MiB of a step on 10,000 tiles | CPU s forward, 20,000 tiles |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    areas = {name: [*drawn(row)] for name, row in result["rows"].items()}
+    areas = {name: [*drawn(row["splits"])] for name, row in result["rows"].items()}
     for name in [name for name in ROWS if name in areas]:
         row, own = result["rows"][name], np.mean(areas[name], axis=0)
         area, gain = interval(own), ""
         if name != REFERENCE and REFERENCE in areas:
-            over = percentiles(own - np.mean(areas[REFERENCE][: len(areas[name])], axis=0))
-            loses = ", loses" if over.high < 0 else ""
-            gain = f"{over.value:+.3f} [{over.low:+.3f}, {over.high:+.3f}]{loses}"
+            gain = gained(own - np.mean(areas[REFERENCE][: len(areas[name])], axis=0))
         tile = np.mean([each["tile_auroc"] for each in row["splits"]], axis=0)
         seconds = np.mean([each["cpu_s"] for each in row["splits"]])
         lines.append(

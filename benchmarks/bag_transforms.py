@@ -30,6 +30,7 @@ from benchmarks.aggregators import (
     Row,
     bags_of,
     drawn,
+    gained,
     lattice,
     measure,
     objective_of,
@@ -41,7 +42,7 @@ from tapfm.data.bag import Moment
 from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.reports.plain_table import markdown
 from tapfm.settings import Spec
-from tapfm.stats.bootstrap import interval, percentiles
+from tapfm.stats.bootstrap import interval
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "bag_transforms"
 RESULT, REFERENCE = RESULTS / "bag_transforms.json", "gated"
@@ -102,7 +103,7 @@ def skipped(row: Row, dim: int, count: int = 1000) -> float:
 
 def table(result: dict) -> str:
     """Return a line a row."""
-    areas = {name: np.mean([*drawn(row)], axis=0) for name, row in result["rows"].items()}
+    areas = {name: np.mean([*drawn(row["splits"])], axis=0) for name, row in result["rows"].items()}
     lines = [
         ["gated and", "AUROC [95 %]", "minus gated [95 %]", "skipped in pass 2", "CPU s a fit"]
     ]
@@ -110,9 +111,7 @@ def table(result: dict) -> str:
         row, area = result["rows"][name], interval(areas[name])
         gain = ""
         if name != REFERENCE:
-            over = percentiles(areas[name] - areas[REFERENCE])
-            loses = ", loses" if over.high < 0 else ", gains" if over.low > 0 else ""
-            gain = f"{over.value:+.3f} [{over.low:+.3f}, {over.high:+.3f}]{loses}"
+            gain = gained(areas[name] - areas[REFERENCE])
         lines.append([
             "nothing" if name == REFERENCE else name,
             f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}]", gain,

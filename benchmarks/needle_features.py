@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import aggregators, bag_transforms
-from benchmarks.aggregators import DRAWS, REFERENCE, Row, encoded, measure
+from benchmarks.aggregators import REFERENCE, Row, drawn, encoded, gained, measure
 from benchmarks.needle import FOLDS, TABLE, truth_rows, write_table
 from benchmarks.record import RESULTS, facts, rewrite
 from slides.cohort.resplit import run_split
@@ -35,13 +35,13 @@ from slides.files import write_json
 from tapfm.data.bag import Places
 from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.reports.plain_table import markdown, span
-from tapfm.stats.bootstrap import interval, percentiles, with_point
-from tapfm.stats.metrics import auroc_draws
+from tapfm.stats.bootstrap import interval
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "runs" / "needle_features"
 RESULT = RESULTS / "needle_features.json"
 EPOCHS = 15
+Truth = list[dict[str, str]]  # the rows of tiles.csv
 ROWS = aggregators.ROWS | {
     f"gated, {name}": row for name, row in bag_transforms.ROWS.items() if name != REFERENCE
 }
@@ -54,21 +54,22 @@ def main() -> int:
     torch.set_num_threads(1)
     done = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
     if missing := [name for name in names if name not in done]:
-        about, tiles, folds = facts("cpu"), tile_features(), deal()
+        about, truth, folds = facts("cpu"), truth_rows(), deal()
+        tiles = tile_features(truth)
         for name in missing:
-            done[name] = [measure_fold(ROWS[name], tiles, fold) for fold in folds]
+            done[name] = [measure_fold(ROWS[name], tiles, truth, fold) for fold in folds]
             print(name, flush=True)
             write_json(RESULT, about | {"rows": done})
     rewrite("needle_features", table(json.loads(RESULT.read_text())))
     return 0
 
 
-def tile_features() -> dict[str, torch.Tensor]:
+def tile_features(truth: Truth) -> dict[str, torch.Tensor]:
     """Return features and colours of all tiles, in the order of tiles.csv; encode them once."""
     path = OUT / "features.pt"
     if not path.exists():
         OUT.mkdir(parents=True, exist_ok=True)
-        torch.save(encoded(truth_rows()), path)
+        torch.save(encoded(truth), path)
     return torch.load(path, weights_only=True)
 
 
@@ -83,10 +84,11 @@ def deal() -> list[list[dict[str, str]]]:
     return found
 
 
-def measure_fold(row: Row, tiles: dict[str, torch.Tensor], fold: list[dict[str, str]]) -> dict:
+def measure_fold(
+    row: Row, tiles: dict[str, torch.Tensor], truth: Truth, fold: list[dict[str, str]]
+) -> dict:
     """Return a row's test slides of a fold, with their cases, logits and figures."""
     z, rows_of = tiles["colours" if row.colours else "z"], defaultdict(list)
-    truth = truth_rows()
     for number, tile in enumerate(truth):
         rows_of[tile["slide_id"]].append(number)
     bags: dict[str, list] = defaultdict(list)
@@ -105,15 +107,13 @@ def measure_fold(row: Row, tiles: dict[str, torch.Tensor], fold: list[dict[str, 
 
 def table(result: dict) -> str:
     """Return a line a row."""
-    areas = {name: drawn(folds) for name, folds in result["rows"].items()}
+    areas = {name: np.mean([*drawn(folds)], axis=0) for name, folds in result["rows"].items()}
     lines = [["method", "AUROC [95 %]", f"minus `{REFERENCE}` [95 %]",
               "tile AUROC: weights, logits", "CPU s a fit"]]  # fmt: skip
     for name in [name for name in ROWS if name in areas]:
         folds, gain = result["rows"][name], ""
         if name != REFERENCE and REFERENCE in areas:
-            over = percentiles(areas[name] - areas[REFERENCE])
-            said = ", loses" if over.high < 0 else ", gains" if over.low > 0 else ""
-            gain = span(over, sign="+") + said
+            gain = gained(areas[name] - areas[REFERENCE])
         tile = np.mean([fold["tile_auroc"] for fold in folds], axis=0)
         lines.append([
             name, span(interval(areas[name])), gain,
@@ -126,15 +126,6 @@ def table(result: dict) -> str:
         f"{result['timm']}."
     )
     return f"{markdown(lines)}\n\n{about}"
-
-
-def drawn(folds: list[dict]) -> np.ndarray:
-    """Return the mean AUROC of the folds, as found and in bootstrap draws of cases."""
-    areas = []
-    for number, fold in enumerate(folds):
-        times_BN = with_point(fold["cases"], DRAWS, number)
-        areas.append(auroc_draws(np.array(fold["y"]), np.array(fold["logits"]), times_BN))
-    return np.mean(areas, axis=0)
 
 
 if __name__ == "__main__":
