@@ -7,7 +7,7 @@ Each seed paints a cohort of its own (other patients, other sites and stains), t
 that seed, and tests: what `make train` does for its default run, from nothing. Writes the seeds'
 figures to results/demo_seeds.json, and the table between the markers in README.md from that file.
 
-Price: a quarter of an hour of one core a seed, 300 MB of disk.
+Price: 20 minutes of one core a seed, beside other work; 300 MB of disk.
 """
 
 from __future__ import annotations

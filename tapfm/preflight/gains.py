@@ -1,4 +1,4 @@
-"""What adapting gained where it was measured, by training patients, for `tapfm plan --config`.
+"""Says what adapting gained where it was measured, by training patients: end of a cohort's plan.
 
 Source: benchmarks/results/tissue.json, traits planted into real tissue; a test holds the figures
     equal.

@@ -204,7 +204,7 @@ def residual_run(shapes=((300, 77), (1024,), (5,))):
 def test_a_compiled_update_is_the_same_to_the_bit(monkeypatch):
     try:
         need_compiler(torch.device("cpu"))
-    except CompilerError as error:  # it says what to install
+    except CompilerError as error:  # a compiler is optional, and the error says what to install
         pytest.skip(f"nothing can be compiled here: {error}")
     eager = residual_run()
     monkeypatch.setattr(packed, "COMPILED_FROM", 1)
