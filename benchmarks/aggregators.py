@@ -98,6 +98,7 @@ ROWS = {
     "graph": Row("graph"),
     "case_transformer": Row("case_transformer"),
     "otsurv": Row("otsurv"),
+    "ads": Row("ads"),
     "transmil, width 256": Row({"name": "transmil", "width": 256}),
     "regions, of one scale": Row("regions"),
     "mamba, local, width 256": Row({"name": "mamba", "scan": "local", "width": 256}),

@@ -17,7 +17,8 @@ Condition: labels of 0 and 1, or classes. From slides, only the last slide's res
 Source: Fang et al. 2025 (PackMIL, arXiv 2509.20923).
 Differs: `share` is that of the main branch, as in the authors' code, whose option is called
     `token_dropout`. Slides of a pack come one after the other, which gives the same sums as packed
-    and padded sequences. Without the downsampler, which acts in prediction too; one predictor.
+    and padded sequences. The downsampler, which acts in prediction too, is the aggregator `ads`.
+    One predictor.
 
 Shapes: T tiles, D features, N slides of a pack, Y numbers of a target.
 """

@@ -108,7 +108,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Moment:
-    """A run's progress and seed, for regularisers and bag transforms."""
+    """A run's progress and seed, for regularisers, bag transforms and aggregators."""
 
     progress: float
     """Share of the run that is over, 0 to 1."""

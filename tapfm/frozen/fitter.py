@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slides.seeds import stable_seed
+from tapfm.data.bag import Moment
 from tapfm.distributed import average, gather, rank, several, world
 from tapfm.frozen.frozen_slide import FrozenSlide
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
@@ -186,7 +188,6 @@ def _epochs(
     turns = [*turns.values()]
     for epoch in range(recipe.schedule.epochs):
         model.train()
-        model.set_progress(epoch / recipe.schedule.epochs)
         loss.train()
         for batch in next(orders):
             for parameter in learning:
@@ -195,11 +196,18 @@ def _epochs(
             held = [train[n] for process, n in drawn if process == rank()]
             groups = [held] if isinstance(model, SeveralSlides) else [[slide] for slide in held]
             for group in filter(None, groups):
+                model.set_moment(_moment(epoch, recipe.schedule.epochs, seed, group[0].slide_id))
                 share = world() * len(group) / len(drawn)  # the mean over processes is taken
                 (share * _loss(model, group, loss, device)).backward()
             average(learning)
             optimizer.step()
         yield epoch, model
+
+
+def _moment(epoch: int, epochs: int, seed: int, slide_id: str) -> Moment:
+    """Return the moment of a slide's step, whose seed is another in each epoch."""
+    own = stable_seed("fitter", seed, epoch, slide_id) % 2**63
+    return Moment(epoch / epochs, epoch, own, slide_id)
 
 
 def _loss(

@@ -72,7 +72,7 @@ class Objective(nn.Module):
         self, aggregator: Aggregator, tiles: TileSet, target_Y: Tensor, moment: Moment
     ) -> Outcome:
         """Return the loss of a slide, its graph ending in the tiles' features and scores."""
-        aggregator.set_progress(moment.progress)
+        aggregator.set_moment(moment)
         for transform in self.transforms.values():
             tiles = transform(tiles, moment)
         output = aggregator(tiles)

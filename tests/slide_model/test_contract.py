@@ -33,6 +33,7 @@ SPECS = {
     "additive, probabilities": {"name": "additive", "probability": True},
     "mamba, small": {"name": "mamba", "width": 32, "chunk": 5, "rate": 4},
     "mamba, local": {"name": "mamba", "width": 32, "chunk": 5, "scan": "local"},
+    "ads, max": {"name": "ads", "keep": "max", "ratio": 3},
     "regions, small": {"name": "regions", "width": 16, "span": 2},
 }
 every = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -148,8 +149,8 @@ def test_a_tile_alone_is_a_slide_of_one_tile(spec):
 
 @every
 @every_bag
-def test_the_order_of_a_slides_tiles_does_not_matter(spec, counts):
-    aggregator, tiles = made(spec), leaves(counts=counts)
+def test_the_order_of_a_slides_tiles_does_not_matter_in_prediction(spec, counts):
+    aggregator, tiles = made(spec).eval(), leaves(counts=counts)
     drawn = torch.Generator().manual_seed(1)
     firsts = [0, CASE[0]] if counts else [0]
     rows_T = torch.cat(

@@ -13,6 +13,7 @@
     additive.py      a value for each tile in the label's unit, whose mean is the slide's
     mamba.py         tiles in a row, each with a decaying memory of those before it
     otsurv.py        tiles transported to learned prototypes, the surest first
+    ads.py           groups of tiles stand for them in training: PackMIL's downsampler
     graph.py         tiles take in those that touch them
     case_transformer.py  each slide pooled, then a transformer over the slides of a case
     regions.py       tiles of several magnifications meet region by region
@@ -32,6 +33,7 @@ from typing import Any
 
 from tapfm.settings import SettingsError, Spec, choose, spec_of
 from tapfm.slide_model.aggregators.additive import Additive
+from tapfm.slide_model.aggregators.ads import Ads
 from tapfm.slide_model.aggregators.case_transformer import CaseTransformer
 from tapfm.slide_model.aggregators.clam import Clam
 from tapfm.slide_model.aggregators.contract import Aggregator, AggregatorOptions
@@ -74,6 +76,7 @@ AGGREGATORS: dict[str, type] = {
     "additive": Additive,
     "mamba": Mamba,
     "otsurv": OtSurv,
+    "ads": Ads,
     "graph": Graph,
     "case_transformer": CaseTransformer,
     "regions": Regions,

@@ -19,7 +19,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from tapfm.data.bag import Places
+from tapfm.data.bag import Moment, Places
 from tapfm.settings import SettingsError
 
 ALONE = 4096  # tiles at once: bounds memory on slides of any size
@@ -112,8 +112,8 @@ class Aggregator(nn.Module):
         """Return whether layers before the head learn."""
         return any(not name.startswith(("norm.", "head.")) for name, _ in self.named_parameters())
 
-    def set_progress(self, progress: float) -> None:
-        """Take the share of the run that is over, 0 to 1, in front of each training step."""
+    def set_moment(self, moment: Moment) -> None:
+        """Take progress and seed in front of each training step, for schedules and draws."""
 
     def standardised(self, z_TD: Tensor) -> Tensor:
         """Return the features, centred and scaled."""

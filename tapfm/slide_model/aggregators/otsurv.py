@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tapfm.data.bag import Moment
 from tapfm.settings import below, refuse
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 
@@ -87,9 +88,9 @@ class Transport(Aggregator):
         self.head = nn.Linear(options.width, labels)
         self.register_buffer("rho", torch.ones(()))  # without a run, all tiles
 
-    def set_progress(self, progress: float) -> None:
+    def set_moment(self, moment: Moment) -> None:
         """Take over rho at this share of the run."""
-        self.rho.fill_(transported(progress, self.options))
+        self.rho.fill_(transported(moment.progress, self.options))
 
     def forward(self, tiles: TileSet) -> SlideOutput:
         """Return logits, each tile's mass, and the pooled prototypes."""
