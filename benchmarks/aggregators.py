@@ -99,6 +99,7 @@ ROWS = {
     "case_transformer": Row("case_transformer"),
     "otsurv": Row("otsurv"),
     "ads": Row("ads"),
+    "ads, random features": Row({"name": "ads", "keep": "random"}),
     "transmil, width 256": Row({"name": "transmil", "width": 256}),
     "regions, of one scale": Row("regions"),
     "mamba, local, width 256": Row({"name": "mamba", "scan": "local", "width": 256}),

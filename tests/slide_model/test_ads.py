@@ -195,5 +195,5 @@ def test_the_number_of_parameters():
 
 
 def test_options_that_cannot_be_are_all_named():
-    with pytest.raises(SettingsError, match=r"ratio must be 2 or more, got 1(.|\n)*random, max"):
+    with pytest.raises(SettingsError, match=r"ratio must be 2 or more, got 1(.|\n)*max, random"):
         make_aggregator({"name": "ads", "ratio": 1, "keep": "mean"}, D, K)

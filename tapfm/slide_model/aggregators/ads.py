@@ -5,9 +5,9 @@
     y_t = B h_t                                             prediction: no groups
     logits = head(sum a y),  a = softmax(gate(y))
 
-`keep: random` puts the tiles of a group behind each other and keeps D of the ratio x D numbers,
-drawn once a step, the same of all groups; `keep: max` takes the largest of each feature. A tile of
-a group has an equal part of its weight. The last group, where T is no multiple of `ratio`, repeats
+`keep: max` takes the largest of each feature; `keep: random` puts the tiles of a group behind each
+other and keeps D of the ratio x D numbers, drawn once a step, the same of all groups. A tile of a
+group has an equal part of its weight. The last group, where T is no multiple of `ratio`, repeats
 its tiles until it is whole, and its weight is that of as many tiles as it has.
 
 What is drawn is a function of the step's seed, so a resumed run goes on to the bit. Every tile has
@@ -16,7 +16,8 @@ a gradient, by w at least, so pass 2 encodes them all.
 Price: 2 D x D and (D + 2) x width numbers, and the gate's. With `random` a feature is another one
     in each step, and learning takes more updates than with `max` (benchmarks/LOG.md).
 Source: Fang et al. 2025 (PackMIL, arXiv 2509.20923), with ratio 4 and `random` to tell subtypes,
-    ratio 3 and `max` for survival. Its hyperslide is the bag transform `packmil`.
+    ratio 3 and `max` for survival; `max` is the default here. Its hyperslide is the bag
+    transform `packmil`.
 Differs: tiles that fill no whole group are trained on as said above. Slides of a case are one bag.
     m has one hidden layer of `width`.
 
@@ -36,7 +37,7 @@ from tapfm.settings import below, refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
 from tapfm.slide_model.aggregators.pooling import Gate
 
-KEEPS = ("random", "max")
+KEEPS = ("max", "random")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Ads:
 
     ratio: int = 4
     """Tiles of a group, R."""
-    keep: str = "random"
-    """What of a group is kept: `random` features of its tiles, or the `max` of each."""
+    keep: str = "max"
+    """What of a group is kept: the `max` of each feature, or `random` features of its tiles."""
     width: int = 128
     """Hidden units of m, which emphasises tiles."""
 
