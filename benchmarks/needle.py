@@ -14,11 +14,12 @@ The own parts also keep source regions and host slides apart; five folds do not,
 and test may be neighbours in the tissue, which flatters every row.
 
 Training tiles are neither turned nor recoloured, but in the rows `_turned`, which do both: the rows
-on frozen features see them as they are, and which way is up tells much of this cohort. Rates
-are small, since all tiles of a slide move together: chosen among two or three on the first fold's
-validation split. `tapfm study` does the work: run again, it goes on where it stopped. Writes
-results/needle.json and the table between the markers in README.md. Price: 2 to 5
-minutes of one core a fit, 40 fits a seed.
+on frozen features see them as they are, and which way is up tells much of this cohort. Rates of
+`full` and `last_n` are small, since all tiles of a slide move together: chosen among two or three
+on the first fold's validation split. LoRA is on all linear layers of the last six blocks, at a rate
+that was not chosen here. Each run saves its frozen control (", frozen, same head"). `tapfm study`
+does the work: run again, it goes on where it stopped. Writes results/needle.json and the table
+between the markers in README.md. Price: some 10 minutes of one core a fit, 40 fits a seed.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ TABLE = ROOT / "data" / "needle" / "cohort.csv"
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 FOLDS = 5
 ATTENTION = "frozen, gated attention"
+LORA = {"name": "lora", "alpha": 16.0, "targets": ["q", "k", "v", "proj", "mlp"], "last": 6}
 ROWS = {  # aggregator, strategy, learning rate of the encoder
     "frozen": ("tapfm_gated", {"name": "frozen"}, None),
     "full": ("tapfm_gated", {"name": "full"}, 2e-7),
-    "lora": ("tapfm_gated", {"name": "lora"}, 5e-5),
+    "lora": ("tapfm_gated", LORA, 1e-4),
     "last_n": ("tapfm_gated", {"name": "last_n", "n": 4}, 1e-6),
     "learned": ("gated", {"name": "full"}, 2e-7),
     "published": ("tapfm", {"name": "full"}, 2e-7),
