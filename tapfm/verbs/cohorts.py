@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapfm.verbs import Do, at_least, config_flag
 
-SLIDES = 160  # of the demo cohort
+SLIDES = 136  # of the demo cohort
 
 
 def demo(verb: ArgumentParser) -> Do:
