@@ -84,6 +84,8 @@ class Run:
     validations: int = 20
     looks: int = 0
     """Passes over `seen_N` and `val_N`, before the first epoch and after the last."""
+    head_first: float = 0.0
+    """Share of the epochs in which the slide model learns alone, from pass 1."""
 
 
 def simulate(
@@ -154,8 +156,9 @@ def simulate_run(
     epoch = simulate(run.train_N, gpus, rates, each, paired=paired)
     validation = pass_seconds(run.val_N, gpus, rates)
     look = pass_seconds(run.seen_N, gpus, rates) + validation
+    alone = run.head_first * pass_seconds(run.train_N, gpus, rates)
     seconds = {
-        "training": run.epochs * epoch.seconds,
+        "training": run.epochs * (alone + (1 - run.head_first) * epoch.seconds),
         "validation": run.validations * validation,
         "choice": run.looks * look,
     }

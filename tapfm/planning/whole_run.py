@@ -125,6 +125,8 @@ def forecast_run(
     step, forward = (each / flops for each in flop)
     read = found.tile_s / workers * (0.1 if data.cache_dir else 1)  # from a cache: a tenth of it
     frozen = strategy_spec(make_strategy(config.model.strategy))["name"] == "frozen"
+    alone = 0 if frozen else steps.head_first  # share of the epochs without pass 2
+    tile = alone * max(forward, read) + (1 - alone) * max(step, read)
     tiles = {split: count * found.tiles for split, count in counts.items()}
     epochs = 1 if frozen and data.tiles_per_slide is None else trainer.max_epochs
     validations = 1 if frozen else -(-trainer.max_epochs // (trainer.check_val_every_n_epoch or 1))
@@ -133,7 +135,7 @@ def forecast_run(
     seconds = {
         "index": slides * found.index_s / workers,
         "cache": slides * found.tiles * found.tile_s / workers * bool(data.cache_dir),
-        "fit": epochs * counts["train"] * drawn * max(step, read)
+        "fit": epochs * counts["train"] * drawn * tile
         + validations * tiles["val"] * max(forward, read)
         + looks * (seen + tiles["val"]) * max(forward, read),
         # frozen features of all, RGB numbers of all, and the run and its control on two splits

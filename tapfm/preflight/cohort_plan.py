@@ -73,6 +73,7 @@ def planned_run(settings: Mapping[str, Any], train: Sequence[int], val: Sequence
         epochs=epochs,
         validations=-(-epochs // (trainer.get("check_val_every_n_epoch") or 1)),
         looks=len(steps.interpolate or ()) + bool(steps.warm_start),
+        head_first=steps.head_first,
     )
 
 

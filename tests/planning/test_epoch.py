@@ -1,6 +1,7 @@
 """Hours of a run on one card and on many: the simulation against a plain loop, and by hand."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_parts_of_a_run_by_hand():
     assert hours["training"] == pytest.approx(10 * simulate([6, 6, 6], 3, rates).seconds / 3600)
     assert hours["validation"] == pytest.approx(5 * 5.2 / 3600)
     assert hours["choice"] == pytest.approx(2 * (20 * 0.25 + 0.1 + 5.2) / 3600)
+    alone = simulate_run(replace(run, head_first=0.2), 3, rates)[1]
+    trained = 8 * epoch.seconds + 2 * (6 * 0.25 + 0.1)
+    assert alone == hours | {"training": pytest.approx(trained / 3600)}
 
 
 def test_one_card_without_updates_wastes_nothing():

@@ -149,7 +149,7 @@ def test_a_sloppy_workbook_is_mended_when_asked_and_then_ready(cohort, tmp_path,
 
 def test_a_forecast_by_hand():
     """10 slides of 100 tiles: each number is counted here from its own definition."""
-    steps = SimpleNamespace(interpolate=[0, 1], warm_start=True)
+    steps = SimpleNamespace(interpolate=[0, 1], warm_start=True, head_first=0.25)
     config = SimpleNamespace(
         data=SimpleNamespace(tiles_per_slide=20, workers=2, cache_dir=None,
                              tiles=SimpleNamespace(tile_px=10)),
@@ -163,7 +163,7 @@ def test_a_forecast_by_hand():
     assert made.hours["index"] * 3600 == pytest.approx(10 * 4 / 2)
     assert made.hours["cache"] == 0
     looks = 3 * (5 * 3 * 20 + 200) * forward  # three views of twenty tiles, of a hundred
-    fit = 6 * 5 * 20 * step + 2 * 200 * forward + looks
+    fit = 6 * 5 * 20 * (step * 3 / 4 + forward / 4) + 2 * 200 * forward + looks
     assert made.hours["fit"] * 3600 == pytest.approx(fit)
     test = 1000 * (forward + read) + 2 * 500 * forward
     assert made.hours["test"] * 3600 == pytest.approx(test)
