@@ -47,8 +47,8 @@ def main() -> int:
     for seed in arguments.seeds:
         part = f", {arguments.patients} patients" if arguments.patients else ""
         found = run_seed(seed, arguments.patients, arguments.work / str(seed))
-        results[f"{seed}{part}"] = found
-        path.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        results = dict(sorted({**results, f"{seed}{part}": found}.items()))
+        path.write_text(json.dumps(results, indent=1) + "\n")
         rewrite("demo_seeds", table(results))
     return 0
 
