@@ -1,11 +1,11 @@
-"""PathPT on demo cohorts: from 1, 5 and 10 slides a subtype, beside zero-shot and frozen models.
+"""PathPT on demo cohorts: from 1, 3 and 6 slides a subtype, beside zero-shot and frozen models.
 
     python -m benchmarks.pathpt --cohorts 0 --draws 3
     python -m benchmarks.pathpt --cohorts 0 --draws 1 --end-to-end
 
 Paints the cohort that `tapfm demo --seed` makes, asks it configs/pathpt/demo.yaml with so many
 draws of the training slides, and writes figures to results/pathpt.json and the table between the
-markers in README.md. End to end, only ten slides a subtype are asked for, and LoRA in the image
+markers in README.md. End to end, only six slides a subtype are asked for, and LoRA in the image
 tower, at its own rate, learns beside prompts and mixer; the same draws are of the same slides.
 
 Price, in processor time: two minutes a cohort, and two to paint it; end to end, nine a draw.
@@ -28,7 +28,7 @@ from tapfm.reports.plain_table import markdown
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 PROGRAM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
-END_TO_END = {"shots": [10], "strategy": "lora"}
+END_TO_END = {"shots": [6], "strategy": "lora"}
 
 
 def main() -> int:

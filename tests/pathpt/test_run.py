@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from slides.cohort.table import SlideRow, read_cohort
-from slides.demo.cohort import LABELS
+from slides.demo.cohort import LABELS, plan_demo
 from slides.demo.tissue_painter import (
     COMPARTMENTS,
     GLASS,
@@ -30,6 +30,7 @@ from tapfm.pathpt.question import Question, QuestionError, TileClass, read_quest
 from tapfm.pathpt.spatial import places
 from tapfm.pathpt.text.words import load_demo
 from tests.cohorts import write_cohort
+from tests.test_configs import ROOT
 
 SMALL = {
     "classes": [
@@ -204,8 +205,6 @@ def test_a_draw_takes_as_many_cases_of_each_subtype_and_no_test_slide():
 
 
 def test_the_demos_question_is_read_and_its_tower_knows_every_word():
-    from tests.test_configs import ROOT
-
     path = ROOT / "configs" / "pathpt" / "demo.yaml"
     assert len(path.read_text().splitlines()) <= 50
     question = read_question(path)
@@ -214,6 +213,17 @@ def test_the_demos_question_is_read_and_its_tower_knows_every_word():
         vectors = teacher.encode_text(sentences)
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(sentences)))
     assert set(question.columns) <= set(LABELS)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_demos_cohort_has_the_slides_that_its_question_asks_for(seed):
+    question = read_question(ROOT / "configs" / "pathpt" / "demo.yaml")
+    training = {(s.case_id, s.labels) for s in plan_demo(seed) if s.split == "train"}
+    for kind in question.classes:
+        if kind.where:
+            places = {LABELS.index(label): value for label, value in kind.where.items()}
+            cases = sum(all(y[k] == v for k, v in places.items()) for _, y in training)
+            assert cases >= max(question.shots), kind.name
 
 
 def test_the_demos_towers_fit_each_other():
