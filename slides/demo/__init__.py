@@ -6,3 +6,5 @@
 
 The slides are real pyramids on disk, read like any other slide.
 """
+
+SLIDES = 136  # of the cohort, unless another number is asked for

@@ -29,6 +29,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
+from slides.demo import SLIDES
 from slides.demo.tissue_painter import GLASS, PEN, TISSUE, TUMOUR, Specimen, paint, site_stain
 from slides.errors import SettingsError, refuse
 from slides.files import replacing, write_text
@@ -80,7 +81,7 @@ class DemoSlide:
 
 
 def write_demo(
-    out: Path, seed: int = 0, slides: int = 136, workers: int = 2, progress: bool = True
+    out: Path, seed: int = 0, slides: int = SLIDES, workers: int = 2, progress: bool = True
 ) -> Path:
     """Write the demo cohort and return the path of its table, which is written last.
 
@@ -118,7 +119,7 @@ def write_demo(
     return table
 
 
-def plan_demo(seed: int = 0, slides: int = 136) -> tuple[DemoSlide, ...]:
+def plan_demo(seed: int = 0, slides: int = SLIDES) -> tuple[DemoSlide, ...]:
     """Return the plan of every slide: patients, splits, labels, sites, scanners. Pure."""
     faults = [f"--seed is {seed}: give 0 or more"] * (seed < 0)
     if slides < FEWEST:

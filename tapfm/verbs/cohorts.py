@@ -5,9 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from slides.demo import SLIDES
 from tapfm.verbs import Do, at_least, config_flag
-
-SLIDES = 136  # of the demo cohort
 
 
 def demo(verb: ArgumentParser) -> Do:
@@ -20,7 +19,7 @@ def demo(verb: ArgumentParser) -> Do:
 
     def do(out: Path, seed: int, slides: int, workers: int) -> int:
         marker = out / "seed.txt"  # written last: it marks a complete cohort
-        asked = f"{seed}" + f", {slides} slides" * (slides != SLIDES)
+        asked = f"{seed}, {slides} slides"
         if marker.exists() and marker.read_text().strip() == asked:
             print(f"{out}: the demo cohort is there already; delete the folder to repaint it")
             return 0

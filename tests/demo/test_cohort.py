@@ -25,6 +25,7 @@ from slides.demo import cohort as synthetic
 from slides.demo.cohort import FEWEST, LABELS, MIN_SIDE0, MPPS, SPLITS, plan_demo, write_slide
 from slides.demo.tissue_painter import GLASS, TISSUE, TUMOUR, Specimen, paint, site_stain
 from slides.errors import SettingsError
+from tapfm.cli import main
 
 SMALL = {"tissue_mm2": 0.05, "tumour_fraction": 0.3}  # a ninth of a demo specimen
 
@@ -191,6 +192,18 @@ class TestFiles:
             assert (row.case_id, row.split, row.site) == (slide.case_id, slide.split, slide.site)
         with table.open() as file:
             assert any(row[label] == "" for row in csv.DictReader(file) for label in LABELS)
+
+
+def test_a_cohort_of_another_size_or_seed_is_painted_anew(tmp_path, monkeypatch, capsys):
+    """A marker that names the seed alone is of a version whose cohort had other slides."""
+    painted = []
+    monkeypatch.setattr(synthetic, "write_demo", lambda *asked: painted.append(asked) or asked[0])
+    (tmp_path / "seed.txt").write_text("0\n")
+    demo = ["demo", "--out", str(tmp_path)]
+    for flags, times in (([], 1), ([], 1), (["--slides", "12"], 2), (["--seed", "1"], 3)):
+        assert main([*demo, *flags]) == 0
+        assert len(painted) == times
+    assert "is there already" in capsys.readouterr().out
 
 
 class TestPainting:
