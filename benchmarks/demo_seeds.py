@@ -26,13 +26,13 @@ import yaml
 
 from benchmarks.record import RESULTS, facts, rewrite
 from benchmarks.tissue import write_part
+from tapfm.evaluation.study import TAPFM
 from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.plain_table import markdown
 from tapfm.reports.rows import END_TO_END, FROZEN_ENCODER
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "demo.yaml"
-TAPFM = Path(sys.executable).with_name("tapfm")
 
 
 def main() -> int:
@@ -97,7 +97,7 @@ def stage(title: str, command: list[str]) -> int:
     """Run a command of tapfm on one core; return its seconds."""
     began = time.perf_counter()
     if subprocess.run(
-        [TAPFM, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        [*TAPFM, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     ).returncode:
         raise SystemExit(f"{title} failed")
     return round(time.perf_counter() - began)

@@ -52,7 +52,7 @@ TABLE = ROOT / "data" / "needle" / "cohort.csv"
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 FOLDS = 5
 ATTENTION = "frozen, gated attention"
-LORA = {"name": "lora", "alpha": 16.0, "targets": ["q", "k", "v", "proj", "mlp"], "last": 6}
+LORA = yaml.safe_load((CONFIG.parent / "tissue.yaml").read_text())["model"]["strategy"]
 ROWS = {  # aggregator, strategy, learning rate of the encoder
     "frozen": ("tapfm_gated", {"name": "frozen"}, None),
     "full": ("tapfm_gated", {"name": "full"}, 2e-7),

@@ -22,12 +22,12 @@ from pathlib import Path
 import yaml
 
 from benchmarks.record import RESULTS, cpu_seconds, facts, rewrite
+from tapfm.evaluation.study import TAPFM
 from tapfm.reports.html.tables import interval_cell
 from tapfm.reports.plain_table import markdown
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-PROGRAM = [sys.executable, "-c", "import sys; from tapfm.cli import main; sys.exit(main())"]
 END_TO_END = {"shots": [6], "strategy": "lora"}
 
 
@@ -60,10 +60,10 @@ def run_cohort(cohort: int, changes: dict, work: Path) -> dict:
     work.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", {"data": config}), ("question", question)):
         (work / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    subprocess.run([*PROGRAM, "demo", "--seed", str(cohort), "--out", str(data)], check=True)
+    subprocess.run([*TAPFM, "demo", "--seed", str(cohort), "--out", str(data)], check=True)
     began = cpu_seconds()
     asked = ["--config", work / "config.yaml", "--question", work / "question.yaml"]
-    subprocess.run([*PROGRAM, "pathpt", *asked, "--out", work / "out"], check=True)
+    subprocess.run([*TAPFM, "pathpt", *asked, "--out", work / "out"], check=True)
     took = f"{round(cpu_seconds() - began)} processor seconds"
     return {**about, "took": took, **json.loads((work / "out" / "scores.json").read_text())}
 

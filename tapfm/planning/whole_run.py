@@ -122,11 +122,11 @@ def forecast_run(
     data, trainer, steps = config.data, config.trainer, config.model.steps
     slides, workers = sum(counts.values()), max(1, data.workers)
     drawn = min(data.tiles_per_slide or found.tiles, found.tiles)
-    step, forward = (each / flops for each in flop)
     read = found.tile_s / workers * (0.1 if data.cache_dir else 1)  # from a cache: a tenth of it
+    step, forward = (max(each / flops, read) for each in flop)
     frozen = strategy_spec(make_strategy(config.model.strategy))["name"] == "frozen"
     alone = 0 if frozen else steps.head_first  # share of the epochs without pass 2
-    tile = alone * max(forward, read) + (1 - alone) * max(step, read)
+    tile = alone * forward + (1 - alone) * step
     tiles = {split: count * found.tiles for split, count in counts.items()}
     epochs = 1 if frozen and data.tiles_per_slide is None else trainer.max_epochs
     validations = 1 if frozen else -(-trainer.max_epochs // (trainer.check_val_every_n_epoch or 1))
@@ -136,11 +136,11 @@ def forecast_run(
         "index": slides * found.index_s / workers,
         "cache": slides * found.tiles * found.tile_s / workers * bool(data.cache_dir),
         "fit": epochs * counts["train"] * drawn * tile
-        + validations * tiles["val"] * max(forward, read)
-        + looks * (seen + tiles["val"]) * max(forward, read),
+        + validations * tiles["val"] * forward
+        + looks * (seen + tiles["val"]) * forward,
         # frozen features of all, RGB numbers of all, and the run and its control on two splits
-        "test": sum(tiles.values()) * (max(forward, read) + read)
-        + 2 * (tiles["val"] + tiles["test"]) * max(forward, read) * (not frozen),
+        "test": sum(tiles.values()) * (forward + read)
+        + 2 * (tiles["val"] + tiles["test"]) * forward * (not frozen),
     }
     every = sum(tiles.values())
     disk = {

@@ -221,8 +221,8 @@ def test_the_demos_cohort_has_the_slides_that_its_question_asks_for(seed):
     training = {(s.case_id, s.labels) for s in plan_demo(seed) if s.split == "train"}
     for kind in question.classes:
         if kind.where:
-            places = {LABELS.index(label): value for label, value in kind.where.items()}
-            cases = sum(all(y[k] == v for k, v in places.items()) for _, y in training)
+            wanted = {LABELS.index(label): value for label, value in kind.where.items()}
+            cases = sum(all(y[k] == v for k, v in wanted.items()) for _, y in training)
             assert cases >= max(question.shots), kind.name
 
 

@@ -21,7 +21,7 @@ Source: Fang et al. 2025 (PackMIL, arXiv 2509.20923), with ratio 4 and `random` 
 Differs: tiles that fill no whole group are trained on as said above. Slides of a case are one bag.
     m has one hidden layer of `width`.
 
-Shapes: T tiles, D features, G groups, R tiles of a group, C = R x D.
+Shapes: T tiles, D features, G groups, R tiles of a group.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Ads:
     ratio: int = 4
     """Tiles of a group, R."""
     keep: str = "max"
-    """What of a group is kept: the `max` of each feature, or `random` features of its tiles."""
+    """Keep the `max` of each feature of a group, or `random` features of its tiles."""
     width: int = 128
     """Hidden units of m, which emphasises tiles."""
 
@@ -76,7 +76,7 @@ class Downsampled(Aggregator):
         super().__init__(dim, labels)
         self.options = options
         self.seed = 0
-        """Of what the training step draws; each step brings its own, so none is saved."""
+        """Seeds what a training step draws; each step brings its own, so none is saved."""
         self.emphasis = nn.Sequential(
             nn.Linear(dim, options.width), nn.GELU(), nn.Linear(options.width, 1, bias=False)
         )
