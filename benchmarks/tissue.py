@@ -95,6 +95,12 @@ ROWS |= {  # on the label that gains most, so that what a part is worth can be s
     f"VESICULAR: {name}": part | {"data": {"labels": ["VESICULAR"]} | part.get("data", {})}
     for name, part in PARTS.items()
 }
+EACH = PARTS["without balanced steps"]
+ROWS |= {  # the part that was better left out, on the other labels
+    "three labels: without balanced steps": EACH,
+    **{f"{label}: without balanced steps": EACH | {"data": EACH["data"] | {"labels": [label]}}
+       for label in ("KARYOMEGALY", "NOISE")},
+}  # fmt: skip
 PATIENTS = {"8 training patients": 8, "12 training patients": 12}  # of 17
 
 
