@@ -15,7 +15,8 @@ SHARED = {  # whole files, errors, seeds, progress: no pixels
 }  # fmt: skip
 NO_PIXELS = {  # rooms and files of tapfm that never meet a slide
     "adapt", "adapt.strategies", "bag_transforms", "encoders", "engine", "regularisers", "settings",
-    "slide_encoders", "slide_model", "slide_model.aggregators", "stats", "tasks",
+    "slide_encoders", "slide_model", "slide_model.aggregators", "slide_model.layers", "stats",
+    "tasks",
     "training.alternating", "training.module", "training.objective", "training.passes",
     "tile_training.module",
     "pathpt.text", "pathpt.spatial", "pathpt.pseudo", "pathpt.vote", "pathpt.tile_loss",
@@ -31,7 +32,8 @@ BELOW = {  # what a room may know of tapfm: a reader of one of these files needs
     "adapt": {"settings", "weights", "autocast"},
     "adapt.strategies": {"adapt", "settings"},
     "engine": {"encoders", "adapt", "data.bag", "settings"},
-    "slide_model.aggregators": {"data.bag", "settings"},
+    "slide_model.layers": set(),
+    "slide_model.aggregators": {"data.bag", "settings", "slide_model.layers"},
     "slide_encoders": {"data.bag", "settings", "slide_model.aggregators"},
     "regularisers": {"data.bag", "settings", "slide_model.aggregators"},
     "bag_transforms": {"data.bag", "settings", "slide_model.aggregators"},
@@ -39,7 +41,7 @@ BELOW = {  # what a room may know of tapfm: a reader of one of these files needs
 }
 BESIDE = {  # files of one kind, none of which knows another of its kind
     "tapfm.adapt.strategies": (),
-    "tapfm.slide_model.aggregators": ("blocks", "contract", "pooling"),
+    "tapfm.slide_model.aggregators": ("contract", "pooling"),
     "tapfm.regularisers": ("contract",),
     "tapfm.bag_transforms": ("contract",),
 }

@@ -1,4 +1,4 @@
-"""Layers of `tapfm.slide_model.aggregators.blocks`, by torch's own attention."""
+"""Layers of `tapfm.slide_model.layers.blocks`, by torch's own attention."""
 
 from torch.nn import functional as F
 

@@ -29,8 +29,8 @@ from tapfm.encoders.pinned import upload
 from tapfm.planning.gpu_defaults import ON_CPU, on_cpu
 from tapfm.settings import SettingsError, refuse
 from tapfm.slide_model.aggregators import AGGREGATORS, with_temperature
-from tapfm.slide_model.aggregators.pooling import effective_tiles
 from tapfm.slide_model.feature_encoder import MODEL, check_features
+from tapfm.slide_model.layers.attention import effective_tiles
 from tapfm.slide_model.model import ModelConfig, build
 from tapfm.slide_model.start import start_from as start_from_run
 from tapfm.tasks import validation_figures

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tapfm.slide_model.aggregators import make_aggregator
-from tapfm.slide_model.aggregators.pooling import effective_tiles, minmax
+from tapfm.slide_model.layers.attention import effective_tiles, minmax
 from tests.bags import tile_set
 
 T, D, K = 13, 7, 3

@@ -6,7 +6,7 @@
     tapfm_gated.py   w = softmax(minmax(s) / T + g(z)), T = 1: the default
     mean.py          all tiles alike: a linear probe whose encoder learns
     hierarchical.py  the same within each slide of a case, then over its slides
-    pooling.py       what these four share: gate, min-max, weighted mean
+    pooling.py       what tapfm, gated, tapfm_gated and hierarchical share: the weighted mean
     dsmil.py         a critical tile for each label, and all tiles by their likeness to it
     transmil.py      tiles attend to each other and to their neighbours on the slide
     clam.py          attention, and tile classifiers taught by what it looks at
@@ -17,13 +17,11 @@
     graph.py         tiles take in those that touch them
     case_transformer.py  each slide pooled, then a transformer over the slides of a case
     regions.py       tiles of several magnifications meet region by region
-    blocks.py        a transformer block, which the last two share
     madeleine.py     several heads of gated attention: the slide encoder Madeleine
     moozy.py         tiles look at each other, then slides do: the slide encoder MOOZY
-    tile_head.py     class logits of single tiles, for labelled tiles
 
 Adding an aggregator is a file with a module and the frozen dataclass of its options, and its name
-here. An aggregator never imports another.
+here. An aggregator never imports another; what they share is in `tapfm.slide_model.layers`.
 """
 
 from __future__ import annotations
@@ -49,8 +47,8 @@ from tapfm.slide_model.aggregators.otsurv import OtSurv
 from tapfm.slide_model.aggregators.regions import Regions
 from tapfm.slide_model.aggregators.tapfm import Tapfm
 from tapfm.slide_model.aggregators.tapfm_gated import TapfmGated
-from tapfm.slide_model.aggregators.tile_head import TileHead
 from tapfm.slide_model.aggregators.transmil import TransMil
+from tapfm.slide_model.layers.tile_head import TileHead
 
 __all__ = [
     "AGGREGATORS",

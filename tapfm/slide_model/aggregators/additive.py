@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 
 from tapfm.settings import below, refuse
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
-from tapfm.slide_model.aggregators.pooling import Gate
+from tapfm.slide_model.layers.attention import Gate
 
 
 @dataclass(frozen=True)

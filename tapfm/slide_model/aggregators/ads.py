@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tapfm.data.bag import Moment
 from tapfm.settings import below, refuse, unmet
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
-from tapfm.slide_model.aggregators.pooling import Gate
+from tapfm.slide_model.layers.attention import Gate
 
 KEEPS = ("max", "random")
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from tapfm.settings import below, refuse
-from tapfm.slide_model.aggregators.blocks import Block, log_shares
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
-from tapfm.slide_model.aggregators.pooling import Gate
+from tapfm.slide_model.layers.attention import Gate
+from tapfm.slide_model.layers.blocks import Block, log_shares
 
 
 @dataclass(frozen=True)

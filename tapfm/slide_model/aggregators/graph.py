@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tapfm.settings import below, refuse
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet, need_coords
-from tapfm.slide_model.aggregators.pooling import Gate
+from tapfm.slide_model.layers.attention import Gate
 
 AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
 

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapfm.settings import below, refuse
-from tapfm.slide_model.aggregators.blocks import log_shares
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet, need_coords
+from tapfm.slide_model.layers.blocks import log_shares
 
 ROWS = 512  # queries at once, so that without gradients attention takes T x ROWS numbers a head
 

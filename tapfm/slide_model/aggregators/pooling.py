@@ -1,4 +1,4 @@
-"""Attention pooling, which several aggregators share: a slide as the weighted mean of its tiles.
+"""A slide as the weighted mean of its tiles, for the four aggregators that differ in the weights.
 
     w_t = softmax_t(minmax(s)_t / temperature + g(z_t)),  b = sum_t w_t z_t,  logits = W norm(b)
 
@@ -7,11 +7,9 @@ min-max and softmax keep their exact Jacobian and the encoder's chunks separate 
 
 Source: Kumar et al. 2025 (TAPFM, arXiv 2506.05184); Ilse et al. 2018 (arXiv 1802.04712), gated
     attention, for g.
-Differs: min-max ignores a spread below rounding (the paper divides by spread + 1e-8, which makes
-    equal tiles unequal); the score may be any increasing affine function of the paper's s, since
-    min-max removes it.
+Differs: the score may be any increasing affine function of the paper's s, since min-max removes it.
 
-Shapes: T tiles, S slides of a case, D features, A attention units, K labels.
+Shapes: T tiles, S slides of a case, D features, K labels.
 """
 
 from __future__ import annotations
@@ -21,9 +19,7 @@ from torch import Tensor, nn
 
 from tapfm.settings import SettingsError
 from tapfm.slide_model.aggregators.contract import Aggregator, SlideOutput, TileSet
-
-SPREAD_ULPS = 64  # scores closer than this many roundings of their size are equal
-GATE_UNITS = 128
+from tapfm.slide_model.layers.attention import Gate, minmax
 
 
 def check_temperature(name: str, temperature: float) -> None:
@@ -36,41 +32,6 @@ def check_temperature(name: str, temperature: float) -> None:
         raise SettingsError(
             f"model.aggregator {name}: temperature must be above 0, got {temperature}"
         )
-
-
-def minmax(score_T: Tensor) -> Tensor:
-    """Return scores moved to [0, 1] over the bag; all 0 where they are equal up to rounding."""
-    low, high = score_T.min(), score_T.max()
-    rounding = SPREAD_ULPS * torch.finfo(score_T.dtype).eps * score_T.abs().max().detach()
-    spread = high - low
-    equal = spread.detach() <= rounding
-    # where on both sides: a division by 0 in the untaken branch would still give nan gradients
-    safe = torch.where(equal, torch.ones_like(spread), spread)
-    return torch.where(equal, torch.zeros_like(score_T), (score_T - low) / safe)
-
-
-def effective_tiles(weights_T: Tensor) -> Tensor:
-    """Return 1 / sum w^2: how many tiles the bag embedding really stands on, 1 to T."""
-    return 1 / weights_T.square().sum()
-
-
-class Gate(nn.Module):
-    """Gated attention, tanh x sigmoid, one logit a tile."""
-
-    def __init__(self, dim: int, units: int = GATE_UNITS, *, start_at_zero: bool):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.tanh = nn.Linear(dim, units)
-        self.sigmoid = nn.Linear(dim, units)
-        self.last = nn.Linear(units, 1, bias=False)  # softmax over tiles ignores a bias
-        if start_at_zero:
-            nn.init.zeros_(self.last.weight)
-
-    def forward(self, z_TD: Tensor) -> Tensor:
-        """Return logits (T,)."""
-        x_TD = self.norm(z_TD)
-        units_TA = torch.tanh(self.tanh(x_TD)) * torch.sigmoid(self.sigmoid(x_TD))
-        return self.last(units_TA).squeeze(-1)
 
 
 class AttentionPooling(Aggregator):
