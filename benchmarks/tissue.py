@@ -55,6 +55,15 @@ from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.metrics import auroc, auroc_draws
 from tapfm.training.fit import Cli, read_config
 
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested keys of both; `over` wins."""
+    return {**base, **{
+        key: merged(base[key], value) if isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }}  # fmt: skip
+
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "tissue.yaml"
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
@@ -63,18 +72,18 @@ DRAWS = 2000
 # one core for each fit; and tiles of 65 tokens, for which torch's fused attention is slow on a CPU
 HOW = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
 LORA = yaml.safe_load(CONFIG.read_text())["model"]["strategy"]
+FEW_UPDATES = {"data": {"sampler": "balanced"}, "model": {"steps": {"accumulate": 16}}}
 PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
     "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
                        "steps": {"encoder_lr": 2e-5}}},
+    "16 balanced slides an update": FEW_UPDATES,
+    "4 balanced slides an update": merged(FEW_UPDATES, {"model": {"steps": {"accumulate": 4}}}),
     "without mean of weights": {"model": {"steps": {"average": 0.0}}},
     "without warm start": {"model": {"steps": {"warm_start": False}}},
-    "without balanced steps": {"data": {"sampler": "shuffled"},
-                               "model": {"steps": {"accumulate": 1}}},
     "twelve tiles of a slide": {"data": {"tiles_per_slide": 12},
-                                "model": {"steps": {"accumulate": 8}},
                                 "trainer": {"max_epochs": 9, "check_val_every_n_epoch": 3}},
-    "all tiles in a step": {"data": {"tiles_per_slide": None}, "trainer": {"max_epochs": 3,
-                            "check_val_every_n_epoch": 1}},
+    "all tiles in a step": {"data": {"tiles_per_slide": None},
+                            "trainer": {"max_epochs": 3, "check_val_every_n_epoch": 1}},
     "tapfm_gated": {"model": {"aggregator": "tapfm_gated"}},
     "all blocks": {"model": {"strategy": LORA | {"last": 0}}},
     "lora on q, k and v": {"model": {"strategy": LORA | {"targets": ["q", "k", "v"]}}},
@@ -83,25 +92,27 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "lora": {},
-    "one label: KARYOMEGALY": {"data": {"labels": ["KARYOMEGALY"]}},
-    "one label: VESICULAR": {"data": {"labels": ["VESICULAR"]}},
-    "one label: NOISE": {"data": {"labels": ["NOISE"]}},
+    **{f"one label: {label}": {"data": {"labels": [label]}} for label in LABELS},
     "two labels, no NOISE": {"data": {"labels": ["KARYOMEGALY", "VESICULAR"]}},
-    "half the change (alpha 8)": {"model": {"strategy": LORA | {"alpha": 8.0}}},
     "8 training patients": {},
     "12 training patients": {},
+    "16 balanced slides an update": FEW_UPDATES,
+    "16 balanced slides an update, alpha 8": merged(
+        FEW_UPDATES, {"model": {"strategy": LORA | {"alpha": 8.0}}}
+    ),
+    "8 training patients, 16 balanced slides an update": FEW_UPDATES,
+    "12 training patients, 16 balanced slides an update": FEW_UPDATES,
+    "4 balanced slides an update": PARTS["4 balanced slides an update"],
 }
 ROWS |= {  # on the label that gains most, so that what a part is worth can be seen
-    f"VESICULAR: {name}": part | {"data": {"labels": ["VESICULAR"]} | part.get("data", {})}
+    f"VESICULAR: {name}": merged(part, {"data": {"labels": ["VESICULAR"]}})
     for name, part in PARTS.items()
 }
-EACH = PARTS["without balanced steps"]
-ROWS |= {  # the part that was better left out, on the other labels
-    "three labels: without balanced steps": EACH,
-    **{f"{label}: without balanced steps": EACH | {"data": EACH["data"] | {"labels": [label]}}
-       for label in ("KARYOMEGALY", "NOISE")},
-}  # fmt: skip
-PATIENTS = {"8 training patients": 8, "12 training patients": 12}  # of 17
+ROWS |= {
+    f"KARYOMEGALY: {name}": merged(PARTS[name], {"data": {"labels": ["KARYOMEGALY"]}})
+    for name in ("16 balanced slides an update", "4 balanced slides an update")
+}
+PATIENTS = {row: int(row.split()[0]) for row in ROWS if "training patients" in row}  # of 17
 
 
 def main() -> int:
@@ -341,14 +352,6 @@ def spelled(figure: Sequence[float] | None, sign: str = "") -> str:
         return ""
     value, low, high = figure
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested keys of both; `over` wins."""
-    return {**base, **{
-        key: merged(base[key], value) if isinstance(base.get(key), dict) else value
-        for key, value in over.items()
-    }}  # fmt: skip
 
 
 if __name__ == "__main__":
