@@ -14,7 +14,8 @@ the same way (`tapfm.recipe.saved_model`). Intervals are of paired differences, 
 seeds; cases are drawn, with their slides of all seeds. Two figures say where a gain comes from. *Of
 one patient* is the AUROC among the slides of each test patient, averaged: it does not see that
 patients differ without the trait. *Tiles found* is the AUROC of a tile's own logit within positive
-slides.
+slides. Where validation kept less than the whole change, the results also hold what the model of
+the best epoch would have gained (`refused`; `whole_gain` over all seeds).
 
 A fit that is finished is not repeated, and one that was stopped goes on. Writes
 results/tissue.json and the table between the markers in README.md. Price: about 30 minutes of one
@@ -49,7 +50,7 @@ from tapfm.data.bag import Bag
 from tapfm.evaluation.predicted_rows import frozen_rows
 from tapfm.evaluation.study import TAPFM
 from tapfm.recipe.best_weights import BEST
-from tapfm.recipe.saved_model import CONTROL, INTERPOLATION
+from tapfm.recipe.saved_model import ADAPTED, CONTROL, INTERPOLATION
 from tapfm.slide_model.model import SlideModel, load
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.metrics import auroc, auroc_draws
@@ -174,9 +175,11 @@ def run_cell(row: str, seed: int, folder: Path, data: Path, commit: str) -> None
     frozen = folder.parent / "frozen.json"
     if not frozen.exists():
         write_json(frozen, frozen_predictions(seed, data, folder.parent))
-    models = {name: judge(load(run / file), cli, truth)
-              for name, file in (("adapted", BEST), ("control", CONTROL))}  # fmt: skip
     choice = json.loads((run / INTERPOLATION).read_text())
+    files = {"adapted": BEST, "control": CONTROL}
+    if choice["a"] < 1:
+        files["refused"] = ADAPTED
+    models = {name: judge(load(run / file), cli, truth) for name, file in files.items()}
     cell = {"row": row, "seed": seed, "commit": commit, "labels": list(cli.datamodule.label_names),
             "minutes": minutes, "interpolation": choice, **models,
             "frozen": json.loads(frozen.read_text())}  # fmt: skip
@@ -252,8 +255,8 @@ def read_truth(path: Path) -> dict[tuple[str, str], set[tuple[int, int]]]:
 def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return AUROC and paired differences of every row, averaged over its seeds."""
     frozen, rows = {}, {}
-    cells = [cell | {"adapted": cell["adapted"] | {"labels": cell["labels"]},
-                     "control": cell["control"] | {"labels": cell["labels"]}}
+    cells = [cell | {name: cell[name] | {"labels": cell["labels"]}
+                     for name in ("adapted", "control", "refused") if name in cell}
              for cell in cells]  # fmt: skip
     for cell in cells:
         for title, row in cell["frozen"].items():
@@ -271,12 +274,8 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "seeds": [cell["seed"] for cell in own], "figures": figures(adapted),
             "control": figures(control), "gain": figures(adapted, control),
             "of_one": of_one_patient(adapted), "control_of_one": of_one_patient(control),
-            "by_seed": [
-                {"seed": cell["seed"], "gain": figures([cell["adapted"]], [cell["control"]]),
-                 "of_one": of_one_patient([cell["adapted"]]),
-                 "control_of_one": of_one_patient([cell["control"]])}
-                for cell in own
-            ],
+            "whole_gain": figures([cell.get("refused", cell["adapted"]) for cell in own], control),
+            "by_seed": [*map(of_seed, own)],
             "a": [cell["interpolation"]["a"] for cell in own],
             "tile_auroc": {label: float(np.mean([each["tile_auroc"][label] for each in adapted]))
                            for label in adapted[0]["tile_auroc"] if label != "NOISE"},
@@ -284,6 +283,18 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "commits": sorted({cell["commit"] for cell in own}),
         }  # fmt: skip
     return {"rows": rows}
+
+
+def of_seed(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what one fit gained, and what its refused model would have."""
+    control = [cell["control"]]
+    found = {"seed": cell["seed"], "gain": figures([cell["adapted"]], control),
+             "of_one": of_one_patient([cell["adapted"]]),
+             "control_of_one": of_one_patient(control)}  # fmt: skip
+    if "refused" in cell:
+        refused = [cell["refused"]]
+        found |= {"refused": figures(refused, control), "refused_of_one": of_one_patient(refused)}
+    return found
 
 
 def figures(own: Sequence[Mapping], minus: Sequence[Mapping] = ()) -> dict[str, list[float]]:
