@@ -21,7 +21,8 @@ set to those of the tissue before planting; no warp crosses a tile's border.
 `--check` (`benchmarks.tissue_checks`) writes results/tissue_plants.json and the table between the
 markers in README.md when it is given seeds 0, 1 and 2.
 
-Tissue: Pathology Atlas, CC BY 4.0, Serdar Balci / Memorial Pathology, doi 10.5281/zenodo.6382734.
+Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
+10.5281/zenodo.6382734.
 Price: one core for 5 minutes, 60 MB of disk.
 """
 
