@@ -46,6 +46,7 @@ import yaml
 from benchmarks.record import RESULTS, facts, rewrite
 from benchmarks.tissue_plants import DATA, TILE, write_cohort
 from slides.files import write_json
+from tapfm.config import overlaid
 from tapfm.data.bag import Bag
 from tapfm.evaluation.predicted_rows import frozen_rows
 from tapfm.evaluation.study import TAPFM
@@ -55,15 +56,6 @@ from tapfm.slide_model.model import SlideModel, load
 from tapfm.stats.bootstrap import percentiles, with_point
 from tapfm.stats.metrics import auroc, auroc_draws
 from tapfm.training.fit import Cli, read_config
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested keys of both; `over` wins."""
-    return {**base, **{
-        key: merged(base[key], value) if isinstance(base.get(key), dict) else value
-        for key, value in over.items()
-    }}  # fmt: skip
-
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "tissue.yaml"
@@ -78,7 +70,7 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
     "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
                        "steps": {"encoder_lr": 2e-5}}},
     "16 balanced slides an update": FEW_UPDATES,
-    "4 balanced slides an update": merged(FEW_UPDATES, {"model": {"steps": {"accumulate": 4}}}),
+    "4 balanced slides an update": overlaid(FEW_UPDATES, {"model": {"steps": {"accumulate": 4}}}),
     "without mean of weights": {"model": {"steps": {"average": 0.0}}},
     "without warm start": {"model": {"steps": {"warm_start": False}}},
     "twelve tiles of a slide": {"data": {"tiles_per_slide": 12},
@@ -98,7 +90,7 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "8 training patients": {},
     "12 training patients": {},
     "16 balanced slides an update": FEW_UPDATES,
-    "16 balanced slides an update, alpha 8": merged(
+    "16 balanced slides an update, alpha 8": overlaid(
         FEW_UPDATES, {"model": {"strategy": LORA | {"alpha": 8.0}}}
     ),
     "8 training patients, 16 balanced slides an update": FEW_UPDATES,
@@ -106,11 +98,11 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "4 balanced slides an update": PARTS["4 balanced slides an update"],
 }
 ROWS |= {  # on the label that gains most, so that what a part is worth can be seen
-    f"VESICULAR: {name}": merged(part, {"data": {"labels": ["VESICULAR"]}})
+    f"VESICULAR: {name}": overlaid(part, {"data": {"labels": ["VESICULAR"]}})
     for name, part in PARTS.items()
 }
 ROWS |= {
-    f"KARYOMEGALY: {name}": merged(PARTS[name], {"data": {"labels": ["KARYOMEGALY"]}})
+    f"KARYOMEGALY: {name}": overlaid(PARTS[name], {"data": {"labels": ["KARYOMEGALY"]}})
     for name in ("16 balanced slides an update", "4 balanced slides an update")
 }
 PATIENTS = {row: int(row.split()[0]) for row in ROWS if "training patients" in row}  # of 17
@@ -164,7 +156,7 @@ def run_cell(row: str, seed: int, folder: Path, data: Path, commit: str) -> None
     if row in PATIENTS:
         changes["data"]["table"] = str(folder / "cohort.csv")
         write_part(data / "cohort.csv", folder / "cohort.csv", PATIENTS[row], seed)
-    own.write_text(yaml.safe_dump(merged(changes, ROWS[row])))
+    own.write_text(yaml.safe_dump(overlaid(changes, ROWS[row])))
     arguments, began = ["--config", str(CONFIG), "--config", str(own)], time.monotonic()
     resumed = (folder / "run").exists()
     if subprocess.run([*TAPFM, "fit", *arguments], env=os.environ | HOW, check=False).returncode:

@@ -114,7 +114,7 @@ def _read_data(configs: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
         found = read_yaml(config)
         if node is not None:
             found = yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
-        data = _merged(data, _keys(found.get("data"), f"{config}: data"))
+        data = overlaid(data, _keys(found.get("data"), f"{config}: data"))
     known = data_keys()
     faults = [
         f"data.{key}: there is no such key.{did_you_mean(key, known)}"
@@ -141,7 +141,7 @@ def merged(configs: Sequence[Path]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for config in configs:
-        found = _merged(found, read_yaml(config))
+        found = overlaid(found, read_yaml(config))
     return found
 
 
@@ -169,8 +169,9 @@ def read_yaml(file: Path, what: str = "config") -> dict[str, Any]:
     return found
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)
+def overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested keys of both; `over` wins."""
+    both = {k: overlaid(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)
             else v for k, v in over.items()}  # fmt: skip
     return {**base, **both}
 
