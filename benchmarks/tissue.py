@@ -81,6 +81,7 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
     "all blocks": {"model": {"strategy": LORA | {"last": 0}}},
     "lora on q, k and v": {"model": {"strategy": LORA | {"targets": ["q", "k", "v"]}}},
     "half the rate": {"model": {"steps": {"encoder_lr": 2e-4}}},
+    "a quarter of the rate": {"model": {"steps": {"encoder_lr": 1e-4}}},
     "stain and scale varied": {"data": {"colour": 0.15, "stain_jitter": 0.2, "scale_jitter": 0.15}},
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
@@ -95,7 +96,7 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     ),
     "8 training patients, 16 balanced slides an update": FEW_UPDATES,
     "12 training patients, 16 balanced slides an update": FEW_UPDATES,
-    "4 balanced slides an update": PARTS["4 balanced slides an update"],
+    **{name: PARTS[name] for name in ("4 balanced slides an update", "half the rate")},
 }
 ROWS |= {  # on the label that gains most, so that what a part is worth can be seen
     f"VESICULAR: {name}": overlaid(part, {"data": {"labels": ["VESICULAR"]}})
@@ -103,7 +104,8 @@ ROWS |= {  # on the label that gains most, so that what a part is worth can be s
 }
 ROWS |= {
     f"KARYOMEGALY: {name}": overlaid(PARTS[name], {"data": {"labels": ["KARYOMEGALY"]}})
-    for name in ("16 balanced slides an update", "4 balanced slides an update")
+    for name in PARTS
+    if " slides an update" in name or " the rate" in name
 }
 PATIENTS = {row: int(row.split()[0]) for row in ROWS if "training patients" in row}  # of 17
 
