@@ -77,6 +77,8 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
     "without warm start": {"model": {"steps": {"warm_start": False}}},
     "twelve tiles of a slide": {"data": {"tiles_per_slide": 12},
                                 "trainer": {"max_epochs": 9, "check_val_every_n_epoch": 3}},
+    "three tiles of a slide": {"data": {"tiles_per_slide": 3},
+                               "trainer": {"max_epochs": 36, "check_val_every_n_epoch": 12}},
     "all tiles in a step": {"data": {"tiles_per_slide": None},
                             "trainer": {"max_epochs": 3, "check_val_every_n_epoch": 1}},
     "tapfm_gated": {"model": {"aggregator": "tapfm_gated"}},
