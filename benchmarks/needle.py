@@ -67,7 +67,7 @@ ROWS = {  # aggregator, strategy, learning rate of the encoder
     "full_turned": ("tapfm_gated", {"name": "full"}, 2e-7),
 }
 TURNED = {"data": {"turns": True, "colour": 0.1}}
-CHANGES = {  # besides
+CHANGES = {  # what rows change besides
     "frozen_turned": TURNED,
     "full_turned": TURNED,
     "lora_each_slide": {"data": {"sampler": "shuffled"}, "model": {"steps": {"accumulate": 1}}},
