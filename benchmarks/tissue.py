@@ -18,7 +18,7 @@ slides. Where validation kept less than the whole change, the results also hold 
 the best epoch would have gained (`refused`; `whole_gain` over all seeds).
 
 Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEGALY: full`,
-`VESICULAR: full` or, for all labels at once, `three labels: full`; their table says which are.
+`VESICULAR: full` or, for all labels at once, `three labels: full`; the table says which were.
 A fit that is finished is not repeated, and one that was stopped goes on. Writes
 results/tissue.json and the table between the markers in README.md. Price: about 30 minutes of one
 core a fit, and four for a seed's frozen rows.
