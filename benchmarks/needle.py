@@ -19,40 +19,47 @@ on frozen features see them as they are, and which way is up tells much of this 
 on the first fold's validation split. LoRA is on all linear layers of the last six blocks, at a rate
 that was not chosen here; `lora_each_slide` makes an update after each slide, not after eight that
 are balanced, as the tissue cohort's recipe does. Each run saves its frozen control (", frozen, same
-head"). `tapfm study` does the work: run again, it goes on where it stopped. Writes
-results/needle.json and the table between the markers in README.md. Price: some 10 minutes of one
-core a fit, 45 fits a seed.
+head"). `tapfm study` does the work: run again, it goes on where it stopped. A row and seed whose
+predictions are in results/needle is not fitted again, on any machine. Writes results/needle.json
+and the table between the markers in README.md. Price: some 10 minutes of one core a fit, 45 fits a
+seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import h5py
 import numpy as np
 import yaml
 
-from benchmarks.record import RESULTS, facts, rewrite
+from benchmarks.record import RESULTS, facts, rewrite, write_compact
 from slides.files import write_json
 from tapfm.config import overlaid, read_data
 from tapfm.evaluation.study import plan_cells, prepare, read_study, run_study
-from tapfm.evaluation.study_cells import Cell
-from tapfm.evaluation.study_table import summary
+from tapfm.evaluation.study_cells import Cell, Study
+from tapfm.evaluation.study_table import CONTROL_OF_CELL, FINISHED, collect_runs, summary_of_runs
 from tapfm.reports.plain_table import span
+from tapfm.reports.rows import ResultRow
+from tapfm.stats.bootstrap import Interval
 from tapfm.stats.metrics import MACRO, auroc
+from tapfm.tasks import make_task
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("TAPFM_DATA", ROOT.parent / "shared" / "data"))
 CONFIG = ROOT / "configs" / "cohorts" / "needle.yaml"
 TABLE = ROOT / "data" / "needle" / "cohort.csv"
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
-FOLDS = 5
+KEPT = RESULTS / "needle"  # predictions, a file a row and seed
+FOLDS, LABEL = 5, "ADENOMA"
 ATTENTION = "frozen, gated attention"
 LORA = yaml.safe_load((CONFIG.parent / "tissue.yaml").read_text())["model"]["strategy"]
 ROWS = {  # aggregator, strategy, learning rate of the encoder
@@ -86,28 +93,96 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = arguments.out / "weights.yaml"
     weights.write_text(yaml.safe_dump({"model": {"weights": str(WEIGHTS)}}))
-    studies = {}
-    for row, (aggregator, strategy, lr) in ROWS.items():
+    study = None
+    for row, seed in product(arguments.only, arguments.seeds):
+        if kept(row, seed).exists():
+            continue
+        aggregator, strategy, lr = ROWS[row]
         own = arguments.out / f"{row if row in CHANGES else strategy['name']}.yaml"  # its name
         changes = {"model": {"strategy": strategy, "steps": {"encoder_lr": lr}}}
         own.write_text(yaml.safe_dump(overlaid(changes, CHANGES.get(row, {}))))
         flags = {"config": [CONFIG, weights], "out": arguments.out / "study", "folds": FOLDS,
                  "aggregators": [aggregator], "strategies": [str(own)],
-                 "seeds": arguments.seeds, "jobs": arguments.jobs}  # fmt: skip
-        studies[row] = read_study(None, flags)
-    for row in arguments.only:
-        study = studies[row]
+                 "seeds": [seed], "jobs": arguments.jobs}  # fmt: skip
+        study = read_study(None, flags)
         if run_study(study):
             return 2
         tables = prepare(study, read_data([Path(each) for each in study.config]))
-        # of all rows: one that is not finished takes no part, one that was before stays
-        cells = [cell for each in studies.values() for cell in plan_cells(each, tables)]
-        _, result, _ = summary(study, cells, {})
-        result = about | result | {"tile_auroc": tile_aurocs(cells)}
-        write_json(RESULTS / "needle.json", result)
-        rewrite("needle", markdown(result))
-        print(markdown(result))
+        keep(kept(row, seed), plan_cells(study, tables), about)
+        tabulate(about)
+    if study is None:
+        tabulate(about)
     return 0
+
+
+def kept(row: str, seed: int) -> Path:
+    """Return the file of a row's predictions."""
+    return KEPT / str(seed) / f"{row}.json"
+
+
+def keep(path: Path, cells: Sequence[Cell], about: Mapping[str, str]) -> None:
+    """Write what the fits of a row and seed, their controls and the frozen rows predict."""
+    _, runs, trained, saved = collect_runs(cells)
+    predicted = {
+        title: [[fold, slide, case, int(y), p] for fold, own in sorted(folds.items())
+                for slide, case, (y,), (p,) in zip(own.slide_ids, own.case_ids,
+                                                   own.y_NK.tolist(), own.p_NK.tolist(),
+                                                   strict=True)]
+        for title, seeds in runs.items() for folds in seeds.values()
+    }  # fmt: skip
+    seconds = [json.loads((cell.folder / FINISHED).read_text())["seconds"] for cell in cells]
+    write_compact(path, {
+        **about, "row": cells[0].row, "seed": cells[0].seed, "trained": trained,
+        "saved": saved.get(cells[0].row, []),
+        "minutes": [sum(each.values()) / 60 for each in seconds],
+        "tile_auroc": tile_aurocs(cells), "predicted": predicted,
+    })  # fmt: skip
+
+
+def tabulate(about: Mapping[str, str]) -> None:
+    """Write figures and table of the rows whose predictions are kept; older rows stay."""
+    runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
+    trained, commits = {}, set()
+    saved, tiles = defaultdict(list), defaultdict(list)
+    places = {row: place for place, row in enumerate(ROWS)}
+    files = sorted(KEPT.glob("*/*.json"), key=lambda path: (places[path.stem], path.parent.name))
+    for fits in (json.loads(file.read_text()) for file in files):
+        for title, lines in fits["predicted"].items():
+            runs.setdefault(title, {})[fits["seed"]] = by_fold(title, lines, fits["trained"][title])
+        trained |= fits["trained"]
+        commits.add(fits["commit"])
+        saved[fits["row"]] += fits["saved"]
+        for title, value in fits["tile_auroc"].items():
+            tiles[title].append(value)
+    order = dict(sorted(trained.items(), key=lambda each: each[1]))  # the frozen ones first
+    seeds = sorted({seed for each in runs.values() for seed in each})
+    study = Study(config=(str(CONFIG),), out="", folds=FOLDS, seeds=tuple(seeds))
+    adapted = {row: each for row, each in saved.items() if each}
+    task = make_task({"name": "multilabel"}, [LABEL])
+    _, result, _ = summary_of_runs(study, FOLDS, task, runs, order, adapted, {})
+    result |= about | {"commits": sorted(commits)}
+    result["tile_auroc"] = {title: np.mean(each) for title, each in tiles.items()}
+    path = RESULTS / "needle.json"
+    before = json.loads(path.read_text())
+    for title in [title for title in before["arms"] if title not in result["arms"]]:
+        result["arms"][title] = before["arms"][title]
+        result["verdicts"] += [v for v in before["verdicts"] if v.startswith(f"{title}:")]
+        if title in before["tile_auroc"]:
+            result["tile_auroc"][title] = before["tile_auroc"][title]
+    write_json(path, result)
+    table = markdown(json.loads(path.read_text()))
+    rewrite("needle", table)
+    print(table)
+
+
+def by_fold(title: str, lines: Sequence[Sequence], end_to_end: bool) -> dict[int, ResultRow]:
+    """Return a title's predictions by fold, from lines of fold, slide, case, label, prediction."""
+    found = {}
+    for fold in range(FOLDS):
+        _, slides, cases, y_N, p_N = zip(*(line for line in lines if line[0] == fold), strict=True)
+        y_N1, p_N1 = np.array(y_N, float)[:, None], np.array(p_N)[:, None]
+        found[fold] = ResultRow(title, end_to_end, slides, cases, y_N1, p_N1)
+    return found
 
 
 def write_table() -> None:
@@ -125,7 +200,7 @@ def write_table() -> None:
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     with TABLE.open("w", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["case_id", "slide_id", "slide_path", "split", "ADENOMA"])
+        writer.writerow(["case_id", "slide_id", "slide_path", "split", LABEL])
         for row in slides:
             name = row["slide_id"]
             path = (DATA / "needle" / "slides" / f"{name}.tif").resolve()
@@ -157,27 +232,28 @@ def markdown(result: dict) -> str:
     """Return a row a model."""
     lines = [
         "| model | seeds | AUROC, folds pooled [95 %] | mean of folds "
-        "| minus frozen attention [95 %] | minus the best frozen [95 %] | tile AUROC |",
+        "| minus frozen attention [95 %] | minus its control [95 %] | tile AUROC |",
         "|---|---|---|---|---|---|---|",
     ]
     for title, row in result["arms"].items():
         if not row["seeds"]:
             continue
-        gains = [row["differences"].get(other) for other in (ATTENTION, result["reference"])]
-        over = (span(gain["pooled"][MACRO], sign="+") if gain else "" for gain in gains)
+        others = ATTENTION, title + CONTROL_OF_CELL
+        gains = [row["differences"].get(other) for other in others]
+        over = (span(Interval(**gain["pooled"][MACRO]), sign="+") if gain else "" for gain in gains)
         tile = result["tile_auroc"].get(title)
         lines.append(
             f"| {title}{' (best frozen)' if title == result['reference'] else ''} "
-            f"| {len(row['seeds'])} | {span(row['figures']['pooled'][MACRO])} "
-            f"| {row['figures']['within_folds'][MACRO].value:.3f} "
+            f"| {len(row['seeds'])} | {span(Interval(**row['figures']['pooled'][MACRO]))} "
+            f"| {row['figures']['within_folds'][MACRO]['value']:.3f} "
             f"| {' | '.join(over)} "
             f"| {f'{tile:.3f}' if tile else ''} |"
         )
     lines.append(
         f"\n{result['slides']} slides of {result['cases']} cases, {FOLDS} folds; seeds are "
         f"averaged. "
-        f"{result['machine']}; {result['date']}, commit {result['commit']}, torch "
-        f"{result['torch']}, timm {result['timm']}."
+        f"{result['machine']}; {result['date']}, torch {result['torch']}, timm {result['timm']}; "
+        f"fits: commit {', '.join(result['commits'])}."
     )
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ Raw figures go to `results/`; a script's tables stand in README.md between two m
 from __future__ import annotations
 
 import csv
+import json
 import os
 import platform
 import re
@@ -16,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from slides.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
@@ -46,6 +49,20 @@ def write_rows(
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def write_compact(path: Path, value: object) -> None:
+    """Write JSON in one line, numbers to eight digits: predictions that a table is made of."""
+    write_text(path, json.dumps(rounded(value), separators=(",", ":")) + "\n")
+
+
+def rounded(value: object) -> object:
+    """Return JSON's content with every number to eight digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 def facts(device: str) -> dict[str, str]:

@@ -19,9 +19,10 @@ the best epoch would have gained (`refused`; `whole_gain` over all seeds).
 
 Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEGALY: full`,
 `VESICULAR: full` or, for all labels at once, `three labels: full`; the table says which were.
-A fit that is finished is not repeated, and one that was stopped goes on. Writes
-results/tissue.json and the table between the markers in README.md. Price: about 30 minutes of one
-core a fit, and four for a seed's frozen rows.
+A fit whose predictions are in results/tissue is not repeated, on any machine, and one that was
+stopped goes on. Writes results/tissue.json and the table between the markers in README.md; rows
+from before predictions were kept stay until all their seeds are fitted anew. Price: about 30
+minutes of one core a fit, and four for a seed's frozen rows.
 Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
 10.5281/zenodo.6382734.
 """
@@ -45,7 +46,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.record import RESULTS, facts, rewrite
+from benchmarks.record import RESULTS, facts, rewrite, write_compact
 from benchmarks.tissue_plants import DATA, TILE, write_cohort
 from slides.files import write_json
 from tapfm.config import overlaid
@@ -61,6 +62,7 @@ from tapfm.training.fit import Cli, read_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "tissue.yaml"
+KEPT, FROZEN = RESULTS / "tissue", "frozen.json"  # predictions, a file a fit; of the frozen rows
 WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 LABELS = "KARYOMEGALY", "VESICULAR", "NOISE"
 DRAWS = 2000
@@ -126,23 +128,45 @@ def main() -> int:
     about, began = facts("cpu"), time.monotonic()
     torch.set_num_threads(1)
     for row, seed in product(arguments.only, arguments.seeds):
-        folder = arguments.out / str(seed) / row.replace(" ", "_").replace(":", "")
-        if (folder / "cell.json").exists() or time.monotonic() - began > 60 * arguments.minutes:
+        if kept(row, seed).exists() or time.monotonic() - began > 60 * arguments.minutes:
             continue
+        folder = arguments.out / str(seed) / kept(row, seed).stem
         run_cell(row, seed, folder, arguments.data / str(seed), about["commit"])
-        write_table(arguments.out, about)
-    write_table(arguments.out, about)
+        write_table(about)
+    write_table(about)
     return 0
 
 
-def write_table(out: Path, about: Mapping[str, str]) -> None:
-    """Write the results of all finished fits, and the table."""
-    cells = [json.loads(cell.read_text()) for cell in sorted(out.glob("*/*/cell.json"))]
-    if cells:
-        result = {**about, **summary(cells)}
-        write_json(RESULTS / "tissue.json", result)
-        rewrite("tissue", markdown(result))
-        print(markdown(result))
+def kept(row: str, seed: int) -> Path:
+    """Return the file of a fit's predictions."""
+    return KEPT / str(seed) / f"{row.replace(' ', '_').replace(':', '')}.json"
+
+
+def write_table(about: Mapping[str, str]) -> None:
+    """Write the results of all fits, and the table."""
+    path = RESULTS / "tissue.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else {}
+    result = {**about, "rows": merged(old, read_rows())}
+    write_json(path, result)
+    rewrite("tissue", markdown(result))
+    print(markdown(result))
+
+
+def read_rows() -> dict[str, Any]:
+    """Return the figures of all rows whose predictions are kept."""
+    read = {path: json.loads(path.read_text()) for path in sorted(KEPT.glob("*/*.json"))}
+    frozen = {int(path.parent.name): own for path, own in read.items() if path.name == FROZEN}
+    return summary([own for path, own in read.items() if path.name != FROZEN], frozen)
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return new rows, and old ones of which a seed is not among the new one's; frozen first."""
+    rows = dict(old)
+    for row, figures_of in new.items():
+        if row not in old or {*old[row]["seeds"]} <= {*figures_of["seeds"]}:
+            rows[row] = figures_of
+    return {row: rows[row] for row in [*(row for row in rows if row not in ROWS),
+                                       *filter(rows.get, ROWS)]}  # fmt: skip
 
 
 def run_cell(row: str, seed: int, folder: Path, data: Path, commit: str) -> None:
@@ -171,18 +195,17 @@ def run_cell(row: str, seed: int, folder: Path, data: Path, commit: str) -> None
     minutes = None if resumed else (time.monotonic() - began) / 60
     run, truth = folder / "run", read_truth(data / "tiles.csv")
     cli = read_config(arguments)
-    frozen = folder.parent / "frozen.json"
+    frozen = KEPT / str(seed) / FROZEN
     if not frozen.exists():
-        write_json(frozen, frozen_predictions(seed, data, folder.parent))
+        write_compact(frozen, frozen_predictions(seed, data, folder.parent))
     choice = json.loads((run / INTERPOLATION).read_text())
     files = {"adapted": BEST, "control": CONTROL}
     if choice["a"] < 1:
         files["refused"] = ADAPTED
     models = {name: judge(load(run / file), cli, truth) for name, file in files.items()}
     cell = {"row": row, "seed": seed, "commit": commit, "labels": list(cli.datamodule.label_names),
-            "minutes": minutes, "interpolation": choice, **models,
-            "frozen": json.loads(frozen.read_text())}  # fmt: skip
-    write_json(folder / "cell.json", cell)
+            "minutes": minutes, "interpolation": choice, **models}  # fmt: skip
+    write_compact(kept(row, seed), cell)
 
 
 def write_part(whole: Path, part: Path, patients: int, seed: int) -> None:
@@ -251,15 +274,17 @@ def read_truth(path: Path) -> dict[tuple[str, str], set[tuple[int, int]]]:
     return planted
 
 
-def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(
+    cells: Sequence[Mapping[str, Any]], frozen_by_seed: Mapping[int, Mapping]
+) -> dict[str, Any]:
     """Return AUROC and paired differences of every row, averaged over its seeds."""
     frozen, rows = {}, {}
     cells = [cell | {name: cell[name] | {"labels": cell["labels"]}
                      for name in ("adapted", "control", "refused") if name in cell}
              for cell in cells]  # fmt: skip
-    for cell in cells:
-        for title, row in cell["frozen"].items():
-            frozen.setdefault(title, {})[cell["seed"]] = row | {"labels": LABELS}
+    for seed, predictions in frozen_by_seed.items():
+        for title, row in predictions.items():
+            frozen.setdefault(title, {})[seed] = row | {"labels": LABELS}
     by_row: dict[str, list] = defaultdict(list)
     for cell in cells:
         by_row[cell["row"]].append(cell)
@@ -281,7 +306,7 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "minutes": [cell["minutes"] for cell in own if cell["minutes"]],
             "commits": sorted({cell["commit"] for cell in own}),
         }  # fmt: skip
-    return {"rows": rows}
+    return rows
 
 
 def of_seed(cell: Mapping[str, Any]) -> dict[str, Any]:

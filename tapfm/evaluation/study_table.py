@@ -40,8 +40,14 @@ def summary(
     study: Study, cells: Sequence[Cell], failed: Mapping[str, str]
 ) -> tuple[str, dict, list[list[str]]]:
     """Return the text to print, all figures behind it for study.json, and the table."""
-    task, runs, order, choices = collect_runs(cells)
-    folds = len({cell.fold for cell in cells})
+    return summary_of_runs(study, len({cell.fold for cell in cells}), *collect_runs(cells), failed)
+
+
+def summary_of_runs(
+    study: Study, folds: int, task: Task | None, runs: Mapping, order: Mapping[str, bool],
+    choices: Mapping[str, list], failed: Mapping[str, str],
+) -> tuple[str, dict, list[list[str]]]:  # fmt: skip
+    """Return what `summary` does from predictions, as `collect_runs` returns them."""
     result: dict[str, Any] = {
         "folds": study.folds, "seeds": list(study.seeds), "failed": dict(failed), "arms": {}
     }  # fmt: skip

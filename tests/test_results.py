@@ -1,0 +1,33 @@
+"""Tables of benchmarks/README.md are those of results/, and these those of kept predictions."""
+
+import json
+
+import pytest
+
+from benchmarks import needle, tissue
+from benchmarks.record import README, RESULTS
+
+
+@pytest.mark.parametrize("bench", [needle, tissue], ids=["needle", "tissue"])
+def test_readme_has_the_table_of_the_results(bench):
+    name = bench.__name__.rpartition(".")[2]
+    table = bench.markdown(json.loads((RESULTS / f"{name}.json").read_text()))
+    block = README.read_text().partition(f"<!-- {name}:begin -->\n")[2]
+    assert block.partition(f"\n<!-- {name}:end -->")[0] == table.rstrip()
+
+
+def test_results_of_tissue_are_those_of_the_kept_predictions():
+    found = json.loads((RESULTS / "tissue.json").read_text())["rows"]
+    rows = tissue.read_rows()
+    assert rows, "no predictions are kept"
+    for row in rows.keys() & tissue.ROWS:
+        assert rows[row]["gain"] == found[row]["gain"], row
+
+
+def test_a_row_without_all_its_seeds_does_not_replace_an_older_one():
+    old = {"lora": {"seeds": [0, 1, 2]}, "gone": {"seeds": [0]}}
+    new = {"lora": {"seeds": [0, 1]}, "VESICULAR: full": {"seeds": [1]}}
+    found = tissue.merged(old, new)
+    assert found["lora"] == old["lora"]
+    assert list(found) == ["gone", "lora", "VESICULAR: full"]
+    assert tissue.merged(old, {"lora": {"seeds": [0, 1, 2], "a": []}})["lora"]["a"] == []
