@@ -1,7 +1,7 @@
 """Traits planted into real tissue: what adapting gains over the frozen encoder, part by part.
 
     python -m benchmarks.tissue                         the recipe, on three seeds of planting
-    python -m benchmarks.tissue --only lora "VESICULAR: full" --seeds 0
+    python -m benchmarks.tissue --only full "VESICULAR: anchor" --seeds 0
     python -m benchmarks.tissue --minutes 60            begin no fit after so long
 
 Slides are quarters of real H&E windows (`benchmarks.tissue_plants`): enlarged nuclei, cleared
@@ -17,8 +17,9 @@ patients differ without the trait. *Tiles found* is the AUROC of a tile's own lo
 slides. Where validation kept less than the whole change, the results also hold what the model of
 the best epoch would have gained (`refused`; `whole_gain` over all seeds).
 
-Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEGALY: full`,
-`VESICULAR: full` or, for all labels at once, `three labels: full`; the table says which were.
+All weights learn (`full`) in the cohort's config and in the rows of that name, LoRA in all others.
+Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEGALY: anchor`,
+`VESICULAR: anchor` or, for all labels at once, `three labels: anchor`; the table says which were.
 A fit whose predictions are in results/tissue is not repeated, on any machine, and one that was
 stopped goes on. Writes results/tissue.json and the table between the markers in README.md; rows
 from before predictions were kept stay until all their seeds are fitted anew. Price: about 30
@@ -46,8 +47,9 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks.needle import LORA, WEIGHTS
 from benchmarks.record import RESULTS, facts, rewrite, write_compact
-from benchmarks.tissue_plants import DATA, TILE, write_cohort
+from benchmarks.tissue_plants import TILE, write_cohort
 from slides.files import write_json
 from tapfm.config import overlaid
 from tapfm.data.bag import Bag
@@ -63,16 +65,13 @@ from tapfm.training.fit import Cli, read_config
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cohorts" / "tissue.yaml"
 KEPT, FROZEN = RESULTS / "tissue", "frozen.json"  # predictions, a file a fit; of the frozen rows
-WEIGHTS = DATA / "weights" / "dinov2_vits14_timm_fp16.safetensors"
 LABELS = "KARYOMEGALY", "VESICULAR", "NOISE"
 DRAWS = 2000
 # one core for each fit; and tiles of 65 tokens, for which torch's fused attention is slow on a CPU
 HOW = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
-LORA = yaml.safe_load(CONFIG.read_text())["model"]["strategy"]
+BY_LORA = {"model": {"strategy": LORA, "steps": {"encoder_lr": 4e-4}}}
 FEW_UPDATES = {"data": {"sampler": "balanced"}, "model": {"steps": {"accumulate": 16}}}
 PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
-    "full": {"model": {"strategy": {"name": "full", "layer_decay": 0.8},
-                       "steps": {"encoder_lr": 2e-5}}},
     "16 balanced slides an update": FEW_UPDATES,
     "4 balanced slides an update": overlaid(FEW_UPDATES, {"model": {"steps": {"accumulate": 4}}}),
     "without mean of weights": {"model": {"steps": {"average": 0.0}}},
@@ -97,7 +96,8 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
                         "trainer": {"max_epochs": 9, "check_val_every_n_epoch": 3}},
     "stain and scale varied": {"data": {"colour": 0.15, "stain_jitter": 0.2, "scale_jitter": 0.15}},
 }  # fmt: skip
-ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
+FULL = {"full": {}, **{f"{label}: full": {"data": {"labels": [label]}} for label in LABELS}}
+WHOLE: dict[str, dict[str, Any]] = {  # of LoRA: what a run without --only fits, beside `FULL`
     "lora": {},
     **{f"one label: {label}": {"data": {"labels": [label]}} for label in LABELS},
     "two labels, no NOISE": {"data": {"labels": ["KARYOMEGALY", "VESICULAR"]}},
@@ -105,15 +105,16 @@ ROWS: dict[str, dict[str, Any]] = {  # what differs from the cohort's config
     "12 training patients": {},
     "16 balanced slides an update": FEW_UPDATES,
     "16 balanced slides an update, alpha 8": overlaid(
-        FEW_UPDATES, {"model": {"strategy": LORA | {"alpha": 8.0}}}
+        FEW_UPDATES, {"model": {"strategy": {"alpha": 8.0}}}
     ),
     "8 training patients, 16 balanced slides an update": FEW_UPDATES,
     "12 training patients, 16 balanced slides an update": FEW_UPDATES,
 }
-WHOLE = tuple(ROWS)  # what a run without --only fits
-ROWS |= {f"{label}: {name}": overlaid(part, {"data": {"labels": [label]}})
-         for label in ("VESICULAR", "KARYOMEGALY") for name, part in PARTS.items()}  # fmt: skip
-ROWS |= {f"three labels: {name}": part for name, part in PARTS.items() if name not in ROWS}
+OF_PARTS = {f"{label}: {name}": overlaid(part, {"data": {"labels": [label]}})
+            for label in ("VESICULAR", "KARYOMEGALY") for name, part in PARTS.items()}  # fmt: skip
+OF_PARTS |= {f"three labels: {name}": part for name, part in PARTS.items() if name not in WHOLE}
+ROWS = FULL | {row: overlaid(BY_LORA, change) for row, change in (WHOLE | OF_PARTS).items()}
+"""What differs from the cohort's config, by row."""
 PATIENTS = {row: int(row.split()[0]) for row in ROWS if "training patients" in row}  # of 17
 
 
@@ -121,7 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "tissue")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "tissue")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=WHOLE)
+    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=[*FULL, *WHOLE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
