@@ -18,10 +18,14 @@ def test_readme_has_the_table_of_the_results(bench):
 
 def test_results_of_tissue_are_those_of_the_kept_predictions():
     found = json.loads((RESULTS / "tissue.json").read_text())["rows"]
-    rows = tissue.read_rows()
-    assert rows, "no predictions are kept"
-    for row in rows.keys() & tissue.ROWS:
-        assert rows[row]["gain"] == found[row]["gain"], row
+    rows = {
+        row: each
+        for row, each in tissue.read_rows().items()
+        if each["seeds"] == found[row]["seeds"]
+    }  # else the older row stands, of more seeds
+    assert "full" in rows, "no predictions are kept"
+    for row, each in rows.items():
+        assert json.loads(json.dumps(each)) == found[row], row
 
 
 def test_a_row_without_all_its_seeds_does_not_replace_an_older_one():
@@ -29,5 +33,5 @@ def test_a_row_without_all_its_seeds_does_not_replace_an_older_one():
     new = {"lora": {"seeds": [0, 1]}, "VESICULAR: full": {"seeds": [1]}}
     found = tissue.merged(old, new)
     assert found["lora"] == old["lora"]
-    assert list(found) == ["gone", "lora", "VESICULAR: full"]
+    assert list(found) == ["gone", "VESICULAR: full", "lora"]
     assert tissue.merged(old, {"lora": {"seeds": [0, 1, 2], "a": []}})["lora"]["a"] == []
