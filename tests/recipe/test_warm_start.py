@@ -61,7 +61,9 @@ def test_the_aggregator_says_what_the_probe_says(name):
         output = aggregator(val[0].tiles)
         b_D = output.embedding_E
         expected_K = probe.weight_KD @ ((b_D - probe.mean_D) / probe.std_D) + probe.bias_K
-    torch.testing.assert_close(output.logits_K, expected_K, rtol=1e-4, atol=1e-4)
+        cancels = ((probe.weight_KD / probe.std_D).abs() @ b_D.abs()).item()  # 3e5 for moozy
+    rounding = torch.finfo(torch.float32).eps * cancels
+    torch.testing.assert_close(output.logits_K, expected_K, rtol=1e-4, atol=1e-4 + rounding)
 
 
 def needles(count, seed, tiles=60):
