@@ -22,7 +22,7 @@ Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEG
 `VESICULAR: anchor` or, for all labels at once, `three labels: anchor`; the table says which were.
 A fit whose predictions are in results/tissue is not repeated, on any machine, and one that was
 stopped goes on. Writes results/tissue.json and the table between the markers in README.md; rows
-from before predictions were kept stay until all their seeds are fitted anew. Price: about 30
+from before predictions were kept stay until as many seeds are fitted anew. Price: about 30
 minutes of one core a fit, and four for a seed's frozen rows.
 Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
 10.5281/zenodo.6382734.
@@ -161,10 +161,10 @@ def read_rows() -> dict[str, Any]:
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return new rows, and old ones of which a seed is not among the new one's; frozen first."""
+    """Return new rows, and old ones of more seeds than the new one has; frozen first."""
     rows = dict(old)
     for row, figures_of in new.items():
-        if row not in old or {*old[row]["seeds"]} <= {*figures_of["seeds"]}:
+        if row not in old or len(old[row]["seeds"]) <= len(figures_of["seeds"]):
             rows[row] = figures_of
     return {row: rows[row] for row in [*(row for row in rows if row not in ROWS),
                                        *filter(rows.get, ROWS)]}  # fmt: skip

@@ -28,7 +28,7 @@ def test_results_of_tissue_are_those_of_the_kept_predictions():
         assert json.loads(json.dumps(each)) == found[row], row
 
 
-def test_a_row_without_all_its_seeds_does_not_replace_an_older_one():
+def test_a_row_of_fewer_seeds_does_not_replace_an_older_one():
     old = {"lora": {"seeds": [0, 1, 2]}, "gone": {"seeds": [0]}}
     new = {"lora": {"seeds": [0, 1]}, "VESICULAR: full": {"seeds": [1]}}
     found = tissue.merged(old, new)
