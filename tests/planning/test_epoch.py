@@ -177,7 +177,7 @@ def test_a_config_is_planned_on_its_own_index(tmp_path, capsys):
     assert "7 training slides, 77 tiles an epoch (11 to 11 a slide), 3 epochs" in said
     assert re.search(r"3 validation slides, \d+ tiles, all of them 3 times; 0 passes", said)
     assert "demo_vit: full, master, chunk 5" in said
-    assert "7 training patients. LoRA" in said
+    assert "7 training patients. A ViT-S" in said
     merged = tmp_path / "merged.yaml"
     merged.write_text("model: {merge_tokens: 4}\n")
     fewer = ["plan", "--config", config, "--config", str(merged), "--gpus", "1", "--gpu", "L4"]
