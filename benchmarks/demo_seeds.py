@@ -10,7 +10,7 @@ as many epochs whose encoder is frozen, `--model.strategy frozen`: the slide mod
 under augmentation. Writes the seeds' figures to results/demo_seeds.json, and the table between the
 markers in README.md from that file.
 
-Price: 15 minutes of one core a seed, 30 for 100 patients; 250 MB of disk.
+Price: 15 minutes of one core and 250 MB of disk a seed, more for more patients.
 """
 
 from __future__ import annotations
