@@ -95,10 +95,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = arguments.out / "weights.yaml"
     weights.write_text(yaml.safe_dump({"model": {"weights": str(WEIGHTS)}}))
-    study = None
-    for row, seed in product(arguments.only, arguments.seeds):
-        if kept(row, seed).exists():
-            continue
+    todo = [each for each in product(arguments.only, arguments.seeds) if not kept(*each).exists()]
+    for row, seed in todo:
         aggregator, strategy, lr = ROWS[row]
         own = arguments.out / f"{row if row in CHANGES else strategy['name']}.yaml"  # its name
         changes = {"model": {"strategy": strategy, "steps": {"encoder_lr": lr}}}
@@ -112,7 +110,7 @@ def main() -> int:
         tables = prepare(study, read_data([Path(each) for each in study.config]))
         keep(kept(row, seed), plan_cells(study, tables), about)
         tabulate(about)
-    if study is None:
+    if not todo:
         tabulate(about)
     return 0
 

@@ -22,7 +22,7 @@ Parts of the recipe (`PARTS`) are fitted where `--only` names them, as `KARYOMEG
 `VESICULAR: anchor` or, for all labels at once, `three labels: anchor`; the table says which were.
 A fit whose predictions are in results/tissue is not repeated, on any machine, and one that was
 stopped goes on. Writes results/tissue.json and the table between the markers in README.md; rows
-from before predictions were kept stay until as many seeds are fitted anew. Price: about 30
+from before predictions were kept stay until as many seeds are fitted anew. Price: about 20
 minutes of one core a fit, and four for a seed's frozen rows.
 Tissue: Pathology Atlas, MIT per repository, Serdar Balci / Memorial Pathology, doi
 10.5281/zenodo.6382734.
@@ -114,7 +114,7 @@ OF_PARTS = {f"{label}: {name}": overlaid(part, {"data": {"labels": [label]}})
             for label in ("VESICULAR", "KARYOMEGALY") for name, part in PARTS.items()}  # fmt: skip
 OF_PARTS |= {f"three labels: {name}": part for name, part in PARTS.items() if name not in WHOLE}
 ROWS = FULL | {row: overlaid(BY_LORA, change) for row, change in (WHOLE | OF_PARTS).items()}
-"""What differs from the cohort's config, by row."""
+"""Maps each row to its changes of the cohort's config."""
 PATIENTS = {row: int(row.split()[0]) for row in ROWS if "training patients" in row}  # of 17
 
 

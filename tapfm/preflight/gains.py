@@ -19,7 +19,7 @@ class Gain:
     """AUROC over the frozen encoder with the same head, of a cohort of so many training slides."""
 
     learns: str
-    """What of the encoder was trained."""
+    """Names what was trained: LoRA, or all weights."""
     patients: int
     slides: int
     cleared: Interval
