@@ -96,7 +96,11 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
                         "trainer": {"max_epochs": 9, "check_val_every_n_epoch": 3}},
     "stain and scale varied": {"data": {"colour": 0.15, "stain_jitter": 0.2, "scale_jitter": 0.15}},
 }  # fmt: skip
-FULL = {"full": {}, **{f"{label}: full": {"data": {"labels": [label]}} for label in LABELS}}
+FULL: dict[str, dict[str, Any]] = {
+    "full": {},
+    **{f"{label}: full": {"data": {"labels": [label]}} for label in LABELS},
+    "8 training patients: full": {},
+}
 WHOLE: dict[str, dict[str, Any]] = {  # of LoRA: what a run without --only fits, beside `FULL`
     "lora": {},
     **{f"one label: {label}": {"data": {"labels": [label]}} for label in LABELS},
