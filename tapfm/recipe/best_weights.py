@@ -1,8 +1,9 @@
-"""The weights of a run's best epoch, in a file."""
+"""The weights of a run's best epoch, in a file; later it holds the choice (`saved_model`)."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
@@ -11,6 +12,8 @@ from tapfm.slide_model import model as models
 from tapfm.slide_model.model import adapted_fingerprint
 
 BEST = "best.safetensors"
+ADAPTED, CONTROL = "adapted.safetensors", "control.safetensors"
+INTERPOLATION = "interpolation.json"
 
 
 class BestWeights(Callback):
@@ -21,6 +24,17 @@ class BestWeights(Callback):
 
     def __init__(self, folder: Path, figure: str = "auroc"):
         self.path, self.best, self.figure = folder / BEST, (-math.inf, -math.inf), figure
+
+    def on_fit_start(self, trainer, module) -> None:
+        """Clear away what another run has left, where this one begins anew."""
+        if trainer.is_global_zero and not trainer.ckpt_path:
+            for name in (BEST, ADAPTED, CONTROL, INTERPOLATION):
+                (self.path.parent / name).unlink(missing_ok=True)
+
+    def on_train_start(self, trainer, module) -> None:
+        """Take back the choice of a run that had ended, since it goes on."""
+        if trainer.is_global_zero:
+            take_back_choice(self.path.parent)
 
     def on_train_epoch_start(self, trainer, module) -> None:
         """Have the last epoch validated, where the schedule ends, however seldom others are."""
@@ -54,3 +68,11 @@ class BestWeights(Callback):
     def load_state_dict(self, state) -> None:
         """Put back the best figure."""
         self.best = tuple(state["best"])
+
+
+def take_back_choice(folder: Path) -> None:
+    """Put the best epoch, as it was trained, in the place of the model that was chosen."""
+    if (folder / ADAPTED).exists():
+        os.replace(folder / ADAPTED, folder / BEST)
+    for name in (CONTROL, INTERPOLATION):
+        (folder / name).unlink(missing_ok=True)

@@ -3,19 +3,20 @@
 After the last epoch the encoder is put at W(a) = W0 + a (W - W0), a slide model is fitted to each
 a's features (`slide_model_for`), and the calibrated validation loss decides by the rule of one
 standard error, toward 0: the smallest a whose loss is no more above the least than the standard
-error of that difference, from a paired bootstrap of whole cases. So no saved model is worse on
-validation than the frozen encoder with a slide model of its own, and where there is nothing to
-learn a is 0.
+error of that difference, from a paired bootstrap of whole cases, and no more than the loss at 0. So
+no saved model is worse on validation than the frozen encoder with a slide model of its own, and
+where there is nothing to learn a is 0.
 
 Two things keep few patients from deciding by chance. How strong a solved head is held is chosen
 once, on the frozen features, and is the same at every a: training cases flatter an encoder that
-has learned from them. And logits are calibrated before their loss is taken (`calibrated`), as
-`tapfm test` calibrates every row: the mean of five patients' logits says nothing of an encoder.
+has learned from them. And logits are calibrated before their loss is taken (`calibrated`): the mean
+of five patients' logits says nothing of an encoder. Of heads at one a the loss is taken as it is.
 
 W is the best epoch or the mean of the weights (`recipe.weight_average`), whichever has the lower
 validation loss at a = 1. Where a change has no scale, as with prompts, a is 0 or 1.
 
-Price: a forward pass over training bags and val split for each a, and fits on their features.
+Price: a forward pass over training bags and val split for each a, twice for a = 1 where both are
+tried, and fits on their features.
 Source: Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903); Breiman et al. 1984 (CART) for the rule.
 Differs: a slide model is fitted at each a; the difference's own error is used, since losses at
     neighbouring a rise and fall together.
@@ -52,7 +53,8 @@ from tapfm.stats.bootstrap import with_point
 from tapfm.tasks import Task
 
 DRAWS = 500
-TIE = 1e-6  # of loss: what the search for scales and shifts leaves open
+TIE = 1e-6  # of loss: more than the search for scales and shifts leaves open
+STOP = {"gtol": 1e-9, "ftol": 1e-15, "maxiter": 10_000, "maxfun": 20_000}
 Weights = Mapping[str, Tensor]
 
 
@@ -93,10 +95,12 @@ def one_standard_error(losses_PB: np.ndarray) -> tuple[int, np.ndarray]:
         losses_PB: losses of the points, from the smallest change to the largest; column 0 is of the
             slides as they are, the others of bootstrap draws, the same for all points.
     """
-    best = int(np.argmin(losses_PB[:, 0]))
-    above_PB = losses_PB - losses_PB[best]
-    error_P = np.nan_to_num(np.nanstd(above_PB[:, 1:], axis=1, ddof=1))
-    within_P = above_PB[:, 0] <= error_P + TIE
+    loss_P, drawn_PB = losses_PB[:, 0], np.nan_to_num(losses_PB[:, 1:])
+    best = int(np.argmin(loss_P))
+    says_B = (drawn_PB != 0).any(axis=0)  # a draw without an event does not
+    above_PB = (drawn_PB - drawn_PB[best])[:, says_B]
+    error_P = above_PB.std(axis=1, ddof=1) if says_B.sum() > 1 else np.zeros(len(loss_P))
+    within_P = (loss_P <= loss_P[best] + error_P + TIE) & (loss_P <= loss_P[0] + TIE)
     return int(np.argmax(within_P)), error_P
 
 
@@ -120,12 +124,13 @@ class Candidates:
         self.start, self.seed = start, seed
         self.scaled = scaled_parts(module.slide_model.strategy)
         self.trained = deepcopy(module.slide_model.aggregator).cpu()
-        self.strengths: tuple[float, ...] = ()
 
-    def measure(self, end: Weights, a: float) -> tuple[Point, Aggregator, np.ndarray]:
+    def measure(
+        self, end: Weights, a: float, strengths: Sequence[float] = ()
+    ) -> tuple[Point, Aggregator, np.ndarray, tuple[float, ...]]:
         """Return a share's point, its slide model, and its losses (B,) on the cases' draws.
 
-        The first share to be measured is 0: its head's strengths are those of all others.
+        Comes with the strengths of its solved head: those given, or chosen where none are.
         """
         model = self.module.slide_model
         if a == 0 and not self.scaled:
@@ -136,12 +141,12 @@ class Candidates:
         train, val = cache_splits(model, chunk, *bags, f"a {a:g}")
         trained = self.trained if a > 0 else None
         with undisturbed(CPU):
-            aggregator, head, self.strengths = slide_model_for(
-                trained, model, train, val, self.task, self.seed, self.strengths
+            aggregator, head, strengths = slide_model_for(
+                trained, model, train, val, self.task, self.seed, strengths
             )
         figure, *_ = figures(aggregator, val, self.task)
         losses_B = drawn_losses(aggregator, val, self.task, self.seed)
-        return Point(a, float(losses_B[0]), 0.0, figure, head), aggregator, losses_B
+        return Point(a, float(losses_B[0]), 0.0, figure, head), aggregator, losses_B, strengths
 
 
 def interpolate(
@@ -154,26 +159,32 @@ def interpolate(
         ends: what W may be, by name.
         shares: a's to try, from 0 to 1, both included.
     """
-    first = candidates.measure(next(iter(ends.values())), 0.0)
-    full = {name: candidates.measure(end, 1.0) for name, end in ends.items()}
+    *frozen, strengths = candidates.measure(next(iter(ends.values())), 0.0)
+    full = {name: candidates.measure(end, 1.0, strengths)[:3] for name, end in ends.items()}
     source = min(full, key=lambda name: full[name][0].loss)
     between_a = sorted(a for a in shares if 0 < a < 1) if candidates.scaled else []
-    found = [first, *(candidates.measure(ends[source], a) for a in between_a), full[source]]
-    chosen, error_P = one_standard_error(np.stack([losses_B for *_, losses_B in found]))
-    points = [point for point, *_ in found]
+    partly = [candidates.measure(ends[source], a, strengths)[:3] for a in between_a]
+    points, aggregators, losses = zip(frozen, *partly, full[source], strict=True)
+    chosen, error_P = one_standard_error(np.stack(losses))
     curve = tuple(replace(point, error=float(e)) for point, e in zip(points, error_P, strict=True))
-    least = min(curve, key=lambda point: point.loss)
-    taken = curve[chosen]
-    reason = f"validation loss {taken.loss:.3f} is the least"
-    if taken is not least:
-        reason = (
-            f"validation loss {taken.loss:.3f} is above the least ({least.loss:.3f} at a = "
-            f"{least.a:g}) by less than its standard error, {taken.error:.3f}"
-        )
+    reason = why(curve, curve[chosen])
     if not candidates.scaled:
         reason += "; this strategy's change has no scale, so a is 0 or 1"
-    heads = {point.a: aggregator for point, aggregator, _ in found}
-    return Interpolation(taken.a, source, reason, curve), heads, ends[source]
+    heads = {point.a: aggregator for point, aggregator in zip(points, aggregators, strict=True)}
+    return Interpolation(curve[chosen].a, source, reason, curve), heads, ends[source]
+
+
+def why(curve: Sequence[Point], taken: Point) -> str:
+    """Return why a point of the curve is the one that is saved."""
+    least = min(curve, key=lambda point: point.loss)
+    if taken is least:
+        return f"validation loss {taken.loss:.3f} is the least"
+    if taken.loss - least.loss <= TIE:
+        return f"validation loss {taken.loss:.3f} is no more than at a = {least.a:g}"
+    return (
+        f"validation loss {taken.loss:.3f} is above the least ({least.loss:.3f} at a = "
+        f"{least.a:g}) by less than its standard error, {taken.error:.3f}"
+    )
 
 
 def slide_model_for(
@@ -242,7 +253,7 @@ def calibrated(logits_NK: Tensor, target_NY: Tensor, loss: nn.Module) -> Tensor:
 
     start = np.repeat([1.0, 0.0], count)
     bounds = [(0, None)] * count + [(None, None)] * count
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=STOP).x
     return moved(found)[1].detach()
 
 

@@ -2,8 +2,9 @@
 
     p <- p + lr * strength * (p0 - p)
 
-In place of weight decay, which draws them toward 0 and so away from what was pretrained. Only what
-scales the change is drawn (`adapt.interpolation`): all weights of full fine-tuning, LoRA's B.
+In place of weight decay, which draws them toward 0 and so away from what was pretrained: the
+encoder has none then. Only what scales the change is drawn (`adapt.interpolation`): all weights of
+full fine-tuning, LoRA's B. A strategy whose change has no scale is refused.
 
 Price: a copy of what learns, on its device.
 Source: Li et al. 2018 (L2-SP, arXiv 1802.01483).
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tapfm.adapt.strategies import scaled_parts
-from tapfm.recipe.weight_average import learning, made_update
+from tapfm.recipe.weight_average import after_updates, learning
 
 
 class PullToStart(Callback):
@@ -36,12 +37,11 @@ class PullToStart(Callback):
         moves = scaled_parts(module.strategy)
         named = [(name, p) for name, p in learning(module) if name.endswith(moves)]
         self.start: dict[str, Tensor] = {n: module.start[n].to(p.device) for n, p in named}
+        after_updates(module, self.draw)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def draw(self, module: L.LightningModule) -> None:
         """Draw each weight toward its start, by its own learning rate, after an update."""
-        if not made_update(trainer, module, outputs):
-            return
         rates = {id(p): group["lr"] for group in module.optimizers()[1].param_groups
                  for p in group["params"]}  # fmt: skip
         for name, parameter in learning(module):

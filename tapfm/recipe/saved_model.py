@@ -22,7 +22,7 @@ from slides.files import replacing, write_text
 from tapfm.adapt.interpolation import between, learned, put
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import gather
-from tapfm.recipe.best_weights import BEST
+from tapfm.recipe.best_weights import ADAPTED, BEST, CONTROL, INTERPOLATION
 from tapfm.recipe.interpolation import Candidates, Interpolation, frozen_model, interpolate
 from tapfm.recipe.warm_start import VIEWS
 from tapfm.recipe.weight_average import WeightAverage
@@ -32,9 +32,6 @@ from tapfm.slide_model.model import (
     read_model_config,
     save,
 )
-
-ADAPTED, CONTROL = "adapted.safetensors", "control.safetensors"
-INTERPOLATION = "interpolation.json"
 
 
 def choose_and_save(
@@ -50,7 +47,7 @@ def choose_and_save(
     """
     model, start = module.slide_model, module.start
     best = folder / ADAPTED
-    if not best.exists() and module.trainer.is_global_zero:
+    if module.trainer.is_global_zero:
         with replacing(best) as copy:
             shutil.copyfile(folder / BEST, copy)
     gather(None)  # the other processes wait for the file
@@ -72,9 +69,9 @@ def choose_and_save(
     model.aggregator.load_state_dict(heads[choice.a].state_dict())
     saved = control if choice.a == 0 else model
     facts |= {"interpolation": choice.facts(), "trained": model.model_config.strategy}
-    for which, path, a in ((control, CONTROL, 0.0), (saved, BEST, choice.a)):
+    write_text(folder / INTERPOLATION, json.dumps(choice.facts(), indent=1) + "\n")
+    for which, path, a in ((control, CONTROL, 0.0), (saved, BEST, choice.a)):  # BEST says: done
         figure = next(point.figure for point in choice.curve if point.a == a)
         own = {f"val_{module.task.monitor}": figure, "fingerprint": adapted_fingerprint(which)}
         save(which, folder / path, **{**facts, **own})
-    write_text(folder / INTERPOLATION, json.dumps(choice.facts(), indent=1) + "\n")
     return choice

@@ -11,6 +11,8 @@ Source: Polyak and Juditsky 1992 (SIAM J. Control Optim. 30:838); the exponentia
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -34,12 +36,11 @@ class WeightAverage(Callback):
         there = {name: p for name, p in learning(module) if name not in self.mean}
         self.mean |= {name: p.detach().float().clone() for name, p in there.items()}
         self.mean = {name: self.mean[name].to(p.device) for name, p in learning(module)}
+        after_updates(module, self.follow)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def follow(self, module: L.LightningModule) -> None:
         """Move the mean toward the weights after an update."""
-        if not made_update(trainer, module, outputs):
-            return
         self.updates += 1
         window = max(1.0, self.window * module.slides_in_run / module.steps.accumulate)
         keep = min(1 - 1 / window, self.updates / (self.updates + 9))
@@ -59,10 +60,10 @@ class WeightAverage(Callback):
         self.updates, self.mean = state["updates"], state["mean"]
 
 
-def made_update(trainer: L.Trainer, module: L.LightningModule, outputs: object) -> bool:
-    """Return whether the optimizers have stepped at this turn, which is over."""
-    full = module.slides_seen % module.steps.accumulate == 0
-    return bool(outputs) and (full or trainer.is_last_batch)
+def after_updates(module: L.LightningModule, follow: Callable[[L.LightningModule], None]) -> None:
+    """Have `follow` called after each update of the encoder, whichever turn completes it."""
+    _, encoder_optimizer = module.optimizers(use_pl_optimizer=False)
+    encoder_optimizer.register_step_post_hook(lambda *_: follow(module))
 
 
 def learning(module: L.LightningModule) -> list[tuple[str, nn.Parameter]]:

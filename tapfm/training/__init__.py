@@ -6,7 +6,7 @@
     objective.py    between the passes: bag transforms, task loss, regularisers
     optim.py        learning rates over a run
     oom_retry.py    when memory runs out: the same gradient from smaller chunks
-    callbacks.py    metrics.csv, memory.csv, best weights, resume point
+    callbacks.py    metrics.csv, memory.csv, resume point
     stopping.py     a run that is asked to stop: saves, says so, and its exit code
     encode_once.py  a frozen encoder's features, made before the first epoch
     fit.py          `tapfm fit`: config to run folder

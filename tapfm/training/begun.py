@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -31,8 +30,6 @@ from slides.files import clear_partials, write_text
 from tapfm import __version__
 from tapfm.config_paths import with_absolute_paths
 from tapfm.data.datamodule import SlideData
-from tapfm.recipe.best_weights import BEST
-from tapfm.recipe.saved_model import ADAPTED, CONTROL, INTERPOLATION
 from tapfm.training.callbacks import BEFORE, RESUME
 from tapfm.training.old_keys import changed_keys
 
@@ -58,16 +55,13 @@ def prepare_folder(cli: Any, *, writes: bool = True) -> None:
     rows = rows_of(cli.datamodule)
     begun = any((folder / name).exists() for name in (RESUME, BEFORE))
     resumes = begun and (folder / CONFIG).exists()
-    extends = False
     if resumes:
         then, now = yaml.safe_load((folder / CONFIG).read_text()), yaml.safe_load(text)
-        extends = _refuse_other_settings(folder, then, now, cli)
+        _refuse_other_settings(folder, then, now, cli)
         _refuse_other_rows(folder, rows)
     if not writes:
         return
     clear_partials(folder)
-    if extends:
-        _take_back_choice(folder)
     write_text(folder / CONFIG, text)
     known = {split: {"sha256": sha256_of(each), "rows": each} for split, each in rows.items()}
     write_text(folder / COHORT, json.dumps(known) + "\n")
@@ -116,8 +110,7 @@ def changed_rows(then: Mapping[str, Any], now: Mapping[str, Any], split: str) ->
     return sorted(lines)
 
 
-def _refuse_other_settings(folder: Path, then: Mapping, now: Mapping, cli: Any) -> bool:
-    """Refuse other settings; return whether a run is continued to another number of epochs."""
+def _refuse_other_settings(folder: Path, then: Mapping, now: Mapping, cli: Any) -> None:
     were, are = ({key: each[key] for key in DESCRIBES_RUN} for each in (then, now))
     if changed := changed_keys(were, are, cli.parser.get_defaults()):
         raise SettingsError(
@@ -125,15 +118,12 @@ def _refuse_other_settings(folder: Path, then: Mapping, now: Mapping, cli: Any) 
             "Give another --name or --run_dir, or delete that folder to start anew."
         )
     was, is_ = (each.get("trainer", {}).get("max_epochs") for each in (then, now))
-    if was in (None, is_):
-        return False
-    if not cli.config.extend:
+    if was not in (None, is_) and not cli.config.extend:
         raise SettingsError(
             f"{folder} holds a run of {was} epochs, and trainer.max_epochs is {is_}: its schedule "
             f"of learning rates would be laid anew. Give {was}, another --name, or --extend true "
             "to go on so."
         )
-    return True
 
 
 def _refuse_other_rows(folder: Path, now: Rows) -> None:
@@ -159,14 +149,6 @@ def _refuse_other_rows(folder: Path, now: Rows) -> None:
         raise SettingsError(
             all_faults(f"{folder} holds a run on other rows. {ways}", lines[:LISTED] + more)
         )
-
-
-def _take_back_choice(folder: Path) -> None:
-    """Put back the best epoch of a run that had ended, since it goes on: the choice comes anew."""
-    if (folder / ADAPTED).exists():
-        os.replace(folder / ADAPTED, folder / BEST)
-    for name in (CONTROL, INTERPOLATION):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _cell(value: object) -> object:

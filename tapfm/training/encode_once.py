@@ -22,8 +22,8 @@ from tapfm.data.datamodule import SlideData
 from tapfm.data.feature_source import FeatureSource
 from tapfm.distributed import gather
 from tapfm.encoders.compiled import need_compiler
-from tapfm.frozen.cached_features import evaluating
 from tapfm.frozen.features import extract, frozen_extraction
+from tapfm.frozen.fitter import evaluating
 from tapfm.training.module import SlideModule
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue
-from tapfm.adapt.strategies import make_strategy, strategy_spec
+from tapfm.adapt.strategies import make_strategy, scaled_parts, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
 from tapfm.config_lines import with_lines_of
 from tapfm.config_paths import localised
@@ -283,15 +283,13 @@ def train(cli: Cli) -> None:
     add_tensorboard(trainer, folder)
     best = BestWeights(folder, module.task.monitor)
     recipe = recipe_callbacks(module, best)
-    steps = module.steps
-    looks = bool(steps.warm_start) + len(steps.interpolate or ()) * module.chooses
     point = ResumePoint(folder, cli.config.resume_minutes, cli.config.resume_every)
     stop = StopOnSignal(folder, point)
     trainer.callbacks += [
         *recipe,  # in front: the resume point holds what they made of an update
         RunLog(folder, list(validation_figures(module.task)), module.columns),
         best,
-        RunStatus(folder, best, looks),
+        RunStatus(folder, best, looks_to_choose(module)),
         point,
         stop,
     ]
@@ -335,6 +333,13 @@ def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:
     if steps.average and module.chooses:
         found.append(WeightAverage(steps.average))
     return found
+
+
+def looks_to_choose(module: SlideModule) -> int:
+    """Return passes over training and validation slides after the last epoch: one for each a."""
+    steps = module.steps
+    shares = len(steps.interpolate or ()) if scaled_parts(module.strategy) else 2
+    return (shares + bool(steps.average)) * module.chooses  # two ends at a = 1, if a mean is kept
 
 
 def save_choice(module: SlideModule, folder: Path, recipe: Sequence[Callback]) -> None:

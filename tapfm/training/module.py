@@ -13,7 +13,7 @@ Shapes: T tiles of a slide, D features, K labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tapfm.adapt.interpolation import learned
 from tapfm.adapt.parameter_groups import parameter_groups
-from tapfm.adapt.strategies import make_strategy, strategy_spec
+from tapfm.adapt.strategies import make_strategy, scaled_parts, strategy_spec
 from tapfm.data.bag import Bag, Moment, SkippedBag, too_late_to_skip
 from tapfm.distributed import gather
 from tapfm.encoders.pinned import upload
@@ -147,7 +147,8 @@ class SlideModule(AlternatingModule):
                  "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
         faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every, pack_chunks)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
-        faults += check_pull(steps.pull, optimizer) + check_start(start_from, steps.warm_start)
+        faults += check_pull(steps.pull, optimizer, strategy)
+        faults += check_start(start_from, steps.warm_start)
         refuse([*faults, *check_features(features, strategy["name"], **given)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
@@ -337,11 +338,17 @@ def check_start(start_from: str | None, warm_start: bool) -> list[str]:
     return []
 
 
-def check_pull(pull: float, optimizer: str) -> list[str]:
-    """Return what is wrong with L2-SP and the encoder's optimizer together."""
+def check_pull(pull: float, optimizer: str, strategy: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with L2-SP, the encoder's optimizer and what learns, together."""
+    faults = []
     if pull and optimizer != "adamw":
-        return [
+        faults.append(
             f"model.steps.pull {pull} draws weights themselves, and model.optimizer {optimizer} "
             "keeps their exact values elsewhere: take adamw, or leave pull out"
-        ]
-    return []
+        )
+    if pull and strategy["name"] != "frozen" and not scaled_parts(make_strategy(strategy)):
+        faults.append(
+            f"model.steps.pull {pull} draws a change toward none, and that of model.strategy "
+            f"{strategy['name']} has no scale: leave pull out"
+        )
+    return faults

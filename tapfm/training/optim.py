@@ -35,13 +35,14 @@ class Steps:
     clip: float = 1.0
     """Largest gradient norm of either update; 0 is no limit."""
     accumulate: int = 1
-    """Slides per update."""
+    """Slides per update; fewer at an epoch's end, each divided by this number all the same."""
     head_first: float = 0.0
     """Share of the run in which the encoder stays as it came and only the slide model learns."""
     warm_start: bool = False
     """Begin with the slide model fitted to the frozen features (`recipe.warm_start`)."""
     pull: float = 0.0
-    """Weight decay of the encoder toward its pretrained weights (L2-SP), instead of toward 0."""
+    """Weight decay of the encoder toward its pretrained weights (L2-SP), instead of toward 0; not
+    for strategies whose change has no scale, such as prompts."""
     solve_head: bool = False
     """Solve the linear head anew at each epoch's start (`recipe.solved_head`)."""
     average: float = 0.1

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from tapfm.adapt.strategies import STRATEGIES, scaled_parts
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.frozen import warm_heads
-from tapfm.recipe import interpolation
-from tapfm.recipe.interpolation import calibrated, one_standard_error
+from tapfm.recipe import interpolation, saved_model
+from tapfm.recipe.best_weights import BestWeights
+from tapfm.recipe.interpolation import Point, calibrated, one_standard_error, why
 from tapfm.slide_model import model as models
 from tapfm.slide_model.model import ModelConfig, build
 from tapfm.tasks.multilabel import Multilabel
@@ -92,9 +94,38 @@ def test_the_least_change_within_one_standard_error_is_taken():
     assert one_standard_error(losses([0.5, 0.6, 0.7], 0.01))[0] == 0
     tied = losses([0.6931471805671, 0.6931471805599, 0.6931471805599], 0.0)
     assert one_standard_error(tied)[0] == 0, "where nothing is learned all are at chance"
-    lost = losses([0.7, 0.6, 0.5], 0.01)
-    lost[:, 5:] = np.nan  # draws without an event say nothing
-    assert one_standard_error(lost)[0] == 2
+    whole = losses([0.7, 0.6, 0.5], 0.01)
+    lost = np.column_stack([whole, np.zeros((3, 200)), np.full((3, 200), np.nan)])
+    lost = one_standard_error(lost)
+    assert lost[0] == 2
+    assert np.array_equal(lost[1], one_standard_error(whole)[1]), "no event says nothing"
+
+
+def test_no_point_above_the_frozen_encoder_is_taken():
+    """However wide its own error is: so no saved model is worse on validation."""
+    noise = np.random.default_rng(0).standard_normal(400)
+    loss_P, error_P = np.array([0.652, 0.695, 0.620]), np.array([0.003, 0.080, 0.0])
+    drawn_PB = loss_P[:, None] + error_P[:, None] * noise
+    assert one_standard_error(np.column_stack([loss_P, drawn_PB]))[0] == 2
+
+
+def test_where_all_rank_validation_without_a_fault_the_frozen_encoder_is_taken():
+    """Calibrated losses are then 0, to less than a tie: what is left open decides nothing."""
+    drawn = np.random.default_rng(0)
+    y_N1 = torch.from_numpy(drawn.integers(0, 2, (18, 1)).astype(float))
+    loss = Multilabel(("a",)).loss().eval()
+    for _ in range(20):
+        logits_N1 = (2 * y_N1 - 1) * torch.from_numpy(drawn.uniform(0.05, 3, y_N1.shape))
+        assert float(loss(calibrated(logits_N1, y_N1, loss), y_N1)) < interpolation.TIE / 10
+
+
+def test_the_reason_says_what_the_rule_saw():
+    points = [Point(a, loss, error, 0.5, "") for a, loss, error in
+              ((0.0, 0.6931471, 0.0), (0.5, 0.6931470, 0.0), (1.0, 0.6931471, 0.0))]  # fmt: skip
+    assert why(points, points[0]) == "validation loss 0.693 is no more than at a = 0.5"
+    assert why(points, points[1]) == "validation loss 0.693 is the least"
+    wider = replace(points[0], loss=0.7, error=0.02)
+    assert "is above the least (0.693 at a = 0.5) by less" in why([wider, *points[1:]], wider)
 
 
 def test_losses_are_of_calibrated_logits():
@@ -165,6 +196,85 @@ def test_a_run_saves_the_chosen_share_and_the_frozen_model(tmp_path, capsys, str
     before = (run / "best.safetensors").read_bytes()
     assert main(fit) == 0
     assert (run / "best.safetensors").read_bytes() == before, "chosen once"
+
+
+def stopping_after(epochs, monkeypatch):
+    """Have a run end after so many epochs, as `trainer.max_time` does."""
+
+    def stop(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch + 1 == epochs
+
+    monkeypatch.setattr(BestWeights, "on_train_epoch_end", stop, raising=False)
+
+
+def adapted_of(run):
+    return (run / "adapted.safetensors").read_bytes()
+
+
+def test_a_run_that_goes_on_after_its_choice_ends_like_one_that_never_stopped(
+    tmp_path, monkeypatch
+):
+    """Its choice is made anew, of the best epoch of all, better than those before or not."""
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", "lora"]
+    fit += ["--model.steps.interpolate", "[0, 1]", "--trainer.max_epochs", "3"]
+    assert main([*fit, "--name", "whole"]) == 0
+    for epochs in (1, 2):
+        with monkeypatch.context() as patched:
+            stopping_after(epochs, patched)
+            assert main([*fit, "--name", f"after_{epochs}"]) == 0
+        assert (tmp_path / "runs" / f"after_{epochs}" / "interpolation.json").exists()
+        assert main([*fit, "--name", f"after_{epochs}"]) == 0
+        for name in ("best", "adapted", "control"):
+            whole, stopped = (
+                (tmp_path / "runs" / run / f"{name}.safetensors").read_bytes()
+                for run in ("whole", f"after_{epochs}")
+            )
+            assert whole == stopped, (epochs, name)
+
+
+def test_a_run_that_begins_anew_saves_nothing_of_the_one_before(tmp_path):
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", "lora", *RUN, "--name", "run"]
+    run = tmp_path / "runs" / "run"
+    assert main([*fit, "--model.steps.encoder_lr", "1e-3"]) == 0
+    other = adapted_of(run)
+    for name in ("last.ckpt", "before.ckpt"):
+        (run / name).unlink(missing_ok=True)
+    assert main([*fit, "--model.steps.encoder_lr", "1e-4"]) == 0
+    again = adapted_of(run)
+    assert again != other
+    assert main([*fit[:-1], "fresh", "--model.steps.encoder_lr", "1e-4"]) == 0
+    assert load_file(run / "adapted.safetensors").keys()
+    fresh = load_file(tmp_path / "runs" / "fresh" / "adapted.safetensors")
+    assert all(torch.equal(value, fresh[name])
+               for name, value in load_file(run / "adapted.safetensors").items())  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["interpolation.json", "control.safetensors", "best.safetensors"])
+def test_a_choice_that_was_cut_off_is_made_again(tmp_path, monkeypatch, at):
+    """Killed before any of its files: the same command writes them all."""
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", "lora", *RUN]
+
+    def kill(real):
+        def writing(*given, **facts):
+            path = next(each for each in given if isinstance(each, Path))
+            if path.name == at:
+                raise KeyboardInterrupt
+            return real(*given, **facts)
+
+        return writing
+
+    with monkeypatch.context() as patched:
+        for name in ("save", "write_text"):
+            patched.setattr(saved_model, name, kill(getattr(saved_model, name)))
+        assert main(fit) != 0
+    assert main(fit) == 0
+    run = next((tmp_path / "runs").iterdir())
+    choice = json.loads((run / "interpolation.json").read_text())
+    for name in ("best", "control"):
+        assert models.read_model_config(run / f"{name}.safetensors")[1]["interpolation"] == choice
 
 
 def test_the_control_knows_nothing_of_the_run(tmp_path):

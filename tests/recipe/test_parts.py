@@ -8,8 +8,12 @@ import torch
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.recipe import solved_head, weight_average
+from tapfm.recipe.solved_head import SolvedHead
 from tapfm.recipe.weight_average import WeightAverage
+from tapfm.training import fit as training_fit
+from tapfm.training.fit import looks_to_choose
 from tapfm.training.module import SlideModule
+from tapfm.training.optim import Steps
 from tests.cohorts import write_cohort
 
 PARTS = ["--model.steps.average", "0.3", "--model.steps.pull", "0.5", "--model.steps.solve_head",
@@ -51,18 +55,17 @@ def test_all_parts_are_resumed_to_the_bit(tmp_path, monkeypatch):
 def test_the_mean_is_of_the_weights_after_each_update(tmp_path, monkeypatch):
     """Computed again from the weights after every update, by the formula of the docstring."""
     seen, kept = [], {}
-    real = WeightAverage.on_train_batch_end
+    real = WeightAverage.follow
 
-    def noting(self, trainer, module, outputs, batch, index):
-        real(self, trainer, module, outputs, batch, index)
-        if not seen or self.updates > len(seen) - 1:
-            seen.append(dict(weight_average.learning(module))["norm.weight"].detach().clone())
-            kept["mean"] = self.mean["norm.weight"].clone()
+    def noting(self, module):
+        real(self, module)
+        seen.append(dict(weight_average.learning(module))["norm.weight"].detach().clone())
+        kept["mean"] = self.mean["norm.weight"].clone()
 
-    monkeypatch.setattr(WeightAverage, "on_train_batch_end", noting)
+    monkeypatch.setattr(WeightAverage, "follow", noting)
     config = write_cohort(tmp_path)
     fit(config, "--model.steps.interpolate", "[0, 1]", "--model.steps.average", "0.5")
-    start, *after = seen
+    start, after = backbones.load("demo_vit", tile_px=32).vit.norm.weight.detach(), seen
     window, mean = 0.5 * 21 / 2, start  # 21 slides, two an update
     for update, weight in enumerate(after, 1):
         keep = min(1 - 1 / window, update / (update + 9))
@@ -70,6 +73,33 @@ def test_the_mean_is_of_the_weights_after_each_update(tmp_path, monkeypatch):
     assert len(after) == 12, "four updates an epoch: the last is of one slide"
     torch.testing.assert_close(kept["mean"], mean)
     assert not torch.equal(kept["mean"], after[-1])
+
+
+def test_an_update_that_a_skipped_slide_completes_is_in_the_mean(tmp_path, monkeypatch):
+    """Of seven slides, two an update, the last is left out: what waits is still learned from."""
+    steps, updates, step = [], [], SlideModule.training_step
+    update = SlideModule.update
+
+    def skipping(self, bag, index):
+        steps.append(index)
+        return None if index == 6 else step(self, bag, index)
+
+    def counting(self, optimizer):
+        completes = self.completes_update
+        norm = update(self, optimizer)
+        if completes and optimizer is self.optimizers()[1]:
+            updates.append(self.slides_seen)
+        return norm
+
+    monkeypatch.setattr(SlideModule, "training_step", skipping)
+    monkeypatch.setattr(SlideModule, "update", counting)
+    config = write_cohort(tmp_path)
+    runs = fit(config, "--name", "run", "--model.steps.accumulate", "4",
+               "--model.steps.interpolate", "[0, 1]")  # fmt: skip
+    kept = torch.load(runs / "run" / "last.ckpt", weights_only=True)["callbacks"]
+    assert steps[-1] == 6
+    assert kept["WeightAverage"]["updates"] == len(updates)
+    assert len(updates) > len(steps) // 7 * (6 // 4), "some are completed by the skipped slide"
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
@@ -94,19 +124,32 @@ def test_a_strong_pull_leaves_the_encoder_as_it_came(tmp_path, strategy):
 
 
 def test_each_epoch_but_the_first_begins_with_a_solve(tmp_path, monkeypatch):
-    solves, real = [], solved_head.solve_head
+    """Held as strongly as frozen features chose; before the first slide the head stays."""
+    solves, heads, real = [], [], solved_head.solve_head
 
-    def noting(aggregator, train, val, task):
+    def noting(aggregator, train, val, task, strengths):
         before = aggregator.head.weight.detach().clone()
-        found = real(aggregator, train, val, task)
-        solves.append(float((aggregator.head.weight.detach() - before).norm()))
+        found = real(aggregator, train, val, task, strengths)
+        change = float((aggregator.head.weight.detach() - before).norm())
+        solves.append((tuple(strengths), found.chosen, change))
         return found
 
+    class Looking(SolvedHead):
+        def on_train_epoch_start(self, trainer, module):
+            weight = module.slide_model.aggregator.head.weight
+            before = weight.detach().clone()
+            super().on_train_epoch_start(trainer, module)
+            heads.append(torch.equal(weight, before))
+
     monkeypatch.setattr(solved_head, "solve_head", noting)
+    monkeypatch.setattr(training_fit, "SolvedHead", Looking)
     config = write_cohort(tmp_path)
     fit(config, "--model.steps.solve_head", "true")
-    assert len(solves) == 2
-    assert all(change > 0 for change in solves)
+    (nothing, chosen, _), *others = solves
+    assert nothing == ()
+    assert [each[:2] for each in others] == [(chosen, chosen)] * 2
+    assert all(change > 0 for *_, change in solves)
+    assert heads == [True, False, False]
 
 
 def test_a_pull_needs_the_weights_themselves(tmp_path, capsys):
@@ -114,6 +157,29 @@ def test_a_pull_needs_the_weights_themselves(tmp_path, capsys):
     own = ["--model.steps.pull", "0.1", "--model.precision", "bf16-true"]
     assert main(["fit", "--config", str(config), *own, "--model.optimizer", "master"]) == 2
     assert "model.steps.pull 0.1 draws weights themselves" in capsys.readouterr().err
+
+
+def test_a_pull_needs_a_change_that_has_a_scale(tmp_path, capsys):
+    config = write_cohort(tmp_path)
+    own = ["--model.steps.pull", "0.1", "--model.strategy", "vpt_deep"]
+    assert main(["fit", "--config", str(config), *own]) == 2
+    assert "that of model.strategy vpt_deep has no scale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "looks"),
+    [
+        ("lora", {}, 6),
+        ("lora", {"average": 0.0}, 5),
+        ("lora", {"interpolate": (0.0, 1.0)}, 3),
+        ("vpt_deep", {}, 3),
+        ("lora", {"interpolate": ()}, 0),
+        ("frozen", {}, 0),
+    ],
+)
+def test_passes_after_the_last_epoch_are_foretold(strategy, steps, looks):
+    kept = {"labels": ["a"], "task": {"name": "multilabel"}, "tile_px": 32, "strategy": strategy}
+    assert looks_to_choose(SlideModule(**kept, steps=Steps(**steps))) == looks
 
 
 @pytest.mark.parametrize(
