@@ -25,8 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.record import RESULTS, facts, rewrite
-from benchmarks.tissue import write_part
+from benchmarks.record import RESULTS, facts, rewrite, write_part
 from slides.demo import SLIDES
 from tapfm.evaluation.study import TAPFM
 from tapfm.reports.html.tables import interval_cell

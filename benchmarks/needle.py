@@ -35,6 +35,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -141,18 +142,34 @@ def keep(path: Path, cells: Sequence[Cell], about: Mapping[str, str]) -> None:
 
 def tabulate(about: Mapping[str, str]) -> None:
     """Write figures and table of the rows whose predictions are kept; older rows stay."""
-    runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
-    trained, commits = {}, set()
-    saved, tiles = defaultdict(list), defaultdict(list)
+    path = RESULTS / "needle.json"
+    result = result_of(read_fits(), about)
+    if path.exists():
+        result = with_older(result, json.loads(path.read_text()))
+    write_json(path, result)
+    table = markdown(json.loads(path.read_text()))
+    rewrite("needle", table)
+    print(table)
+
+
+def read_fits() -> list[dict[str, Any]]:
+    """Return what is kept of each row and seed, in the order of `ROWS`."""
     places = {row: place for place, row in enumerate(ROWS)}
     files = sorted(KEPT.glob("*/*.json"), key=lambda path: (places[path.stem], path.parent.name))
-    for fits in (json.loads(file.read_text()) for file in files):
-        for title, lines in fits["predicted"].items():
-            runs.setdefault(title, {})[fits["seed"]] = by_fold(title, lines, fits["trained"][title])
-        trained |= fits["trained"]
-        commits.add(fits["commit"])
-        saved[fits["row"]] += fits["saved"]
-        for title, value in fits["tile_auroc"].items():
+    return [json.loads(file.read_text()) for file in files]
+
+
+def result_of(fits: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> dict[str, Any]:
+    """Return the figures of all rows, from the predictions of their fits."""
+    runs: dict[str, dict[int, dict[int, ResultRow]]] = {}
+    trained: dict[str, bool] = {}
+    saved, tiles = defaultdict(list), defaultdict(list)
+    for fit in fits:
+        for title, lines in fit["predicted"].items():
+            runs.setdefault(title, {})[fit["seed"]] = by_fold(title, lines, fit["trained"][title])
+        trained |= fit["trained"]
+        saved[fit["row"]] += fit["saved"]
+        for title, value in fit["tile_auroc"].items():
             tiles[title].append(value)
     order = dict(sorted(trained.items(), key=lambda each: each[1]))  # the frozen ones first
     seeds = sorted({seed for each in runs.values() for seed in each})
@@ -160,19 +177,21 @@ def tabulate(about: Mapping[str, str]) -> None:
     adapted = {row: each for row, each in saved.items() if each}
     task = make_task({"name": "multilabel"}, [LABEL])
     _, result, _ = summary_of_runs(study, FOLDS, task, runs, order, adapted, {})
-    result |= about | {"commits": sorted(commits)}
-    result["tile_auroc"] = {title: np.mean(each) for title, each in tiles.items()}
-    path = RESULTS / "needle.json"
-    before = json.loads(path.read_text())
-    for title in [title for title in before["arms"] if title not in result["arms"]]:
-        result["arms"][title] = before["arms"][title]
-        result["verdicts"] += [v for v in before["verdicts"] if v.startswith(f"{title}:")]
-        if title in before["tile_auroc"]:
-            result["tile_auroc"][title] = before["tile_auroc"][title]
-    write_json(path, result)
-    table = markdown(json.loads(path.read_text()))
-    rewrite("needle", table)
-    print(table)
+    return {
+        **result, **about, "commits": sorted({fit["commit"] for fit in fits}),
+        "tile_auroc": {title: float(np.mean(each)) for title, each in tiles.items()},
+    }  # fmt: skip
+
+
+def with_older(result: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with the rows that only an older one has."""
+    arms, verdicts, tiles = dict(result["arms"]), [*result["verdicts"]], result["tile_auroc"]
+    for title in (title for title in before["arms"] if title not in result["arms"]):
+        arms[title] = before["arms"][title]
+        verdicts += [each for each in before["verdicts"] if each.startswith(f"{title}:")]
+    older = {title: value for title, value in before["tile_auroc"].items()
+             if title not in result["arms"]}  # fmt: skip
+    return {**result, "arms": arms, "verdicts": verdicts, "tile_auroc": {**tiles, **older}}
 
 
 def by_fold(title: str, lines: Sequence[Sequence], end_to_end: bool) -> dict[int, ResultRow]:

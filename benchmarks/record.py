@@ -1,7 +1,8 @@
-"""Files of benchmark results, with machine, date and commit; tables in README.md.
+"""What several benchmarks share: files of results, tables in README.md, smaller cohorts.
 
-Raw figures go to `results/`; a script's tables stand in README.md between two markers of its name,
-<!-- name:begin --> and <!-- name:end -->, and everything else there is written by hand.
+Raw figures go to `results/`, with machine, date and commit. A script's tables stand in README.md
+between two markers of its name, <!-- name:begin --> and <!-- name:end -->, and everything else
+there is written by hand.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 from slides.files import write_text
 
@@ -63,6 +66,20 @@ def rounded(value: object) -> object:
     if isinstance(value, list | tuple):
         return [rounded(each) for each in value]
     return float(f"{value:.8g}") if isinstance(value, float) else value
+
+
+def write_part(whole: Path, part: Path, patients: int, seed: int) -> None:
+    """Write a cohort's table with some of its training patients, and all others."""
+    with whole.open() as file:
+        rows = [*csv.DictReader(file)]
+    training = sorted({row["case_id"] for row in rows if row["split"] == "train"})
+    left_out = {*np.random.default_rng(seed).permutation(training)[patients:].tolist()}
+    with part.open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            if row["case_id"] not in left_out:
+                writer.writerow(row | {"slide_path": str(whole.parent / row["slide_path"])})
 
 
 def facts(device: str) -> dict[str, str]:

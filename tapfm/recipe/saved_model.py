@@ -20,6 +20,7 @@ import lightning as L
 
 from slides.files import replacing, write_text
 from tapfm.adapt.interpolation import between, learned, put
+from tapfm.adapt.strategies import scaled_parts
 from tapfm.data.datamodule import SlideData
 from tapfm.distributed import gather
 from tapfm.recipe.best_weights import ADAPTED, BEST, CONTROL, INTERPOLATION
@@ -32,6 +33,13 @@ from tapfm.slide_model.model import (
     read_model_config,
     save,
 )
+
+
+def looks_to_choose(module: L.LightningModule) -> int:
+    """Return passes over training and validation slides after the last epoch: one for each a."""
+    steps = module.steps
+    shares = len(steps.interpolate or ()) if scaled_parts(module.strategy) else 2
+    return (shares + bool(steps.average)) * module.chooses  # two ends at a = 1, if a mean is kept
 
 
 def choose_and_save(

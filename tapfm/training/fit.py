@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from slides.grid import Grid
 from slides.tiling.tissue import Tissue
-from tapfm.adapt.strategies import make_strategy, scaled_parts, strategy_spec
+from tapfm.adapt.strategies import make_strategy, strategy_spec
 from tapfm.bag_transforms import BAG_TRANSFORMS
 from tapfm.config_lines import with_lines_of
 from tapfm.config_paths import localised
@@ -39,7 +39,7 @@ from tapfm.planning.plan import compare
 from tapfm.recipe.best_weights import BEST, BestWeights
 from tapfm.recipe.frozen_means import FrozenMeans
 from tapfm.recipe.pull_to_start import PullToStart
-from tapfm.recipe.saved_model import choose_and_save
+from tapfm.recipe.saved_model import choose_and_save, looks_to_choose
 from tapfm.recipe.solved_head import SolvedHead
 from tapfm.recipe.warm_start import WarmStart
 from tapfm.recipe.weight_average import WeightAverage
@@ -333,13 +333,6 @@ def recipe_callbacks(module: SlideModule, best: BestWeights) -> list[Callback]:
     if steps.average and module.chooses:
         found.append(WeightAverage(steps.average))
     return found
-
-
-def looks_to_choose(module: SlideModule) -> int:
-    """Return passes over training and validation slides after the last epoch: one for each a."""
-    steps = module.steps
-    shares = len(steps.interpolate or ()) if scaled_parts(module.strategy) else 2
-    return (shares + bool(steps.average)) * module.chooses  # two ends at a = 1, if a mean is kept
 
 
 def save_choice(module: SlideModule, folder: Path, recipe: Sequence[Callback]) -> None:

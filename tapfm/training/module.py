@@ -147,8 +147,7 @@ class SlideModule(AlternatingModule):
                  "backward_tiles": backward_tiles, "merge_tokens": merge_tokens}  # fmt: skip
         faults = check_counts(chunk, keep_chunks, backward_tiles, cosine_every, pack_chunks)
         faults += check_drop_path(drop_path) + check_precision(precision, optimizer)
-        faults += check_pull(steps.pull, optimizer, strategy)
-        faults += check_start(start_from, steps.warm_start)
+        faults += check_steps(steps, optimizer, strategy, start_from)
         refuse([*faults, *check_features(features, strategy["name"], **given)], "model")
         config = ModelConfig(
             MODEL if features else model, with_temperature(aggregator, temperature), tuple(labels),
@@ -328,27 +327,24 @@ class SlideModule(AlternatingModule):
         super().on_load_checkpoint(checkpoint)
 
 
-def check_start(start_from: str | None, warm_start: bool) -> list[str]:
-    """Return what is wrong with two starts of the aggregator at once."""
-    if start_from and warm_start:
-        return [
+def check_steps(
+    steps: Steps, optimizer: str, strategy: Mapping[str, Any], start_from: str | None
+) -> list[str]:
+    """Return what is wrong with two starts of the aggregator, and with L2-SP and what learns."""
+    faults, pull = [], f"model.steps.pull {steps.pull}"
+    if start_from and steps.warm_start:
+        faults.append(
             f"model.start_from {start_from} and model.steps.warm_start both say how the aggregator "
             "starts, and the second would undo the first: leave one out"
-        ]
-    return []
-
-
-def check_pull(pull: float, optimizer: str, strategy: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with L2-SP, the encoder's optimizer and what learns, together."""
-    faults = []
-    if pull and optimizer != "adamw":
-        faults.append(
-            f"model.steps.pull {pull} draws weights themselves, and model.optimizer {optimizer} "
-            "keeps their exact values elsewhere: take adamw, or leave pull out"
         )
-    if pull and strategy["name"] != "frozen" and not scaled_parts(make_strategy(strategy)):
+    if steps.pull and optimizer != "adamw":
         faults.append(
-            f"model.steps.pull {pull} draws a change toward none, and that of model.strategy "
-            f"{strategy['name']} has no scale: leave pull out"
+            f"{pull} draws weights themselves, and model.optimizer {optimizer} keeps their exact "
+            "values elsewhere: take adamw, or leave pull out"
+        )
+    if steps.pull and strategy["name"] != "frozen" and not scaled_parts(make_strategy(strategy)):
+        faults.append(
+            f"{pull} draws a change toward none, and that of model.strategy {strategy['name']} has "
+            "no scale: leave pull out"
         )
     return faults

@@ -8,10 +8,10 @@ import torch
 from tapfm.cli import main
 from tapfm.encoders import backbones
 from tapfm.recipe import solved_head, weight_average
+from tapfm.recipe.saved_model import looks_to_choose
 from tapfm.recipe.solved_head import SolvedHead
 from tapfm.recipe.weight_average import WeightAverage
 from tapfm.training import fit as training_fit
-from tapfm.training.fit import looks_to_choose
 from tapfm.training.module import SlideModule
 from tapfm.training.optim import Steps
 from tests.cohorts import write_cohort
