@@ -10,7 +10,13 @@ import pytest
 from tapfm.preflight.gains import MEASURED, advice
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "tissue.json"
-ROWS = ["8 training patients", "lora", "full"]
+ROWS = [
+    "8 training patients",
+    "8 training patients: full",
+    "lora",
+    "three labels: all blocks",
+    "full",
+]
 
 
 @pytest.mark.parametrize(("point", "row"), zip(MEASURED, ROWS, strict=True), ids=ROWS)
