@@ -35,8 +35,6 @@ MEASURED = (
          Interval(0.213, 0.152, 0.266, DRAWS), Interval(0.049, 0.012, 0.105, DRAWS)),
     Gain("LoRA on six blocks", 17, "152",
          Interval(0.151, 0.096, 0.194, DRAWS), Interval(0.054, 0.013, 0.102, DRAWS)),
-    Gain("LoRA on all blocks", 17, "152",
-         Interval(0, 0, 0, DRAWS), Interval(0, 0, 0, DRAWS)),
     Gain("all weights", 17, "152",
          Interval(0.256, 0.198, 0.286, DRAWS), Interval(0.123, 0.025, 0.213, DRAWS)),
 )  # fmt: skip
