@@ -13,7 +13,7 @@ RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "tissue.json"
 ROWS = ["8 training patients", "8 training patients: full", "lora", "full"]
 
 
-@pytest.mark.parametrize(("point", "row"), zip(MEASURED, ROWS, strict=True), ids=ROWS)
+@pytest.mark.parametrize(("point", "row"), [*zip(MEASURED, ROWS, strict=True)], ids=ROWS)
 def test_the_figures_are_those_of_the_benchmark(point, row):
     row = json.loads(RESULT.read_text())["rows"][row]
     assert row["seeds"] == [0, 1, 2]
