@@ -66,6 +66,7 @@ __all__ = [
 ]
 
 SHM = "/dev/shm"  # where processes share memory: 64 MB in most containers
+WORKER_DIED = "DataLoader worker (pid"  # how torch begins to say so
 
 
 @dataclass  # not frozen: Lightning's precision plugins rebuild a batch field by field
@@ -324,14 +325,18 @@ class SlideLoader(DataLoader):
             # Left to the garbage collector, an iterator in a traceback loses its queues before it
             # can tell the workers to stop, and waits 5 s for each of them.
             if self.num_workers and bags is not None and not self.persistent_workers:
-                bags._shutdown_workers()
+                try:
+                    bags._shutdown_workers()
+                except RuntimeError as error:  # torch's signal, which may come as late as this
+                    if WORKER_DIED not in str(error):
+                        raise
 
     def _next(self, bags: Iterator, turns: list) -> TileBag | Skipped | SlideError:
         try:
             bag = next(bags)
             return pickle.loads(bag) if isinstance(bag, bytes) else bag
         except (RuntimeError, ConnectionError) as error:  # of a pipe, where it died as it sent
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            if isinstance(error, RuntimeError) and WORKER_DIED not in str(error):
                 raise
             ahead = turns[: self.num_workers * (self.prefetch_factor or 1)]
             rows = [self.dataset.rows[getattr(turn, "slide", turn)] for turn in ahead]

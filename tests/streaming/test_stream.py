@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from slides.errors import NoTissueError, SettingsError, UnreadableRegionError
 from slides.streaming.augment import draw_augmentation
@@ -185,6 +186,22 @@ class TestFaults:
         open_slide = Open({"slide.2": {"die_at": (0, SIZE)}})
         with pytest.raises(WorkerDiedError, match=r"slide\.2.*: .*died .*fewer workers"):
             list(SlideLoader(bags_of(open_slide), workers=2))
+
+    def test_a_worker_whose_death_is_told_late_is_named_all_the_same(self, monkeypatch):
+        """Torch raises it wherever the program is, and that may be while the others are stopped."""
+        shut_down, told = _MultiProcessingDataLoaderIter._shutdown_workers, []
+
+        def late(self):
+            shut_down(self)
+            if not told:  # as the loader stops it; later it is collected
+                told.append(True)
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+        monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", late)
+        open_slide = Open({"slide.2": {"die_at": (0, SIZE)}})
+        with pytest.raises(WorkerDiedError, match=r"slide\.2.*: .*died .*fewer workers"):
+            list(SlideLoader(bags_of(open_slide), workers=2))
+        assert told
 
     @pytest.mark.parametrize(
         ("options", "text"),
