@@ -13,7 +13,8 @@ has learned from them. And logits are calibrated before their loss is taken (`ca
 of five patients' logits says nothing of an encoder. Of heads at one a the loss is taken as it is.
 
 W is the best epoch or the mean of the weights (`recipe.weight_average`), whichever has the lower
-validation loss at a = 1. Where a change has no scale, as with prompts, a is 0 or 1.
+validation loss at a = 1; the best epoch where they tie. Where a change has no scale, as with
+prompts, a is 0 or 1.
 
 Price: a forward pass over training bags and val split for each a, twice for a = 1 where both are
 tried, and fits on their features.
@@ -161,7 +162,8 @@ def interpolate(
     """
     *frozen, strengths = candidates.measure(next(iter(ends.values())), 0.0)
     full = {name: candidates.measure(end, 1.0, strengths)[:3] for name, end in ends.items()}
-    source = min(full, key=lambda name: full[name][0].loss)
+    least = min(point.loss for point, *_ in full.values())
+    source = next(name for name, (point, *_) in full.items() if point.loss <= least + TIE)
     between_a = sorted(a for a in shares if 0 < a < 1) if candidates.scaled else []
     partly = [candidates.measure(ends[source], a, strengths)[:3] for a in between_a]
     points, aggregators, losses = zip(frozen, *partly, full[source], strict=True)

@@ -119,6 +119,26 @@ def test_where_all_rank_validation_without_a_fault_the_frozen_encoder_is_taken()
         assert float(loss(calibrated(logits_N1, y_N1, loss), y_N1)) < interpolation.TIE / 10
 
 
+@pytest.mark.parametrize(
+    ("of_mean", "source"), [(4e-9, "best epoch"), (-0.1, "mean of the weights")]
+)
+def test_ends_that_tie_are_the_best_epoch(of_mean, source):
+    """By what the search for scales leaves open, neither of them is better."""
+
+    class Measured:
+        scaled = ("",)
+
+        def measure(self, end, a, strengths=()):
+            loss = 0.5 - 0.4 * a + end * a
+            return Point(a, loss, 0.0, 0.9, ""), end, np.full(20, loss), (1.0,)
+
+    found, heads, end = interpolation.interpolate(
+        Measured(), {"best epoch": 5e-9, "mean of the weights": of_mean}, (0.0, 0.5, 1.0)
+    )
+    assert (found.a, found.source) == (1.0, source)
+    assert heads[1.0] == end == (5e-9 if source == "best epoch" else of_mean)
+
+
 def test_the_reason_says_what_the_rule_saw():
     points = [Point(a, loss, error, 0.5, "") for a, loss, error in
               ((0.0, 0.6931471, 0.0), (0.5, 0.6931470, 0.0), (1.0, 0.6931471, 0.0))]  # fmt: skip
