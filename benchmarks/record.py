@@ -1,4 +1,4 @@
-"""What several benchmarks share: files of results, tables in README.md, smaller cohorts.
+"""Writes what several benchmarks share: results, tables in README.md, smaller cohorts.
 
 Raw figures go to `results/`, with machine, date and commit. A script's tables stand in README.md
 between two markers of its name, <!-- name:begin --> and <!-- name:end -->, and everything else

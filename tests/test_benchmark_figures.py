@@ -65,7 +65,7 @@ def test_figures_are_averaged_over_seeds_and_paired():
 
 
 def test_cases_are_drawn_with_all_their_slides():
-    """Of two cases a quarter of the draws has the first alone, which is ranked right."""
+    """Draw two cases: a quarter of the draws has the first alone, which is ranked right."""
     own = said([1.0, 0, 0, 1], y=[1, 0, 1, 0], cases="ppqq")
     assert tissue_table.figures([own])[LABEL] == [0.5, 0.0, 1.0]
 
@@ -273,7 +273,7 @@ def test_predictions_of_a_fold():
 
 
 def test_planted_tiles_are_found_by_their_corner(tmp_path, monkeypatch):
-    """Of two positive slides one is ranked right and one in half; a negative has no AUROC."""
+    """Rank one of two positive slides right and one in half; a negative has no AUROC."""
     corners = [(0, 0), (224, 0), (0, 448)]
     truth = [{"slide_id": slide, "x": str(x), "y": str(y), "target": str(int(n == target))}
              for slide, target in (("P", 1), ("Q", 2), ("N", 9))

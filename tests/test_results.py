@@ -63,7 +63,7 @@ def test_results_of_needle_are_those_of_the_kept_predictions(tmp_path):
 
 
 def words(verdicts):
-    """What is said, without the figures."""
+    """Return what is said, without the figures."""
     return {re.sub(r"[-+]?[\d.]+", "", each) for each in verdicts}
 
 

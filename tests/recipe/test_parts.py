@@ -76,7 +76,7 @@ def test_the_mean_is_of_the_weights_after_each_update(tmp_path, monkeypatch):
 
 
 def test_an_update_that_a_skipped_slide_completes_is_in_the_mean(tmp_path, monkeypatch):
-    """Of seven slides, two an update, the last is left out: what waits is still learned from."""
+    """Leave out the last of seven slides, four an update: what waits is still learned from."""
     steps, updates, step = [], [], SlideModule.training_step
     update = SlideModule.update
 
