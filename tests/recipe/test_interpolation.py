@@ -265,7 +265,6 @@ def test_a_run_that_begins_anew_saves_nothing_of_the_one_before(tmp_path):
     again = adapted_of(run)
     assert again != other
     assert main([*fit[:-1], "fresh", "--model.steps.encoder_lr", "1e-4"]) == 0
-    assert load_file(run / "adapted.safetensors").keys()
     fresh = load_file(tmp_path / "runs" / "fresh" / "adapted.safetensors")
     assert all(torch.equal(value, fresh[name])
                for name, value in load_file(run / "adapted.safetensors").items())  # fmt: skip
