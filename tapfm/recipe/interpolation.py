@@ -13,8 +13,9 @@ has learned from them. And logits are calibrated before their loss is taken (`ca
 of five patients' logits says nothing of an encoder. Of heads at one a the loss is taken as it is.
 
 W is the best epoch or the mean of the weights (`recipe.weight_average`), whichever has the lower
-validation loss at a = 1; the best epoch where they tie. Where a change has no scale, as with
-prompts, a is 0 or 1.
+validation loss at a = 1; the best epoch where they tie. A best epoch from before the encoder moved,
+such as the warm start, is no W: its head is all that differs from the frozen model. Where a change
+has no scale, as with prompts, a is 0 or 1.
 
 Price: a forward pass over training bags and val split for each a, twice for a = 1 where both are
 tried, and fits on their features.
@@ -54,6 +55,7 @@ from tapfm.stats.bootstrap import with_point
 from tapfm.tasks import Task
 
 DRAWS = 500
+UNMOVED = "the best epoch is from before the encoder moved"
 TIE = 1e-6  # of loss: more than the search for scales and shifts leaves open
 STOP = {"gtol": 1e-9, "ftol": 1e-15, "maxiter": 10_000, "maxfun": 20_000}
 Weights = Mapping[str, Tensor]
@@ -157,10 +159,14 @@ def interpolate(
 
     Args:
         candidates: measures a share.
-        ends: what W may be, by name.
+        ends: what W may be, by name; without any, a is 0.
         shares: a's to try, from 0 to 1, both included.
     """
-    *frozen, strengths = candidates.measure(next(iter(ends.values())), 0.0)
+    *frozen, strengths = candidates.measure(candidates.start, 0.0)
+    if not ends:
+        point, aggregator, _ = frozen
+        choice = Interpolation(0.0, "best epoch", UNMOVED, (point,))
+        return choice, {0.0: aggregator}, candidates.start
     full = {name: candidates.measure(end, 1.0, strengths)[:3] for name, end in ends.items()}
     least = min(point.loss for point, *_ in full.values())
     source = next(name for name, (point, *_) in full.items() if point.loss <= least + TIE)

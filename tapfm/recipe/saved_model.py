@@ -42,6 +42,11 @@ def looks_to_choose(module: L.LightningModule) -> int:
     return (shares + bool(steps.average)) * module.chooses  # two ends at a = 1, if a mean is kept
 
 
+def encoder_moved(module: L.LightningModule, epoch: int) -> bool:
+    """Return whether the encoder had learned by the end of an epoch; -1 is the warm start."""
+    return epoch + 1 > module.steps.head_first * module.trainer.max_epochs
+
+
 def choose_and_save(
     module: L.LightningModule, data: SlideData, folder: Path, mean: WeightAverage | None
 ) -> Interpolation:
@@ -61,7 +66,9 @@ def choose_and_save(
     gather(None)  # the other processes wait for the file
     _, facts = read_model_config(best)
     load_weights(model, best)
-    ends = {"best epoch": learned(model.encoder.vit)}
+    ends = {}
+    if encoder_moved(module, facts["epoch"]):
+        ends["best epoch"] = learned(model.encoder.vit)
     if mean:
         ends["mean of the weights"] = mean.weights()
     train = partial(data.seen_in_training, VIEWS, plain=True)  # as validation sees its slides

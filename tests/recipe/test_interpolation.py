@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tapfm.slide_model import model as models
 from tapfm.slide_model.model import ModelConfig, build
 from tapfm.tasks.multilabel import Multilabel
 from tapfm.training.fit import read_config
+from tapfm.training.optim import Steps
 from tests.cohorts import write_cohort
 
 SCALED = [name for name, kind in STRATEGIES.items() if name != "frozen" and scaled_parts(kind)]
@@ -126,7 +128,7 @@ def test_ends_that_tie_are_the_best_epoch(of_mean, source):
     """By what the search for scales leaves open, neither of them is better."""
 
     class Measured:
-        scaled = ("",)
+        start, scaled = 0.0, ("",)
 
         def measure(self, end, a, strengths=()):
             loss = 0.5 - 0.4 * a + end * a
@@ -310,6 +312,40 @@ def test_the_control_knows_nothing_of_the_run(tmp_path):
     first, second = controls.values()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("average", "source", "shares"),
+    [(0.0, "best epoch", [0.0]), (0.1, "mean of the weights", [0.0, 0.5, 1.0])],
+)
+def test_a_warm_start_is_no_change_of_the_encoder(tmp_path, monkeypatch, average, source, shares):
+    """Where it stays the best, what differs from the frozen model is the head alone."""
+    monkeypatch.setattr(BestWeights, "on_validation_end", lambda *_: None)
+    config = write_cohort(tmp_path)
+    fit = ["fit", "--config", str(config), "--model.strategy", "full", *RUN, "--name", "run"]
+    steps = ["--model.steps.warm_start", "true", "--model.steps.average", str(average)]
+    assert main([*fit, *steps]) == 0
+    run = tmp_path / "runs" / "run"
+    choice = json.loads((run / "interpolation.json").read_text())
+    assert choice["source"] == source
+    assert [point["a"] for point in choice["curve"]] == shares
+    if not average:
+        assert choice["a"] == 0
+        assert choice["reason"] == interpolation.UNMOVED
+        saved, control = (load_file(run / f"{name}.safetensors") for name in ("best", "control"))
+        assert all(torch.equal(saved[name], value) for name, value in control.items())
+    assert main(["test", "--run", str(tmp_path / "runs")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("epoch", "head_first", "moved"),
+    [(-1, 0.0, False), (0, 0.0, True), (0, 0.2, False), (1, 0.2, False), (2, 0.2, True)],
+)
+def test_while_the_head_learns_alone_the_encoder_does_not_move(epoch, head_first, moved):
+    module = SimpleNamespace(
+        steps=Steps(head_first=head_first), trainer=SimpleNamespace(max_epochs=10)
+    )
+    assert saved_model.encoder_moved(module, epoch) == moved
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
