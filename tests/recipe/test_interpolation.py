@@ -319,7 +319,7 @@ def test_the_control_knows_nothing_of_the_run(tmp_path):
     [(0.0, "best epoch", [0.0]), (0.1, "mean of the weights", [0.0, 0.5, 1.0])],
 )
 def test_a_warm_start_is_no_change_of_the_encoder(tmp_path, monkeypatch, average, source, shares):
-    """Where it stays the best, what differs from the frozen model is the head alone."""
+    """Judge the mean of the weights, or keep a = 0, where no epoch beats the warm start."""
     monkeypatch.setattr(BestWeights, "on_validation_end", lambda *_: None)
     config = write_cohort(tmp_path)
     fit = ["fit", "--config", str(config), "--model.strategy", "full", *RUN, "--name", "run"]
