@@ -78,7 +78,6 @@ PARTS: dict[str, dict[str, Any]] = {  # one part of the recipe each
     "all blocks": {"model": {"strategy": LORA | {"last": 0}}},
     "lora on q, k and v": {"model": {"strategy": LORA | {"targets": ["q", "k", "v"]}}},
     "half the rate": {"model": {"steps": {"encoder_lr": 2e-4}}},
-    "a quarter of the rate": {"model": {"steps": {"encoder_lr": 1e-4}}},
     "a tenth of the head's rate": {"model": {"steps": {"head_lr": 1e-4}}},
     "head solved each epoch": {"model": {"steps": {"solve_head": True}}},
     "pull to the start": {"model": {"steps": {"pull": 0.05}}},
