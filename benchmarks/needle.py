@@ -130,7 +130,7 @@ def keep(path: Path, cells: Sequence[Cell], about: Mapping[str, str]) -> None:
     seconds = [json.loads((cell.folder / FINISHED).read_text())["seconds"] for cell in cells]
     write_compact(path, {
         **about, "row": cells[0].row, "seed": cells[0].seed, "trained": trained,
-        "saved": saved.get(cells[0].row, []),
+        "saved": saved[cells[0].row],
         "minutes": [sum(each.values()) / 60 for each in seconds],
         "tile_auroc": tile_aurocs(cells), "predicted": predicted,
     })  # fmt: skip
@@ -170,9 +170,8 @@ def result_of(fits: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> di
     order = dict(sorted(trained.items(), key=lambda each: each[1]))  # the frozen ones first
     seeds = sorted({seed for each in runs.values() for seed in each})
     study = Study(config=(str(CONFIG),), out="", folds=FOLDS, seeds=tuple(seeds))
-    adapted = {row: each for row, each in saved.items() if each}
     task = make_task({"name": "multilabel"}, [LABEL])
-    _, result, _ = summary_of_runs(study, FOLDS, task, runs, order, adapted, {})
+    _, result, _ = summary_of_runs(study, FOLDS, task, runs, order, saved, {})
     return {
         **result, **about, "commits": sorted({fit["commit"] for fit in fits}),
         "tile_auroc": {title: float(np.mean(each)) for title, each in tiles.items()},
